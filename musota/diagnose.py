@@ -1,0 +1,328 @@
+"""The plan's rules and the statistics behind the verdicts: numbers in, findings out. Draws nothing.
+
+Every rule returns a Finding: what was seen, against which threshold, what follows, what to do next.
+The thresholds are those of the action plan; they speak of the best validation perplexity per token
+on WikiText-2 at a vocabulary of 50,000 with the full budget (see `plan_does_not_apply`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+REPORTED = {"ppl": 402.17, "accuracy": 0.1725, "epochs": 10, "plateau_after_epoch": 6}
+PLAN_LADDER = {"uniform": 50_000.0, "bigram": 10_000.0}  # the plan's guesses, not measured
+STILL_IMPROVING = 0.01  # a phase that lowers the best PPL by less has stalled
+CONFIDENCE = 0.95
+# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One rule's answer. `verdict` is a short fixed word or letter for programs to compare."""
+
+    rule: str
+    verdict: str
+    saw: str
+    threshold: str
+    conclusion: str
+    next_step: str = ""
+
+    @property
+    def sentence(self) -> str:
+        step = f" Next: {self.next_step}." if self.next_step else ""
+        return f"{self.rule}: {self.saw} ({self.threshold}) — {self.conclusion}.{step}"
+
+
+def plan_does_not_apply(corpus: str, vocab_size: int, profile: str | None) -> str | None:
+    """Why the plan's PPL thresholds say nothing about a run, or None where they do."""
+    reasons = []
+    if corpus != "wikitext-2":
+        reasons.append(f"the corpus is {corpus}, not wikitext-2")
+    if vocab_size != 50_000:
+        reasons.append(f"the vocabulary is {vocab_size:,}, not 50,000")
+    if profile != "full":
+        reasons.append(f"the profile is {profile}, not the full budget")
+    return "; ".join(reasons) or None
+
+
+def not_applicable(rule: str, reason: str) -> Finding:
+    return Finding(
+        rule,
+        "not applicable",
+        reason,
+        "the plan speaks of wikitext-2, V 50,000, full budget",
+        "not applicable here: read the run against the measured rungs instead",
+    )
+
+
+def scenario(ppl: float, accuracy: float, baseline_ppl: float | None = None) -> Finding:
+    """The plan's scenario A, B or C. PPL decides; a contradicting accuracy is mentioned."""
+    if ppl <= 250:
+        letter, low, high = "A", 0.30, 0.50
+        conclusion = "scenario A, success"
+        next_step = "scale to 50 epochs, or switch to WikiText-103"
+    elif ppl <= 350:
+        letter, low, high = "B", 0.20, 0.30
+        conclusion = "scenario B, partial success"
+        if baseline_ppl is None:
+            next_step = "train the baseline (notebook 03): whether it is better decides"
+        elif baseline_ppl > ppl:
+            next_step = "the baseline is worse: train 50 epochs or more"
+        else:
+            next_step = "the baseline is better: simplify (notebook 05)"
+    else:
+        letter, low, high = "C", 0.0, 0.25
+        conclusion = "scenario C, failure"
+        next_step = "blocks 16 → 8, layers 12 → 8, or WikiText-103"
+    if not low <= accuracy <= high:
+        where = "under" if accuracy < low else "over"
+        conclusion += f", though the accuracy is {where} that scenario's {low:.0%}–{high:.0%}"
+    return Finding(
+        "Scenario",
+        letter,
+        f"valid PPL {ppl:.1f}, accuracy {accuracy:.1%}",
+        "A ≤ 250 < B ≤ 350 < C",
+        conclusion,
+        next_step,
+    )
+
+
+def bottom_line(ppl: float) -> Finding:
+    """The plan's other scale, which disagrees with the scenarios between 300 and 350."""
+    if ppl < 200:
+        verdict, conclusion = "validated", "architecture validated, ready to publish"
+        if ppl < 100:
+            conclusion += "; the stretch goal (< 100) is met"
+    elif ppl <= 300:
+        verdict, conclusion = "compare", "compare with the baseline, or train on"
+    else:
+        verdict, conclusion = "redesign", "the architecture needs redesign"
+        if ppl <= 350:
+            conclusion += "; the plan's scenario B calls the same PPL a partial success"
+    return Finding(
+        "Bottom line", verdict, f"valid PPL {ppl:.1f}", "< 200 · 200–300 · > 300", conclusion
+    )
+
+
+def expectation(ppl: float, accuracy: float) -> Finding:
+    """Which of the plan's two expectations was met, by PPL; accuracy is reported beside it."""
+    if ppl <= 180:
+        verdict = "optimistic"
+        conclusion = "the optimistic expectation is met" + (" and exceeded" if ppl < 120 else "")
+    elif ppl <= 250:
+        verdict, conclusion = "conservative", "the conservative expectation is met"
+    else:
+        verdict, conclusion = "neither", "neither expectation is met"
+    floor = {"optimistic": 0.35, "conservative": 0.25, "neither": 0.0}[verdict]
+    if accuracy < floor:
+        conclusion += f" by PPL, but not by accuracy ({accuracy:.1%} is under {floor:.0%})"
+    return Finding(
+        "Expectation",
+        verdict,
+        f"valid PPL {ppl:.1f}, accuracy {accuracy:.1%}",
+        "conservative 200–250 and 25–30 %; optimistic 120–180 and 35–45 %",
+        conclusion,
+    )
+
+
+def phases(history: pd.DataFrame, planned_epochs: int) -> list[Finding]:
+    """One line for each third of the plan (epochs 1–10, 10–20, 20–30 of 30).
+
+    `history` needs the columns epoch and ppl. A third not yet begun gives no line.
+    """
+    bounds = [round(planned_epochs * third / 3) for third in range(4)]
+    expected = ("rapid learning", "still improving", "converging")
+    findings = []
+    for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        inside = history[(history.epoch > start) & (history.epoch <= stop)]
+        if inside.empty:
+            continue
+        before = history[history.epoch <= start].ppl.min() if start else inside.ppl.iloc[0]
+        best = min(before, inside.ppl.min())
+        gain = 1 - best / before
+        improved = gain >= STILL_IMPROVING
+        conclusion = f"{'improving' if improved else 'stalled'} (the plan: {expected[index]})"
+        if index == 0:
+            conclusion += (
+                "; the plan's “should match the previous run” cannot be checked, the learning "
+                "rates differ"
+            )
+        findings.append(
+            Finding(
+                f"Epochs {start + 1}–{int(inside.epoch.max())}",
+                "improving" if improved else "stalled",
+                f"best valid PPL {before:.1f} → {best:.1f}, {gain:.1%} lower",
+                f"{STILL_IMPROVING:.0%} counts as improving",
+                conclusion,
+            )
+        )
+    return findings
+
+
+def option_three(ppl: float, comparison: str | None) -> Finding:
+    """Whether the plan's condition for simplifying holds.
+
+    `comparison` is the verdict of `helps_or_hurts`, None where no baseline was trained.
+    """
+    too_high, loses = ppl > 300, comparison == "hurts"
+    if too_high and loses:
+        why = "the PPL is over 300 and the baseline wins"
+    elif too_high:
+        why = "the PPL is over 300"
+    elif loses:
+        why = "the baseline wins"
+    else:
+        why = "the PPL is at most 300" + (
+            " and no baseline was trained" if comparison is None else " and the baseline does not win"
+        )
+    return Finding(
+        "Option 3",
+        "simplify" if too_high or loses else "keep",
+        f"valid PPL {ppl:.1f}, against the dense twin: {comparison or 'not measured'}",
+        "PPL > 300 after all epochs, or the baseline wins",
+        f"{why}: {'simplify' if too_high or loses else 'no reason to simplify'}",
+    )
+
+
+def on_the_ladder(ppl: float, rungs: Mapping[str, float]) -> Finding:
+    """Where a perplexity stands among the measured rungs of the same tokens."""
+    beaten = [name for name, rung in rungs.items() if ppl < rung]
+    best = min(beaten, key=rungs.get) if beaten else None
+    missed = [name for name, rung in rungs.items() if ppl >= rung]
+    nearest = max(missed, key=rungs.get) if missed else None
+    if best is None:
+        conclusion = "worse than guessing uniformly"
+    elif nearest is None:
+        conclusion = f"better than every rung, the {best} ({rungs[best]:.0f}) included"
+    else:
+        conclusion = (
+            f"better than the {best} ({rungs[best]:.0f}), not yet the {nearest} "
+            f"({rungs[nearest]:.0f})"
+        )
+    return Finding(
+        "Ladder",
+        best or "none",
+        f"valid PPL {ppl:.1f}",
+        "measured on the same tokens: "
+        + " · ".join(f"{name} {rung:,.0f}" for name, rung in rungs.items()),
+        conclusion,
+    )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference in nats per token with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def side(self) -> int:
+        """−1 or 1 where the whole interval lies below or above 0, else 0."""
+        return -1 if self.high < 0 else 1 if self.low > 0 else 0
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} nats/token [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def paired_bootstrap(
+    nats_a: Sequence[float],
+    nats_b: Sequence[float],
+    tokens: Sequence[int],
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Loss of a minus loss of b, per token, by resampling whole blocks of text (Koehn 2004).
+
+    Arguments: total nats of both models and the number of tokens, by block of the same text. Says
+    how sure the difference is for *this pair of trained models*, nothing about other seeds.
+    """
+    difference = np.asarray(nats_a, float) - np.asarray(nats_b, float)
+    tokens = np.asarray(tokens, float)
+    if difference.shape != tokens.shape or not len(tokens):
+        raise ValueError("paired_bootstrap needs the same blocks for both models.")
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for start in range(0, resamples, 1000):  # by thousands: memory stays small on long texts
+        picked = generator.integers(len(tokens), size=(min(1000, resamples - start), len(tokens)))
+        means[start : start + len(picked)] = difference[picked].sum(1) / tokens[picked].sum(1)
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(difference.sum() / tokens.sum()), float(low), float(high))
+
+
+def seed_interval(differences: Sequence[float]) -> Interval:
+    """Student's t interval of the mean of paired differences, one per seed; at least two."""
+    n = len(differences)
+    if n < 2:
+        raise ValueError("An interval over seeds needs at least two of them.")
+    mean = float(np.mean(differences))
+    half = _T95[min(n - 2, len(_T95) - 1)] * float(np.std(differences, ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
+def helps_or_hurts(
+    mu: Mapping[int, Mapping], dense: Mapping[int, Mapping]
+) -> tuple[Finding, Interval, Interval | None]:
+    """Does MU-SOTA help against its dense twin? Summaries by seed; seeds in both are paired.
+
+    Returns the finding, the bootstrap interval over blocks of text (losses averaged over seeds) and
+    the interval over seeds (None from one seed, when the verdict is only provisional). Negative
+    differences favour MU-SOTA. Raises ValueError without a common seed or common text.
+    """
+    seeds = sorted(mu.keys() & dense.keys())
+    if not seeds:
+        raise ValueError("MU-SOTA and the dense twin have no seed in common: train both with one.")
+    pairs = [(mu[seed], dense[seed]) for seed in seeds]
+    tokens = pairs[0][0]["valid_block_tokens"]
+    if any(summary["valid_block_tokens"] != tokens for pair in pairs for summary in pair):
+        raise ValueError("The runs were validated on different texts and cannot be compared.")
+    nats_mu, nats_dense = (
+        np.mean([pair[side]["valid_block_nats"] for pair in pairs], axis=0) for side in (0, 1)
+    )
+    text = paired_bootstrap(nats_mu, nats_dense, tokens)
+    over_seeds = None
+    if len(seeds) > 1:
+        over_seeds = seed_interval([a["valid_loss"] - b["valid_loss"] for a, b in pairs])
+    sides = {text.side} | ({over_seeds.side} if over_seeds else set())
+    side = sides.pop() if len(sides) == 1 else 0
+    verdict = {-1: "helps", 0: "undecided", 1: "hurts"}[side]
+    conclusion = {
+        "helps": "the architecture helps",
+        "hurts": "the architecture hurts",
+        "undecided": "undecided, the interval includes 0",
+    }[verdict]
+    saw = f"MU-SOTA minus dense twin {text} over blocks of text"
+    if over_seeds:
+        saw += f"; {over_seeds} over {len(seeds)} seeds"
+    else:
+        conclusion = f"provisional, seeds not measured: {conclusion}"
+    next_step = "" if over_seeds else "train both with more seeds (-p seed 1, -p seed 2)"
+    finding = Finding(
+        "MU-SOTA against its dense twin",
+        verdict,
+        saw,
+        "a 95 % interval that excludes 0",
+        conclusion,
+        next_step,
+    )
+    return finding, text, over_seeds
+
+
+def plans_own_test(baseline_ppl: float) -> Finding:
+    """The plan's test: baseline above or below the reported 402. Reported, never the verdict."""
+    above = baseline_ppl > REPORTED["ppl"]
+    return Finding(
+        "The plan's own test (reported, not a verdict)",
+        "above" if above else "below",
+        f"baseline valid PPL {baseline_ppl:.1f}",
+        f"the {REPORTED['ppl']} reported for ten epochs at another learning rate",
+        f"the plan would say the architecture {'helps' if above else 'hurts'}; the two runs share "
+        "neither budget nor settings",
+    )

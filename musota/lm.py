@@ -1,0 +1,206 @@
+"""What every causal language model here shares: loss, generation, ledger, saving and loading."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from musota.config import DenseConfig, Experiment, ModelConfig, MusotaError, TrainConfig
+from musota.loss import linear_cross_entropy
+
+
+class CausalLM(nn.Module):
+    """A language model that never looks ahead.
+
+    A subclass provides `hidden_states`, `output_weight`, `output_bias` and `ledger_group`.
+    """
+
+    # Ledger groups whose matrices are maps of activations: only these are decayed.
+    decayed_groups: frozenset[str] = frozenset()
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """(B, T) token ids to (B, T, C), normalised and ready for the output layer."""
+        raise NotImplementedError
+
+    @property
+    def output_weight(self) -> Tensor:  # (V, C)
+        raise NotImplementedError
+
+    @property
+    def output_bias(self) -> Tensor | None:  # (V,)
+        raise NotImplementedError
+
+    def ledger_group(self, name: str) -> str:
+        """The group of the ledger that the parameter `name` belongs to."""
+        raise NotImplementedError
+
+    def forward(
+        self, input_ids: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(B, T) token ids to (logits (B, T, V), None), or with `targets` to (None, mean loss).
+
+        `targets` (B, T) are already shifted: targets[:, t] follows input_ids[:, t]. The loss is in
+        nats per token. Raises MusotaError for a sequence longer than the learned positions.
+        """
+        self.check_length(input_ids.shape[-1])
+        hidden = self.hidden_states(input_ids)
+        if targets is None:
+            return F.linear(hidden, self.output_weight, self.output_bias), None
+        return None, linear_cross_entropy(hidden, self.output_weight, self.output_bias, targets)
+
+    def check_length(self, length: int) -> None:
+        if not 1 <= length <= self.config.max_seq_len:
+            raise MusotaError(
+                f"A sequence of {length} tokens does not fit the {self.config.max_seq_len} learned "
+                "positions: shorten it or raise max_seq_len."
+            )
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raises MusotaError unless every id is one of the vocabulary."""
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise MusotaError(
+                f"Token id {low if low < 0 else high} is out of range for a vocabulary of "
+                f"{self.config.vocab_size}: tokenize with the model's own tokenizer."
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.output_weight.device
+
+    def parameter_ledger(self) -> dict[str, int]:
+        """Parameters by group; the groups sum to the total."""
+        ledger: Counter[str] = Counter()
+        for name, parameter in self.named_parameters():
+            ledger[self.ledger_group(name)] += parameter.numel()
+        return dict(ledger)
+
+    def optimizer_groups(self, weight_decay: float) -> list[dict]:
+        """Parameter groups for AdamW: decay on the matrices of linear maps, none on the rest."""
+        decayed, plain = [], []
+        for name, parameter in self.named_parameters():
+            is_matrix = name.endswith("weight") and parameter.dim() >= 2
+            is_map = self.ledger_group(name) in self.decayed_groups
+            (decayed if is_matrix and is_map else plain).append(parameter)
+        return [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Continue (B, T) prompts to (B, T + max_new_tokens), the last max_seq_len tokens in view.
+
+        Temperature 0 takes the likeliest token. `top_k` keeps the k likeliest, `top_p` the fewest
+        whose probability reaches p. The draw depends on `seed` alone. Raises MusotaError for an
+        empty prompt, a token out of range or a setting outside its bounds.
+        """
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise MusotaError("temperature must be at least 0 and top_k at least 1.")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise MusotaError(f"top_p must lie in (0, 1], not {top_p!r}.")
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise MusotaError("generate needs token ids of shape (B, T) with at least one token.")
+        self.check_tokens(input_ids)
+        was_training = self.training
+        self.eval()
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draw on any device
+        ids = input_ids.to(self.device)
+        for _ in range(max_new_tokens):
+            hidden = self.hidden_states(ids[:, -self.config.max_seq_len :])[:, -1]
+            logits = F.linear(hidden, self.output_weight, self.output_bias).float().cpu()
+            ids = torch.cat([ids, _draw(logits, temperature, top_k, top_p, generator).to(ids)], 1)
+        self.train(was_training)
+        return ids
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write `model.safetensors` and `model.json` into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), folder / "model.safetensors")
+        described = Experiment(self.config, TrainConfig()).to_dict()["model"]
+        (folder / "model.json").write_text(json.dumps(described, indent=1) + "\n")
+
+
+def _draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
+    """(B, V) logits to one drawn token id each, (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+    if top_p is not None:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        # A token goes when those before it already reach top_p; the likeliest always stays.
+        drop = probabilities.cumsum(-1) - probabilities >= top_p
+        logits = logits.masked_fill(drop.gather(1, order.argsort(-1)), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+def build_model(config: ModelConfig) -> CausalLM:
+    """The model a config describes, freshly initialised from torch's random state."""
+    from musota.dense import DenseTransformer
+    from musota.mu import MuSota
+
+    return (DenseTransformer if isinstance(config, DenseConfig) else MuSota)(config)
+
+
+def load_model(folder: str | os.PathLike, device: str = "cpu") -> CausalLM:
+    """A model written by `CausalLM.save`. Runs no code from the folder.
+
+    Raises MusotaError if a file is missing, damaged or does not fit the config.
+    """
+    folder = Path(folder)
+    try:
+        described = json.loads((folder / "model.json").read_text())
+        model = build_model(Experiment.from_dict({"model": described, "training": {}}).model)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except MusotaError:
+        raise
+    except FileNotFoundError as error:
+        raise MusotaError(f"No saved model in {folder}: {error.filename} is missing.") from None
+    except Exception as error:  # safetensors and torch raise types of their own
+        raise MusotaError(f"The saved model in {folder} cannot be read: {error}") from None
+    return model.to(device).eval()
+
+
+def flops_per_token(model: CausalLM) -> float:
+    """Floating-point operations per token of one training step (forward and backward), measured.
+
+    Counted over one window of max_seq_len by torch's own counter: matrix products only, attention
+    counted in full squares.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    length = model.config.max_seq_len
+    window = torch.zeros(1, length, dtype=torch.long, device=model.device)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        model(window, window)[1].backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    return counter.get_total_flops() / length

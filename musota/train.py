@@ -1,0 +1,482 @@
+"""The training loop, its schedule, and evaluation. Knows no architecture.
+
+What happens at a step depends on (seed, step) alone: the windows through `window_starts`, dropout
+through a reseeding before each step. So a run resumed at any step equals one never interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from importlib import metadata
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from musota.config import Experiment, MusotaError, TrainConfig
+from musota.data import Corpus, window_starts
+from musota.lm import CausalLM, build_model, flops_per_token
+from musota.loss import score_tokens
+from musota.runs import Run, RunFolder
+
+SAMPLE_PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 32
+SAMPLE_SETTINGS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0}
+LOG_LINES = 250  # about so many step records a run
+HEADLESS = "MUSOTA_HEADLESS"  # set where progress goes to a log and not to a screen
+BLOCK_TOKENS = 1024  # valid losses are kept by blocks of so many tokens, for the paired bootstrap
+
+
+def learning_rate_at(step: int, training: TrainConfig, total_steps: int) -> float:
+    """The rate of optimizer step `step` of 1 … total_steps; 0 before the first and at the last.
+
+    Linear warm-up reaches the full rate at `warmup_steps`, a cosine then falls to 0 at the end.
+    """
+    if step < training.warmup_steps:
+        return training.learning_rate * step / training.warmup_steps
+    after = max(1, total_steps - training.warmup_steps)
+    progress = min(1.0, (step - training.warmup_steps) / after)
+    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def precision_for_device() -> str:
+    """Mixed precision that pays here: bf16 on GPUs that really have it, fp16 on older, else none."""
+    if not torch.cuda.is_available():
+        return "no"
+    # is_bf16_supported() says yes on a T4, which only emulates it.
+    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+
+
+@torch.no_grad()
+def score(
+    model: CausalLM, tokens: Tensor, stride: int | None = None, batch_size: int = 16
+) -> tuple[Tensor, Tensor]:
+    """Nats (float32) and top-1 hits (bool) of tokens 1 … n−1, each predicted once; (n−1,) each.
+
+    Windows of max_seq_len advance by `stride` (default: their length), so that with a smaller
+    stride all but the first window score only tokens with at least max_seq_len − stride before them.
+    Raises MusotaError for too few tokens, an id out of range or a stride out of bounds.
+    """
+    length = model.config.max_seq_len
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        raise MusotaError(f"stride must lie between 1 and max_seq_len={length}, not {stride}.")
+    if batch_size < 1:
+        raise MusotaError(f"batch_size must be at least 1, not {batch_size}.")
+    if tokens.dim() != 1 or len(tokens) < 2:
+        raise MusotaError("Scoring needs a 1-D tensor of at least two tokens.")
+    model.check_tokens(tokens)
+    tokens = tokens.to(model.device).long()
+    last = len(tokens) - 1  # so many predictions
+    starts = range(0, max(1, last - length + stride), stride)
+    ends = [min(start + length, last) for start in starts]
+    # (inputs in the window, targets no earlier window has scored): alike windows share a batch.
+    shapes = [
+        (end - start, end - before)
+        for start, end, before in zip(starts, ends, [0, *ends[:-1]], strict=True)
+    ]
+    was_training = model.training
+    model.eval()
+    nats, hits = [], []
+    for (width, new), alike in groupby(zip(shapes, starts, strict=True), key=itemgetter(0)):
+        alike = torch.tensor([start for _, start in alike], device=tokens.device)
+        span = torch.arange(width + 1, device=tokens.device)
+        for batch in alike.split(batch_size):
+            window = tokens[batch[:, None] + span]  # (batch, width + 1)
+            hidden = model.hidden_states(window[:, :-1])[:, -new:]
+            losses, correct = score_tokens(
+                hidden, model.output_weight, model.output_bias, window[:, -new:]
+            )
+            nats.append(losses.flatten())
+            hits.append(correct.flatten())
+    model.train(was_training)
+    return torch.cat(nats).cpu(), torch.cat(hits).cpu()
+
+
+def evaluate(
+    model: CausalLM,
+    tokens: Tensor,
+    words: int | None = None,
+    bytes: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """`loss` (nats/token), `ppl` and `accuracy` over every token but the first (see `score`).
+
+    Given the counts of the same text also `word_ppl` = exp(total nats / words), line ends counted
+    as words, and `bits_per_byte` = total bits / UTF-8 bytes; both survive a change of tokenizer.
+    """
+    return _metrics(*score(model, tokens, stride, batch_size), words, bytes)
+
+
+def _metrics(nats: Tensor, hits: Tensor, words: int | None, bytes: int | None) -> dict[str, float]:
+    total = float(nats.double().sum())
+    loss = total / len(nats)
+    measured = {"loss": loss, "ppl": _exp(loss), "accuracy": float(hits.double().mean())}
+    if words:
+        measured["word_ppl"] = _exp(total / words)
+    if bytes:
+        measured["bits_per_byte"] = total / math.log(2) / bytes
+    return measured
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def train(
+    experiment: Experiment,
+    corpus: Corpus,
+    run_dir: str | os.PathLike,
+    resume: bool = True,
+    seed: int = 0,
+    *,
+    name: str = "run",
+    profile: str | None = None,
+    micro_batch: int | None = None,
+) -> Run:
+    """Train an experiment into `run_dir` and return the run, its best epoch chosen on valid.
+
+    A finished run of the same experiment, corpus and seed is returned as it is; an unfinished one
+    goes on where its last checkpoint stands; `resume=False` starts over. `micro_batch` sequences
+    are computed at a time (a choice of speed and memory; at dropout 0 it changes nothing else).
+    Ctrl-C saves a checkpoint and returns what has been measured. Raises MusotaError for a folder
+    that belongs to another run or cannot be written, a damaged checkpoint, a corpus that does not
+    fit the model, or a loss that is no longer finite.
+    """
+    return _Trainer(experiment, corpus, run_dir, resume, seed, name, profile, micro_batch).run()
+
+
+class _Trainer:
+    """One training run: everything `train` needs at hand."""
+
+    def __init__(self, experiment, corpus, run_dir, resume, seed, name, profile, micro_batch):
+        self.experiment, self.corpus, self.seed = experiment, corpus, seed
+        self.training, length = experiment.training, experiment.model.max_seq_len
+        if corpus.tokenizer.size > experiment.model.vocab_size:
+            raise MusotaError(
+                f"The corpus uses {corpus.tokenizer.size} tokens but the model's vocab_size is "
+                f"{experiment.model.vocab_size}: load the corpus with that vocab_size."
+            )
+        self.windows = len(window_starts(len(corpus.train), length, seed, 0))
+        self.steps_per_epoch = math.ceil(self.windows / self.training.sequences_per_step)
+        self.total_steps = self.training.epochs * self.steps_per_epoch
+        identity = {
+            "name": name,
+            "profile": profile,
+            "experiment": experiment.to_dict(),
+            "seed": seed,
+            "corpus": {
+                "name": corpus.name,
+                "fingerprint": corpus.fingerprint,
+                "source": corpus.source,
+                "vocabulary_in_use": corpus.tokenizer.size,
+                "tokens": {split: len(corpus.split(split)) for split in corpus.words},
+                "words": corpus.words,
+                "bytes": corpus.bytes,
+            },
+        }
+        self.folder = RunFolder(run_dir, identity, fresh=not resume)
+        if Path(run_dir, "summary.json").exists() and Run(run_dir).finished:
+            self.finished = True
+            return
+        self.finished = False
+        self.state = self.folder.load_checkpoint()
+        self.accelerator = Accelerator(mixed_precision=precision_for_device())
+        self.device = self.accelerator.device
+        self.micro_batch = micro_batch or self._default_micro_batch()
+        if not (self.folder.path / "config.json").exists():
+            choices = {"micro_batch": self.micro_batch, "precision": precision_for_device()}
+            self.folder.write_json("config.json", {**identity, **choices})
+        torch.manual_seed(seed)
+        model = build_model(experiment.model)
+        self.flops_per_token = flops_per_token(model)
+        self.ledger = model.parameter_ledger()
+        optimizer = torch.optim.AdamW(
+            model.optimizer_groups(self.training.weight_decay), betas=(0.9, 0.999), fused=True
+        )
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model: CausalLM = self.accelerator.unwrap_model(self.wrapped)
+        # On the device once; int32 there, int64 only for the windows in use.
+        self.tokens = corpus.train.to(self.device)
+        self.span = torch.arange(length + 1, device=self.device)
+        self.step = self.applied = 0  # steps begun, and those fp16 scaling did not skip
+        self.epoch_nats = torch.zeros((), device=self.device)
+        self.seconds_before, self.started = 0.0, time.perf_counter()
+        self.best_loss, self.summary = math.inf, {}
+
+    def _default_micro_batch(self) -> int:
+        """A GPU takes a whole step at once; a CPU about 1,500 tokens, where its caches still help."""
+        step = self.training.sequences_per_step
+        if self.device.type != "cpu":
+            return step
+        return max(1, min(step, 1536 // self.experiment.model.max_seq_len))
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    @property
+    def tokens_seen(self) -> int:
+        epochs, steps = divmod(self.step, self.steps_per_epoch)
+        sequences = epochs * self.windows + steps * self.training.sequences_per_step
+        return sequences * self.experiment.model.max_seq_len
+
+    def run(self) -> Run:
+        if self.finished:
+            print(f"{self.folder.path}: finished before, loaded as it is.")
+            return Run(self.folder.path)
+        if self.state is not None:
+            self._restore(self.state)
+            print(f"{self.folder.path}: going on after step {self.step} of {self.total_steps}.")
+        self.progress = progress_bar(
+            self.training.epochs * self.windows * self.experiment.model.max_seq_len,
+            self.tokens_seen,
+        )
+        try:
+            while self.step < self.total_steps:
+                self._one_step()
+                if self.step % self.steps_per_epoch == 0:
+                    self._end_epoch()
+            self._finish()
+        except KeyboardInterrupt:
+            self._checkpoint()
+            print(
+                f"\nInterrupted after step {self.step} of {self.total_steps}; it is saved. The same "
+                "call goes on from there."
+            )
+            if not self.summary:  # nothing measured that could be returned
+                raise
+        finally:
+            self.progress.close()
+        return Run(self.folder.path)
+
+    def _one_step(self) -> None:
+        epoch, place = divmod(self.step, self.steps_per_epoch)
+        if place == 0 or not hasattr(self, "starts"):
+            length = self.experiment.model.max_seq_len
+            self.starts = window_starts(len(self.tokens), length, self.seed, epoch).to(self.device)
+        if place == 0:
+            self.epoch_nats.zero_()
+        rate = learning_rate_at(self.applied + 1, self.training, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(self.seed * 1_000_003 + 1 + self.step)
+        self.wrapped.train()
+        per_step = self.training.sequences_per_step
+        batch = self.starts[place * per_step : (place + 1) * per_step]
+        step_loss = torch.zeros((), device=self.device)
+        for micro in batch.split(self.micro_batch):
+            window = self.tokens[micro[:, None] + self.span].long()  # (micro, T + 1)
+            with self.accelerator.autocast():
+                loss = self.wrapped(window[:, :-1], window[:, 1:])[1]
+            loss = loss * (len(micro) / len(batch))
+            self.accelerator.backward(loss)
+            step_loss += loss.detach()
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.epoch_nats += step_loss * len(batch)
+        self.step += 1
+        self.applied += not self.optimizer.step_was_skipped
+        self.progress.update(len(batch) * self.experiment.model.max_seq_len)
+        interval = max(1, self.total_steps // LOG_LINES)
+        if self.step % interval == 0 or self.step == 1 or self.step == self.total_steps:
+            self._log_step(float(step_loss), float(norm), rate)  # the one place that waits
+
+    def _log_step(self, loss: float, norm: float, rate: float) -> None:
+        if not math.isfinite(loss):
+            raise MusotaError(
+                f"The training loss is {loss} at step {self.step}: start over with a lower "
+                f"learning_rate than {self.training.learning_rate:g}. The last good checkpoint is "
+                f"kept in {self.folder.checkpoints}."
+            )
+        record = {
+            "step": self.step,
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens": self.tokens_seen,
+            "seconds": round(self.seconds, 3),
+        }
+        self.folder.append({"kind": "step", **record})
+        epoch = min(self.training.epochs, self.step // self.steps_per_epoch + 1)
+        self.progress.set_postfix_str(
+            f"epoch {epoch}/{self.training.epochs}, training PPL {_exp(loss):,.0f}, "
+            f"best valid PPL {_exp(self.best_loss):,.0f}",
+            refresh=False,
+        )
+
+    def _end_epoch(self) -> None:
+        epoch = self.step // self.steps_per_epoch
+        with self.accelerator.autocast():
+            nats, hits = score(self.model, self.corpus.valid)
+            samples = self._samples()
+        words, bytes = self.corpus.words["valid"], self.corpus.bytes["valid"]
+        measured = _metrics(nats, hits, words, bytes)
+        record = {
+            "epoch": epoch,
+            "step": self.step,
+            "tokens": self.tokens_seen,
+            "seconds": round(self.seconds, 3),
+            "train_loss": float(self.epoch_nats) / self.windows,
+            "valid_loss": measured.pop("loss"),
+            **measured,
+        }
+        self.folder.append({"kind": "epoch", **record, "samples": samples})
+        if record["valid_loss"] < self.best_loss:
+            self.best_loss = record["valid_loss"]
+            self._save_best()
+            blocks = nats.double().split(BLOCK_TOKENS)
+            self.summary |= {
+                "best_epoch": epoch,
+                "valid_loss": record["valid_loss"],
+                **measured,
+                "valid_block_tokens": [len(block) for block in blocks],
+                "valid_block_nats": [round(float(block.sum()), 4) for block in blocks],
+            }
+        self.summary |= {"finished": False, "epochs_done": epoch}
+        self._write_summary()
+        self._checkpoint()
+
+    def _samples(self) -> list[dict]:
+        """Continuations of the first lines of valid that are long enough for a prompt."""
+        ends = (self.corpus.valid == self.corpus.tokenizer.line_end).nonzero().flatten().tolist()
+        lines = [(start + 1, end) for start, end in zip([-1, *ends], ends, strict=False)]
+        long_enough = [start for start, end in lines if end - start >= PROMPT_TOKENS]
+        prompts = [
+            self.corpus.valid[start : start + PROMPT_TOKENS].long()
+            for start in long_enough[:SAMPLE_PROMPTS]
+        ]
+        if not prompts:
+            return []
+        prompts = torch.stack(prompts)
+        texts = self.model.generate(prompts, SAMPLE_TOKENS, **SAMPLE_SETTINGS)
+        decode = self.corpus.tokenizer.decode
+        return [
+            {"prompt": decode(prompt), "text": decode(text[PROMPT_TOKENS:])}
+            for prompt, text in zip(prompts.tolist(), texts.tolist(), strict=True)
+        ]
+
+    def _save_best(self) -> None:
+        best = self.folder.checkpoints / "best"
+        self.model.save(best)
+        self.corpus.tokenizer.save(best / "tokenizer.json")
+
+    def _checkpoint(self) -> None:
+        scaler = self.accelerator.scaler
+        self.folder.save_checkpoint(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": scaler.state_dict() if scaler else None,
+                "step": self.step,
+                "applied": self.applied,
+                "epoch_nats": self.epoch_nats.cpu(),
+                "seconds": self.seconds,
+                "best_loss": self.best_loss,
+                "micro_batch": self.micro_batch,
+                "summary": self.summary,
+            }
+        )
+
+    def _restore(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.applied = state["step"], state["applied"]
+        self.epoch_nats.copy_(state["epoch_nats"])
+        self.seconds_before, self.best_loss = state["seconds"], state["best_loss"]
+        self.micro_batch, self.summary = state["micro_batch"], state["summary"]
+
+    def _finish(self) -> None:
+        """The test split, once, with the best epoch's weights; then the summary is complete."""
+        final_weights = weights_sha256(self.model)
+        seconds = self.seconds
+        best = Run(self.folder.path).load_model().to(self.device)
+        words, bytes = self.corpus.words["test"], self.corpus.bytes["test"]
+        with self.accelerator.autocast():
+            measured = evaluate(best, self.corpus.test, words, bytes)
+        self.summary |= {f"test_{key}": value for key, value in measured.items()}
+        self.summary |= {
+            "finished": True,
+            "weights_sha256": final_weights,
+            "seconds": round(seconds, 1),
+            "tokens_per_second": round(self.tokens_seen / seconds, 1),
+        }
+        self._write_summary()
+
+    def _write_summary(self) -> None:
+        about = {
+            "parameters": sum(self.ledger.values()),
+            "parameter_ledger": self.ledger,
+            "flops_per_token": self.flops_per_token,
+            "device": device_name(self.device),
+            "peak_memory_bytes": peak_memory(self.device),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "versions": {
+                "python": platform.python_version(),
+                **{package: metadata.version(package) for package in ("torch", "tokenizers")},
+            },
+        }
+        self.folder.write_json("summary.json", {**self.summary, **about})
+
+
+def weights_sha256(model: CausalLM) -> str:
+    """A hash of every weight, names included; equal only for bit-identical models."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on a GPU since the start of the process, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere else
+
+
+class _Lines:
+    """A file for tqdm that turns each redrawing of the bar into a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def progress_bar(total_tokens: int, done: int) -> tqdm:
+    """Tokens done, tokens/s and time left: a live bar for people, a line every 10 s for logs."""
+    live = sys.stderr.isatty() or ("ipykernel" in sys.modules and not os.environ.get(HEADLESS))
+    return tqdm(
+        total=total_tokens,
+        initial=done,
+        unit=" tokens",
+        unit_scale=True,
+        mininterval=1 if live else 10,
+        maxinterval=float("inf"),
+        file=None if live else _Lines(),
+        ncols=None if live else 120,
+        dynamic_ncols=live,
+    )
