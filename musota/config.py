@@ -18,7 +18,7 @@ HEADS_PER_BLOCK = 2
 
 
 class MusotaError(ValueError):
-    """A mistake the user can mend; its message is one sentence saying what, which value, what to do."""
+    """A mistake the user can mend: one sentence saying what, which value, what to do."""
 
 
 def nearest_name(kind: str, name: str, known) -> MusotaError:
@@ -99,7 +99,7 @@ class MuConfig:
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """The baseline: a GPT-2 style transformer with tied embeddings. Raises MusotaError on bad values."""
+    """The baseline: a GPT-2 style transformer, embeddings tied. Raises MusotaError on bad values."""
 
     vocab_size: int = 50_000
     max_seq_len: int = 192

@@ -58,8 +58,8 @@ class TextTokenizer:
         """BPE merges learned on `text`. Raises MusotaError for a vocabulary under 258."""
         if vocab_size < SMALLEST_VOCABULARY:
             raise MusotaError(
-                f"vocab_size={vocab_size} is below the {SMALLEST_VOCABULARY} that 256 bytes and two "
-                "special tokens need: raise it."
+                f"vocab_size={vocab_size} is below the {SMALLEST_VOCABULARY} that 256 bytes and "
+                "two special tokens need: raise it."
             )
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -129,7 +129,11 @@ class Corpus:
         for name, limit in zip(SPLITS, limits, strict=True):
             tokens = self.split(name)
             if limit is None or len(tokens) <= limit:
-                splits[name], words[name], sizes[name] = tokens, self.words[name], self.bytes[name]
+                splits[name], words[name], sizes[name] = (
+                    tokens,
+                    self.words[name],
+                    self.bytes[name],
+                )
                 continue
             ends = (tokens[:limit] == self.tokenizer.line_end).nonzero()
             if not len(ends):
@@ -247,7 +251,7 @@ def _count(text: str) -> tuple[int, int]:
     return len(text.split()) + text.count("\n"), len(text.encode())
 
 
-# --- where texts come from -------------------------------------------------------------------------
+# --- where texts come from ---
 
 
 def _read_texts(name: str, data_dir) -> tuple[str, str, dict[str, str]]:
@@ -257,7 +261,7 @@ def _read_texts(name: str, data_dir) -> tuple[str, str, dict[str, str]]:
             return _read_texts("wikitext-2", data_dir)
         except HubUnreachable as error:
             docs = _read_texts("python-docs", data_dir)
-            return docs[0], f"{docs[1]}; instead of wikitext-2, because {error.reason}", docs[2]
+            return (docs[0], f"{docs[1]}; instead of wikitext-2, because {error.reason}", docs[2])
     if name == "python-docs":
         return name, "docstrings of the Python libraries installed here", _python_docs()
     local = Path(data_dir or "") / name
@@ -349,7 +353,7 @@ def _hub_trouble() -> str | None:
     return None
 
 
-# --- python-docs: a corpus on every machine -----------------------------------------------------------
+# --- python-docs: a corpus on every machine ---
 
 
 def _python_docs() -> dict[str, str]:
@@ -372,7 +376,8 @@ def _collect_docs() -> dict[str, str]:
         path
         for root in roots
         for path in sorted(root.rglob("*.py"))
-        if not {"site-packages", "test", "tests", "__pycache__"} & set(path.parts[len(root.parts) :])
+        if not {"site-packages", "test", "tests", "__pycache__"}
+        & set(path.parts[len(root.parts) :])
     ]
     with ProcessPoolExecutor() as pool:
         found = pool.map(_docstrings, files, chunksize=32)
@@ -380,9 +385,7 @@ def _collect_docs() -> dict[str, str]:
     ordered = sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
     first, second = round(0.90 * len(ordered)), round(0.95 * len(ordered))
     parts = ordered[:first], ordered[first:second], ordered[second:]
-    return {
-        split: "\n\n".join(part) + "\n" for split, part in zip(SPLITS, parts, strict=True)
-    }
+    return {split: "\n\n".join(part) + "\n" for split, part in zip(SPLITS, parts, strict=True)}
 
 
 def _docstrings(path: Path) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -139,7 +140,7 @@ def phases(history: pd.DataFrame, planned_epochs: int) -> list[Finding]:
     bounds = [round(planned_epochs * third / 3) for third in range(4)]
     expected = ("rapid learning", "still improving", "converging")
     findings = []
-    for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for index, (start, stop) in enumerate(pairwise(bounds)):
         inside = history[(history.epoch > start) & (history.epoch <= stop)]
         if inside.empty:
             continue
@@ -165,28 +166,30 @@ def phases(history: pd.DataFrame, planned_epochs: int) -> list[Finding]:
     return findings
 
 
-def option_three(ppl: float, comparison: str | None) -> Finding:
+def option_three(ppl: float | None, comparison: str | None) -> Finding:
     """Whether the plan's condition for simplifying holds.
 
+    `ppl` is None where the plan's threshold does not apply (see `plan_does_not_apply`);
     `comparison` is the verdict of `helps_or_hurts`, None where no baseline was trained.
     """
-    too_high, loses = ppl > 300, comparison == "hurts"
-    if too_high and loses:
-        why = "the PPL is over 300 and the baseline wins"
-    elif too_high:
-        why = "the PPL is over 300"
-    elif loses:
-        why = "the baseline wins"
-    else:
-        why = "the PPL is at most 300" + (
-            " and no baseline was trained" if comparison is None else " and the baseline does not win"
-        )
+    too_high, loses = ppl is not None and ppl > 300, comparison == "hurts"
+    about_ppl = {
+        None: "the PPL threshold does not apply here",
+        True: "the PPL is over 300",
+        False: "the PPL is at most 300",
+    }[None if ppl is None else too_high]
+    about_baseline = {
+        None: "no baseline was trained",
+        "hurts": "the baseline wins",
+        "helps": "the baseline does not win",
+        "undecided": "it is undecided whether the baseline wins",
+    }[comparison]
     return Finding(
         "Option 3",
         "simplify" if too_high or loses else "keep",
-        f"valid PPL {ppl:.1f}, against the dense twin: {comparison or 'not measured'}",
+        f"{about_ppl}, {about_baseline}",
         "PPL > 300 after all epochs, or the baseline wins",
-        f"{why}: {'simplify' if too_high or loses else 'no reason to simplify'}",
+        "simplify" if too_high or loses else "the plan gives no reason to simplify",
     )
 
 

@@ -95,7 +95,5 @@ def ladder_nats(train: np.ndarray, tokens: np.ndarray, vocabulary: int) -> dict[
 
 def measure_ladder(corpus: Corpus, split: str = "valid") -> dict[str, float]:
     """Perplexity of each rung on a split of the corpus, over the tokens its tokenizer has."""
-    nats = ladder_nats(
-        corpus.train.numpy(), corpus.split(split).numpy(), corpus.tokenizer.size
-    )
+    nats = ladder_nats(corpus.train.numpy(), corpus.split(split).numpy(), corpus.tokenizer.size)
     return {rung: math.exp(nats[rung].mean()) for rung in RUNGS}

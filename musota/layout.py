@@ -52,7 +52,7 @@ class Block:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Blocks that tile an m×m matrix. Raises ValueError if they overlap, leave a gap or stick out."""
+    """Blocks that tile an m×m matrix. Raises ValueError if they overlap, leave a gap, stick out."""
 
     matrix_size: int
     blocks: tuple[Block, ...]

@@ -59,7 +59,7 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, C) to the attended (B, T, C) and the entropy in nats, averaged over heads (B, T)."""
+        """(B, T, C) to the attended (B, T, C) and the entropy in nats, mean over heads (B, T)."""
         B, T, C = x.shape
         h = self.n_head
         q, k, v = self.qkv(x).view(B, T, 3, h, C // h).permute(2, 0, 3, 1, 4)  # (B, h, T, C/h)
@@ -77,7 +77,7 @@ def entropy(weights: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """How much of its new value each block of a token takes: one sensitivity per token and block."""
+    """How much of its new value each block takes: one sensitivity per token and block."""
 
     def __init__(self, n_block: int):
         super().__init__()

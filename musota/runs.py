@@ -1,9 +1,9 @@
 """A run's folder: what was asked for, what was measured, and the checkpoints.
 
-    config.json    experiment, seed, corpus, choices of the trainer     (written once)
-    metrics.jsonl  one JSON a line: kind step | epoch | event           (append-only)
-    summary.json   the best epoch, the test score, where and how long   (rewritten whole)
-    checkpoints/   last.pt to resume from, best/ to use                 (not committed)
+config.json    experiment, seed, corpus, choices of the trainer     (written once)
+metrics.jsonl  one JSON a line: kind step | epoch | event           (append-only)
+summary.json   the best epoch, the test score, where and how long   (rewritten whole)
+checkpoints/   last.pt to resume from, best/ to use                 (not committed)
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Run:
             self.experiment = Experiment.from_dict(self.config["experiment"])
             self.name, self.seed = self.config["name"], self.config["seed"]
         except (KeyError, MusotaError) as error:
-            raise MusotaError(f"{self.path / 'config.json'} does not describe a run: {error}") from None
+            raise MusotaError(
+                f"{self.path / 'config.json'} does not describe a run: {error}"
+            ) from None
 
     @cached_property
     def summary(self) -> dict:

@@ -421,7 +421,7 @@ class _Trainer:
             "parameters": sum(self.ledger.values()),
             "parameter_ledger": self.ledger,
             "flops_per_token": self.flops_per_token,
-            "device": device_name(self.device),
+            "device": device_name(),
             "peak_memory_bytes": peak_memory(self.device),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "versions": {
@@ -441,9 +441,9 @@ def weights_sha256(model: CausalLM) -> str:
     return digest.hexdigest()
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"
 
 

@@ -1,0 +1,205 @@
+"""The command line: python -m musota run | train | report."""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from musota.config import MusotaError, nearest_name, profiles
+
+ROOT = Path(__file__).resolve().parent.parent
+# A backend inherited from a notebook would break scripts that are started from one.
+os.environ["MPLBACKEND"] = "Agg"
+
+profile_option = click.option(
+    "--profile", default="quick", show_default=True, help=f"auto, {', '.join(profiles)}."
+)
+corpus_option = click.option(
+    "--corpus",
+    default="auto",
+    show_default=True,
+    help="auto, wikitext-2, wikitext-2-raw, wikitext-103, wikitext-103-raw, python-docs, or a "
+    "folder with train.txt, valid.txt and test.txt.",
+)
+seed_option = click.option("--seed", default=0, show_default=True)
+fresh_option = click.option("--fresh", is_flag=True, help="Train again what is already trained.")
+save_to_option = click.option(
+    "--save-to", default="", help="Folder for results [default: results/]."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli():
+    """Train MU-SOTA and its dense twin, compare them, and report what was measured."""
+
+
+@cli.command()
+@profile_option
+@corpus_option
+@seed_option
+@fresh_option
+@save_to_option
+@click.option("--only", default="", help="Numbers of notebooks, for example 02,04.")
+@click.option(
+    "-p",
+    "parameters",
+    nargs=2,
+    multiple=True,
+    metavar="NAME VALUE",
+    help="A parameter of the notebooks; may be repeated.",
+)
+def run(profile, corpus, seed, fresh, save_to, only, parameters):
+    """Run the notebooks in order; then print the comparison, the verdict and the report's place.
+
+    Stops at the first failure. The same command goes on from there: finished training runs are
+    loaded, unfinished ones continued.
+    """
+    from musota.workbook import PARAMETERS, Workbook
+
+    values = {
+        "profile": profile,
+        "corpus": corpus,
+        "seed": seed,
+        "fresh": fresh,
+        "save_to": save_to,
+    }
+    for name, text in parameters:
+        if name not in PARAMETERS:
+            raise nearest_name("notebook parameter", name, PARAMETERS)
+        values[name] = _literal(text)
+    notebooks = _chosen_notebooks(only)
+    book = Workbook(**values)  # answers bad parameters before any kernel starts
+    if values["save_to"]:
+        values["save_to"] = str(Path(values["save_to"]).resolve())
+    if Path(values["corpus"]).is_dir():  # the notebooks' working folder is another
+        values["corpus"] = str(Path(values["corpus"]).resolve())
+    executed = book.folder / "executed"
+    executed.mkdir(exist_ok=True)
+    started = time.perf_counter()
+    for number, notebook in enumerate(notebooks, start=1):
+        _execute(notebook, executed / notebook.name, values, f"[{number}/{len(notebooks)}]")
+    _tell_end(book.folder, time.perf_counter() - started)
+
+
+def _chosen_notebooks(only: str) -> list[Path]:
+    found = {
+        path.name[:2]: path for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    }
+    if not only:
+        return list(found.values())
+    wanted = [part.strip().zfill(2) for part in only.split(",")]
+    for number in wanted:
+        if number not in found:
+            raise nearest_name("notebook number", number, found)
+    return [found[number] for number in sorted(set(wanted))]
+
+
+def _execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None:
+    """One notebook through papermill, its progress relayed line by line."""
+    import papermill
+
+    os.environ["MUSOTA_HEADLESS"] = "1"  # inherited by the kernel
+    started = time.perf_counter()
+    click.echo(f"{prefix} {notebook.stem} …")
+    relay = _Relay()
+    try:
+        papermill.execute_notebook(
+            notebook,
+            output,
+            parameters,
+            kernel_name="python3",
+            cwd=notebook.parent,
+            progress_bar=False,
+            log_output=False,
+            stdout_file=relay,
+            stderr_file=relay,
+            iopub_timeout=60,
+            start_timeout=120,
+        )
+    except papermill.PapermillExecutionError as error:
+        raise MusotaError(
+            f"{notebook.stem} stopped in cell {error.cell_index}: {error.ename}: {error.evalue}\n"
+            f"The executed notebook is {output}. The same command goes on from here."
+        ) from None
+    click.echo(f"{prefix} {notebook.stem} done in {time.perf_counter() - started:.0f} s")
+
+
+class _Relay:
+    """Passes the progress lines of a notebook's output on to this command's own output."""
+
+    def write(self, text: str) -> None:
+        for line in text.splitlines():
+            if "tokens/s" in line:
+                click.echo(f"      {line.strip()}")
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+
+def _tell_end(folder: Path, seconds: float) -> None:
+    from musota.report import comparison_table, read_evidence, verdict_lines, write_report
+
+    path = write_report(folder)
+    evidence = read_evidence(folder)
+    if evidence.runs:
+        columns = ["model", "seed", "parameters", "valid PPL", "valid word PPL", "valid accuracy"]
+        click.echo("\n" + comparison_table(evidence.runs)[columns].to_string(index=False) + "\n")
+    for line in verdict_lines(evidence):
+        click.echo(f"- {line}")
+    click.echo(f"\nDone in {seconds / 60:.1f} minutes. The report: {path}")
+
+
+@cli.command()
+@click.argument("experiment")
+@profile_option
+@corpus_option
+@seed_option
+@fresh_option
+@save_to_option
+def train(experiment, profile, corpus, seed, fresh, save_to):
+    """Train one EXPERIMENT: original, optimized, baseline, simplified or simplified_twin."""
+    from musota.config import find_experiment
+    from musota.workbook import Workbook
+
+    find_experiment(experiment)  # a wrong name is answered before the corpus is read
+    finished = Workbook(profile, corpus, seed, fresh, save_to).train(experiment)
+    click.echo(f"{finished}")
+    if not finished.finished:
+        sys.exit(130)
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False))
+def report(folders):
+    """Write README.md and figures of results FOLDERS anew from their records [default: all]."""
+    from musota.report import write_report
+
+    if not folders:
+        folders = sorted(path.parent.parent for path in (ROOT / "results").glob("*/*/config.json"))
+    for folder in dict.fromkeys(folders):
+        click.echo(f"{write_report(folder)}")
+
+
+def _literal(text: str):
+    """A value from the command line: a Python literal if it is one, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def main() -> None:
+    try:
+        cli()
+    except MusotaError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Experiments on a model that explain its behaviour: numbers out, no figures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from musota.lm import CausalLM
+
+
+def causality_matrix(model: CausalLM, tokens: Tensor, positions: int = 32) -> Tensor:
+    """(positions, positions): largest change of a logit in column u after replacing token t (row).
+
+    A causal model has exact zeros wherever u < t.
+    """
+    was_training = model.training
+    model.eval()
+    positions = min(positions, model.config.max_seq_len)
+    ids = tokens[:positions].long().to(model.device)
+    replaced = ids.repeat(positions, 1)
+    replaced[range(positions), range(positions)] = (ids + 1) % model.config.vocab_size
+    with torch.no_grad():
+        change = (model(replaced)[0] - model(ids[None])[0]).abs().amax(-1).cpu()
+    model.train(was_training)
+    return change

@@ -1,0 +1,260 @@
+"""From recorded runs to tables, verdicts, figures and `results/<profile>/README.md`."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from musota import diagnose, plots
+from musota.data import write_whole
+from musota.diagnose import Finding, Interval
+from musota.runs import Run, load_runs
+
+ORDER = ("original", "optimized", "baseline", "simplified", "simplified_twin")
+PAIRS = {"optimized": "baseline", "simplified": "simplified_twin"}  # a model and its dense twin
+
+
+def footer(corpus: str, vocabulary: int, profile: str | None) -> str:
+    """The line under every figure: what was measured on what."""
+    name = f"{corpus} (not WikiText!)" if "wikitext" not in corpus else corpus
+    return (
+        f"measured: {name} · byte-level BPE {vocabulary:,} · profile {profile} · valid, windows "
+        "without overlap"
+    )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Finished and unfinished runs on one corpus, with the rungs measured on the same tokens."""
+
+    folder: Path
+    runs: tuple[Run, ...]
+    rungs: Mapping[str, float]
+    note: str = ""  # why these runs and not others, in one sentence
+
+    def only(self, *names: str) -> Evidence:
+        return dataclasses.replace(self, runs=tuple(r for r in self.runs if r.name in names))
+
+    @property
+    def names(self) -> set[str]:
+        return {run.name for run in self.runs}
+
+    def best(self, name: str) -> Run | None:
+        """The run of a name with the lowest seed: the one shown where one stands for all."""
+        return next((run for run in self.runs if run.name == name), None)
+
+    @property
+    def footer(self) -> str:
+        if not self.runs:
+            return ""
+        run = self.runs[0]
+        corpus = run.config["corpus"]
+        return footer(corpus["name"], corpus["vocabulary_in_use"], run.config["profile"])
+
+    @property
+    def plan_does_not_apply(self) -> str | None:
+        if not self.runs:
+            return "there are no runs"
+        return _reason(self.runs[0])
+
+    def compare(self, name: str = "optimized") -> tuple[Finding, dict[str, Interval]] | None:
+        """The verdict on a model against its dense twin and its intervals; None without both."""
+        sides = [
+            {run.seed: run.summary for run in self.runs if run.name == side and run.finished}
+            for side in (name, PAIRS[name])
+        ]
+        if not sides[0].keys() & sides[1].keys():
+            return None
+        finding, text, seeds = diagnose.helps_or_hurts(*sides)
+        intervals = {"over blocks of text\n(these trained models)": text}
+        if seeds:
+            intervals["over seeds\n(training again)"] = seeds
+        return finding, intervals
+
+
+def read_evidence(folder: str | os.PathLike, fingerprint: str | None = None) -> Evidence:
+    """The runs of a results folder in the plan's order, with the rungs recorded beside them.
+
+    Runs on another corpus than `fingerprint` (default: that of the first run) are left out.
+    """
+    folder = Path(folder)
+    runs = load_runs(folder)
+    if fingerprint is None and runs:
+        fingerprint = runs[0].config["corpus"]["fingerprint"]
+    runs = [run for run in runs if run.config["corpus"]["fingerprint"] == fingerprint]
+    place = {name: index for index, name in enumerate(ORDER)}
+    runs.sort(key=lambda run: (place.get(run.name, len(ORDER)), run.name, run.seed))
+    path, rungs = folder / "ladder.json", {}
+    if path.exists():
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        if recorded["fingerprint"] == fingerprint:
+            rungs = recorded["ppl"]
+    return Evidence(folder, tuple(runs), rungs)
+
+
+def _reason(run: Run) -> str | None:
+    profile = run.config["profile"]
+    return diagnose.plan_does_not_apply(
+        run.config["corpus"]["name"], run.experiment.model.vocab_size, profile
+    )
+
+
+def run_findings(
+    run: Run, rungs: Mapping[str, float], baseline: Run | None = None
+) -> list[Finding]:
+    """Every rule that speaks of one run: the plan's where they apply, the rungs, the phases."""
+    ppl, accuracy = run.summary["ppl"], run.summary["accuracy"]
+    reason = _reason(run)
+    if reason:
+        findings = [diagnose.not_applicable("Scenario, bottom line, expectation", reason)]
+    else:
+        findings = [
+            diagnose.scenario(ppl, accuracy, baseline.summary["ppl"] if baseline else None),
+            diagnose.bottom_line(ppl),
+            diagnose.expectation(ppl, accuracy),
+        ]
+    if rungs:
+        findings.append(diagnose.on_the_ladder(ppl, rungs))
+    return findings + diagnose.phases(run.history, run.experiment.training.epochs)
+
+
+def comparison_table(runs) -> pd.DataFrame:
+    """One row a run, every number measured; best valid epoch, test once with its weights."""
+    rows = []
+    for run in runs:
+        s = run.summary
+        rows.append(
+            {
+                "model": plots.LABELS.get(run.name, run.name),
+                "seed": run.seed,
+                "parameters": f"{s['parameters']:,}",
+                "MFLOP/token": f"{s['flops_per_token'] / 1e6:.1f}",
+                "minutes": f"{s['seconds'] / 60:.1f}" if run.finished else "unfinished",
+                "tokens/s": f"{s['tokens_per_second']:,.0f}" if run.finished else "",
+                "peak memory (MB)": f"{s['peak_memory_bytes'] / 1e6:,.0f}",
+                "best epoch": f"{s['best_epoch']} of {run.experiment.training.epochs}",
+                "valid PPL": f"{s['ppl']:.1f}",
+                "valid word PPL": f"{s['word_ppl']:.1f}",
+                "valid bits/byte": f"{s['bits_per_byte']:.3f}",
+                "valid accuracy": f"{s['accuracy']:.1%}",
+                "test PPL": f"{s['test_ppl']:.1f}" if run.finished else "",
+                "test word PPL": f"{s['test_word_ppl']:.1f}" if run.finished else "",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def ledger_table(runs) -> pd.DataFrame:
+    """Parameters by group, one column a model."""
+    ledgers = {
+        plots.LABELS.get(run.name, run.name): run.summary["parameter_ledger"] for run in runs
+    }
+    table = pd.DataFrame(ledgers).fillna(0).astype(int)
+    table.loc["total"] = table.sum()
+    return table.map(lambda count: f"{count:,}" if count else "–")
+
+
+def save_figure(figure: Figure, path: Path, about: str) -> None:
+    """Write a PNG whole, with a line under it that says what was measured on what."""
+    if about:
+        figure.supxlabel(about, fontsize=7.5, color="0.35", x=0.01, ha="left")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_whole(path, lambda target: target.write_bytes(buffer.getvalue()))
+
+
+def verdict_lines(evidence: Evidence) -> list[str]:
+    """The answer in a few sentences: the comparisons first, then where each model stands."""
+    lines = [compared[0].sentence for name in PAIRS if (compared := evidence.compare(name))]
+    reason = evidence.plan_does_not_apply
+    optimized, baseline = evidence.best("optimized"), evidence.best("baseline")
+    if baseline and not reason:
+        lines.append(diagnose.plans_own_test(baseline.summary["ppl"]).sentence)
+    if optimized:
+        lines += [f.sentence for f in run_findings(optimized, evidence.rungs, baseline)]
+        compared = evidence.compare()
+        ppl = None if reason else optimized.summary["ppl"]
+        lines.append(diagnose.option_three(ppl, compared[0].verdict if compared else None).sentence)
+    return lines
+
+
+def write_report(folder: str | os.PathLike) -> Path:
+    """Draw the figures of a results folder anew and write its README.md, from the records alone.
+
+    Returns the README's path. Raises MusotaError for a damaged record.
+    """
+    evidence = read_evidence(folder)
+    folder = evidence.folder
+    plan_applies = evidence.plan_does_not_apply is None
+    parts = [f"# Results: {folder.name}", "Generated by `python -m musota report`; do not edit."]
+    if not evidence.runs:
+        parts.append("No run has finished an epoch yet.")
+    else:
+        corpus = evidence.runs[0].config["corpus"]
+        device, date = (evidence.runs[0].summary["device"], evidence.runs[0].summary["date"])
+        parts.append(
+            f"Measured on {corpus['name']} ({corpus['source']}), profile "
+            f"{evidence.runs[0].config['profile']}, {device}, {date}. "
+            f"{corpus['tokens']['train']:,} training and {corpus['tokens']['valid']:,} validation "
+            f"tokens, byte-level BPE with {corpus['vocabulary_in_use']:,} tokens in use."
+        )
+        lines = verdict_lines(evidence)
+        if lines:
+            parts += ["## Verdict", "\n".join(f"- {line}" for line in lines)]
+        parts += ["## Measured", _markdown(comparison_table(evidence.runs))]
+        if evidence.rungs:
+            rungs = " · ".join(f"{name} {ppl:,.1f}" for name, ppl in evidence.rungs.items())
+            parts.append(f"Rungs measured on the same tokens, valid PPL: {rungs}.")
+        for name, figure in _figures(evidence, plan_applies).items():
+            save_figure(figure, folder / f"{name}.png", evidence.footer)
+            parts.append(f"![{name.replace('_', ' ')}]({name}.png)")
+        ledgers = _markdown(ledger_table(_one_each(evidence)).reset_index(names="group"))
+        parts += ["## Parameters by group", ledgers, "## Samples of the last epoch"]
+        for run in _one_each(evidence):
+            parts.append(f"**{plots.label_of(run)}**")
+            last = max(epoch for epoch, _ in run.samples) if run.samples else 0
+            shown = [sample for epoch, sample in run.samples if epoch == last]
+            parts.append("\n".join(f"- {_quoted(sample)}" for sample in shown))
+    text = "\n\n".join(parts) + "\n"
+    path = folder / "README.md"
+    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
+    return path
+
+
+def _one_each(evidence: Evidence) -> list[Run]:
+    return [evidence.best(name) for name in dict.fromkeys(run.name for run in evidence.runs)]
+
+
+def _figures(evidence: Evidence, plan_applies: bool) -> dict[str, Figure]:
+    shown = _one_each(evidence)
+    figures = {"curves": plots.curves(shown, evidence.rungs, reported=plan_applies)}
+    for name in PAIRS:
+        if compared := evidence.compare(name):
+            finding, intervals = compared
+            title = f"{plots.LABELS[name]} {finding.verdict} against its dense twin"
+            figures[f"verdict_{name}"] = plots.difference(intervals, title)
+    if len(shown) > 1:
+        figures["ppl_against_parameters"] = plots.ppl_against_parameters(evidence.runs)
+    figures["ledger"] = plots.ledgers(
+        {plots.LABELS.get(run.name, run.name): run.summary["parameter_ledger"] for run in shown}
+    )
+    return figures
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """A pipe table; pandas' own would need one more dependency."""
+    rows = [table.columns.astype(str), ["---"] * len(table.columns), *table.astype(str).values]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _quoted(sample: Mapping[str, str]) -> str:
+    text = " ".join(sample["text"].split()).replace("<", "&lt;")
+    return f"{sample['prompt'].strip().replace('<', '&lt;')} → *{text}*"

@@ -1,0 +1,205 @@
+"""What a notebook needs at hand: checked parameters, the corpus, scaled experiments, results."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from musota.config import (
+    Experiment,
+    MusotaError,
+    Profile,
+    find_experiment,
+    find_profile,
+    nearest_name,
+    scaled,
+    twin,
+)
+from musota.data import Corpus, load_corpus, write_whole
+from musota.diagnose import Finding
+from musota.ladder import measure_ladder
+from musota.report import Evidence, footer, read_evidence, save_figure
+from musota.runs import Run
+from musota.training import device_name, train
+
+ROOT = Path(__file__).resolve().parent.parent
+PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to")
+COMMITTED = ("full", "study")  # results that come with the repository, best first
+
+
+def results_folder(profile: str, corpus: str, save_to: str | os.PathLike = "") -> Path:
+    """Where results of a profile and corpus belong: WikiText-2 under the profile's bare name."""
+    name = profile if corpus == "wikitext-2" else f"{profile}-{corpus}"
+    return Path(save_to or ROOT / "results") / name
+
+
+class Workbook:
+    """One notebook's session. Raises MusotaError for a parameter it does not know or cannot use."""
+
+    def __init__(
+        self,
+        profile: str = "auto",
+        corpus: str = "auto",
+        seed: int = 0,
+        fresh: bool = False,
+        save_to: str = "",
+    ):
+        _plain_errors()
+        _refuse_unknown_parameters()
+        self.profile: Profile = find_profile(profile)
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise MusotaError(f"seed must be a whole number of at least 0, not {seed!r}.")
+        if not isinstance(fresh, bool):
+            raise MusotaError(f"fresh must be True or False, not {fresh!r}.")
+        self.seed, self.fresh = seed, fresh
+        self.corpus: Corpus = load_corpus(corpus, self.profile.vocab_size or 50_000)
+        self.corpus = self.corpus.limited(self.profile)
+        self.folder = results_folder(self.profile.name, self.corpus.name, save_to)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MusotaError(
+                f"The results folder {self.folder} cannot be made ({error.strerror}): set save_to "
+                "to a folder that can be written."
+            ) from None
+        print(self.about)
+
+    @property
+    def about(self) -> str:
+        """Corpus and profile in two lines, for every output and figure."""
+        corpus = self.corpus
+        return (
+            f"corpus {corpus.name} ({corpus.source}), {len(corpus.train):,} training and "
+            f"{len(corpus.valid):,} validation tokens, vocabulary {corpus.tokenizer.size:,}\n"
+            f"profile {self.profile.name}, {device_name()}, results in {self.folder}"
+        )
+
+    @property
+    def footer(self) -> str:
+        return footer(self.corpus.name, self.corpus.tokenizer.size, self.profile.name)
+
+    def experiment(self, name: str) -> Experiment:
+        """One of the plan's experiments (or `<name>_twin`) at this profile's size."""
+        if name.endswith("_twin"):
+            return twin(self.experiment(name.removesuffix("_twin")))
+        return scaled(find_experiment(name), self.profile)
+
+    def train(self, name: str) -> Run:
+        """Train an experiment here, go on with it, or load it if it has finished."""
+        return train(
+            self.experiment(name),
+            self.corpus,
+            self.folder / f"{name}-seed{self.seed}",
+            resume=not self.fresh,
+            seed=self.seed,
+            name=name,
+            profile=self.profile.name,
+        )
+
+    def evidence(self, *names: str) -> Evidence:
+        """Recorded runs with these names: of this folder, else those that come with the repository.
+
+        The second are taken only where this folder has not all of the names; `.note` says so, or
+        what is missing, in one sentence.
+        """
+        own = read_evidence(self.folder, self.corpus.fingerprint).only(*names)
+        missing = [name for name in names if name not in own.names]
+        if not missing:
+            return own
+        wanted = f"{', '.join(missing)} not yet trained in {self.folder}"
+        for profile in COMMITTED:
+            kept = read_evidence(ROOT / "results" / profile).only(*names)
+            if all(name in kept.names for name in names):
+                note = (
+                    f"{wanted}: these are the results of profile {profile} kept with the workbook."
+                )
+                return dataclasses.replace(kept, note=note)
+        return dataclasses.replace(own, note=f"{wanted}: run the notebook that trains it first.")
+
+    @cached_property
+    def ladder(self) -> dict[str, float]:
+        """Perplexity of the measured rungs on valid; kept in ladder.json."""
+        path = self.folder / "ladder.json"
+        if path.exists():
+            kept = json.loads(path.read_text())
+            if kept["fingerprint"] == self.corpus.fingerprint:
+                return kept["ppl"]
+        rungs = measure_ladder(self.corpus)
+        self.write_json("ladder.json", {"fingerprint": self.corpus.fingerprint, "ppl": rungs})
+        return rungs
+
+    def write_json(self, name: str, data: Mapping) -> None:
+        text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+        write_whole(self.folder / name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def show(
+        self, figure: Figure, name: str, run: Run | None = None, about: str | None = None
+    ) -> None:
+        """Save a figure as `<name>.png` beside the results (or in a run's folder) and show it.
+
+        `about` is the line under it, by default this corpus and profile.
+        """
+        path = (run.path if run else self.folder) / f"{name}.png"
+        save_figure(figure, path, self.footer if about is None else about)
+        from IPython.display import Image, display
+
+        display(Image(data=path.read_bytes()))
+
+    def scaling_table(self, *names: str) -> pd.DataFrame:
+        """Every scaled value beside the plan's, for the experiments named."""
+        columns = {}
+        for name in names:
+            columns[name, "plan"] = _flat_fields(find_experiment(name))
+            columns[name, self.profile.name] = _flat_fields(self.experiment(name))
+        return pd.DataFrame(columns).map(lambda value: "" if pd.isna(value) else f"{value:,g}")
+
+
+def tell(findings: Finding | Sequence[Finding]) -> None:
+    """Show findings as a list of sentences."""
+    findings = [findings] if isinstance(findings, Finding) else findings
+    from IPython.display import Markdown, display
+
+    display(Markdown("\n".join(f"- {finding.sentence}" for finding in findings)))
+
+
+def _flat_fields(experiment: Experiment) -> dict:
+    described = experiment.to_dict()
+    del described["model"]["kind"]
+    return (
+        described["model"] | described["training"] | {"parameters": experiment.model.n_parameters}
+    )
+
+
+def _refuse_unknown_parameters() -> None:
+    """Papermill only warns of parameters a notebook does not have; here they are an error."""
+    try:
+        cells = get_ipython().user_ns["In"]
+    except NameError:
+        return  # not in a notebook
+    for source in cells:
+        if source.startswith("# Parameters\n"):  # the cell papermill injects
+            for statement in ast.parse(source).body:
+                name = statement.targets[0].id
+                if name not in PARAMETERS:
+                    raise nearest_name("notebook parameter", name, PARAMETERS)
+
+
+def _plain_errors() -> None:
+    """In a notebook, show a MusotaError as its sentence instead of a traceback."""
+    try:
+        shell = get_ipython()
+    except NameError:
+        return
+
+    def show(shell, kind, error, _, tb_offset=None):
+        shell._showtraceback(kind, error, [f"{kind.__name__}: {error}"])
+
+    shell.set_custom_exc((MusotaError,), show)
