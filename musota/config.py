@@ -99,7 +99,7 @@ class MuConfig:
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """The baseline: a GPT-2 style transformer, embeddings tied. Raises MusotaError on bad values."""
+    """The baseline: a GPT-2 style transformer. Raises MusotaError on bad values."""
 
     vocab_size: int = 50_000
     max_seq_len: int = 192

@@ -1,7 +1,7 @@
 """Data -> Figure. Computes nothing and saves nothing.
 
-Colours are Okabe and Ito's, told apart by people who see no red or no green; line styles and markers
-repeat the distinction for black-and-white prints.
+Colours are Okabe and Ito's, told apart by people who see no red or no green; line styles, markers
+and hatches repeat the distinction for black-and-white prints.
 """
 
 from __future__ import annotations
@@ -130,48 +130,28 @@ def ledgers(ledgers: Mapping[str, Mapping[str, int]]) -> Figure:
         {group for ledger in ledgers.values() for group in ledger},
         key=lambda group: -max(ledger.get(group, 0) for ledger in ledgers.values()),
     )
-    for row, (name, ledger) in enumerate(ledgers.items()):
+    fills = {
+        group: {"fc": _SHADES[i % 8], "hatch": _HATCHES[(i + i // 8) % 8], "ec": "white", "lw": 0.6}
+        for i, group in enumerate(groups)
+    }
+    largest = max(sum(ledger.values()) for ledger in ledgers.values())
+    for row, ledger in enumerate(ledgers.values()):
         total, left = sum(ledger.values()), 0
-        for index, group in enumerate(groups):
+        for group in groups:
             size = ledger.get(group, 0)
-            if not size:
-                continue
-            axis.barh(
-                row,
-                size,
-                left=left,
-                color=_SHADES[index % 8],
-                hatch=_HATCHES[(index + index // 8) % 8],
-                edgecolor="white",
-                linewidth=0.6,
-            )
-            if size > 0.07 * max(sum(other.values()) for other in ledgers.values()):
-                axis.text(
-                    left + size / 2,
-                    row,
-                    f"{size / total:.0%}",
-                    ha="center",
-                    va="center",
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-                    fontsize=9,
+            axis.barh(row, size, left=left, **fills[group])
+            if size > 0.07 * largest:
+                share = axis.text(
+                    left + size / 2, row, f"{size / total:.0%}", ha="center", va="center"
                 )
+                share.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.5})
             left += size
         axis.text(left, row, f"  {total:,}", va="center", fontsize=9)
-    handles = [
-        Rectangle(
-            (0, 0),
-            1,
-            1,
-            facecolor=_SHADES[i % 8],
-            hatch=_HATCHES[(i + i // 8) % 8],
-            edgecolor="white",
-        )
-        for i in range(len(groups))
-    ]
+    handles = [Rectangle((0, 0), 1, 1, **fills[group]) for group in groups]
     axis.set_yticks(range(len(ledgers)), list(ledgers))
     axis.invert_yaxis()
     axis.set(xlabel="parameters", title="Parameter ledger")
-    axis.set_xlim(0, 1.14 * max(sum(ledger.values()) for ledger in ledgers.values()))
+    axis.set_xlim(0, 1.14 * largest)
     axis.xaxis.set_major_formatter(_THOUSANDS)
     figure.legend(handles, groups, fontsize=8, ncols=5, loc="outside lower center")
     return figure

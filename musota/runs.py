@@ -56,7 +56,7 @@ class Run:
 
     @cached_property
     def history(self) -> pd.DataFrame:
-        """One row an epoch: epoch, step, tokens, seconds, train_loss, valid_loss, ppl, accuracy …"""
+        """One row an epoch: epoch, step, tokens, seconds, train_loss, valid_loss, ppl, …"""
         rows = [r for r in self.records if r["kind"] == "epoch"]
         return pd.DataFrame(rows).drop(columns=["kind", "samples"], errors="ignore")
 

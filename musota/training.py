@@ -49,7 +49,7 @@ def learning_rate_at(step: int, training: TrainConfig, total_steps: int) -> floa
 
 
 def precision_for_device() -> str:
-    """Mixed precision that pays here: bf16 on GPUs that really have it, fp16 on older, else none."""
+    """What pays here: bf16 on GPUs that really have it, fp16 on older ones, else full precision."""
     if not torch.cuda.is_available():
         return "no"
     # is_bf16_supported() says yes on a T4, which only emulates it.
@@ -62,8 +62,8 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """Nats (float32) and top-1 hits (bool) of tokens 1 … n−1, each predicted once; (n−1,) each.
 
-    Windows of max_seq_len advance by `stride` (default: their length), so that with a smaller
-    stride all but the first window score only tokens with at least max_seq_len − stride before them.
+    Windows of max_seq_len advance by `stride` (default: their length): with a smaller stride all
+    but the first window score only tokens that have at least max_seq_len − stride before them.
     Raises MusotaError for too few tokens, an id out of range or a stride out of bounds.
     """
     length = model.config.max_seq_len
@@ -215,7 +215,7 @@ class _Trainer:
         self.best_loss, self.summary = math.inf, {}
 
     def _default_micro_batch(self) -> int:
-        """A GPU takes a whole step at once; a CPU about 1,500 tokens, where its caches still help."""
+        """A GPU takes a whole step at once, a CPU about 1,500 tokens."""
         step = self.training.sequences_per_step
         if self.device.type != "cpu":
             return step
@@ -251,8 +251,8 @@ class _Trainer:
         except KeyboardInterrupt:
             self._checkpoint()
             print(
-                f"\nInterrupted after step {self.step} of {self.total_steps}; it is saved. The same "
-                "call goes on from there."
+                f"\nInterrupted after step {self.step} of {self.total_steps}; it is saved. The "
+                "same call goes on from there."
             )
             if not self.summary:  # nothing measured that could be returned
                 raise

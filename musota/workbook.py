@@ -118,9 +118,7 @@ class Workbook:
         for profile in COMMITTED:
             kept = read_evidence(ROOT / "results" / profile).only(*names)
             if all(name in kept.names for name in names):
-                note = (
-                    f"{wanted}: these are the results of profile {profile} kept with the workbook."
-                )
+                note = f"{wanted}: here is profile {profile} as kept with the workbook."
                 return dataclasses.replace(kept, note=note)
         return dataclasses.replace(own, note=f"{wanted}: run the notebook that trains it first.")
 
