@@ -119,6 +119,7 @@ def _execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> Non
             stdout_file=relay,
             stderr_file=relay,
             iopub_timeout=60,
+            extra_arguments=["--log-level=ERROR"],
             start_timeout=120,
         )
     except papermill.PapermillExecutionError as error:

@@ -177,6 +177,10 @@ class Experiment:
         model = {"kind": kind, **dataclasses.asdict(self.model)}
         return {"model": model, "training": dataclasses.asdict(self.training)}
 
+    def fields(self) -> dict:
+        """Every field of model and training by name."""
+        return dataclasses.asdict(self.model) | dataclasses.asdict(self.training)
+
     @classmethod
     def from_dict(cls, data: dict) -> Experiment:
         """The inverse of `to_dict`. Raises MusotaError for fields or kinds it does not know."""

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -118,6 +119,22 @@ class Corpus:
 
     def split(self, name: str) -> Tensor:
         return getattr(self, name)
+
+    def statistics(self) -> pd.DataFrame:
+        """One row a split: words, tokens, tokens per word, share of `<unk>`, bytes."""
+        rows = {}
+        for name in SPLITS:
+            tokens, words = self.split(name), self.words[name]
+            rows[name] = {
+                "words and line ends": words,
+                "tokens": len(tokens),
+                "tokens per word": len(tokens) / words,
+                "<unk> rate": int((tokens == self.tokenizer.unknown).sum()) / words,
+                "bytes": self.bytes[name],
+            }
+        return pd.DataFrame(rows).T.astype(
+            {"words and line ends": int, "tokens": int, "bytes": int}
+        )
 
     def limited(self, profile: Profile) -> Corpus:
         """The corpus cut to a profile's token counts, each split at its last line end that fits.

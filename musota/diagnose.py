@@ -19,6 +19,7 @@ REPORTED = {"ppl": 402.17, "accuracy": 0.1725, "epochs": 10, "plateau_after_epoc
 PLAN_LADDER = {"uniform": 50_000.0, "bigram": 10_000.0}  # the plan's guesses, not measured
 STILL_IMPROVING = 0.01  # a phase that lowers the best PPL by less has stalled
 CONFIDENCE = 0.95
+MIN_BLOCKS = 10  # of text: fewer say too little about other text
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -144,11 +145,14 @@ def phases(history: pd.DataFrame, planned_epochs: int) -> list[Finding]:
         inside = history[(history.epoch > start) & (history.epoch <= stop)]
         if inside.empty:
             continue
+        last = int(inside.epoch.max())
         before = history[history.epoch <= start].ppl.min() if start else inside.ppl.iloc[0]
         best = min(before, inside.ppl.min())
         gain = 1 - best / before
-        improved = gain >= STILL_IMPROVING
-        conclusion = f"{'improving' if improved else 'stalled'} (the plan: {expected[index]})"
+        verdict = "improving" if gain >= STILL_IMPROVING else "stalled"
+        if start == 0 and len(inside) == 1:
+            verdict = "too early to say"
+        conclusion = f"{verdict} (the plan: {expected[index]})"
         if index == 0:
             conclusion += (
                 "; the plan's “should match the previous run” cannot be checked, the learning "
@@ -156,8 +160,8 @@ def phases(history: pd.DataFrame, planned_epochs: int) -> list[Finding]:
             )
         findings.append(
             Finding(
-                f"Epochs {start + 1}–{int(inside.epoch.max())}",
-                "improving" if improved else "stalled",
+                f"Epochs {start + 1}–{last}" if last > start + 1 else f"Epoch {last}",
+                verdict,
                 f"best valid PPL {before:.1f} → {best:.1f}, {gain:.1%} lower",
                 f"{STILL_IMPROVING:.0%} counts as improving",
                 conclusion,
@@ -271,13 +275,13 @@ def seed_interval(differences: Sequence[float]) -> Interval:
 
 
 def helps_or_hurts(
-    mu: Mapping[int, Mapping], dense: Mapping[int, Mapping]
+    mu: Mapping[int, Mapping], dense: Mapping[int, Mapping], name: str = "MU-SOTA"
 ) -> tuple[Finding, Interval, Interval | None]:
     """Does MU-SOTA help against its dense twin? Summaries by seed; seeds in both are paired.
 
     Returns the finding, the bootstrap interval over blocks of text (losses averaged over seeds) and
     the interval over seeds (None from one seed, when the verdict is only provisional). Negative
-    differences favour MU-SOTA. Raises ValueError without a common seed or common text.
+    differences favour MU-SOTA. With fewer than ten blocks the verdict stays open. Raises ValueError without a common seed or common text.
     """
     seeds = sorted(mu.keys() & dense.keys())
     if not seeds:
@@ -293,13 +297,15 @@ def helps_or_hurts(
     over_seeds = None
     if len(seeds) > 1:
         over_seeds = seed_interval([a["valid_loss"] - b["valid_loss"] for a, b in pairs])
-    sides = {text.side} | ({over_seeds.side} if over_seeds else set())
+    too_little = len(tokens) < MIN_BLOCKS
+    sides = {0 if too_little else text.side} | ({over_seeds.side} if over_seeds else set())
     side = sides.pop() if len(sides) == 1 else 0
     verdict = {-1: "helps", 0: "undecided", 1: "hurts"}[side]
     conclusion = {
         "helps": "the architecture helps",
         "hurts": "the architecture hurts",
-        "undecided": "undecided, the interval includes 0",
+        "undecided": "undecided, "
+        + ("too little text" if too_little else "an interval includes 0 or the two disagree"),
     }[verdict]
     saw = f"MU-SOTA minus dense twin {text} over blocks of text"
     if over_seeds:
@@ -308,7 +314,7 @@ def helps_or_hurts(
         conclusion = f"provisional, seeds not measured: {conclusion}"
     next_step = "" if over_seeds else "train both with more seeds (-p seed 1, -p seed 2)"
     finding = Finding(
-        "MU-SOTA against its dense twin",
+        f"{name} against its dense twin",
         verdict,
         saw,
         "a 95 % interval that excludes 0",

@@ -230,15 +230,17 @@ def zipf(counts: np.ndarray) -> Figure:
     return figure
 
 
-def ladder(rungs: Mapping[str, float], show_plan: bool) -> Figure:
-    """The measured rungs and, if they are comparable, the plan's guesses and reported result."""
+def ladder(rungs: Mapping[str, float], comparable: bool) -> Figure:
+    """The measured rungs beside the plan's guesses and the reported result.
+
+    `comparable` is False where the plan's numbers speak of another corpus or vocabulary.
+    """
     figure, axis = _figure(9, 3.6)
     bars = [(f"{name} (measured)", ppl, "#0072B2", "") for name, ppl in rungs.items()]
-    if show_plan:
-        bars += [
-            (f"{name} (plan's guess)", ppl, "#E69F00", "//") for name, ppl in PLAN_LADDER.items()
-        ]
-        bars.append(("MU-SOTA, 10 epochs (reported)", REPORTED["ppl"], "#999999", ".."))
+    scale = "" if comparable else ", WikiText-2 at V 50,000"
+    for name, ppl in PLAN_LADDER.items():
+        bars.append((f"{name} (the plan's guess{scale})", ppl, "#E69F00", "//"))
+    bars.append((f"MU-SOTA, 10 epochs (reported{scale})", REPORTED["ppl"], "#999999", ".."))
     bars.sort(key=lambda bar: -bar[1])
     for row, (_, ppl, colour, hatch) in enumerate(bars):
         axis.barh(row, ppl, color=colour, hatch=hatch, edgecolor="white")

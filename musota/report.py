@@ -14,9 +14,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from musota import diagnose, plots
+from musota.config import PLAN_TRAIN_TOKENS, experiments
 from musota.data import write_whole
 from musota.diagnose import Finding, Interval
 from musota.runs import Run, load_runs
+from musota.training import learning_rate_at
 
 ORDER = ("original", "optimized", "baseline", "simplified", "simplified_twin")
 PAIRS = {"optimized": "baseline", "simplified": "simplified_twin"}  # a model and its dense twin
@@ -73,7 +75,7 @@ class Evidence:
         ]
         if not sides[0].keys() & sides[1].keys():
             return None
-        finding, text, seeds = diagnose.helps_or_hurts(*sides)
+        finding, text, seeds = diagnose.helps_or_hurts(*sides, plots.LABELS[name])
         intervals = {"over blocks of text\n(these trained models)": text}
         if seeds:
             intervals["over seeds\n(training again)"] = seeds
@@ -105,6 +107,53 @@ def _reason(run: Run) -> str | None:
     return diagnose.plan_does_not_apply(
         run.config["corpus"]["name"], run.experiment.model.vocab_size, profile
     )
+
+
+def plan_changes() -> pd.DataFrame:
+    """The plan's changes from `original` to `optimized`, with the reasons it gives (reported)."""
+    reasons = {
+        "max_seq_len": "better context, still memory-safe",
+        "batch_size": "compensate for longer sequences",
+        "epochs": "break through the plateau",
+        "learning_rate": "smoother convergence",
+        "warmup_steps": "better stability",
+        "accumulation_steps": "“maintain effective batch = 32”",
+    }
+    old, new = (experiments[name].fields() for name in ("original", "optimized"))
+    rows = [
+        {"parameter": name, "original": old[name], "optimized": new[name], "the plan's reason": why}
+        for name, why in reasons.items()
+    ]
+    return pd.DataFrame(rows).astype({"original": object, "optimized": object})
+
+
+def overlooked_facts() -> list[str]:
+    """What follows from the plan's table though the plan does not say it; computed from it."""
+    old, new = experiments["original"], experiments["optimized"]
+    sequences = [e.training.sequences_per_step for e in (old, new)]
+    per_step = [e.training.sequences_per_step * e.model.max_seq_len for e in (old, new)]
+    micro = [e.training.batch_size * e.model.max_seq_len for e in (old, new)]
+    steps = [
+        e.training.epochs * PLAN_TRAIN_TOKENS // n
+        for e, n in zip((old, new), per_step, strict=True)
+    ]
+    rates = [
+        sum(learning_rate_at(step, e.training, total) for step in range(1, total + 1))
+        for e, total in zip((old, new), steps, strict=True)
+    ]
+    shares = [e.training.warmup_steps / total for e, total in zip((old, new), steps, strict=True)]
+    return [
+        f"The effective batch was not kept at 32: it goes from {sequences[0]} sequences to "
+        f"{sequences[1]}.",
+        f"Tokens per optimizer step go from {per_step[0]:,} to {per_step[1]:,}.",
+        f"The sum of the learning rate over all steps goes from {rates[0]:.2f} to {rates[1]:.2f}: "
+        "three times the epochs, yet half the total movement.",
+        f"Warm-up goes from {shares[0]:.0%} to {shares[1]:.0%} of all steps.",
+        f"“Same memory” rests on {micro[0]} against {micro[1]} tokens a micro-batch; attention "
+        "grows with the square of the length, so it has to be measured.",
+        "The plan gives two times for the first ten epochs: 1.8 hours and 73 minutes (reported).",
+        "The first epochs cannot “match the previous run”: the learning rate is another.",
+    ]
 
 
 def run_findings(
@@ -220,8 +269,8 @@ def write_report(folder: str | os.PathLike) -> Path:
         parts += ["## Parameters by group", ledgers, "## Samples of the last epoch"]
         for run in _one_each(evidence):
             parts.append(f"**{plots.label_of(run)}**")
-            last = max(epoch for epoch, _ in run.samples) if run.samples else 0
-            shown = [sample for epoch, sample in run.samples if epoch == last]
+            last = run.samples[run.samples.epoch == run.samples.epoch.max()]
+            shown = last[["prompt", "text"]].to_dict("records")
             parts.append("\n".join(f"- {_quoted(sample)}" for sample in shown))
     text = "\n\n".join(parts) + "\n"
     path = folder / "README.md"

@@ -66,11 +66,12 @@ class Run:
         rows = [r for r in self.records if r["kind"] == "step"]
         return pd.DataFrame(rows).drop(columns="kind", errors="ignore")
 
-    @property
-    def samples(self) -> list[tuple[int, dict]]:
-        """(epoch, {prompt, text}) in the order they were written."""
-        epochs = (r for r in self.records if r["kind"] == "epoch")
-        return [(r["epoch"], sample) for r in epochs for sample in r["samples"]]
+    @cached_property
+    def samples(self) -> pd.DataFrame:
+        """One row a sample: epoch, prompt, text."""
+        epochs = [r for r in self.records if r["kind"] == "epoch"]
+        rows = [{"epoch": r["epoch"], **sample} for r in epochs for sample in r["samples"]]
+        return pd.DataFrame(rows, columns=["epoch", "prompt", "text"])
 
     def load_model(self) -> CausalLM:
         """The model of the best epoch. Raises MusotaError where the checkpoint was not kept."""

@@ -60,8 +60,8 @@ class Workbook:
         if not isinstance(fresh, bool):
             raise MusotaError(f"fresh must be True or False, not {fresh!r}.")
         self.seed, self.fresh = seed, fresh
-        self.corpus: Corpus = load_corpus(corpus, self.profile.vocab_size or 50_000)
-        self.corpus = self.corpus.limited(self.profile)
+        self.whole_corpus = load_corpus(corpus, self.profile.vocab_size or 50_000)
+        self.corpus: Corpus = self.whole_corpus.limited(self.profile)
         self.folder = results_folder(self.profile.name, self.corpus.name, save_to)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,13 +104,20 @@ class Workbook:
             profile=self.profile.name,
         )
 
+    @property
+    def recorded(self) -> Evidence:
+        """The runs of this folder on this corpus, with the rungs."""
+        return dataclasses.replace(
+            read_evidence(self.folder, self.corpus.fingerprint), rungs=self.ladder
+        )
+
     def evidence(self, *names: str) -> Evidence:
         """Recorded runs with these names: of this folder, else those that come with the repository.
 
         The second are taken only where this folder has not all of the names; `.note` says so, or
         what is missing, in one sentence.
         """
-        own = read_evidence(self.folder, self.corpus.fingerprint).only(*names)
+        own = self.recorded.only(*names)
         missing = [name for name in names if name not in own.names]
         if not missing:
             return own
@@ -134,6 +141,12 @@ class Workbook:
         self.write_json("ladder.json", {"fingerprint": self.corpus.fingerprint, "ppl": rungs})
         return rungs
 
+    def record(self, name: str, findings: Sequence[Finding], **numbers) -> None:
+        """Write `<name>.json` beside the results: what this notebook found."""
+        found = [dataclasses.asdict(finding) for finding in findings]
+        self.write_json(f"{name}.json", {**numbers, "findings": found})
+        print(f"written: {self.folder / name}.json")
+
     def write_json(self, name: str, data: Mapping) -> None:
         text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
         write_whole(self.folder / name, lambda path: path.write_text(text, encoding="utf-8"))
@@ -155,8 +168,12 @@ class Workbook:
         """Every scaled value beside the plan's, for the experiments named."""
         columns = {}
         for name in names:
-            columns[name, "plan"] = _flat_fields(find_experiment(name))
-            columns[name, self.profile.name] = _flat_fields(self.experiment(name))
+            for column, experiment in (
+                ("plan", find_experiment(name)),
+                (f"profile {self.profile.name}", self.experiment(name)),
+            ):
+                size = {"parameters": experiment.model.n_parameters}
+                columns[name, column] = experiment.fields() | size
         return pd.DataFrame(columns).map(lambda value: "" if pd.isna(value) else f"{value:,g}")
 
 
@@ -166,14 +183,6 @@ def tell(findings: Finding | Sequence[Finding]) -> None:
     from IPython.display import Markdown, display
 
     display(Markdown("\n".join(f"- {finding.sentence}" for finding in findings)))
-
-
-def _flat_fields(experiment: Experiment) -> dict:
-    described = experiment.to_dict()
-    del described["model"]["kind"]
-    return (
-        described["model"] | described["training"] | {"parameters": experiment.model.n_parameters}
-    )
 
 
 def _refuse_unknown_parameters() -> None:

@@ -1,0 +1,242 @@
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from musota import data
+from musota.config import MusotaError, Profile
+from musota.data import TextTokenizer, load_corpus, window_starts
+
+ODD = [
+    "",
+    "\n",
+    "one line without an end",
+    "\n\n\nempty lines\n\n",
+    "tabs\tand  double  spaces \n trailing \n",
+    "emoji 😀🏳️‍🌈, accents é è ﬁ, 漢字, عربى\n",
+    "an <unk> word, <unk><unk>, <UNK> and <|endoftext|> spelled out\n",
+    "\r carriage \x0b vertical \u2028 separators \x00 nul\n",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(text_folder):
+    return TextTokenizer.train((text_folder / "train.txt").read_text("utf-8"), 400)
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_any_text_survives_the_tokenizer(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert (ids == tokenizer.line_end).sum() == text.count("\n")
+    assert (ids == tokenizer.unknown).sum() == text.count("<unk>")
+    assert len(ids) == 0 or (ids.min() >= 0 and ids.max() < 400)
+
+
+def test_the_tokenizer_survives_being_saved(tokenizer, tmp_path):
+    from tokenizers import Tokenizer
+
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = TextTokenizer(Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
+    for text in ODD:
+        assert (again.encode(text) == tokenizer.encode(text)).all()
+
+
+def _folder(path, **texts):
+    path.mkdir(exist_ok=True)
+    for split in ("train", "valid", "test"):
+        (path / f"{split}.txt").write_text(texts.get(split, "a few words\n" * 30), "utf-8")
+    return path
+
+
+def test_counts_words_line_ends_and_bytes_by_hand(tmp_path):
+    folder = _folder(tmp_path / "mine", valid="né a b\n\nc <unk>\n")
+    corpus = load_corpus(str(folder), 300)
+    assert corpus.name == "mine"
+    assert corpus.words["valid"] == 5 + 3  # né a b c <unk>, and three line ends
+    assert corpus.bytes["valid"] == len("né a b\n\nc <unk>\n".encode())
+    assert corpus.valid.dtype == torch.int32 and corpus.valid.dim() == 1
+    statistics = corpus.statistics()
+    assert statistics.loc["valid", "<unk> rate"] == pytest.approx(1 / 8)
+
+
+def test_only_the_train_split_teaches_the_tokenizer(tmp_path):
+    plain = load_corpus(str(_folder(tmp_path / "a")), 300)
+    other = load_corpus(str(_folder(tmp_path / "b", valid="zebra zebra zebra\n" * 50)), 300)
+    for text in ("zebra", "a few words"):
+        assert (plain.tokenizer.encode(text) == other.tokenizer.encode(text)).all()
+
+
+def test_a_changed_corpus_is_never_read_stale(tmp_path):
+    folder = _folder(tmp_path / "c")
+    before = load_corpus(str(folder), 300)
+    assert torch.equal(before.train, load_corpus(str(folder), 300).train)
+    (folder / "valid.txt").write_text("other words entirely\n" * 30, "utf-8")
+    after = load_corpus(str(folder), 300)
+    assert after.fingerprint != before.fingerprint
+    assert after.tokenizer.decode(after.valid).startswith("other words")
+    assert load_corpus(str(folder), 299).fingerprint != after.fingerprint
+
+
+def test_white_space_at_line_ends_does_not_count(tmp_path):
+    local = load_corpus(str(_folder(tmp_path / "d", valid=" = Title = \n \n text \n")), 300)
+    hub = load_corpus(str(_folder(tmp_path / "e", valid=" = Title =\n\n text\n")), 300)
+    assert local.fingerprint == hub.fingerprint
+
+
+def test_limits_cut_at_a_line_end_and_recount(text_folder):
+    whole = load_corpus(str(text_folder), 512)
+    cut = whole.limited(Profile("some", 512, train_tokens=5000, valid_tokens=800))
+    assert 4000 < len(cut.train) <= 5000 and len(cut.valid) <= 800
+    assert torch.equal(cut.valid, whole.valid[: len(cut.valid)])
+    assert cut.valid[-1] == whole.tokenizer.line_end
+    text = whole.tokenizer.decode(cut.valid)
+    assert cut.words["valid"] == len(text.split()) + text.count("\n")
+    assert cut.fingerprint != whole.fingerprint
+    assert whole.limited(Profile("full")).train is whole.train
+
+
+@pytest.mark.parametrize(("n", "length"), [(1000, 7), (101, 10), (15, 7), (50, 25)])
+def test_windows_tile_the_stream_from_a_random_offset(n, length):
+    counts, offsets = set(), set()
+    for epoch in range(30):
+        starts = window_starts(n, length, seed=3, epoch=epoch)
+        counts.add(len(starts))
+        ordered = starts.sort().values
+        offset = int(ordered[0])
+        offsets.add(offset)
+        assert 0 <= offset < length
+        assert torch.equal(ordered, offset + length * torch.arange(len(starts)))
+        assert ordered[-1] + length < n  # its last target exists
+        targets = (ordered[:, None] + 1 + torch.arange(length)).flatten()
+        assert len(targets.unique()) == len(targets)  # no token predicted twice
+    assert len(counts) == 1  # the same number each epoch
+    assert n - 2 * length <= counts.pop() * length <= n
+    assert len(offsets) > min(3, length - 1)
+
+
+def test_windows_depend_on_seed_and_epoch_alone():
+    torch.manual_seed(1)
+    first = window_starts(5000, 10, seed=0, epoch=4)
+    torch.manual_seed(2)
+    assert torch.equal(first, window_starts(5000, 10, seed=0, epoch=4))
+    assert not torch.equal(first, window_starts(5000, 10, seed=0, epoch=5))
+    assert not torch.equal(first, window_starts(5000, 10, seed=1, epoch=4))
+    assert not torch.equal(first, first.sort().values)
+    with pytest.raises(MusotaError, match="too few for windows of 10"):
+        window_starts(15, 10, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda f: (f / "valid.txt").unlink(), "has no valid.txt"),
+        (lambda f: (f / "test.txt").write_text(" \n"), "The test text of .* is empty"),
+        (lambda f: (f / "train.txt").write_bytes(b"fine \xff\xfe not"), "not UTF-8 .byte 5"),
+    ],
+)
+def test_bad_folders_get_one_sentence(tmp_path, prepare, message):
+    folder = _folder(tmp_path / "f")
+    prepare(folder)
+    with pytest.raises(MusotaError, match=message):
+        load_corpus(str(folder), 300)
+
+
+def test_bad_names_get_one_sentence(tmp_path):
+    with pytest.raises(MusotaError, match="did you mean 'wikitext-2'"):
+        load_corpus("wikitext2", 300)
+    with pytest.raises(MusotaError, match="There is no folder"):
+        load_corpus(str(tmp_path / "nowhere"), 300)
+    with pytest.raises(MusotaError, match="vocab_size=200 is below the 258"):
+        load_corpus("python-docs", 200)
+
+
+def test_a_local_copy_is_preferred_to_the_hub(tmp_path):
+    _folder(tmp_path / "wikitext-2", train="a local copy\n" * 40)
+    corpus = load_corpus("auto", 300, data_dir=tmp_path)
+    assert (corpus.name, corpus.source) == ("wikitext-2", "local copy")
+    assert corpus.tokenizer.decode(corpus.train).startswith("a local copy")
+    assert load_corpus("wikitext-2", 300, data_dir=str(tmp_path)).fingerprint == corpus.fingerprint
+
+
+def test_auto_falls_back_on_python_docs_and_says_so(monkeypatch, text_folder):
+    texts = {s: (text_folder / f"{s}.txt").read_text("utf-8") for s in data.SPLITS}
+    monkeypatch.setattr(data, "_python_docs", lambda: texts)
+    corpus = load_corpus("auto", 300)
+    assert corpus.name == "python-docs"
+    assert "instead of wikitext-2, because HF_HUB_OFFLINE is set" in corpus.source
+
+
+def test_python_docs_are_split_by_document_without_repeats(monkeypatch, tmp_path):
+    package = tmp_path / "library"
+    (package / "tests").mkdir(parents=True)
+    (package / "broken.py").write_text("def (:\n")
+    words = "word " * 25
+    for number in range(200):
+        body = f'"""Module {number} {words}"""\n\ndef f():\n    """Same everywhere {words}"""\n'
+        (package / f"m{number}.py").write_text(body + 'def g():\n    """short"""\n')
+    (package / "tests" / "t.py").write_text(f'"""Test {words}"""\n')
+    monkeypatch.setattr(data, "DOCS_PACKAGES", ())
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(package)})
+    texts = data._collect_docs()
+    documents = {split: text.strip().split("\n\n") for split, text in texts.items()}
+    assert sum(map(len, documents.values())) == 201  # 200 modules and the repeated one once
+    assert [len(documents[s]) for s in data.SPLITS] == [181, 10, 10]
+    assert "Test word" not in str(documents) and "short" not in str(documents)
+    assert documents["train"] != sorted(documents["train"])
+
+
+def test_python_docs_exist_here(tmp_path):
+    """The real thing, once: about two million words on any machine with the requirements."""
+    corpus = load_corpus("python-docs", 2048)
+    assert corpus.words["train"] > 1_000_000
+    assert 0.03 < corpus.words["valid"] / corpus.words["train"] < 0.08
+    started = time.perf_counter()
+    again = load_corpus("python-docs", 2048)
+    assert again.fingerprint == corpus.fingerprint
+    assert time.perf_counter() - started < 10  # from the cache
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_an_unreachable_hub_is_answered_within_seconds(silent, tmp_path):
+    """Whether it refuses or, silent, never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if silent:
+            server.listen()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        code = "import musota\nmusota.load_corpus('wikitext-103')"
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": address,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path),
+        }
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        )
+    assert time.perf_counter() - started < 40  # importing torch and datasets included
+    assert "does not answer" in done.stderr and "Three ways on" in done.stderr
+
+
+def test_cached_files_are_written_whole(tmp_path):
+    def fails(path):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.write_whole(tmp_path / "file", fails)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_encoding_is_one_to_one_with_the_texts_lines(tokenizer):
+    text = "first line\nsecond line\n"
+    pieces = [tokenizer.encode(line) for line in ("first line", "second line")]
+    end = np.array([tokenizer.line_end])
+    assert (tokenizer.encode(text) == np.concatenate([pieces[0], end, pieces[1], end])).all()

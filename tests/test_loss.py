@@ -1,0 +1,69 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from musota import loss as loss_room
+from musota.loss import linear_cross_entropy, score_tokens
+
+
+def _problem(tokens, bias, seed=0):
+    torch.manual_seed(seed)
+    hidden = torch.randn(tokens, 16, requires_grad=True)
+    weight = torch.randn(97, 16, requires_grad=True)
+    bias = torch.randn(97, requires_grad=True) if bias else None
+    return hidden, weight, bias, torch.randint(97, (tokens,))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 512, 1025])  # below, at and above whole chunks
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_the_plain_loss_in_value_and_gradient(tokens, bias):
+    hidden, weight, bias, targets = _problem(tokens, bias)
+    leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None]
+    wanted = F.cross_entropy(F.linear(hidden, weight, bias), targets)
+    got = linear_cross_entropy(hidden, weight, bias, targets)
+    torch.testing.assert_close(got, wanted)
+    for mine, plain in zip(
+        torch.autograd.grad(3 * got, leaves), torch.autograd.grad(3 * wanted, leaves), strict=True
+    ):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_under_autocast_it_is_as_near_as_the_dtype_allows(dtype):
+    hidden, weight, bias, targets = _problem(300, True)
+    wanted = F.cross_entropy(F.linear(hidden, weight, bias), targets)
+    (plain,) = torch.autograd.grad(wanted, weight)
+    with torch.autocast("cpu", dtype=dtype):
+        got = linear_cross_entropy(hidden, weight, bias, targets)
+    (mine,) = torch.autograd.grad(got, weight)
+    assert got.dtype == torch.float32 and mine.dtype == torch.float32
+    torch.testing.assert_close(got, wanted, rtol=5e-3, atol=0)
+    assert (mine - plain).norm() < 0.02 * plain.norm()
+
+
+def test_no_tensor_as_large_as_all_logits_is_ever_made(monkeypatch):
+    monkeypatch.setattr(loss_room, "CHUNK_TOKENS", 32)
+    hidden, weight, bias, targets = _problem(640, True)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        linear_cross_entropy(hidden, weight, bias, targets).backward()
+        score_tokens(hidden, weight, bias, targets)
+    assert largest < 640 * 97 / 4
+
+
+def test_scores_are_the_losses_and_hits_of_each_token():
+    hidden, weight, bias, targets = _problem(700, True)
+    logits = F.linear(hidden, weight, bias)
+    nats, hits = score_tokens(hidden.view(7, 100, 16), weight, bias, targets.view(7, 100))
+    assert nats.shape == hits.shape == (7, 100)
+    torch.testing.assert_close(nats.flatten(), F.cross_entropy(logits, targets, reduction="none"))
+    assert torch.equal(hits.flatten(), logits.argmax(-1) == targets)

@@ -1,0 +1,260 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import musota
+from musota.config import MusotaError
+from musota.lm import flops_per_token
+from musota.mu import BlockAttention, CrossAttention, entropy
+
+SMALL = {"vocab_size": 60, "max_seq_len": 12, "n_layer": 2}
+CONFIGS = {
+    "8x8/16": musota.MuConfig(**SMALL),
+    "6x6/8": musota.MuConfig(matrix_size=6, n_block=8, n_head=6, **SMALL),
+    "8x8/8": musota.MuConfig(n_block=8, **SMALL),
+    "dense": musota.DenseConfig(d_model=48, n_head=3, **SMALL),
+}
+
+
+@pytest.fixture(params=CONFIGS, ids=list(CONFIGS))
+def model(request):
+    torch.manual_seed(0)
+    return musota.build_model(CONFIGS[request.param])
+
+
+def test_ledgers_of_the_plans_models():
+    ledger = musota.build_model(musota.experiments["optimized"].model).parameter_ledger()
+    assert ledger == {
+        "embedding": 3_200_000,
+        "positions": 12_288,
+        "affinity tables": 9_600_000,
+        "block attention": 15_360,
+        "cross attention": 199_680,
+        "feed-forward": 397_056,
+        "norms": 3_072 + 128,
+        "gate": 13_440,
+        "output": 3_250_000,
+    }
+    assert sum(ledger.values()) == 16_691_024
+    simplified = musota.build_model(musota.experiments["simplified"].model)
+    assert sum(simplified.parameter_ledger().values()) == 6_994_104
+    dense = musota.build_model(musota.experiments["baseline"].model).parameter_ledger()
+    assert abs(sum(dense.values()) / 16_691_024 - 1) < 0.001
+
+
+def test_ledger_sums_to_the_built_models_parameters_and_to_the_formula(model):
+    built = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(model.parameter_ledger().values()) == built == model.config.n_parameters
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_token_changes_a_logit_before_it(model, training):
+    model.train(training)
+    ids = torch.randint(60, (2, 12), generator=torch.Generator().manual_seed(1))
+
+    def logits(ids):
+        torch.manual_seed(5)  # the same dropout in each pass
+        return model(ids)[0].detach()
+
+    base = logits(ids)
+    for position in range(12):
+        changed = ids.clone()
+        changed[:, position] = (changed[:, position] + 1) % 60
+        difference = (logits(changed) - base).abs().amax(-1)
+        assert difference[:, :position].max() == 0 if position else True
+        assert (difference[:, position] > 0).all()  # and it does change its own
+    assert (difference[:, -1] > 0).all()
+
+
+def test_every_later_logit_hears_of_the_first_token(model):
+    model.eval()
+    ids = torch.randint(60, (1, 12), generator=torch.Generator().manual_seed(2))
+    changed = ids.clone()
+    changed[0, 0] = (changed[0, 0] + 1) % 60
+    assert ((model(ids)[0] - model(changed)[0]).abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize(("n_block", "size"), [(16, 4), (2, 6), (8, 8)])
+def test_blocks_together_equal_blocks_one_by_one(n_block, size):
+    torch.manual_seed(0)
+    together = BlockAttention(n_block, size).double()
+    for parameter in together.parameters():  # biases too, so that they are tested
+        nn.init.normal_(parameter)
+    x = torch.randn(3, 7, n_block * size, dtype=torch.double, requires_grad=True)
+    mask = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.double)
+    outputs, literal = [], []
+    for block, cells in enumerate(x.split(size, -1)):
+        one = nn.MultiheadAttention(size, 2, batch_first=True).double()
+        with torch.no_grad():
+            one.in_proj_weight.copy_(together.in_weight[block])
+            one.in_proj_bias.copy_(together.in_bias[block, 0])
+            one.out_proj.weight.copy_(together.out_weight[block])
+            one.out_proj.bias.copy_(together.out_bias[block, 0])
+        outputs.append(one(cells, cells, cells, attn_mask=mask, need_weights=False)[0])
+        literal.append(one)
+    expected, got = torch.cat(outputs, -1), together(x)
+    torch.testing.assert_close(got, expected)
+    direction = torch.randn_like(expected)
+    (expected_dx,) = torch.autograd.grad(expected, x, direction, retain_graph=True)
+    (got_dx,) = torch.autograd.grad(got, x, direction, retain_graph=True)
+    torch.testing.assert_close(got_dx, expected_dx)
+    expected.backward(direction)
+    got.backward(direction)
+    for name, of_one in [("in_weight", "in_proj_weight"), ("in_bias", "in_proj_bias")]:
+        wanted = torch.stack([getattr(one, of_one).grad for one in literal])
+        torch.testing.assert_close(getattr(together, name).grad.view_as(wanted), wanted)
+    wanted = torch.stack([one.out_proj.weight.grad for one in literal])
+    torch.testing.assert_close(together.out_weight.grad, wanted)
+
+
+def test_cross_attention_equals_torchs_with_its_entropy():
+    torch.manual_seed(0)
+    ours = CrossAttention(64, 8)
+    theirs = nn.MultiheadAttention(64, 8, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(ours.qkv.weight)
+        theirs.in_proj_bias.copy_(ours.qkv.bias.normal_())
+        theirs.out_proj.weight.copy_(ours.out.weight)
+        theirs.out_proj.bias.copy_(ours.out.bias.normal_())
+    x = torch.randn(2, 9, 64)
+    mask = nn.Transformer.generate_square_subsequent_mask(9)
+    wanted, weights = theirs(x, x, x, attn_mask=mask, average_attn_weights=False)
+    got, spread = ours(x)
+    torch.testing.assert_close(got, wanted)
+    definition = torch.special.entr(weights).sum(-1).mean(1)  # −Σ p log p, mean over heads
+    torch.testing.assert_close(spread, definition)
+    assert torch.allclose(spread[:, 0], torch.zeros(2), atol=1e-6)  # one token: no choice
+
+
+def test_entropy_has_a_finite_gradient_where_weights_are_zero():
+    scores = torch.randn(4, 6, requires_grad=True)
+    masked = scores.masked_fill(torch.ones(4, 6, dtype=torch.bool).triu(2), float("-inf"))
+    entropy(masked.softmax(-1)).sum().backward()
+    assert scores.grad.isfinite().all() and scores.grad.abs().max() > 0
+    # The naive formula is what this guards against.
+    weights = masked.detach().softmax(-1).requires_grad_()
+    torch.special.entr(weights).sum().backward()
+    assert not weights.grad.isfinite().all()
+
+
+def test_the_gate_moves_each_block_by_its_own_sensitivity():
+    """Step 5 of the design, literally: X_n ← X_n + s_n (Z_n − X_n), s in (0, β)."""
+    torch.manual_seed(0)
+    layer = musota.build_model(CONFIGS["6x6/8"]).eval().layers[0]
+    x, affinity = torch.randn(2, 5, 36), torch.randn(2, 5, 8)
+    seen = {}
+    hook = layer.gate.register_forward_hook(lambda _, __, out: seen.update(s=out))
+    hook_z = layer.norm_feed_forward.register_forward_hook(lambda _, __, out: seen.update(z=out))
+    got = layer(x, affinity)
+    hook.remove()
+    hook_z.remove()
+    start = 0
+    for block, size in enumerate((4, 4, 4, 4, 4, 4, 6, 6)):
+        cells = slice(start, start + size)
+        s = seen["s"][..., block : block + 1]
+        assert ((s > 0) & (s < 0.5)).all()
+        wanted = x[..., cells] + s * (seen["z"][..., cells] - x[..., cells])
+        torch.testing.assert_close(got[..., cells], wanted)
+        start += size
+
+
+def test_initialisation_follows_the_design():
+    torch.manual_seed(0)
+    model = musota.build_model(musota.MuConfig(vocab_size=5000, n_layer=2))
+    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.affinity.weight.std().item() == pytest.approx(0.1, rel=0.02)
+    assert (model.layers[0].gate.beta == 0.5).all()
+    block = model.layers[0].block_attention[0]
+    bound = (6 / 8) ** 0.5  # Xavier on a 4×4 map
+    assert 0.9 * bound < block.in_weight.abs().max() <= bound
+    assert all((p == 0).all() for n, p in model.named_parameters() if n.endswith("bias"))
+    dense = musota.build_model(musota.DenseConfig(vocab_size=500))
+    residual = dense.layers[3].feed_forward_down.weight
+    assert residual.std().item() == pytest.approx(0.02 / 24**0.5, rel=0.05)
+
+
+def test_weight_decay_touches_matrices_of_linear_maps_only(model):
+    decayed, plain = model.optimizer_groups(0.01)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(parameter)] for parameter in decayed["params"]}
+    plain = {names[id(parameter)] for parameter in plain["params"]}
+    assert decayed | plain == set(names.values()) and not decayed & plain
+    for name in decayed:
+        assert name.endswith("weight")
+        assert not any(w in name for w in ("embedding", "positions", "affinity", "norm", "gate"))
+    maps = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "gate" not in n]
+    assert {f"{name}.weight" for name in maps} <= decayed
+
+
+def test_one_small_batch_is_learned_by_heart(model):
+    model.eval()  # no dropout
+    torch.manual_seed(0)
+    window = torch.randint(60, (4, 13))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(250):
+        loss = model(window[:, :-1], window[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_forward_returns_logits_or_loss(model):
+    model.eval()
+    window = torch.randint(60, (3, 13))
+    logits, nothing = model(window[:, :-1])
+    assert logits.shape == (3, 12, 60) and nothing is None
+    nothing, loss = model(window[:, :-1], window[:, 1:])
+    assert nothing is None
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten()))
+    with pytest.raises(MusotaError, match="13 tokens does not fit the 12 learned positions"):
+        model(torch.zeros(1, 13, dtype=torch.long))
+
+
+def test_generate_is_seeded_bounded_and_honours_its_filters(model):
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    first = model.generate(prompt, 15, temperature=0.9, top_k=20, top_p=0.9, seed=3)
+    assert first.shape == (2, 18)  # beyond max_seq_len: the window slides
+    assert torch.equal(first, model.generate(prompt, 15, 0.9, 20, 0.9, seed=3))
+    assert not torch.equal(first, model.generate(prompt, 15, 0.9, 20, 0.9, seed=4))
+    greedy = model.generate(prompt, 5, temperature=0)
+    assert torch.equal(greedy, model.generate(prompt, 5, top_k=1))
+    assert torch.equal(greedy, model.generate(prompt, 5, top_p=1e-6))
+    model.eval()
+    logits = model(prompt)[0][:, -1]
+    allowed = logits.topk(5).indices
+    for seed in range(20):
+        drawn = model.generate(prompt, 1, top_k=5, seed=seed)[:, -1:]
+        assert (drawn == allowed).any(1).all()
+    for bad in ({"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.5}):
+        with pytest.raises(MusotaError):
+            model.generate(prompt, 1, **bad)
+    with pytest.raises(MusotaError, match="Token id 60 is out of range"):
+        model.generate(torch.tensor([[60]]), 1)
+
+
+def test_saving_and_loading_gives_the_same_model(model, tmp_path):
+    model.save(tmp_path)
+    loaded = musota.load_model(tmp_path)
+    assert loaded.config == model.config
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name])
+    (tmp_path / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(MusotaError, match="cannot be read"):
+        musota.load_model(tmp_path)
+    with pytest.raises(MusotaError, match="No saved model"):
+        musota.load_model(tmp_path / "elsewhere")
+
+
+def test_flops_count_the_output_layer_and_leave_gradients_alone():
+    model = musota.build_model(CONFIGS["dense"])
+    before = copy.deepcopy(model.state_dict())
+    counted = flops_per_token(model)
+    d, V, T, L = 48, 60, 12, 2
+    by_hand = 6 * (L * 12 * d * d + V * d) + L * 12 * T * d
+    assert counted == pytest.approx(by_hand, rel=0.01)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
