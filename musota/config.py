@@ -266,7 +266,7 @@ profiles: dict[str, Profile] = {
     profile.name: profile
     for profile in (
         Profile("full"),
-        Profile("study", 8192, 170_000, 40_000, 1 / 3, 1 / 2, 1 / 5, 1 / 4, 30.0),
+        Profile("study", 8192, 330_000, 40_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 30.0),
         Profile("quick", 8192, 100_000, 20_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 30.0),
         Profile("tiny", 512, 12_000, 3_000, 1 / 6, 1 / 4, 1 / 10, 1 / 8, 30.0),
     )

@@ -281,7 +281,8 @@ def helps_or_hurts(
 
     Returns the finding, the bootstrap interval over blocks of text (losses averaged over seeds) and
     the interval over seeds (None from one seed, when the verdict is only provisional). Negative
-    differences favour MU-SOTA. With fewer than ten blocks the verdict stays open. Raises ValueError without a common seed or common text.
+    differences favour MU-SOTA. With fewer than ten blocks the verdict stays open. Raises
+    ValueError without a common seed or common text.
     """
     seeds = sorted(mu.keys() & dense.keys())
     if not seeds:

@@ -72,15 +72,8 @@ def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> F
         if name == "uniform":
             continue  # far above everything: it would flatten the curves
         left.axhline(ppl, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)))
-        left.annotate(
-            f"{name} {ppl:,.0f}",
-            (1, ppl),
-            xycoords=("axes fraction", "data"),
-            fontsize=8,
-            ha="right",
-            va="bottom",
-            color="0.3",
-        )
+        label = {"xycoords": ("axes fraction", "data"), "fontsize": 8, "color": "0.3"}
+        left.annotate(f"{name}\n{ppl:,.0f}", (1.01, ppl), va="center", **label)
     left.set(yscale="log", ylabel="valid perplexity per token (log)", title="Perplexity")
     left.yaxis.set_major_formatter(_THOUSANDS)
     left.yaxis.set_minor_formatter(FuncFormatter(_sparse_thousands))
@@ -150,10 +143,9 @@ def ledgers(ledgers: Mapping[str, Mapping[str, int]]) -> Figure:
     handles = [Rectangle((0, 0), 1, 1, **fills[group]) for group in groups]
     axis.set_yticks(range(len(ledgers)), list(ledgers))
     axis.invert_yaxis()
-    axis.set(xlabel="parameters", title="Parameter ledger")
-    axis.set_xlim(0, 1.14 * largest)
-    axis.xaxis.set_major_formatter(_THOUSANDS)
-    figure.legend(handles, groups, fontsize=8, ncols=5, loc="outside lower center")
+    axis.set(xlabel="parameters (millions)", title="Parameter ledger", xlim=(0, 1.18 * largest))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
+    figure.legend(handles, groups, fontsize=8, loc="outside right upper")
     return figure
 
 
@@ -174,13 +166,11 @@ def layouts(pictures: Mapping[str, BlockLayout]) -> Figure:
                     linewidth=1.5,
                 )
             )
-            middle = block.column + block.width / 2, block.row + block.height / 2
-            axis.annotate(
-                block.name, middle, ha="center", va="bottom", fontsize=13, fontweight="bold"
-            )
-            axis.annotate(
-                block.title.replace(" ", "\n"), middle, ha="center", va="top", fontsize=7.5
-            )
+            x = block.column + block.width / 2
+            label = {"ha": "center", "va": "center", "fontsize": 13, "fontweight": "bold"}
+            axis.text(x, block.row + 0.6, block.name, **label)
+            meaning = block.title.replace(" ", "\n")
+            axis.text(x, block.row + block.height - 0.08, meaning, ha="center", fontsize=7.5)
         order = layout.to_matrix(np.arange(m * m))
         for row in range(m):
             for column in range(m):
@@ -252,9 +242,9 @@ def ladder(rungs: Mapping[str, float], comparable: bool) -> Figure:
     return figure
 
 
-def difference(intervals: Mapping[str, Interval], verdict: str) -> Figure:
+def difference(intervals: Mapping[str, Interval], conclusion: str) -> Figure:
     """Differences in loss with their 95 % intervals around 0; left favours MU-SOTA."""
-    figure, axis = _figure(8.5, 1.5 + 0.6 * len(intervals))
+    figure, axis = _figure(8.5, 1.8 + 0.6 * len(intervals))
     for row, interval in enumerate(intervals.values()):
         axis.plot([interval.low, interval.high], [row, row], color="#0072B2", linewidth=3)
         axis.plot(interval.mean, row, "o", color="#0072B2", markersize=8)
@@ -265,14 +255,14 @@ def difference(intervals: Mapping[str, Interval], verdict: str) -> Figure:
     axis.set_xlim(-edge, edge)
     axis.set(
         xlabel="MU-SOTA − dense twin, nats per token (← MU-SOTA better · dense better →)",
-        title=f"Verdict: {verdict}",
+        title=conclusion.replace(": ", "\n", 1),
     )
     axis.grid(axis="x", color="0.9")
     return figure
 
 
 def ppl_against_parameters(runs: Sequence[Run]) -> Figure:
-    """Best valid PPL against parameter count, twins joined by a line."""
+    """Best valid PPL against parameter count."""
     figure, axis = _figure(8, 4.6)
     drawn = set()
     for run in runs:

@@ -288,7 +288,7 @@ def _figures(evidence: Evidence, plan_applies: bool) -> dict[str, Figure]:
     for name in PAIRS:
         if compared := evidence.compare(name):
             finding, intervals = compared
-            title = f"{plots.LABELS[name]} {finding.verdict} against its dense twin"
+            title = f"{finding.rule}: {finding.conclusion}"
             figures[f"verdict_{name}"] = plots.difference(intervals, title)
     if len(shown) > 1:
         figures["ppl_against_parameters"] = plots.ppl_against_parameters(evidence.runs)

@@ -68,7 +68,9 @@ def test_profiles_keep_the_plans_proportions(profile):
         tokens = musota.profiles[profile].train_tokens
         per_step = small.training.sequences_per_step * small.model.max_seq_len
         share = small.training.warmup_steps / (small.training.epochs * tokens / per_step)
-        assert share == pytest.approx(_warmup_share(full.training, full.model.max_seq_len), abs=0.01)
+        assert share == pytest.approx(
+            _warmup_share(full.training, full.model.max_seq_len), abs=0.01
+        )
     assert small.training.epochs >= 3
     assert baseline.model.n_layer == optimized.model.n_layer
     assert abs(baseline.model.n_parameters / optimized.model.n_parameters - 1) < 0.02

@@ -67,7 +67,11 @@ def test_phases_of_a_run_that_stalls_in_the_middle():
     ppl = [*np.linspace(900, 400, 10), *np.full(10, 399.0), *np.linspace(390, 300, 10)]
     first, second, third = diagnose.phases(_history(ppl), 30)
     assert [f.verdict for f in (first, second, third)] == ["improving", "stalled", "improving"]
-    assert [f.rule for f in (first, second, third)] == ["Epochs 1–10", "Epochs 11–20", "Epochs 21–30"]
+    assert [f.rule for f in (first, second, third)] == [
+        "Epochs 1–10",
+        "Epochs 11–20",
+        "Epochs 21–30",
+    ]
     assert "learning rates differ" in " ".join(first.conclusion.split())
 
 

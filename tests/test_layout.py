@@ -30,11 +30,28 @@ def test_each_blocks_cells_fill_its_rectangle(size, n):
 
 def test_the_named_layouts():
     big = BlockLayout.standard(8, 16)
-    assert big.names == tuple("I S C1 C2 R1 R2 T K G M D F P E A X".split())
+    assert big.names == (
+        "I",
+        "S",
+        "C1",
+        "C2",
+        "R1",
+        "R2",
+        "T",
+        "K",
+        "G",
+        "M",
+        "D",
+        "F",
+        "P",
+        "E",
+        "A",
+        "X",
+    )
     assert set(big.sizes) == {4} and big.groups == ((16, 4),)
     assert [(b.row, b.column) for b in big.blocks[:5]] == [(0, 0), (0, 2), (0, 4), (0, 6), (2, 0)]
     small = BlockLayout.standard(6, 8)
-    assert small.names == tuple("I S C1 R1 R2 T K G".split())
+    assert small.names == ("I", "S", "C1", "R1", "R2", "T", "K", "G")
     assert small.sizes == (4, 4, 4, 4, 4, 4, 6, 6) and small.groups == ((6, 4), (2, 6))
     assert [(b.height, b.width) for b in BlockLayout.standard(8, 8).blocks] == [(2, 4)] * 8
 

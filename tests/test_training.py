@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -53,7 +54,7 @@ def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
     assert rates[600] == pytest.approx(5e-4)  # half way down
     assert rates[350] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi / 4)))
     assert rates[1100] == pytest.approx(0, abs=1e-12)
-    assert all(low > high for low, high in zip(rates[100:], rates[101:], strict=False))
+    assert all(low > high for low, high in pairwise(rates[100:]))
     assert learning_rate_at(1, TrainConfig(warmup_steps=0), 10) <= 1e-4
 
 
@@ -277,7 +278,8 @@ def test_lines_written_after_the_checkpoint_are_not_doubled(finished, short, tmp
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 14)
         patch.setattr(
-            training_room._Trainer, "_checkpoint",
+            training_room._Trainer,
+            "_checkpoint",
             lambda t, save=training_room._Trainer._checkpoint: save(t) if t.step < 14 else None,
         )
         musota.train(EXPERIMENT, short, folder, name="finished")
