@@ -120,11 +120,15 @@ def plan_changes() -> pd.DataFrame:
         "accumulation_steps": "“maintain effective batch = 32”",
     }
     old, new = (experiments[name].fields() for name in ("original", "optimized"))
-    rows = [
-        {"parameter": name, "original": old[name], "optimized": new[name], "the plan's reason": why}
+    rows = {
+        name: {
+            "original": f"{old[name]:g}",
+            "optimized": f"{new[name]:g}",
+            "reason (reported)": why,
+        }
         for name, why in reasons.items()
-    ]
-    return pd.DataFrame(rows).astype({"original": object, "optimized": object})
+    }
+    return pd.DataFrame(rows).T
 
 
 def overlooked_facts() -> list[str]:

@@ -310,9 +310,9 @@ class _Trainer:
         }
         self.folder.append({"kind": "step", **record})
         epoch = min(self.training.epochs, self.step // self.steps_per_epoch + 1)
+        best = f", best valid PPL {_exp(self.best_loss):,.0f}" if self.summary else ""
         self.progress.set_postfix_str(
-            f"epoch {epoch}/{self.training.epochs}, training PPL {_exp(loss):,.0f}, "
-            f"best valid PPL {_exp(self.best_loss):,.0f}",
+            f"epoch {epoch}/{self.training.epochs}, training PPL {_exp(loss):,.0f}{best}",
             refresh=False,
         )
 

@@ -1,0 +1,120 @@
+import io
+
+import numpy as np
+import pytest
+
+import musota
+from musota import plots
+from musota.config import TrainConfig
+from musota.layout import BlockLayout
+from musota.report import Evidence, comparison_table, ledger_table, save_figure, verdict_lines
+
+MODELS = {
+    "optimized": musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1),
+    "baseline": musota.DenseConfig(vocab_size=512, max_seq_len=24, n_layer=1, d_model=32, n_head=2),
+}
+
+
+@pytest.fixture(scope="module")
+def evidence(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    training = TrainConfig(epochs=3, learning_rate=3e-3, warmup_steps=5, batch_size=32)
+    for name, model in MODELS.items():
+        run_dir = folder / f"{name}-seed0"
+        musota.train(musota.Experiment(model, training), corpus, run_dir, name=name)
+    rungs = {"uniform": 512.0, "unigram": 230.0, "bigram": 150.0, "trigram": 120.0}
+    return Evidence(folder, tuple(musota.load_runs(folder)), rungs)
+
+
+def _ink(figure):
+    """Share of pixels that are not the background, and of the middle of the picture."""
+    import matplotlib.image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    buffer.seek(0)
+    pixels = matplotlib.image.imread(buffer)[..., :3]
+    height, width = pixels.shape[:2]
+    middle = pixels[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4]
+    return [(part < 0.98).any(-1).mean() for part in (pixels, middle)]
+
+
+def _figures(evidence):
+    runs = evidence.runs
+    ledgers = {run.name: run.summary["parameter_ledger"] for run in runs}
+    layouts = {"8×8": BlockLayout.standard(8, 16), "6×6": BlockLayout.standard(6, 8)}
+    finding, intervals = evidence.compare()
+    return {
+        "curves": plots.curves(runs, evidence.rungs, reported=True),
+        "training": plots.training_curve(runs[0]),
+        "ledgers": plots.ledgers(ledgers),
+        "layouts": plots.layouts(layouts),
+        "causality": plots.causality(np.triu(np.random.default_rng(0).random((8, 8)))),
+        "zipf": plots.zipf(np.array([90, 40, 30, 5, 1, 0])),
+        "ladder": plots.ladder(evidence.rungs, comparable=False),
+        "difference": plots.difference(intervals, finding.conclusion),
+        "sizes": plots.ppl_against_parameters(runs),
+    }
+
+
+def test_figures_are_not_empty_and_say_what_they_show(evidence):
+    for name, figure in _figures(evidence).items():
+        whole, middle = _ink(figure)
+        assert whole > 0.02 and middle > 0.005, name
+        for axis in figure.axes:
+            assert axis.get_title() or axis.get_ylabel(), name
+            assert axis.get_xlabel() or axis.get_ylabel(), name
+
+
+def test_curves_draw_every_run_rung_and_the_reported_result(evidence):
+    figure = plots.curves(evidence.runs, evidence.rungs, reported=True)
+    left = figure.axes[0]
+    drawn = {tuple(line.get_ydata()) for line in left.lines}
+    for run in evidence.runs:
+        assert tuple(run.history.ppl) in drawn
+    labels = " ".join(text.get_text() for text in [*left.texts, *left.get_legend().texts])
+    for word in ("unigram", "bigram", "trigram", "reported: 402", "dense baseline, seed 0"):
+        assert word in labels
+    without = plots.curves(evidence.runs, evidence.rungs, reported=False)
+    assert "reported" not in str([t.get_text() for t in without.axes[0].get_legend().texts])
+
+
+def test_a_saved_figure_carries_its_line_about_what_was_measured(evidence, tmp_path):
+    figure = plots.curves(evidence.runs, evidence.rungs, reported=False)
+    save_figure(figure, tmp_path / "curves.png", evidence.footer)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert figure.get_supxlabel() == evidence.footer
+    assert "not WikiText" in evidence.footer and "measured" in evidence.footer
+
+
+def test_tables_hold_the_recorded_numbers(evidence):
+    table = comparison_table(evidence.runs).set_index("model")
+    for run in evidence.runs:
+        row = table.loc[plots.LABELS[run.name]]
+        assert row["valid PPL"] == f"{run.summary['ppl']:.1f}"
+        assert row["parameters"] == f"{run.experiment.model.n_parameters:,}"
+    ledger = ledger_table(evidence.runs)
+    assert ledger.loc["total", "MU-SOTA optimized"] == f"{MODELS['optimized'].n_parameters:,}"
+
+
+def test_the_verdict_compares_the_twins_and_places_the_run(evidence):
+    text = "\n".join(verdict_lines(evidence))
+    assert "MU-SOTA optimized against its dense twin" in text
+    assert "Ladder" in text and "Option 3" in text and "not applicable here" in text
+
+
+def test_the_report_is_made_from_records_alone(evidence, tmp_path):
+    import shutil
+
+    folder = tmp_path / "kept"
+    ignored = shutil.ignore_patterns("checkpoints", "*.png")
+    shutil.copytree(evidence.folder, folder, ignore=ignored)
+    path = musota.write_report(folder)
+    text = path.read_text()
+    for run in evidence.runs:
+        assert f"{run.summary['ppl']:.1f}" in text
+    for name in ("curves", "ledger", "verdict_optimized", "ppl_against_parameters"):
+        assert f"({name}.png)" in text and (folder / f"{name}.png").exists()
+    first = text
+    musota.write_report(folder)
+    assert path.read_text() == first
