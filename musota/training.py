@@ -11,7 +11,9 @@ import math
 import os
 import platform
 import resource
+import signal
 import sys
+import threading
 import time
 from importlib import metadata
 from itertools import groupby
@@ -149,9 +151,10 @@ def train(
     A finished run of the same experiment, corpus and seed is returned as it is; an unfinished one
     goes on where its last checkpoint stands; `resume=False` starts over. `micro_batch` sequences
     are computed at a time (a choice of speed and memory; at dropout 0 it changes nothing else).
-    Ctrl-C saves a checkpoint and returns what has been measured. Raises MusotaError for a folder
-    that belongs to another run or cannot be written, a damaged checkpoint, a corpus that does not
-    fit the model, or a loss that is no longer finite.
+    Ctrl-C ends after the step at hand, saves it and returns what has been measured.
+
+    Raises MusotaError for a folder that belongs to another run or cannot be written, a damaged
+    checkpoint, a corpus that does not fit the model, or a loss that is no longer finite.
     """
     return _Trainer(experiment, corpus, run_dir, resume, seed, name, profile, micro_batch).run()
 
@@ -209,6 +212,7 @@ class _Trainer:
         # On the device once; int32 there, int64 only for the windows in use.
         self.tokens = corpus.train.to(self.device)
         self.span = torch.arange(length + 1, device=self.device)
+        self.starts = None  # of this epoch's windows
         self.step = self.applied = 0  # steps begun, and those fp16 scaling did not skip
         self.epoch_nats = torch.zeros((), device=self.device)
         self.seconds_before, self.started = 0.0, time.perf_counter()
@@ -242,27 +246,26 @@ class _Trainer:
             self.training.epochs * self.windows * self.experiment.model.max_seq_len,
             self.tokens_seen,
         )
-        try:
-            while self.step < self.total_steps:
+        with _Interruption() as interruption, self.progress:
+            while self.step < self.total_steps and not interruption.asked:
                 self._one_step()
                 if self.step % self.steps_per_epoch == 0:
                     self._end_epoch()
-            self._finish()
-        except KeyboardInterrupt:
+            if self.step == self.total_steps:
+                self._finish()
+        if interruption.asked and self.step < self.total_steps:
             self._checkpoint()
             print(
                 f"\nInterrupted after step {self.step} of {self.total_steps}; it is saved. The "
                 "same call goes on from there."
             )
             if not self.summary:  # nothing measured that could be returned
-                raise
-        finally:
-            self.progress.close()
+                raise KeyboardInterrupt
         return Run(self.folder.path)
 
     def _one_step(self) -> None:
         epoch, place = divmod(self.step, self.steps_per_epoch)
-        if place == 0 or not hasattr(self, "starts"):
+        if place == 0 or self.starts is None:  # a new epoch, or resumed inside one
             length = self.experiment.model.max_seq_len
             self.starts = window_starts(len(self.tokens), length, self.seed, epoch).to(self.device)
         if place == 0:
@@ -453,6 +456,26 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere else
+
+
+class _Interruption:
+    """Turns the first Ctrl-C into a wish, so that no step is cut in two; a second one is obeyed."""
+
+    def __enter__(self):
+        self.asked = False
+        self.main = threading.current_thread() is threading.main_thread()
+        if self.main:
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_):
+        if self.main:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 class _Lines:

@@ -202,6 +202,37 @@ def test_python_docs_exist_here(tmp_path):
     assert time.perf_counter() - started < 10  # from the cache
 
 
+def test_the_datasets_cache_is_enough_without_a_hub(tmp_path):
+    """A cache as `datasets` keeps it, made by it and put where WikiText's would be."""
+    code = f"""
+import json, pathlib, datasets, pandas, musota
+from musota import data
+source = pathlib.Path({str(tmp_path)!r})
+files = {{}}
+for split in ("train", "validation", "test"):
+    files[split] = str(source / f"{{split}}.parquet")
+    pandas.DataFrame({{"text": ["", f" = {{split}} = \\n"] * 50}}).to_parquet(files[split])
+datasets.load_dataset("parquet", data_files=files)
+kept = next(source.rglob("dataset_info.json")).parent
+place = source / "datasets" / "Salesforce___wikitext" / "wikitext-2-v1" / "0.0.0"
+place.mkdir(parents=True)
+place = kept.rename(place / data.HUB_REVISION)
+info = json.loads((place / "dataset_info.json").read_text())
+info.update(dataset_name="wikitext", config_name="wikitext-2-v1")
+(place / "dataset_info.json").write_text(json.dumps(info))
+for path in place.glob("parquet-*.arrow"):
+    path.rename(place / path.name.replace("parquet-", "wikitext-"))
+corpus = musota.load_corpus("auto", 300)
+assert (corpus.name, corpus.source) == ("wikitext-2", "the Hugging Face cache"), corpus.source
+assert corpus.tokenizer.decode(corpus.valid) == "\\n = validation =\\n" * 50
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("silent", [False, True])
 def test_an_unreachable_hub_is_answered_within_seconds(silent, tmp_path):
     """Whether it refuses or, silent, never answers."""

@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import shutil
+import signal
 from itertools import pairwise
 
 import numpy as np
@@ -241,14 +243,12 @@ def test_what_a_run_leaves_behind(finished):
 
 
 def _interrupt_after(monkeypatch, steps):
-    """Ctrl-C in the middle of the step after `steps`."""
-    original, done = training_room._Trainer._one_step, 0
+    """Ctrl-C in the middle of step `steps`."""
+    original = training_room._Trainer._one_step
 
     def one_step(trainer):
-        nonlocal done
-        if done == steps:
-            raise KeyboardInterrupt
-        done += 1
+        if trainer.step + 1 == steps:
+            os.kill(os.getpid(), signal.SIGINT)
         original(trainer)
 
     monkeypatch.setattr(training_room._Trainer, "_one_step", one_step)
