@@ -299,14 +299,14 @@ def helps_or_hurts(
     if len(seeds) > 1:
         over_seeds = seed_interval([a["valid_loss"] - b["valid_loss"] for a, b in pairs])
     too_little = len(tokens) < MIN_BLOCKS
-    sides = {0 if too_little else text.side} | ({over_seeds.side} if over_seeds else set())
+    sides = {0 if too_little else text.side, over_seeds.side if over_seeds else text.side}
     side = sides.pop() if len(sides) == 1 else 0
     verdict = {-1: "helps", 0: "undecided", 1: "hurts"}[side]
     conclusion = {
         "helps": "the architecture helps",
         "hurts": "the architecture hurts",
         "undecided": "undecided, "
-        + ("too little text" if too_little else "an interval includes 0 or the two disagree"),
+        + ("too little text" if too_little else "not every interval lies on one side of 0"),
     }[verdict]
     saw = f"MU-SOTA minus dense twin {text} over blocks of text"
     if over_seeds:

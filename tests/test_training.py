@@ -225,6 +225,17 @@ def test_the_summary_is_what_the_best_checkpoint_measures(finished, short):
     assert nats == pytest.approx(finished.summary["valid_loss"], abs=1e-6)
 
 
+def test_the_best_epoch_is_chosen_on_valid_and_kept(short, tmp_path):
+    """A rate that learns the training text by heart: valid turns, and the last epoch is not best."""
+    hot = EXPERIMENT.with_(learning_rate=2e-2, epochs=8, dropout=0.0, n_layer=2)
+    run = musota.train(hot, short, tmp_path / "run")
+    best = run.history.loc[run.history.ppl.idxmin()]
+    assert best.epoch < 8 and run.history.ppl.iloc[-1] > 1.05 * best.ppl
+    assert run.summary["best_epoch"] == best.epoch and run.summary["ppl"] == best.ppl
+    kept = musota.evaluate(run.load_model(), short.valid)
+    assert kept["ppl"] == pytest.approx(best.ppl, rel=1e-5)
+
+
 # --- the run folder ---
 
 
