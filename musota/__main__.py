@@ -74,10 +74,6 @@ def run(profile, corpus, seed, fresh, save_to, only, parameters):
         values[name] = _literal(text)
     notebooks = _chosen_notebooks(only)
     book = Workbook(**values)  # answers bad parameters before any kernel starts
-    if values["save_to"]:
-        values["save_to"] = str(Path(values["save_to"]).resolve())
-    if Path(values["corpus"]).is_dir():  # the notebooks' working folder is another
-        values["corpus"] = str(Path(values["corpus"]).resolve())
     executed = book.folder / "executed"
     executed.mkdir(exist_ok=True)
     started = time.perf_counter()
@@ -113,7 +109,7 @@ def _execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> Non
             output,
             parameters,
             kernel_name="python3",
-            cwd=notebook.parent,
+            cwd=os.getcwd(),
             progress_bar=False,
             log_output=False,
             stdout_file=relay,

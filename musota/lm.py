@@ -51,9 +51,12 @@ class CausalLM(nn.Module):
         """(B, T) token ids to (logits (B, T, V), None), or with `targets` to (None, mean loss).
 
         `targets` (B, T) are already shifted: targets[:, t] follows input_ids[:, t]. The loss is in
-        nats per token. Raises MusotaError for a sequence longer than the learned positions.
+        nats per token. Raises MusotaError for a sequence longer than the learned positions and, on
+        a CPU, for a token id out of range.
         """
         self.check_length(input_ids.shape[-1])
+        if input_ids.device.type == "cpu":  # on a GPU a look at the values would have to wait
+            self.check_tokens(input_ids)
         hidden = self.hidden_states(input_ids)
         if targets is None:
             return F.linear(hidden, self.output_weight, self.output_bias), None

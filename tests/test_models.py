@@ -210,6 +210,8 @@ def test_forward_returns_logits_or_loss(model):
     nothing, loss = model(window[:, :-1], window[:, 1:])
     assert nothing is None
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten()))
+    with pytest.raises(MusotaError, match="Token id 60 is out of range"):
+        model(torch.full((1, 3), 60))
     with pytest.raises(MusotaError, match="13 tokens does not fit the 12 learned positions"):
         model(torch.zeros(1, 13, dtype=torch.long))
 

@@ -70,9 +70,10 @@ def test_badges_and_setup_agree_with_the_one_address():
 
 @pytest.fixture(scope="session")
 def headless(text_folder, tmp_path_factory):
-    """`python -m musota run --profile tiny` on a folder of text, from another folder."""
+    """`python -m musota run --profile tiny` on a folder of text, given by a relative path."""
     results = tmp_path_factory.mktemp("headless")
-    done = _musota("run", "--profile", "tiny", "--corpus", text_folder, "--save-to", results)
+    corpus = os.path.relpath(text_folder, ROOT)
+    done = _musota("run", "--profile", "tiny", "--corpus", corpus, "--save-to", results)
     assert done.returncode == 0, done.stdout + done.stderr
     return results / "tiny-docs", done.stdout
 
@@ -160,10 +161,12 @@ def test_run_again_trains_nothing_anew(headless, text_folder):
 
 
 @pytest.mark.parametrize("where", ["root", "notebooks"])
-def test_papermill_alone_works_from_the_root_and_from_notebooks(where, headless, tmp_path):
+def test_papermill_alone_works_from_the_root_and_from_notebooks(
+    where, headless, text_folder, tmp_path
+):
     folder, _ = headless
     cwd, prefix = (ROOT, "notebooks/") if where == "root" else (ROOT / "notebooks", "")
-    parameters = {"profile": "tiny", "corpus": _corpus_of(folder), "save_to": folder.parent}
+    parameters = {"profile": "tiny", "corpus": text_folder, "save_to": folder.parent}
     flags = [part for item in parameters.items() for part in ("-p", *map(str, item))]
     files = [f"{prefix}04_compare.ipynb", str(tmp_path / "out.ipynb")]
     command = [sys.executable, "-m", "papermill", *files, *flags]
@@ -171,11 +174,6 @@ def test_papermill_alone_works_from_the_root_and_from_notebooks(where, headless,
     assert done.returncode == 0, done.stderr[-2000:]
     cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
     assert any("image/png" in str(cell.get("outputs")) for cell in cells)
-
-
-def _corpus_of(folder):
-    executed = nbformat.read(folder / "executed" / "01_data.ipynb", as_version=4)
-    return executed.metadata.papermill.parameters["corpus"]
 
 
 def test_a_missing_earlier_result_is_one_sentence(text_folder, tmp_path):

@@ -226,7 +226,7 @@ def test_the_summary_is_what_the_best_checkpoint_measures(finished, short):
 
 
 def test_the_best_epoch_is_chosen_on_valid_and_kept(short, tmp_path):
-    """A rate that learns the training text by heart: valid turns, and the last epoch is not best."""
+    """A rate that learns the training text by heart: valid turns, the last epoch is not best."""
     hot = EXPERIMENT.with_(learning_rate=2e-2, epochs=8, dropout=0.0, n_layer=2)
     run = musota.train(hot, short, tmp_path / "run")
     best = run.history.loc[run.history.ppl.idxmin()]
