@@ -161,7 +161,7 @@ class Corpus:
             splits[name] = tokens[: int(ends[-1]) + 1]
             text = self.tokenizer.decode(splits[name])
             words[name], sizes[name] = _count(text)
-        fingerprint = _hash(self.fingerprint, *(str(len(tokens)) for tokens in splits.values()))
+        fingerprint = _fingerprint(splits)
         return replace(self, **splits, words=words, bytes=sizes, fingerprint=fingerprint)
 
 
@@ -188,10 +188,9 @@ def load_corpus(
         write_whole(tokenizer_path, tokenizer.save)
     tokenizer = TextTokenizer(Tokenizer.from_file(str(tokenizer_path)))
 
-    tokens, counts, keys = {}, {}, []
+    tokens, counts = {}, {}
     for split in SPLITS:
-        keys.append(_hash(tokenizer_key, texts[split]))
-        path = cache_folder() / f"tokens-{keys[-1]}.npy"
+        path = cache_folder() / f"tokens-{_hash(tokenizer_key, texts[split])}.npy"
         if not path.exists():
             ids = tokenizer.encode(texts[split])
             write_whole(path, lambda target, ids=ids: _save_array(target, ids))
@@ -203,7 +202,7 @@ def load_corpus(
         words={split: counts[split][0] for split in SPLITS},
         bytes={split: counts[split][1] for split in SPLITS},
         tokenizer=tokenizer,
-        fingerprint=_hash(*keys),
+        fingerprint=_fingerprint(tokens),
         source=source,
     )
 
@@ -260,6 +259,15 @@ def _hash(*parts: str) -> str:
     for part in parts:
         data = part.encode()
         digest.update(str(len(data)).encode() + b":" + data)
+    return digest.hexdigest()[:16]
+
+
+def _fingerprint(splits: dict[str, Tensor]) -> str:
+    """A hash of the tokens themselves: the same wherever and however they were made."""
+    digest = hashlib.sha256()
+    for name in SPLITS:
+        digest.update(f"{name} {len(splits[name])} ".encode())
+        digest.update(splits[name].numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -80,7 +80,11 @@ def test_a_changed_corpus_is_never_read_stale(tmp_path):
     after = load_corpus(str(folder), 300)
     assert after.fingerprint != before.fingerprint
     assert after.tokenizer.decode(after.valid).startswith("other words")
-    assert load_corpus(str(folder), 299).fingerprint != after.fingerprint
+
+
+def test_another_vocabulary_gives_another_fingerprint(text_folder):
+    small, large = (load_corpus(str(text_folder), size) for size in (300, 400))
+    assert small.fingerprint != large.fingerprint
 
 
 def test_white_space_at_line_ends_does_not_count(tmp_path):
