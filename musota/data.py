@@ -129,7 +129,7 @@ class Corpus:
                 "words and line ends": words,
                 "tokens": len(tokens),
                 "tokens per word": len(tokens) / words,
-                "<unk> rate": int((tokens == self.tokenizer.unknown).sum()) / words,
+                "unk rate": int((tokens == self.tokenizer.unknown).sum()) / words,
                 "bytes": self.bytes[name],
             }
         return pd.DataFrame(rows).T.astype(

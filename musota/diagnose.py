@@ -302,11 +302,13 @@ def helps_or_hurts(
     sides = {0 if too_little else text.side, over_seeds.side if over_seeds else text.side}
     side = sides.pop() if len(sides) == 1 else 0
     verdict = {-1: "helps", 0: "undecided", 1: "hurts"}[side]
+    doubt = "the two intervals do not agree on a side" if over_seeds else "the interval includes 0"
+    if too_little:
+        doubt = f"{len(tokens)} blocks are too little text"
     conclusion = {
         "helps": "the architecture helps",
         "hurts": "the architecture hurts",
-        "undecided": "undecided, "
-        + ("too little text" if too_little else "not every interval lies on one side of 0"),
+        "undecided": f"undecided, {doubt}",
     }[verdict]
     saw = f"MU-SOTA minus dense twin {text} over blocks of text"
     if over_seeds:
@@ -318,7 +320,7 @@ def helps_or_hurts(
         f"{name} against its dense twin",
         verdict,
         saw,
-        "a 95 % interval that excludes 0",
+        "decided by 95 % intervals that exclude 0",
         conclusion,
         next_step,
     )

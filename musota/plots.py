@@ -151,7 +151,7 @@ def ledgers(ledgers: Mapping[str, Mapping[str, int]]) -> Figure:
 
 def layouts(pictures: Mapping[str, BlockLayout]) -> Figure:
     """The semantic blocks on the token's matrix, with the order in which cells are stored."""
-    figure, axes = _figure(4.6 * len(pictures), 4.8, columns=len(pictures))
+    figure, axes = _figure(4.6 * len(pictures), 5.3, columns=len(pictures))
     for axis, (title, layout) in zip(np.atleast_1d(axes), pictures.items(), strict=True):
         m = layout.matrix_size
         for index, block in enumerate(layout.blocks):

@@ -174,7 +174,7 @@ class Workbook:
             ):
                 size = {"parameters": experiment.model.n_parameters}
                 columns[name, column] = experiment.fields() | size
-        return pd.DataFrame(columns).map(lambda value: "" if pd.isna(value) else f"{value:,g}")
+        return pd.DataFrame(columns).map(lambda value: "" if pd.isna(value) else f"{value:,.10g}")
 
 
 def tell(findings: Finding | Sequence[Finding]) -> None:

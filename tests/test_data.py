@@ -62,7 +62,7 @@ def test_counts_words_line_ends_and_bytes_by_hand(tmp_path):
     assert corpus.bytes["valid"] == len("né a b\n\nc <unk>\n".encode())
     assert corpus.valid.dtype == torch.int32 and corpus.valid.dim() == 1
     statistics = corpus.statistics()
-    assert statistics.loc["valid", "<unk> rate"] == pytest.approx(1 / 8)
+    assert statistics.loc["valid", "unk rate"] == pytest.approx(1 / 8)
 
 
 def test_only_the_train_split_teaches_the_tokenizer(tmp_path):
