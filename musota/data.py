@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import sysconfig
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -239,13 +238,12 @@ def cache_folder() -> Path:
 
 def write_whole(path: Path, write) -> None:
     """Let `write(temporary_path)` make a file, then move it into place: never half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        write(Path(temporary))
+        write(temporary)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -41,7 +41,9 @@ class Finding:
         return f"{self.rule}: {self.saw} ({self.threshold}) — {self.conclusion}.{step}"
 
 
-def plan_does_not_apply(corpus: str, vocab_size: int, profile: str | None) -> str | None:
+def plan_does_not_apply(
+    corpus: str, vocab_size: int, profile: str | None, finished: bool = True
+) -> str | None:
     """Why the plan's PPL thresholds say nothing about a run, or None where they do."""
     reasons = []
     if corpus != "wikitext-2":
@@ -50,6 +52,8 @@ def plan_does_not_apply(corpus: str, vocab_size: int, profile: str | None) -> st
         reasons.append(f"the vocabulary is {vocab_size:,}, not 50,000")
     if profile != "full":
         reasons.append(f"the profile is {profile}, not the full budget")
+    elif not finished:
+        reasons.append("the run has not spent its full budget yet")
     return "; ".join(reasons) or None
 
 

@@ -103,10 +103,8 @@ def read_evidence(folder: str | os.PathLike, fingerprint: str | None = None) -> 
 
 
 def _reason(run: Run) -> str | None:
-    profile = run.config["profile"]
-    return diagnose.plan_does_not_apply(
-        run.config["corpus"]["name"], run.experiment.model.vocab_size, profile
-    )
+    corpus, vocab_size = run.config["corpus"]["name"], run.experiment.model.vocab_size
+    return diagnose.plan_does_not_apply(corpus, vocab_size, run.config["profile"], run.finished)
 
 
 def plan_changes() -> pd.DataFrame:

@@ -447,7 +447,8 @@ def weights_sha256(model: CausalLM) -> str:
 def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -105,6 +105,7 @@ def test_the_plans_thresholds_apply_to_its_own_setting_only():
     for setting, word in [
         (("python-docs", 50_000, "full"), "python-docs"),
         (("wikitext-2", 8192, "full"), "8,192"),
+        (("wikitext-2", 50_000, "full", False), "not spent its full budget"),
         (("wikitext-2", 50_000, "study"), "study"),
     ]:
         assert word in diagnose.plan_does_not_apply(*setting)

@@ -3,6 +3,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 import musota
 from musota import training as training_room
@@ -110,6 +113,33 @@ def test_a_run_equals_the_plain_loop(short, tmp_path):
             losses.append(loss.item())
     np.testing.assert_allclose(run.steps.loss, losses, rtol=1e-4)
     np.testing.assert_allclose(run.steps.grad_norm, norms, rtol=5e-3)
+
+
+def test_mixed_precision_learns_the_same_to_rounding(text_folder, tmp_path):
+    """What a GPU does, on a CPU: bf16 autocast; in a process of its own, where it is set once."""
+    code = f"""
+import numpy, musota
+from musota import training
+from musota.config import Profile
+training.precision_for_device = lambda: "bf16"
+corpus = musota.load_corpus({str(text_folder)!r}, 512).limited(Profile("short", 512, 4000, 1200))
+experiment = musota.Experiment(
+    musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1, dropout=0.0),
+    musota.TrainConfig(2, 3e-3, 5, 4, 4),
+)
+run = musota.train(experiment, corpus, {str(tmp_path / "bf16")!r})
+assert run.config["precision"] == "bf16"
+print(*run.history.valid_loss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    from musota.config import Profile
+
+    corpus = musota.load_corpus(str(text_folder), 512).limited(Profile("short", 512, 4000, 1200))
+    plain = musota.train(EXPERIMENT.with_(dropout=0.0), corpus, tmp_path / "plain")
+    rounded = [float(loss) for loss in done.stdout.splitlines()[-1].split()]
+    np.testing.assert_allclose(rounded, plain.history.valid_loss, rtol=5e-3)
+    assert rounded != plain.history.valid_loss.tolist()
 
 
 def test_the_same_seed_gives_the_same_history_and_another_does_not(finished, short, tmp_path):
