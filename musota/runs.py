@@ -85,9 +85,21 @@ class Run:
 class RunFolder:
     """The trainer's side of a run folder: writes it, and guards it against another experiment."""
 
-    def __init__(self, path: str | os.PathLike, identity: dict, fresh: bool):
+    def __init__(self, path: str | os.PathLike, identity: dict):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        self.identity = identity
+
+    @property
+    def finished(self) -> bool:
+        """Whether this very run stands here finished. Raises MusotaError for another's folder."""
+        if not (self.path / "config.json").exists():
+            return False
+        self._refuse_other(_read_json(self.path / "config.json"))
+        return Run(self.path).finished
+
+    def prepare(self, fresh: bool) -> None:
+        """Make the folder, empty of an earlier run if `fresh`. Raises MusotaError if it cannot."""
         try:
             if fresh:
                 self._clear()
@@ -100,8 +112,6 @@ class RunFolder:
                 f"The run folder {self.path} cannot be written ({error.strerror}): choose another "
                 "results folder."
             ) from None
-        if (self.path / "config.json").exists():
-            self._refuse_other(_read_json(self.path / "config.json"), identity)
 
     def _clear(self) -> None:
         """Remove what a run writes, and nothing else."""
@@ -110,8 +120,8 @@ class RunFolder:
             for name in ("config.json", "metrics.jsonl", "summary.json"):
                 (self.path / name).unlink(missing_ok=True)
 
-    def _refuse_other(self, found: dict, identity: dict) -> None:
-        wanted = _flat({key: identity[key] for key in IDENTITY})
+    def _refuse_other(self, found: dict) -> None:
+        wanted = _flat({key: self.identity[key] for key in IDENTITY})
         present = _flat({key: found.get(key) for key in IDENTITY})
         for key in sorted(wanted.keys() | present.keys()):
             if wanted.get(key) != present.get(key) and key != "corpus.source":

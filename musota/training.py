@@ -18,7 +18,6 @@ import time
 from importlib import metadata
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -188,11 +187,11 @@ class _Trainer:
                 "bytes": corpus.bytes,
             },
         }
-        self.folder = RunFolder(run_dir, identity, fresh=not resume)
-        if Path(run_dir, "summary.json").exists() and Run(run_dir).finished:
-            self.finished = True
+        self.folder = RunFolder(run_dir, identity)
+        self.finished = resume and self.folder.finished
+        if self.finished:  # perhaps kept as evidence, and read-only: nothing is written
             return
-        self.finished = False
+        self.folder.prepare(fresh=not resume)
         self.state = self.folder.load_checkpoint()
         self.accelerator = Accelerator(mixed_precision=precision_for_device())
         self.device = self.accelerator.device

@@ -351,6 +351,7 @@ def test_finished_evidence_without_checkpoints_is_loaded(finished, short, tmp_pa
     shutil.copytree(finished.path, tmp_path / "kept", ignore=shutil.ignore_patterns("checkpoints"))
     kept = musota.train(EXPERIMENT, short, tmp_path / "kept", name="finished")
     assert kept.summary == finished.summary
+    assert not (tmp_path / "kept" / "checkpoints").exists()  # read, not touched
     with pytest.raises(MusotaError, match="No saved model"):
         kept.load_model()
 
