@@ -174,13 +174,14 @@ def phases(history: pd.DataFrame, planned_epochs: int) -> list[Finding]:
     return findings
 
 
-def option_three(ppl: float | None, comparison: str | None) -> Finding:
+def option_three(ppl: float | None, comparison: Finding | None) -> Finding:
     """Whether the plan's condition for simplifying holds.
 
     `ppl` is None where the plan's threshold does not apply (see `plan_does_not_apply`);
-    `comparison` is the verdict of `helps_or_hurts`, None where no baseline was trained.
+    `comparison` is the finding of `helps_or_hurts`, None where no baseline was trained.
     """
-    too_high, loses = ppl is not None and ppl > 300, comparison == "hurts"
+    verdict = comparison.verdict if comparison else None
+    too_high, loses = ppl is not None and ppl > 300, verdict == "hurts"
     about_ppl = {
         None: "the PPL threshold does not apply here",
         True: "the PPL is over 300",
@@ -191,7 +192,9 @@ def option_three(ppl: float | None, comparison: str | None) -> Finding:
         "hurts": "the baseline wins",
         "helps": "the baseline does not win",
         "undecided": "it is undecided whether the baseline wins",
-    }[comparison]
+    }[verdict]
+    if comparison and comparison.conclusion.startswith("provisional"):
+        about_baseline += " (provisional, seeds not measured)"
     return Finding(
         "Option 3",
         "simplify" if too_high or loses else "keep",
@@ -306,7 +309,11 @@ def helps_or_hurts(
     sides = {0 if too_little else text.side, over_seeds.side if over_seeds else text.side}
     side = sides.pop() if len(sides) == 1 else 0
     verdict = {-1: "helps", 0: "undecided", 1: "hurts"}[side]
-    doubt = "the two intervals do not agree on a side" if over_seeds else "the interval includes 0"
+    doubt = (
+        "the intervals do not both exclude 0 on one side"
+        if over_seeds
+        else ("the interval includes 0")
+    )
     if too_little:
         doubt = f"{len(tokens)} blocks are too little text"
     conclusion = {
@@ -324,7 +331,7 @@ def helps_or_hurts(
         f"{name} against its dense twin",
         verdict,
         saw,
-        "decided by 95 % intervals that exclude 0",
+        "decided by 95 % intervals that exclude 0, at the one learning rate both were given",
         conclusion,
         next_step,
     )

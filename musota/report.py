@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from musota import diagnose, plots
-from musota.config import PLAN_TRAIN_TOKENS, experiments
+from musota.config import PLAN_TRAIN_TOKENS, MuConfig, experiments
 from musota.data import write_whole
 from musota.diagnose import Finding, Interval
 from musota.runs import Run, load_runs
@@ -161,12 +161,16 @@ def overlooked_facts() -> list[str]:
 def run_findings(
     run: Run, rungs: Mapping[str, float], baseline: Run | None = None
 ) -> list[Finding]:
-    """Every rule that speaks of one run: the plan's where they apply, the rungs, the phases."""
+    """Every rule that speaks of one run: the plan's where they apply, the rungs, the phases.
+
+    The plan's rules judge MU-SOTA; of a dense model only rungs and phases are told.
+    """
     ppl, accuracy = run.summary["ppl"], run.summary["accuracy"]
     reason = _reason(run)
-    if reason:
+    findings, judged = [], isinstance(run.experiment.model, MuConfig)
+    if judged and reason:
         findings = [diagnose.not_applicable("Scenario, bottom line, expectation", reason)]
-    else:
+    elif judged:
         findings = [
             diagnose.scenario(ppl, accuracy, baseline.summary["ppl"] if baseline else None),
             diagnose.bottom_line(ppl),
@@ -233,7 +237,7 @@ def verdict_lines(evidence: Evidence) -> list[str]:
         lines += [f.sentence for f in run_findings(optimized, evidence.rungs, baseline)]
         compared = evidence.compare()
         ppl = None if reason else optimized.summary["ppl"]
-        lines.append(diagnose.option_three(ppl, compared[0].verdict if compared else None).sentence)
+        lines.append(diagnose.option_three(ppl, compared[0] if compared else None).sentence)
     return lines
 
 

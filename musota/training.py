@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import platform
-import resource
 import signal
 import sys
 import threading
@@ -194,8 +193,13 @@ class _Trainer:
         self.folder.prepare(fresh=not resume)
         self.state = self.folder.load_checkpoint()
         self.accelerator = Accelerator(mixed_precision=precision_for_device())
+        if self.accelerator.num_processes > 1:
+            raise MusotaError("Training runs in one process so far: start it without a launcher.")
         self.device = self.accelerator.device
-        self.micro_batch = micro_batch or self._default_micro_batch()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        saved = self.state["micro_batch"] if self.state else None
+        self.micro_batch = micro_batch or saved or self._default_micro_batch()
         if not (self.folder.path / "config.json").exists():
             choices = {"micro_batch": self.micro_batch, "precision": precision_for_device()}
             self.folder.write_json("config.json", {**identity, **choices})
@@ -203,9 +207,11 @@ class _Trainer:
         model = build_model(experiment.model)
         self.flops_per_token = flops_per_token(model)
         self.ledger = model.parameter_ledger()
-        optimizer = torch.optim.AdamW(
-            model.optimizer_groups(self.training.weight_decay), betas=(0.9, 0.999), fused=True
-        )
+        # Fused AdamW skips bad fp16 steps inside its kernel, where accelerate cannot see it; the
+        # schedule has to know of them.
+        fused = self.accelerator.scaler is None
+        groups = model.optimizer_groups(self.training.weight_decay)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=fused)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model: CausalLM = self.accelerator.unwrap_model(self.wrapped)
         # On the device once; int32 there, int64 only for the windows in use.
@@ -253,6 +259,7 @@ class _Trainer:
             if self.step == self.total_steps:
                 self._finish()
         if interruption.asked and self.step < self.total_steps:
+            self._refuse_bad_loss(float(self.epoch_nats))
             self._checkpoint()
             print(
                 f"\nInterrupted after step {self.step} of {self.total_steps}; it is saved. The "
@@ -295,13 +302,17 @@ class _Trainer:
         if self.step % interval == 0 or self.step == 1 or self.step == self.total_steps:
             self._log_step(float(step_loss), float(norm), rate)  # the one place that waits
 
-    def _log_step(self, loss: float, norm: float, rate: float) -> None:
+    def _refuse_bad_loss(self, loss: float) -> None:
+        """Stop before a loss that is no number reaches a checkpoint."""
         if not math.isfinite(loss):
             raise MusotaError(
                 f"The training loss is {loss} at step {self.step}: start over with a lower "
                 f"learning_rate than {self.training.learning_rate:g}. The last good checkpoint is "
                 f"kept in {self.folder.checkpoints}."
             )
+
+    def _log_step(self, loss: float, norm: float, rate: float) -> None:
+        self._refuse_bad_loss(loss)
         record = {
             "step": self.step,
             "loss": loss,
@@ -319,6 +330,7 @@ class _Trainer:
         )
 
     def _end_epoch(self) -> None:
+        self._refuse_bad_loss(float(self.epoch_nats))
         epoch = self.step // self.steps_per_epoch
         with self.accelerator.autocast():
             nats, hits = score(self.model, self.corpus.valid)
@@ -399,7 +411,7 @@ class _Trainer:
         self.step, self.applied = state["step"], state["applied"]
         self.epoch_nats.copy_(state["epoch_nats"])
         self.seconds_before, self.best_loss = state["seconds"], state["best_loss"]
-        self.micro_batch, self.summary = state["micro_batch"], state["summary"]
+        self.summary = state["summary"]
 
     def _finish(self) -> None:
         """The test split, once, with the best epoch's weights; then the summary is complete."""
@@ -451,9 +463,15 @@ def device_name() -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on a GPU since the start of the process, else of the whole process."""
+    """Bytes: allocated on a GPU since the run began, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere else
 

@@ -97,7 +97,12 @@ def test_phases_of_unfinished_and_short_runs():
      (None, "helps", "keep")],
 )  # fmt: skip
 def test_option_three(ppl, comparison, verdict):
-    assert diagnose.option_three(ppl, comparison).verdict == verdict
+    compared = comparison and diagnose.Finding("", comparison, "", "", "the architecture …")
+    finding = diagnose.option_three(ppl, compared)
+    assert finding.verdict == verdict and "provisional" not in finding.sentence
+    if compared:
+        one_seed = diagnose.Finding("", comparison, "", "", "provisional, seeds not measured: …")
+        assert "provisional" in diagnose.option_three(ppl, one_seed).sentence
 
 
 def test_the_plans_thresholds_apply_to_its_own_setting_only():
