@@ -11,7 +11,7 @@ _HOMES = {
     "musota.layout": "BlockLayout",
     "musota.lm": "CausalLM build_model load_model",
     "musota.report": "read_evidence write_report",
-    "musota.runs": "Run load_run load_runs",
+    "musota.runs": "Run load_runs",
     "musota.training": "evaluate train",
     "musota.workbook": "Workbook",
 }

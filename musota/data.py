@@ -10,6 +10,7 @@ import ast
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import sys
 import sysconfig
@@ -245,6 +246,23 @@ def write_whole(path: Path, write) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, data) -> None:
+    """JSON for people and programs alike: indented, numbers it has no word for (inf, nan) null."""
+    text = json.dumps(jsonable(data), indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def jsonable(value):
+    """`value` with None for the numbers JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:

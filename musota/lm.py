@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from musota.config import DenseConfig, Experiment, ModelConfig, MusotaError, TrainConfig
+from musota.data import write_json, write_whole
 from musota.loss import linear_cross_entropy
 
 
@@ -136,12 +137,13 @@ class CausalLM(nn.Module):
         return ids
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write `model.safetensors` and `model.json` into `folder`."""
+        """Write `model.safetensors` and `model.json` into `folder`, each whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), folder / "model.safetensors")
+        weights = self.state_dict()
+        write_whole(folder / "model.safetensors", lambda path: save_file(weights, path))
         described = Experiment(self.config, TrainConfig()).to_dict()["model"]
-        (folder / "model.json").write_text(json.dumps(described, indent=1) + "\n")
+        write_json(folder / "model.json", described)
 
 
 def _draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:

@@ -94,12 +94,14 @@ def read_evidence(folder: str | os.PathLike, fingerprint: str | None = None) -> 
     runs = [run for run in runs if run.config["corpus"]["fingerprint"] == fingerprint]
     place = {name: index for index, name in enumerate(ORDER)}
     runs.sort(key=lambda run: (place.get(run.name, len(ORDER)), run.name, run.seed))
-    path, rungs = folder / "ladder.json", {}
-    if path.exists():
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-        if recorded["fingerprint"] == fingerprint:
-            rungs = recorded["ppl"]
-    return Evidence(folder, tuple(runs), rungs)
+    return Evidence(folder, tuple(runs), read_rungs(folder, fingerprint))
+
+
+def read_rungs(folder: Path, fingerprint: str | None) -> dict[str, float]:
+    """The rungs recorded in a results folder; empty if there are none, or of another corpus."""
+    path = folder / "ladder.json"
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return recorded["ppl"] if recorded.get("fingerprint") == fingerprint and recorded else {}
 
 
 def _reason(run: Run) -> str | None:

@@ -9,7 +9,6 @@ checkpoints/   last.pt to resume from, best/ to use                 (not committ
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from functools import cached_property
@@ -19,7 +18,7 @@ import pandas as pd
 import torch
 
 from musota.config import Experiment, MusotaError
-from musota.data import write_whole
+from musota.data import jsonable, write_whole
 from musota.lm import CausalLM, load_model
 
 # A run may be continued only by the same of these.
@@ -131,13 +130,9 @@ class RunFolder:
                     "over there with fresh=True (--fresh)."
                 )
 
-    def write_json(self, name: str, data: dict) -> None:
-        text = json.dumps(_jsonable(data), indent=1, ensure_ascii=False) + "\n"
-        write_whole(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
-
     def append(self, record: dict) -> None:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_jsonable(record), ensure_ascii=False) + "\n")
+            file.write(json.dumps(jsonable(record), ensure_ascii=False) + "\n")
 
     def save_checkpoint(self, state: dict) -> None:
         """Write `last.pt`; it remembers how long metrics.jsonl was."""
@@ -171,10 +166,6 @@ class RunFolder:
         if size:
             os.truncate(metrics, expected)
         return state
-
-
-def load_run(path: str | os.PathLike) -> Run:
-    return Run(path)
 
 
 def load_runs(folder: str | os.PathLike) -> list[Run]:
@@ -219,14 +210,3 @@ def _flat(data: dict, prefix: str = "") -> dict:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _jsonable(value):
-    """Numbers JSON has no word for (inf, nan) as None; the rest as it is."""
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

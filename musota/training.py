@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from musota.config import Experiment, MusotaError, TrainConfig
-from musota.data import Corpus, window_starts
+from musota.data import Corpus, window_starts, write_json, write_whole
 from musota.lm import CausalLM, build_model, flops_per_token
 from musota.loss import score_tokens
 from musota.runs import Run, RunFolder
@@ -202,7 +202,7 @@ class _Trainer:
         self.micro_batch = micro_batch or saved or self._default_micro_batch()
         if not (self.folder.path / "config.json").exists():
             choices = {"micro_batch": self.micro_batch, "precision": precision_for_device()}
-            self.folder.write_json("config.json", {**identity, **choices})
+            write_json(self.folder.path / "config.json", {**identity, **choices})
         torch.manual_seed(seed)
         model = build_model(experiment.model)
         self.flops_per_token = flops_per_token(model)
@@ -384,7 +384,7 @@ class _Trainer:
     def _save_best(self) -> None:
         best = self.folder.checkpoints / "best"
         self.model.save(best)
-        self.corpus.tokenizer.save(best / "tokenizer.json")
+        write_whole(best / "tokenizer.json", self.corpus.tokenizer.save)
 
     def _checkpoint(self) -> None:
         scaler = self.accelerator.scaler
@@ -443,7 +443,7 @@ class _Trainer:
                 **{package: metadata.version(package) for package in ("torch", "tokenizers")},
             },
         }
-        self.folder.write_json("summary.json", {**self.summary, **about})
+        write_json(self.folder.path / "summary.json", {**self.summary, **about})
 
 
 def weights_sha256(model: CausalLM) -> str:

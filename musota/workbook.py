@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -23,10 +22,10 @@ from musota.config import (
     scaled,
     twin,
 )
-from musota.data import Corpus, load_corpus, write_whole
+from musota.data import Corpus, load_corpus, write_json
 from musota.diagnose import Finding
 from musota.ladder import measure_ladder
-from musota.report import Evidence, footer, read_evidence, save_figure
+from musota.report import Evidence, footer, read_evidence, read_rungs, save_figure
 from musota.runs import Run
 from musota.training import device_name, train
 
@@ -132,24 +131,18 @@ class Workbook:
     @cached_property
     def ladder(self) -> dict[str, float]:
         """Perplexity of the measured rungs on valid; kept in ladder.json."""
-        path = self.folder / "ladder.json"
-        if path.exists():
-            kept = json.loads(path.read_text())
-            if kept["fingerprint"] == self.corpus.fingerprint:
-                return kept["ppl"]
-        rungs = measure_ladder(self.corpus)
-        self.write_json("ladder.json", {"fingerprint": self.corpus.fingerprint, "ppl": rungs})
+        fingerprint = self.corpus.fingerprint
+        rungs = read_rungs(self.folder, fingerprint)
+        if not rungs:
+            rungs = measure_ladder(self.corpus)
+            write_json(self.folder / "ladder.json", {"fingerprint": fingerprint, "ppl": rungs})
         return rungs
 
     def record(self, name: str, findings: Sequence[Finding], **numbers) -> None:
         """Write `<name>.json` beside the results: what this notebook found."""
         found = [dataclasses.asdict(finding) for finding in findings]
-        self.write_json(f"{name}.json", {**numbers, "findings": found})
+        write_json(self.folder / f"{name}.json", {**numbers, "findings": found})
         print(f"written: {self.folder / name}.json")
-
-    def write_json(self, name: str, data: Mapping) -> None:
-        text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-        write_whole(self.folder / name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def show(
         self, figure: Figure, name: str, run: Run | None = None, about: str | None = None
