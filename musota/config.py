@@ -96,6 +96,16 @@ class MuConfig:
         layer = block_attention + cross_attention + feed_forward + 4 * d + gate + vocab * blocks
         return vocab * d + self.max_seq_len * d + self.n_layer * layer + 2 * d + vocab * d + vocab
 
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of a training step per token, by hand (see `_step_flops`)."""
+        d, blocks = self.d_model, self.n_block
+        block_maps = sum(4 * block.size**2 for block in self.layout.blocks)
+        gate = (blocks + 1) * 2 * blocks + 2 * blocks * blocks
+        # Maps of both attentions and of the feed-forward; each attention's scores and averages.
+        layer = block_maps + 4 * d * d + 8 * d * d + gate + 2 * (2 * d * self.max_seq_len)
+        return _step_flops(self.n_layer * layer + d * self.vocab_size)
+
 
 @dataclass(frozen=True)
 class DenseConfig:
@@ -121,6 +131,19 @@ class DenseConfig:
         """Parameters by hand; a test holds the built model to it."""
         d = self.d_model
         return (self.vocab_size + self.max_seq_len + 2) * d + self.n_layer * (12 * d * d + 13 * d)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of a training step per token, by hand (see `_step_flops`)."""
+        d = self.d_model
+        layer = 12 * d * d + 2 * d * self.max_seq_len
+        return _step_flops(self.n_layer * layer + d * self.vocab_size)
+
+
+def _step_flops(multiplications: int) -> int:
+    """Of so many multiply-adds in the forward pass: two operations each, and backward costs two
+    more products for each. Matrix products only, attention as full squares, nothing recomputed."""
+    return 3 * 2 * multiplications
 
 
 ModelConfig = MuConfig | DenseConfig

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musota.config import DenseConfig
-from musota.lm import CausalLM
+from musota.lm import CausalLM, Dropout
 
 
 class DenseLayer(nn.Module):
@@ -25,7 +25,7 @@ class DenseLayer(nn.Module):
         self.norm_feed_forward = nn.LayerNorm(d)
         self.feed_forward_up = nn.Linear(d, 4 * d)
         self.feed_forward_down = nn.Linear(4 * d, d)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         for layer in self.children():
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
@@ -55,7 +55,7 @@ class DenseTransformer(CausalLM):
         self.positions = nn.Embedding(config.max_seq_len, config.d_model)
         self.layers = nn.ModuleList(DenseLayer(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.positions.weight, std=0.02)
 

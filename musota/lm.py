@@ -29,6 +29,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.compiled_body = None
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """(B, T) token ids to (B, T, C), normalised and ready for the output layer."""
@@ -58,10 +59,19 @@ class CausalLM(nn.Module):
         self.check_length(input_ids.shape[-1])
         if input_ids.device.type == "cpu":  # on a GPU a look at the values would have to wait
             self.check_tokens(input_ids)
-        hidden = self.hidden_states(input_ids)
+        body = self.compiled_body if self.training else None
+        hidden = (body or self.hidden_states)(input_ids)
         if targets is None:
             return F.linear(hidden, self.output_weight, self.output_bias), None
         return None, linear_cross_entropy(hidden, self.output_weight, self.output_bias, targets)
+
+    def compile_body(self) -> None:
+        """Let training steps run `hidden_states` through torch.compile, for one static shape each.
+
+        Evaluation and generation, whose shapes vary, stay as they are, and so does the loss: a few
+        large kernels that have nothing to gain.
+        """
+        self.compiled_body = torch.compile(self.hidden_states, dynamic=False)
 
     def check_length(self, length: int) -> None:
         if not 1 <= length <= self.config.max_seq_len:
@@ -146,6 +156,22 @@ class CausalLM(nn.Module):
         write_json(folder / "model.json", described)
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout, but on a CPU four elements share one 64-bit random number.
+
+    Torch draws there one element after another, a tenth of a whole training step; the probability
+    is rounded to 1/65,536. A GPU takes torch's own.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p or x.device.type != "cpu":
+            return super().forward(x)
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        dropped = round(self.p * 2**16)
+        keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+        return x * (keep * (2**16 / (2**16 - dropped))).to(x.dtype)
+
+
 def _draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
     """(B, V) logits to one drawn token id each, (B, 1)."""
     if temperature == 0:
@@ -188,24 +214,3 @@ def load_model(folder: str | os.PathLike, device: str = "cpu") -> CausalLM:
     except Exception as error:  # safetensors and torch raise types of their own
         raise MusotaError(f"The saved model in {folder} cannot be read: {error}") from None
     return model.to(device).eval()
-
-
-def flops_per_token(model: CausalLM) -> float:
-    """Floating-point operations per token of one training step (forward and backward), measured.
-
-    Counted over one window of max_seq_len by torch's own counter: matrix products only, attention
-    counted in full squares.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    length = model.config.max_seq_len
-    window = torch.zeros(1, length, dtype=torch.long, device=model.device)
-    gradients = [parameter.grad for parameter in model.parameters()]
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-    ):
-        model(window, window)[1].backward()
-    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        parameter.grad = gradient
-    return counter.get_total_flops() / length

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musota.attention import causal_attention
 from musota.config import HEADS_PER_BLOCK, MuConfig
-from musota.lm import CausalLM
+from musota.lm import CausalLM, Dropout
 
 
 class BlockAttention(nn.Module):
@@ -38,9 +39,9 @@ class BlockAttention(nn.Module):
         n, c, h = self.n_block, self.size, HEADS_PER_BLOCK
         x = x.view(B * T, n, c).transpose(0, 1)  # (n, B·T, c): blocks are a batch
         qkv = torch.baddbmm(self.in_bias, x, self.in_weight.mT)  # (n, B·T, 3c)
-        q, k, v = qkv.view(n * B, T, 3, h, c // h).permute(2, 0, 3, 1, 4)  # (n·B, h, T, c/h)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        y = y.transpose(1, 2).reshape(n, B * T, c)
+        q, k, v = _heads(qkv.view(n * B, T, 3 * c), h)  # (n·B·h, T, c/h)
+        y, _ = causal_attention(q, k, v)
+        y = y.view(n * B, h, T, c // h).transpose(1, 2).reshape(n, B * T, c)
         y = torch.baddbmm(self.out_bias, y, self.out_weight.mT)  # (n, B·T, c)
         return y.transpose(0, 1).reshape(B, T, n * c)
 
@@ -62,18 +63,17 @@ class CrossAttention(nn.Module):
         """(B, T, C) to the attended (B, T, C) and the entropy in nats, mean over heads (B, T)."""
         B, T, C = x.shape
         h = self.n_head
-        q, k, v = self.qkv(x).view(B, T, 3, h, C // h).permute(2, 0, 3, 1, 4)  # (B, h, T, C/h)
-        scores = (q * (C // h) ** -0.5) @ k.mT  # (B, h, T, T)
-        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-        weights = scores.float().masked_fill(future, float("-inf")).softmax(-1)
-        y = weights.to(v.dtype) @ v
-        return self.out(y.transpose(1, 2).reshape(B, T, C)), entropy(weights).mean(1)
+        q, k, v = _heads(self.qkv(x), h)  # (B·h, T, C/h)
+        y, spread = causal_attention(q, k, v, with_entropy=True)
+        y = y.view(B, h, T, C // h).transpose(1, 2).reshape(B, T, C)
+        return self.out(y), spread.view(B, h, T).mean(1)
 
 
-def entropy(weights: Tensor) -> Tensor:
-    """−Σ p log p over the last dimension, in nats, with a finite gradient where p = 0."""
-    smallest = torch.finfo(weights.dtype).tiny
-    return -(weights * weights.clamp_min(smallest).log()).sum(-1)
+def _heads(qkv: Tensor, h: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Projections (B, T, 3C) to scaled queries, keys and values of h heads, (B·h, T, C/h) each."""
+    B, T, _ = qkv.shape
+    q, k, v = qkv.view(B, T, 3, h, -1).permute(2, 0, 3, 1, 4).reshape(3, B * h, T, -1)
+    return q * q.shape[-1] ** -0.5, k, v
 
 
 class Gate(nn.Module):
@@ -103,10 +103,10 @@ class MuLayer(nn.Module):
         self.feed_forward_down = _linear(4 * d, d)
         self.norm_feed_forward = nn.LayerNorm(d)
         self.gate = Gate(config.n_block)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         # Row n marks the cells of block n: spreads a block's sensitivity over its cells.
-        block_of_cell = torch.arange(config.n_block).repeat_interleave(torch.tensor(layout.sizes))
-        spread = F.one_hot(block_of_cell, config.n_block).T.float()
+        block_of_cell = [block for block, size in enumerate(layout.sizes) for _ in range(size)]
+        spread = torch.eye(config.n_block)[:, block_of_cell]
         self.register_buffer("spread", spread, persistent=False)  # (N, C)
 
     def forward(self, x: Tensor, affinity: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class MuSota(CausalLM):
         self.layers = nn.ModuleList(MuLayer(config) for _ in range(L))
         self.norm = nn.LayerNorm(d)
         self.output = _linear(d, config.vocab_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.positions.weight, std=0.02)
         nn.init.normal_(self.affinity.weight, std=0.1)

@@ -27,7 +27,7 @@ from musota.diagnose import Finding
 from musota.ladder import measure_ladder
 from musota.report import Evidence, footer, read_evidence, read_rungs, save_figure
 from musota.runs import Run
-from musota.training import device_name, train
+from musota.training import about_machine, train
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to")
@@ -78,7 +78,7 @@ class Workbook:
         return (
             f"corpus {corpus.name} ({corpus.source}), {len(corpus.train):,} training and "
             f"{len(corpus.valid):,} validation tokens, vocabulary {corpus.tokenizer.size:,}\n"
-            f"profile {self.profile.name}, {device_name()}, results in {self.folder}"
+            f"profile {self.profile.name}, {about_machine()['device']}, results in {self.folder}"
         )
 
     @property

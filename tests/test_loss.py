@@ -42,7 +42,7 @@ def test_under_autocast_it_is_as_near_as_the_dtype_allows(dtype):
 
 
 def test_no_tensor_as_large_as_all_logits_is_ever_made(monkeypatch):
-    monkeypatch.setattr(loss_room, "CHUNK_TOKENS", 32)
+    monkeypatch.setattr(loss_room, "CHUNK_TOKENS", {"cpu": 32})
     hidden, weight, bias, targets = _problem(640, True)
     largest = 0
 

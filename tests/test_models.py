@@ -8,7 +8,8 @@ from torch import nn
 import musota
 from musota.config import MusotaError
 from musota.lm import flops_per_token
-from musota.mu import BlockAttention, CrossAttention, entropy
+from musota.attention import entropy
+from musota.mu import BlockAttention, CrossAttention
 
 SMALL = {"vocab_size": 60, "max_seq_len": 12, "n_layer": 2}
 CONFIGS = {

@@ -1,0 +1,406 @@
+"""Ours against the literal version, measured on the machine at hand: `python -m musota bench`.
+
+The literal models say DESIGN section 2 word by word: a loop over the blocks with torch's own
+attention, a table a layer, every logit at once, fp32. Tests hold the fast ones to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import get_context
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from musota.config import DenseConfig, ModelConfig, MuConfig, MusotaError
+from musota.lm import CausalLM, build_model
+from musota.training import about_machine, keep_freed_memory, peak_memory, precision_for_device
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCALING = {
+    "batch": (1, 2, 4, 8, 16, 32),
+    "max_seq_len": (128, 192, 256, 512, 1024),
+    "vocab_size": (8_192, 16_384, 32_768, 50_000),
+    "n_layer": (3, 6, 12, 24),
+    "n_block": (4, 8, 16, 32),
+}
+AGREEMENT_STEPS = 20
+
+
+class LiteralMuLayer(nn.Module):
+    def __init__(self, config: MuConfig, attention_dropout: float):
+        super().__init__()
+        d, N = config.d_model, config.n_block
+        self.sizes = list(config.layout.sizes)
+        options = {"dropout": attention_dropout, "batch_first": True}
+        self.blocks = nn.ModuleList(nn.MultiheadAttention(c, 2, **options) for c in self.sizes)
+        self.cross = nn.MultiheadAttention(d, config.n_head, **options)
+        self.norm_attention, self.norm_feed_forward = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.feed_forward_up, self.feed_forward_down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        self.affinity = nn.Embedding(config.vocab_size, N)
+        self.gate_up, self.gate_down = nn.Linear(N + 1, 2 * N), nn.Linear(2 * N, N)
+        self.beta = nn.Parameter(torch.empty(N))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, input_ids: Tensor, future: Tensor) -> Tensor:
+        alone = []
+        for attend, cells in zip(self.blocks, x.split(self.sizes, -1), strict=True):
+            options = {"attn_mask": future, "is_causal": True, "need_weights": False}
+            alone.append(attend(cells, cells, cells, **options)[0])
+        y = self.dropout(torch.cat(alone, -1))
+        across, weights = self.cross(y, y, y, attn_mask=future, average_attn_weights=False)
+        entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1).mean(1, keepdim=True).mT
+        z = self.norm_attention(y + self.dropout(across))
+        hidden = self.dropout(F.gelu(self.feed_forward_up(z)))
+        z = self.norm_feed_forward(z + self.feed_forward_down(hidden))
+        hidden = F.gelu(self.gate_up(torch.cat([self.affinity(input_ids), entropy], -1)))
+        sensitivity = self.beta * torch.sigmoid(self.gate_down(hidden))  # (B, T, N)
+        new = []
+        for block, (old, cells) in enumerate(
+            zip(x.split(self.sizes, -1), z.split(self.sizes, -1), strict=True)
+        ):
+            new.append(old + sensitivity[..., block, None] * (cells - old))
+        return torch.cat(new, -1)
+
+
+class LiteralDenseLayer(nn.Module):
+    def __init__(self, config: DenseConfig, attention_dropout: float):
+        super().__init__()
+        d = config.d_model
+        self.n_head = config.n_head
+        self.attention_in, self.attention_out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.attention_dropout = nn.Dropout(attention_dropout)
+        self.norm_attention, self.norm_feed_forward = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.feed_forward_up, self.feed_forward_down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, input_ids: Tensor, future: Tensor) -> Tensor:
+        q, k, v = self.attention_in(self.norm_attention(x)).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, k, v))
+        weights = (q @ k.mT / math.sqrt(q.shape[-1]) + future).softmax(-1)  # (B, h, T, T)
+        y = (self.attention_dropout(weights) @ v).transpose(1, 2).flatten(2)
+        x = x + self.dropout(self.attention_out(y))
+        hidden = F.gelu(self.feed_forward_up(self.norm_feed_forward(x)))
+        return x + self.feed_forward_down(self.dropout(hidden))
+
+
+class Literal(nn.Module):
+    """The obvious version of `model`, with its weights. Called like it, it returns (None, loss)."""
+
+    def __init__(self, model: CausalLM, attention_dropout: float = 0.0):
+        super().__init__()
+        config = model.config
+        d, is_mu = config.d_model, isinstance(config, MuConfig)
+        self.embedding = nn.Embedding(config.vocab_size, d)
+        self.positions = nn.Embedding(config.max_seq_len, d)
+        layer = LiteralMuLayer if is_mu else LiteralDenseLayer
+        self.layers = nn.ModuleList(layer(config, attention_dropout) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(d)
+        self.output = nn.Linear(d, config.vocab_size, bias=is_mu)
+        if not is_mu:
+            self.output.weight = self.embedding.weight
+        self.dropout = nn.Dropout(config.dropout)
+        self.load_state_dict(_literal_weights(model))
+        self.to(model.device)
+
+    def forward(self, input_ids: Tensor, targets: Tensor) -> tuple[None, Tensor]:
+        T = input_ids.shape[1]
+        future = torch.full((T, T), float("-inf"), device=input_ids.device).triu(1)
+        place = torch.arange(T, device=input_ids.device)
+        x = self.dropout(self.embedding(input_ids) + self.positions(place))
+        for layer in self.layers:
+            x = layer(x, input_ids, future)
+        logits = self.output(self.norm(x))
+        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _literal_weights(model: CausalLM) -> dict[str, Tensor]:
+    """The weights of one of our models under the names of `Literal`."""
+    weights = {}
+    for name, value in model.state_dict().items():
+        if name == "affinity.weight":
+            for layer, table in enumerate(value.chunk(model.config.n_layer, 1)):
+                weights[f"layers.{layer}.affinity.weight"] = table
+        elif ".block_attention." in name:
+            layer, _, group, part = name.removeprefix("layers.").split(".")
+            first = sum(n for n, _ in model.config.layout.groups[: int(group)])
+            new = {"in_weight": "in_proj_weight", "in_bias": "in_proj_bias"}.get(
+                part, part.replace("out_", "out_proj.")
+            )
+            for block, of_one in enumerate(value, start=first):
+                weights[f"layers.{layer}.blocks.{block}.{new}"] = of_one.view(
+                    of_one.shape if "weight" in part else -1
+                )
+        else:
+            for ours, theirs in (
+                ("cross_attention.qkv.", "cross.in_proj_"),
+                ("cross_attention.out.", "cross.out_proj."),
+                ("gate.up", "gate_up"),
+                ("gate.down", "gate_down"),
+                ("gate.beta", "beta"),
+            ):
+                name = name.replace(ours, theirs)
+            weights[name] = value
+    if isinstance(model.config, DenseConfig):
+        weights["output.weight"] = weights["embedding.weight"]
+    return weights
+
+
+def training_step(model: nn.Module, batch: int, device: torch.device) -> Callable[[], Tensor]:
+    """A function that makes one optimizer step on a fixed batch and returns its loss.
+
+    Ours in the trainer's precision and with its fused AdamW, the literal one in fp32 with torch's
+    default; neither decays weights, so that the two do the same mathematics.
+    """
+    ours = isinstance(model, CausalLM)
+    precision = DTYPES[precision_for_device()] if ours and device.type == "cuda" else torch.float32
+    half = precision == torch.float16
+    if ours:
+        config = model.config
+        vocab_size, length = config.vocab_size, config.max_seq_len
+        if device.type == "cuda":
+            model.compile_body()
+    else:
+        vocab_size, length = model.embedding.num_embeddings, model.positions.num_embeddings
+    fused = {"fused": True} if ours and not half else {}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, **fused)
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    generator = torch.Generator().manual_seed(0)
+    window = torch.randint(vocab_size, (batch, length + 1), generator=generator).to(device)
+
+    def step() -> Tensor:
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            loss = model(window[:, :-1], window[:, 1:])[1]
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+class Contender:
+    """One version of a model in a process of its own, which makes training steps when asked."""
+
+    def __init__(self, config: ModelConfig, who: str, batch: int, device: torch.device):
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        arguments = theirs, config, who, batch, device, torch.get_num_threads()
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        self.process.start()
+        self.ask("step")  # the first is warm-up
+
+    def ask(self, what: str):
+        """`step`: its seconds · `memory`: the bytes steps need beyond the model, at their peak ·
+        `profile`: the share of a step's time by kernel."""
+        self.pipe.send(what)
+        return self.pipe.recv()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.join()
+
+
+def _serve(pipe, config, who, batch, device, n_thread) -> None:
+    torch.set_num_threads(n_thread)
+    if who == "ours" and device.type == "cpu":
+        keep_freed_memory()
+    step = training_step(_build(config, who, device), batch, device)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+    else:
+        import psutil  # comes with accelerate
+
+        before = psutil.Process().memory_info().rss
+    answers = {
+        "step": lambda: seconds_per_step(step, device),
+        "memory": lambda: peak_memory(device) - before,
+        "profile": lambda: where_time_goes(step, device),
+    }
+    while True:
+        pipe.send(answers[pipe.recv()]())
+
+
+def seconds_per_step(step: Callable, device: torch.device) -> float:
+    repeats = 10 if device.type == "cuda" else 1  # a GPU's steps are too short for one
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    _wait(device)
+    return (time.perf_counter() - started) / repeats
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large square matrix product, the best of 10."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / min(seconds_per_step(lambda: a @ a, device) for _ in range(10))
+
+
+def _contenders(config: ModelConfig) -> dict[str, Callable[[CausalLM], nn.Module]]:
+    return {
+        "ours": lambda model: model,
+        "literal": Literal,
+        "literal, attention-weight dropout": lambda model: Literal(model, config.dropout),
+    }
+
+
+def _build(config: ModelConfig, who: str, device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    return _contenders(config)[who](build_model(config).to(device))
+
+
+def agreement(config: ModelConfig, batch: int, device: torch.device) -> float:
+    """The largest relative difference of ours and the literal loss over 20 steps, no dropout."""
+    config = dataclasses.replace(config, dropout=0.0)
+    ours = _build(config, "ours", device)
+    steps = [training_step(model, batch, device) for model in (ours, Literal(ours))]
+    losses = torch.stack(
+        [torch.stack([step() for step in steps]) for _ in range(AGREEMENT_STEPS)]
+    ).double()
+    return float((losses[:, 0] / losses[:, 1] - 1).abs().max())
+
+
+def where_time_goes(step: Callable, device: torch.device, largest: int = 8) -> dict[str, float]:
+    """Share of a step's own time by kernel, the largest first and the rest together."""
+    step()
+    with torch.profiler.profile() as profile:
+        step()
+        _wait(device)
+    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, key) for event in profile.key_averages()}
+    total = sum(times.values())
+    shares = sorted(((value / total, name) for name, value in times.items()), reverse=True)
+    shown = {name: share for share, name in shares[:largest]}
+    return shown | {"everything else": 1 - sum(shown.values())}
+
+
+def scaling_points(config: ModelConfig, batch: int, axes: Mapping[str, Sequence[int]]):
+    """(axis, value, config, batch) of every point; longer sequences come in smaller batches."""
+    for axis, values in axes.items():
+        for value in values:
+            if axis == "batch":
+                yield axis, value, config, value
+            elif hasattr(config, axis):
+                changed = dataclasses.replace(config, **{axis: value})
+                tokens = batch * config.max_seq_len
+                yield axis, value, changed, max(1, round(tokens / changed.max_seq_len))
+
+
+def run_bench(
+    device: str | None = None,
+    models: Mapping[str, ModelConfig] | None = None,
+    batch: int | None = None,
+    repeats: int = 5,
+    scaling: Mapping[str, Sequence[int]] = SCALING,
+    say: Callable[[str], None] = print,
+) -> dict:
+    """Everything the bench measures, ready for JSON.
+
+    `rows` compare ours with each literal version: the ratios of speed are medians over rounds in
+    which both are timed, `memory_ratio` is ours ÷ literal. `scaling` compares the time a token
+    takes with the arithmetic's prediction, each relative to the reference shape. Raises MusotaError
+    for a device that is not there.
+    """
+    device = _device(device)
+    models = models or {"mu": MuConfig(), "dense": DenseConfig()}
+    batch = batch or (32 if device.type == "cuda" else 8)
+    precision = precision_for_device() if device.type == "cuda" else "no"
+    rate = matmul_rate(device, DTYPES[precision])
+    result = {
+        "batch": batch,
+        "precision": {"no": "fp32"}.get(precision, precision),
+        "matmul_flops": rate,
+        **about_machine(),
+        "models": {kind: dataclasses.asdict(config) for kind, config in models.items()},
+        "rows": [],
+        "agreement": {},
+        "profile": {},
+        "scaling": [],
+    }
+    for kind, config in models.items():
+        tokens = batch * config.max_seq_len
+        names = list(_contenders(config))
+        say(f"{kind}: {repeats} rounds of {', '.join(names)}")
+        with contextlib.ExitStack() as stack:
+            contenders = [
+                stack.enter_context(Contender(config, who, batch, device)) for who in names
+            ]
+            rounds = [[one.ask("step") for one in contenders] for _ in range(repeats)]
+            memory = [one.ask("memory") for one in contenders]
+            result["profile"][kind] = contenders[0].ask("profile")
+        seconds = list(zip(*rounds, strict=True))
+        ours = tokens / median(seconds[0])
+        for against, theirs, held in zip(names[1:], seconds[1:], memory[1:], strict=True):
+            ratios = sorted(b / a for a, b in zip(seconds[0], theirs, strict=True))
+            result["rows"].append(
+                {
+                    "model": kind,
+                    "against": against,
+                    "tokens_per_s": ours,
+                    "ms_per_step": 1e3 * median(seconds[0]),
+                    "against_tokens_per_s": tokens / median(theirs),
+                    "against_ms_per_step": 1e3 * median(theirs),
+                    "tokens_per_s_ratio": median(ratios),
+                    "tokens_per_s_ratio_range": [ratios[0], ratios[-1]],
+                    "memory_bytes": memory[0],
+                    "against_memory_bytes": held,
+                    "memory_ratio": memory[0] / held,
+                    "share_of_matmul_rate": ours * config.flops_per_token / rate,
+                }
+            )
+        say(f"{kind}: the losses of {AGREEMENT_STEPS} steps, ours and literal")
+        result["agreement"][kind] = agreement(config, 1, device)
+        result["scaling"] += _scaling(kind, config, batch, device, scaling, say)
+    return result
+
+
+def _scaling(kind, config, batch, device, axes, say) -> list[dict]:
+    points = []
+    with Contender(config, "ours", batch, device) as reference:
+        for axis, value, changed, changed_batch in scaling_points(config, batch, axes):
+            say(f"{kind}: {axis} {value}")
+            with Contender(changed, "ours", changed_batch, device) as here:
+                rounds = [(reference.ask("step"), here.ask("step")) for _ in range(3)]
+            tokens = changed_batch * changed.max_seq_len
+            ratio = median(here / at_reference for at_reference, here in rounds)
+            points.append(
+                {
+                    "model": kind,
+                    "axis": axis,
+                    "value": value,
+                    "batch": changed_batch,
+                    "tokens_per_s": tokens / median(here for _, here in rounds),
+                    "time_per_token": ratio * batch * config.max_seq_len / tokens,
+                    "arithmetic": changed.flops_per_token / config.flops_per_token,
+                }
+            )
+    return points
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    with contextlib.suppress(RuntimeError):  # torch's sentence for a bad name is a page long
+        device = torch.device(name)
+        if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available()):
+            return device
+    raise MusotaError(f"There is no device {name!r} here: use cpu, or cuda where there is a GPU.")
