@@ -23,15 +23,19 @@ def causal_attention(
 
     Scores are q · k: scale q beforehand. The entropy, in nats, is None unless asked for.
     """
-    if q.device.type == "cpu":
-        return _TiledAttention.apply(q, k, v, with_entropy)
+    attend = _TiledAttention.apply if q.device.type == "cpu" else attend_with_library
+    return attend(q, k, v, with_entropy)
+
+
+def attend_with_library(q: Tensor, k: Tensor, v: Tensor, with_entropy: bool):
+    """`causal_attention` as a GPU does it: torch's fused kernel, or all weights for the entropy."""
     if with_entropy:
         future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
-        weights = (q @ k.mT).float().masked_fill(future, float("-inf")).softmax(-1)
+        weights = (q @ k.mT).float().masked_fill(future, float("-inf")).softmax(-1)  # (G, T, T)
         return weights.to(v.dtype) @ v, entropy(weights)
-    # A GPU's kernels ask for widths in multiples of 8; zeros and the true scale change nothing.
-    q, k, v = (F.pad(x, (0, -x.shape[-1] % 8))[None] for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    # The kernels ask for widths in multiples of 8; zeros and the true scale change nothing.
+    wide_q, wide_k, wide_v = (F.pad(x, (0, -x.shape[-1] % 8))[None] for x in (q, k, v))
+    y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, is_causal=True, scale=1.0)
     return y[0, ..., : v.shape[-1]], None
 
 

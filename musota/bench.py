@@ -192,18 +192,26 @@ class Contender:
     """One version of a model in a process of its own, which makes training steps when asked."""
 
     def __init__(self, config: ModelConfig, who: str, batch: int, device: torch.device):
+        self.who = who
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
         arguments = theirs, config, who, batch, device, torch.get_num_threads()
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
+        theirs.close()  # else the end of the process would not end the pipe
         self.ask("step")  # the first is warm-up
 
     def ask(self, what: str):
         """`step`: its seconds · `memory`: the bytes steps need beyond the model, at their peak ·
         `profile`: the share of a step's time by kernel."""
-        self.pipe.send(what)
-        return self.pipe.recv()
+        try:
+            self.pipe.send(what)
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            raise MusotaError(
+                f"The process that runs the {self.who} version ended by itself, most likely for "
+                "want of memory: bench on a machine with more."
+            ) from None
 
     def __enter__(self):
         return self
@@ -378,7 +386,12 @@ def _scaling(kind, config, batch, device, axes, say) -> list[dict]:
     with Contender(config, "ours", batch, device) as reference:
         for axis, value, changed, changed_batch in scaling_points(config, batch, axes):
             say(f"{kind}: {axis} {value}")
-            with Contender(changed, "ours", changed_batch, device) as here:
+            same = (changed, changed_batch) == (config, batch)  # against itself: shows the noise
+            with (
+                contextlib.nullcontext(reference)
+                if same
+                else Contender(changed, "ours", changed_batch, device)
+            ) as here:
                 rounds = [(reference.ask("step"), here.ask("step")) for _ in range(3)]
             tokens = changed_batch * changed.max_seq_len
             ratio = median(here / at_reference for at_reference, here in rounds)

@@ -34,6 +34,13 @@ _STYLES = {  # colour, line style, marker
 _OTHER = ("#000000", ":", "x")
 _SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 _HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
+_SIZES = {
+    "batch": "sequences a step",
+    "max_seq_len": "tokens a sequence",
+    "vocab_size": "vocabulary",
+    "n_layer": "layers",
+    "n_block": "semantic blocks",
+}
 _THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
@@ -293,4 +300,66 @@ def ppl_against_parameters(runs: Sequence[Run]) -> Figure:
     axis.margins(0.15)
     axis.grid(color="0.9")
     axis.legend(fontsize=9)
+    return figure
+
+
+def bench(result: Mapping) -> Figure:
+    """Training throughput and peak memory of ours and of the literal versions."""
+    figure, (speed, memory) = _figure(10, 3.8, columns=2)
+    fills = {
+        "ours": {"color": "#0072B2"},
+        "literal": {"color": "#E69F00", "hatch": "//"},
+        "literal, attention-weight dropout": {"color": "#999999", "hatch": ".."},
+    }
+    kinds = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    for place, kind in enumerate(kinds):
+        rows = [row for row in result["rows"] if row["model"] == kind]
+        bars = [("ours", rows[0]["tokens_per_s"], rows[0]["memory_bytes"], "")]
+        for row in rows:
+            note = f"  ours {row['tokens_per_s_ratio']:.1f}×"
+            held = row["against_memory_bytes"]
+            bars.append((row["against"], row["against_tokens_per_s"], held, note))
+        for offset, (who, rate, held, note) in enumerate(bars):
+            y = place * 4 + offset
+            for axis, value in ((speed, rate), (memory, held / 2**20)):
+                label = who if place == 0 and axis is speed else None
+                axis.barh(y, value, edgecolor="white", label=label, **fills[who])
+                ratio = note if axis is speed else ""
+                axis.text(value, y, f" {value:,.0f}{ratio}", va="center", fontsize=8)
+    names = {"mu": "MU-SOTA", "dense": "dense"}
+    for axis in (speed, memory):
+        axis.set_yticks([4 * place + 1 for place in range(len(kinds))], [names[k] for k in kinds])
+        axis.invert_yaxis()
+        axis.margins(x=0.25)
+        axis.xaxis.set_major_formatter(_THOUSANDS)
+    speed.set(xlabel="tokens/s (more is better)", title="One training step, tokens/s")
+    memory.set(xlabel="MiB (less is better)", title="Peak memory of the step")
+    figure.legend(fontsize=8, ncols=3, loc="outside lower center")
+    return figure
+
+
+def bench_scaling(result: Mapping) -> Figure:
+    """Time per token against each size: measured, and what the arithmetic says."""
+    axes_names = list(dict.fromkeys(point["axis"] for point in result["scaling"]))
+    figure, axes = _figure(2.6 * len(axes_names), 3.6, columns=len(axes_names))
+    styles = {"mu": ("MU-SOTA", "#0072B2", "o"), "dense": ("dense", "#D55E00", "s")}
+    for axis, name in zip(np.atleast_1d(axes), axes_names, strict=True):
+        for kind, (label, colour, marker) in styles.items():
+            points = [p for p in result["scaling"] if (p["axis"], p["model"]) == (name, kind)]
+            if not points:
+                continue
+            x = [point["value"] for point in points]
+            measured = [point["time_per_token"] for point in points]
+            expected = [point["arithmetic"] for point in points]
+            axis.plot(x, measured, marker=marker, color=colour, label=f"{label}, measured")
+            axis.plot(x, expected, "--", color=colour, alpha=0.6, label=f"{label}, arithmetic")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(x, [f"{value:,}" for value in x], rotation=45, fontsize=8)
+        axis.minorticks_off()
+        axis.set_xlabel(_SIZES.get(name, name))
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+        axis.grid(axis="y", color="0.9")
+    np.atleast_1d(axes)[0].set_ylabel("time per token (reference shape = 1)")
+    handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=4, loc="outside lower center")
     return figure

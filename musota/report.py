@@ -21,6 +21,8 @@ from musota.runs import Run, load_runs
 from musota.training import learning_rate_at
 
 ORDER = ("original", "optimized", "baseline", "simplified", "simplified_twin")
+BENCH_NAMES = {"mu": "MU-SOTA", "dense": "dense"}
+BENCH_TOLERANCE = 1.25  # nearer to the arithmetic than this counts as following it
 PAIRS = {"optimized": "baseline", "simplified": "simplified_twin"}  # a model and its dense twin
 
 
@@ -315,3 +317,107 @@ def _markdown(table: pd.DataFrame) -> str:
 def _quoted(sample: Mapping[str, str]) -> str:
     text = " ".join(sample["text"].split()).replace("<", "&lt;")
     return f"{sample['prompt'].strip().replace('<', '&lt;')} → *{text}*"
+
+
+def bench_table(result: Mapping) -> pd.DataFrame:
+    """Ours against each literal version, a row each, ready to print."""
+    rows = []
+    for row in result["rows"]:
+        low, high = row["tokens_per_s_ratio_range"]
+        rows.append(
+            {
+                "model": BENCH_NAMES[row["model"]],
+                "against": row["against"],
+                "tokens/s": f"{row['tokens_per_s']:,.0f}",
+                "theirs": f"{row['against_tokens_per_s']:,.0f}",
+                "ratio (all rounds)": f"{row['tokens_per_s_ratio']:.2f}× ({low:.2f}–{high:.2f})",
+                "ms/step": f"{row['ms_per_step']:,.1f}",
+                "peak memory": f"{row['memory_bytes'] / 2**20:,.0f} MiB",
+                "of theirs": f"{row['memory_ratio']:.0%}",
+                "of the matmul rate": f"{row['share_of_matmul_rate']:.0%}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def scaling_table(result: Mapping) -> pd.DataFrame:
+    """How the time a token takes grows, beside what the arithmetic says."""
+    rows = []
+    for point in result["scaling"]:
+        off = point["time_per_token"] / point["arithmetic"]
+        name = "as it says" if 1 / BENCH_TOLERANCE < off < BENCH_TOLERANCE else f"{off:.2f} × it"
+        rows.append(
+            {
+                "model": BENCH_NAMES[point["model"]],
+                "changed": f"{point['axis']} {point['value']:,}",
+                "batch": point["batch"],
+                "tokens/s": f"{point['tokens_per_s']:,.0f}",
+                "time per token": f"{point['time_per_token']:.2f}",
+                "arithmetic": f"{point['arithmetic']:.2f}",
+                "measured": name,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def write_bench_report(folder: str | os.PathLike) -> Path:
+    """README.md and figures of a folder of `bench --json` files; returns the README's path."""
+    folder = Path(folder)
+    parts = [
+        "# Bench: ours against the literal version",
+        "The literal models (`musota/bench.py`) loop over the blocks with `nn.MultiheadAttention`, "
+        "compute in fp32 and hold every logit at once; attention-weight dropout changes the "
+        "mathematics and is a row of its own. Every version trains in a process of its own and "
+        "all take turns. A ratio is the median over the rounds; memory is the peak of the process "
+        "above what it held before its first step (gradients and the optimizer's state included).",
+    ]
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        shape = " · ".join(
+            f"{BENCH_NAMES[kind]}: {config['n_layer']} layers, V {config['vocab_size']:,}"
+            for kind, config in result["models"].items()
+        )
+        agreement = ", ".join(
+            f"{BENCH_NAMES[kind]} {value:.0e}" for kind, value in result["agreement"].items()
+        )
+        length = next(iter(result["models"].values()))["max_seq_len"]
+        parts += [
+            f"## {result['device']}",
+            f"Measured {result['date']}, torch {result['versions']['torch']}, "
+            f"{result['precision']}, steps of {result['batch']} × {length} tokens. {shape}. The "
+            f"machine's own rate for a large matrix product: {result['matmul_flops'] / 1e9:,.0f} "
+            f"GFLOP/s. Command: `python -m musota bench --json results/bench/{path.name} && "
+            "python -m musota report`",
+            _markdown(bench_table(result)),
+            f"Largest relative difference between our loss and the literal one over 20 training "
+            f"steps at dropout 0: {agreement}.",
+            _figure_of(plots.bench(result), folder / f"{path.stem}.png", "Throughput and memory"),
+            "Where our step's time goes (share of a profiled step):",
+            _markdown(_profile_table(result)),
+        ]
+        if result["scaling"]:
+            parts += [
+                "Time per token relative to the shape above, and the ratio of the operations "
+                "(matrix products only); sequences longer than that come in smaller batches.",
+                _figure_of(
+                    plots.bench_scaling(result), folder / f"{path.stem}-scaling.png", "Scaling"
+                ),
+                _markdown(scaling_table(result)),
+            ]
+    path = folder / "README.md"
+    text = "\n\n".join(parts) + "\n"
+    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
+    return path
+
+
+def _figure_of(figure: Figure, path: Path, title: str) -> str:
+    save_figure(figure, path, "")
+    return f"![{title}]({path.name})"
+
+
+def _profile_table(result: Mapping) -> pd.DataFrame:
+    columns = []
+    for kind, shares in result["profile"].items():
+        lines = [f"{share:.0%} {name.removeprefix('aten::')}" for name, share in shares.items()]
+        columns.append(pd.Series(lines, name=BENCH_NAMES[kind]))
+    return pd.concat(columns, axis=1).fillna("")

@@ -33,6 +33,7 @@ from musota.runs import Run, RunFolder
 
 SAMPLE_PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 32
 SAMPLE_SETTINGS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0}
+COMPILE_STEPS = 2000  # a run of so many steps wins back the minute that compiling takes
 LOG_LINES = 250  # about so many step records a run
 HEADLESS = "MUSOTA_HEADLESS"  # set where progress goes to a log and not to a screen
 BLOCK_TOKENS = 1024  # valid losses are kept by blocks of so many tokens, for the paired bootstrap
@@ -60,18 +61,22 @@ def precision_for_device() -> str:
 
 @torch.no_grad()
 def score(
-    model: CausalLM, tokens: Tensor, stride: int | None = None, batch_size: int = 16
+    model: CausalLM, tokens: Tensor, stride: int | None = None, batch_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Nats (float32) and top-1 hits (bool) of tokens 1 … n−1, each predicted once; (n−1,) each.
 
     Windows of max_seq_len advance by `stride` (default: their length): with a smaller stride all
-    but the first window score only tokens that have at least max_seq_len − stride before them.
+    but the first window score only tokens that have at least max_seq_len − stride before them. The
+    batch size changes speed and memory alone.
+
     Raises MusotaError for too few tokens, an id out of range or a stride out of bounds.
     """
     length = model.config.max_seq_len
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
         raise MusotaError(f"stride must lie between 1 and max_seq_len={length}, not {stride}.")
+    if batch_size is None:
+        batch_size = 16 if model.device.type == "cpu" else 64
     if batch_size < 1:
         raise MusotaError(f"batch_size must be at least 1, not {batch_size}.")
     if tokens.dim() != 1 or len(tokens) < 2:
@@ -110,7 +115,7 @@ def evaluate(
     words: int | None = None,
     bytes: int | None = None,
     stride: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> dict[str, float]:
     """`loss` (nats/token), `ppl` and `accuracy` over every token but the first (see `score`).
 
@@ -145,24 +150,28 @@ def train(
     name: str = "run",
     profile: str | None = None,
     micro_batch: int | None = None,
+    compile: bool | None = None,
 ) -> Run:
     """Train an experiment into `run_dir` and return the run, its best epoch chosen on valid.
 
     A finished run of the same experiment, corpus and seed is returned as it is; an unfinished one
     goes on where its last checkpoint stands; `resume=False` starts over. `micro_batch` sequences
-    are computed at a time (a choice of speed and memory; at dropout 0 it changes nothing else).
-    Ctrl-C ends after the step at hand, saves it and returns what has been measured.
+    are computed at a time (a choice of speed and memory; at dropout 0 it changes nothing else), and
+    `compile` passes the model's body through torch.compile: both are chosen for the device unless
+    given, and kept when a run goes on. Ctrl-C ends after the step at hand, saves it and returns
+    what has been measured.
 
     Raises MusotaError for a folder that belongs to another run or cannot be written, a damaged
     checkpoint, a corpus that does not fit the model, or a loss that is no longer finite.
     """
-    return _Trainer(experiment, corpus, run_dir, resume, seed, name, profile, micro_batch).run()
+    choices = {"micro_batch": micro_batch, "compile": compile}
+    return _Trainer(experiment, corpus, run_dir, resume, seed, name, profile, choices).run()
 
 
 class _Trainer:
     """One training run: everything `train` needs at hand."""
 
-    def __init__(self, experiment, corpus, run_dir, resume, seed, name, profile, micro_batch):
+    def __init__(self, experiment, corpus, run_dir, resume, seed, name, profile, choices):
         self.experiment, self.corpus, self.seed = experiment, corpus, seed
         self.training, length = experiment.training, experiment.model.max_seq_len
         if corpus.tokenizer.size > experiment.model.vocab_size:
@@ -202,14 +211,17 @@ class _Trainer:
             torch.cuda.reset_peak_memory_stats()
         else:
             keep_freed_memory()
-        saved = self.state["micro_batch"] if self.state else None
-        self.micro_batch = micro_batch or saved or self._default_micro_batch()
+        given = {name: value for name, value in choices.items() if value is not None}
+        saved = self.state.get("choices", {}) if self.state else {}
+        self.choices = self._default_choices() | saved | given
         if not (self.folder.path / "config.json").exists():
-            choices = {"micro_batch": self.micro_batch, "precision": precision_for_device()}
-            write_json(self.folder.path / "config.json", {**identity, **choices})
+            chosen = {**self.choices, "precision": precision_for_device()}
+            write_json(self.folder.path / "config.json", {**identity, **chosen})
         torch.manual_seed(seed)
         model = build_model(experiment.model)
         self.ledger = model.parameter_ledger()
+        if self.choices["compile"]:
+            model.compile_body()
         # Fused AdamW skips bad fp16 steps inside its kernel, where accelerate cannot see it; the
         # schedule has to know of them.
         fused = self.accelerator.scaler is None
@@ -226,12 +238,15 @@ class _Trainer:
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.best_loss, self.summary = math.inf, {}
 
-    def _default_micro_batch(self) -> int:
-        """A GPU takes a whole step at once, a CPU about 1,500 tokens."""
-        step = self.training.sequences_per_step
-        if self.device.type != "cpu":
-            return step
-        return max(1, min(step, 1536 // self.experiment.model.max_seq_len))
+    def _default_choices(self) -> dict:
+        """A GPU takes a whole step at once, a CPU about 1,500 tokens. Compiling takes a GPU about a
+        minute, which only a long run wins back, and brings a CPU nothing."""
+        sequences, on_cpu = self.training.sequences_per_step, self.device.type == "cpu"
+        few = max(1, min(sequences, 1536 // self.experiment.model.max_seq_len))
+        return {
+            "micro_batch": few if on_cpu else sequences,
+            "compile": not on_cpu and self.total_steps >= COMPILE_STEPS,
+        }
 
     @property
     def seconds(self) -> float:
@@ -256,7 +271,11 @@ class _Trainer:
         )
         with _Interruption() as interruption, self.progress:
             while self.step < self.total_steps and not interruption.asked:
-                self._one_step()
+                try:
+                    self._one_step()
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    self._stop_compiling(error)
+                    continue
                 if self.step % self.steps_per_epoch == 0:
                     self._end_epoch()
             if self.step == self.total_steps:
@@ -271,6 +290,14 @@ class _Trainer:
             if not self.summary:  # nothing measured that could be returned
                 raise KeyboardInterrupt
         return Run(self.folder.path)
+
+    def _stop_compiling(self, error: Exception) -> None:
+        """Say that torch.compile does not work here, and go on without it."""
+        reason = str(error).strip().splitlines()[0]
+        print(f"torch.compile failed ({reason}): training goes on without it.")
+        self.folder.append({"kind": "event", "step": self.step, "event": "compiling failed"})
+        self.choices["compile"], self.model.compiled_body = False, None
+        self.optimizer.zero_grad()
 
     def _one_step(self) -> None:
         epoch, place = divmod(self.step, self.steps_per_epoch)
@@ -287,7 +314,7 @@ class _Trainer:
         per_step = self.training.sequences_per_step
         batch = self.starts[place * per_step : (place + 1) * per_step]
         step_loss = torch.zeros((), device=self.device)
-        for micro in batch.split(self.micro_batch):
+        for micro in batch.split(self.choices["micro_batch"]):
             window = self.tokens[micro[:, None] + self.span].long()  # (micro, T + 1)
             with self.accelerator.autocast():
                 loss = self.wrapped(window[:, :-1], window[:, 1:])[1]
@@ -401,7 +428,7 @@ class _Trainer:
                 "epoch_nats": self.epoch_nats.cpu(),
                 "seconds": self.seconds,
                 "best_loss": self.best_loss,
-                "micro_batch": self.micro_batch,
+                "choices": self.choices,
                 "summary": self.summary,
             }
         )

@@ -91,8 +91,11 @@ class Workbook:
             return twin(self.experiment(name.removesuffix("_twin")))
         return scaled(find_experiment(name), self.profile)
 
-    def train(self, name: str) -> Run:
-        """Train an experiment here, go on with it, or load it if it has finished."""
+    def train(self, name: str, **choices) -> Run:
+        """Train an experiment here, go on with it, or load it if it has finished.
+
+        `choices` of speed and memory are passed to `musota.train`.
+        """
         return train(
             self.experiment(name),
             self.corpus,
@@ -101,6 +104,7 @@ class Workbook:
             seed=self.seed,
             name=name,
             profile=self.profile.name,
+            **choices,
         )
 
     @property

@@ -28,7 +28,7 @@ def test_equals_the_plain_loss_in_value_and_gradient(tokens, bias):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_it_is_as_near_as_the_dtype_allows(dtype):
     hidden, weight, bias, targets = _problem(300, True)
     wanted = F.cross_entropy(F.linear(hidden, weight, bias), targets)
@@ -67,3 +67,11 @@ def test_scores_are_the_losses_and_hits_of_each_token():
     assert nats.shape == hits.shape == (7, 100)
     torch.testing.assert_close(nats.flatten(), F.cross_entropy(logits, targets, reduction="none"))
     assert torch.equal(hits.flatten(), logits.argmax(-1) == targets)
+
+
+def test_a_model_that_knows_nothing_is_not_called_right():
+    """All logits equal: the guess is the first token, not whatever the target is."""
+    targets = torch.arange(97)
+    nats, hits = score_tokens(torch.zeros(97, 16), torch.zeros(97, 16), None, targets)
+    torch.testing.assert_close(nats, torch.full((97,), 97.0).log())
+    assert hits.sum() == 1 and hits[0]

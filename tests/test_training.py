@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import os
@@ -87,6 +88,78 @@ def test_at_dropout_0_micro_batches_change_nothing(short, tmp_path):
         np.testing.assert_allclose(other.steps.grad_norm, runs[0].steps.grad_norm, rtol=1e-3)
         np.testing.assert_allclose(other.history.ppl, runs[0].history.ppl, rtol=1e-4)
     assert len(runs[0].steps) > 10
+
+
+def test_choices_of_speed_are_kept_and_a_resume_repeats_them(short, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 14)
+        musota.train(EXPERIMENT, short, tmp_path, micro_batch=3)
+    assert json.loads((tmp_path / "config.json").read_text())["micro_batch"] == 3
+    sizes = set()
+    forward = musota.CausalLM.forward
+
+    def watched(self, input_ids, targets=None):
+        sizes.add(len(input_ids))
+        return forward(self, input_ids, targets)
+
+    monkeypatch.setattr(musota.CausalLM, "forward", watched)
+    musota.train(EXPERIMENT, short, tmp_path)
+    assert max(sizes) == 3
+
+
+@pytest.mark.parametrize("model", [MODEL, musota.DenseConfig(512, 24, 1, 3, d_model=48)])
+def test_a_compiled_run_is_the_same_run(model, short, tmp_path, monkeypatch):
+    # Traced and differentiated ahead of time as on a GPU; generating code would take a minute.
+    traced = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", traced)
+    experiment = musota.Experiment(model, EXPERIMENT.training).with_(dropout=0.0, epochs=1)
+    plain = musota.train(experiment, short, tmp_path / "plain")
+    compiled = musota.train(experiment, short, tmp_path / "compiled", compile=True)
+    np.testing.assert_allclose(compiled.steps.loss, plain.steps.loss, rtol=1e-5)
+    assert compiled.config["compile"] and not plain.config["compile"]
+    assert not [record for record in compiled.records if record["kind"] == "event"]
+
+
+def test_where_compiling_fails_the_run_says_so_and_goes_on(short, tmp_path, monkeypatch, capsys):
+    def broken(body, **_):
+        def call(*_):
+            raise torch._dynamo.exc.InternalTorchDynamoError("no compiler here\nand more")
+
+        return call
+
+    plain = musota.train(EXPERIMENT, short, tmp_path / "plain")
+    monkeypatch.setattr(torch, "compile", broken)
+    run = musota.train(EXPERIMENT, short, tmp_path / "broken", compile=True)
+    assert run.summary["weights_sha256"] == plain.summary["weights_sha256"]
+    assert "torch.compile failed (no compiler here): training goes on" in capsys.readouterr().out
+    events = [record for record in run.records if record["kind"] == "event"]
+    assert [event["event"] for event in events] == ["compiling failed"]
+
+
+def test_between_two_log_lines_nothing_waits_for_a_value(short, tmp_path, monkeypatch):
+    """On a GPU, reading a number back stops everything. Looks at values are counted here, but for
+    those that only a CPU takes: ids out of range, and the optimizer's step count."""
+    monkeypatch.setattr(musota.CausalLM, "check_tokens", lambda *_: None)
+    monkeypatch.setattr(training_room, "LOG_LINES", 1)
+    trainer = training_room._Trainer(
+        EXPERIMENT, short, tmp_path, True, 0, "run", None, {"micro_batch": 16}
+    )
+    trainer.progress = training_room.progress_bar(1, 0)
+    trainer._one_step()  # the first step is logged
+    looked = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "_local_scalar_dense" in str(function) or "nonzero" in str(function):
+                looked.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        trainer._one_step()
+    assert not looked
+    with Watch():
+        float(trainer.epoch_nats)
+    assert looked  # the watch does see it
 
 
 def test_a_run_equals_the_plain_loop(short, tmp_path):

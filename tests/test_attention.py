@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from musota import attention
+from musota.attention import attend_with_library, causal_attention, entropy
+
+WAYS = {"tiled": causal_attention, "library": attend_with_library}
+
+
+def literal(q, k, v):
+    """Attention and its entropy, query by query."""
+    outputs, spreads = [], []
+    for t in range(q.shape[1]):
+        weights = torch.einsum("gc,gsc->gs", q[:, t], k[:, : t + 1]).softmax(-1)
+        outputs.append(torch.einsum("gs,gsc->gc", weights, v[:, : t + 1]))
+        spreads.append(torch.special.entr(weights).sum(-1))
+    return torch.stack(outputs, 1), torch.stack(spreads, 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize(("T", "width"), [(1, 2), (7, 3), (23, 8), (40, 16), (33, 18)])
+def test_equals_the_literal_version_in_value_and_gradient(way, with_entropy, T, width, monkeypatch):
+    # Tiles of ten rows and a few heads: none of the sizes above fits them evenly.
+    monkeypatch.setattr(attention, "TILE_ROWS", 10)
+    monkeypatch.setattr(attention, "TILE_SIZE", 500)
+    torch.manual_seed(T)
+    leaves = [torch.randn(5, T, width, dtype=torch.double, requires_grad=True) for _ in range(3)]
+    got, wanted = WAYS[way](*leaves, with_entropy), literal(*leaves)
+    loose = {"rtol": 1e-5, "atol": 1e-5} if (way, with_entropy) == ("library", True) else {}
+    directions = [torch.randn_like(one) for one in wanted]
+    if not with_entropy:
+        assert got[1] is None
+        got, wanted = got[:1], wanted[:1]
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, **loose)
+    total = sum((one * d).sum() for one, d in zip(got, directions, strict=False))
+    total_wanted = sum((one * d).sum() for one, d in zip(wanted, directions, strict=False))
+    for mine, theirs in zip(
+        torch.autograd.grad(total, leaves, allow_unused=True),
+        torch.autograd.grad(total_wanted, leaves, allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, **loose)
+
+
+def test_large_scores_stay_finite():
+    q, k, v = (torch.full((1, 5, 2), 200.0, requires_grad=True) for _ in range(3))
+    y, spread = causal_attention(q, k, v, with_entropy=True)
+    (y.sum() + spread.sum()).backward()
+    assert y.isfinite().all() and all(x.grad.isfinite().all() for x in (q, k, v))
+    torch.testing.assert_close(spread[0], torch.arange(1, 6).log(), rtol=0, atol=0.05)
+
+
+def test_autocast_computes_it_in_full_precision():
+    q, k, v = (torch.randn(2, 9, 4, dtype=torch.bfloat16) for _ in range(3))
+    wanted = causal_attention(q.float(), k.float(), v.float(), with_entropy=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = causal_attention(q, k, v, with_entropy=True)
+    for one, other in zip(got, wanted, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other)
+
+
+def test_no_more_weights_are_held_than_a_tile(monkeypatch):
+    monkeypatch.setattr(attention, "TILE_SIZE", 4000)
+    monkeypatch.setattr(attention, "TILE_ROWS", 16)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.untyped_storage().nbytes() // out.element_size())
+            return out
+
+    leaves = [torch.randn(6, 100, 2, requires_grad=True) for _ in range(3)]
+    with Watch():
+        y, spread = causal_attention(*leaves, with_entropy=True)
+        (y.sum() + spread.sum()).backward()
+    assert largest < 6 * 100 * 100 / 2
+
+
+def test_entropy_has_a_finite_gradient_where_weights_are_zero():
+    scores = torch.randn(4, 6, requires_grad=True)
+    masked = scores.masked_fill(torch.ones(4, 6, dtype=torch.bool).triu(2), float("-inf"))
+    entropy(masked.softmax(-1)).sum().backward()
+    assert scores.grad.isfinite().all() and scores.grad.abs().max() > 0
+    # The naive formula is what this guards against.
+    weights = masked.detach().softmax(-1).requires_grad_()
+    torch.special.entr(weights).sum().backward()
+    assert not weights.grad.isfinite().all()

@@ -1,0 +1,117 @@
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import musota
+from musota import bench
+from musota.__main__ import cli
+from musota.config import MusotaError
+from musota.data import write_json
+from musota.report import bench_table, scaling_table, write_bench_report
+
+CPU = torch.device("cpu")
+SMALL = {"vocab_size": 300, "max_seq_len": 24, "n_layer": 2}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        musota.MuConfig(**SMALL),
+        musota.MuConfig(matrix_size=6, n_block=8, n_head=6, **SMALL),
+        musota.MuConfig(n_block=8, **SMALL),
+        musota.DenseConfig(d_model=48, n_head=3, **SMALL),
+    ],
+)
+def test_twenty_training_steps_agree_with_the_literal_version(config):
+    assert bench.agreement(config, batch=4, device=CPU) < 1e-5
+
+
+def test_a_wrong_step_does_not_agree(monkeypatch):
+    """What the test above is worth: a gate that ignores the entropy is found out."""
+    from musota.mu import CrossAttention
+
+    forward = CrossAttention.forward
+    monkeypatch.setattr(
+        CrossAttention, "forward", lambda self, x: [part * (1, 0)[i] for i, part in
+                                                    enumerate(forward(self, x))]
+    )  # fmt: skip
+    assert bench.agreement(musota.MuConfig(**SMALL), batch=4, device=CPU) > 1e-5
+
+
+@pytest.fixture(scope="module")
+def result():
+    shape = {"vocab_size": 12_000, "max_seq_len": 96, "n_layer": 1}
+    models = {"mu": musota.MuConfig(**shape), "dense": musota.DenseConfig(**shape)}
+    axes = {"batch": (4, 16), "n_block": (8,)}
+    return bench.run_bench("cpu", models, batch=16, repeats=3, scaling=axes, say=lambda _: None)
+
+
+def test_bench_measures_what_it_promises(result):
+    assert [(row["model"], row["against"]) for row in result["rows"]] == [
+        (model, against)
+        for model in ("mu", "dense")
+        for against in ("literal", "literal, attention-weight dropout")
+    ]
+    for row in result["rows"]:
+        low, high = row["tokens_per_s_ratio_range"]
+        assert low <= row["tokens_per_s_ratio"] <= high
+        assert row["tokens_per_s"] == pytest.approx(16 * 96 / row["ms_per_step"] * 1e3)
+        assert 0 < row["share_of_matmul_rate"] < 1
+        # 1,536 × 12,000 logits, several times over, against a chunk of 512.
+        assert row["memory_ratio"] < 0.6
+    assert result["rows"][0]["tokens_per_s_ratio"] > 1
+    points = [(p["model"], p["axis"], p["value"], p["arithmetic"]) for p in result["scaling"]]
+    assert [point[:3] for point in points] == [
+        ("mu", "batch", 4), ("mu", "batch", 16), ("mu", "n_block", 8),
+        ("dense", "batch", 4), ("dense", "batch", 16),
+    ]  # fmt: skip
+    assert points[0][3] == 1 and points[2][3] == pytest.approx(1, abs=0.02)
+    for shares in result["profile"].values():
+        assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_its_report_can_be_written_from_the_file(result, tmp_path, monkeypatch):
+    folder = tmp_path / "new" / "bench"
+    asked = {}
+    monkeypatch.setattr(bench, "run_bench", lambda device, **rest: asked.update(rest) or result)
+    command = ["bench", "--repeats", "2", "--json", str(folder / "some-machine.json")]
+    answer = CliRunner().invoke(cli, command)
+    assert answer.exit_code == 0, answer.output
+    assert "attention-weight dropout" in answer.output and "as it says" in answer.output
+    assert asked["repeats"] == 2 and asked["scaling"] == bench.SCALING
+    answer = CliRunner().invoke(cli, ["report", str(folder)])
+    assert answer.exit_code == 0, answer.output
+    text = (folder / "README.md").read_text()
+    kept = json.loads((folder / "some-machine.json").read_text())
+    assert f"{kept['rows'][0]['tokens_per_s_ratio']:.2f}×" in text
+    for name in ("some-machine.png", "some-machine-scaling.png"):
+        assert name in text and (folder / name).stat().st_size > 10_000
+    assert len(bench_table(kept)) == 4 and len(scaling_table(kept)) == 5
+    write_json(folder / "some-machine.json", {**kept, "scaling": []})
+    assert "scaling" not in write_bench_report(folder).read_text().split("Where our step")[1]
+
+
+def test_scaling_says_where_the_arithmetic_does_not_hold():
+    point = {"model": "mu", "axis": "batch", "value": 4, "batch": 4, "tokens_per_s": 9.0}
+    said = [
+        scaling_table({"scaling": [{**point, "time_per_token": time, "arithmetic": 2.0}]}).measured[
+            0
+        ]
+        for time in (2.2, 3.0, 1.0)
+    ]
+    assert said == ["as it says", "1.50 × it", "0.50 × it"]
+
+
+def test_an_absent_device_and_a_lost_process_are_answered_plainly():
+    for name in ("cuda", "nonsense"):
+        if name == "cuda" and torch.cuda.is_available():
+            continue
+        with pytest.raises(MusotaError, match=f"There is no device '{name}' here"):
+            bench.run_bench(name)
+    config = musota.MuConfig(**SMALL)
+    with bench.Contender(config, "ours", 2, CPU) as contender:
+        contender.process.kill()
+        with pytest.raises(MusotaError, match="ended by itself"):
+            contender.ask("step")
