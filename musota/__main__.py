@@ -183,7 +183,7 @@ def train(experiment, profile, corpus, seed, fresh, save_to, compile):
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the numbers here.",
 )
-@click.option("--repeats", default=9, show_default=True, help="Rounds in which all take turns.")
+@click.option("--repeats", default=7, show_default=True, help="Rounds in which all take turns.")
 @click.option("--scaling/--no-scaling", default=True, help="Also other shapes.  [default: yes]")
 def bench(device, file, repeats, scaling):
     """Measure our training step against the literal version of the same model on this machine.

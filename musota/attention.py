@@ -39,6 +39,11 @@ def attend_with_library(q: Tensor, k: Tensor, v: Tensor, with_entropy: bool):
     return y[0, ..., : v.shape[-1]], None
 
 
+def largest_score(q: Tensor, k: Tensor) -> Tensor:
+    """The largest |q · k| of a query and a key not after it; shapes as in `causal_attention`."""
+    return (q @ k.mT).tril().abs().amax()
+
+
 def entropy(weights: Tensor) -> Tensor:
     """−Σ p log p over the last dimension, in nats, with a finite gradient where p = 0."""
     smallest = torch.finfo(weights.dtype).tiny

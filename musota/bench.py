@@ -202,7 +202,8 @@ class Contender:
         self.ask("step")  # the first is warm-up
 
     def ask(self, what: str):
-        """`step`: its seconds · `memory`: the bytes steps need beyond the model, at their peak ·
+        """`step`: its seconds, after one untimed (an idle process loses its caches, and some
+        systems page it out) · `memory`: the bytes steps need beyond the model, at their peak ·
         `profile`: the share of a step's time by kernel."""
         try:
             self.pipe.send(what)
@@ -233,7 +234,7 @@ def _serve(pipe, config, who, batch, device, n_thread) -> None:
 
         before = psutil.Process().memory_info().rss
     answers = {
-        "step": lambda: seconds_per_step(step, device),
+        "step": lambda: (step(), seconds_per_step(step, device))[1],
         "memory": lambda: peak_memory(device) - before,
         "profile": lambda: where_time_goes(step, device),
     }
@@ -346,33 +347,32 @@ def run_bench(
     }
     for kind, config in models.items():
         tokens = batch * config.max_seq_len
-        names = list(_contenders(config))
-        say(f"{kind}: {repeats} rounds of {', '.join(names)}")
-        with contextlib.ExitStack() as stack:
-            contenders = [
-                stack.enter_context(Contender(config, who, batch, device)) for who in names
-            ]
-            rounds = [[one.ask("step") for one in contenders] for _ in range(repeats)]
-            memory = [one.ask("memory") for one in contenders]
-            result["profile"][kind] = contenders[0].ask("profile")
-        seconds = list(zip(*rounds, strict=True))
-        ours = tokens / median(seconds[0])
-        for against, theirs, held in zip(names[1:], seconds[1:], memory[1:], strict=True):
-            ratios = sorted(b / a for a, b in zip(seconds[0], theirs, strict=True))
+        for against in list(_contenders(config))[1:]:
+            say(f"{kind}: {repeats} rounds of ours and {against}")
+            # Two at a time: a third process presses on memory, which tells against the literal one.
+            with (
+                Contender(config, "ours", batch, device) as ours,
+                Contender(config, against, batch, device) as theirs,
+            ):
+                rounds = [(ours.ask("step"), theirs.ask("step")) for _ in range(repeats)]
+                memory = ours.ask("memory"), theirs.ask("memory")
+                result["profile"][kind] = ours.ask("profile")
+            seconds = [median(column) for column in zip(*rounds, strict=True)]
+            ratios = sorted(slow / fast for fast, slow in rounds)
             result["rows"].append(
                 {
                     "model": kind,
                     "against": against,
-                    "tokens_per_s": ours,
-                    "ms_per_step": 1e3 * median(seconds[0]),
-                    "against_tokens_per_s": tokens / median(theirs),
-                    "against_ms_per_step": 1e3 * median(theirs),
+                    "tokens_per_s": tokens / seconds[0],
+                    "ms_per_step": 1e3 * seconds[0],
+                    "against_tokens_per_s": tokens / seconds[1],
+                    "against_ms_per_step": 1e3 * seconds[1],
                     "tokens_per_s_ratio": median(ratios),
                     "tokens_per_s_ratio_range": [ratios[0], ratios[-1]],
                     "memory_bytes": memory[0],
-                    "against_memory_bytes": held,
-                    "memory_ratio": memory[0] / held,
-                    "share_of_matmul_rate": ours * config.flops_per_token / rate,
+                    "against_memory_bytes": memory[1],
+                    "memory_ratio": memory[0] / memory[1],
+                    "share_of_matmul_rate": tokens / seconds[0] * config.flops_per_token / rate,
                 }
             )
         say(f"{kind}: the losses of {AGREEMENT_STEPS} steps, ours and literal")

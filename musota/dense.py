@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musota.attention import causal_attention, largest_score
 from musota.config import DenseConfig
 from musota.lm import CausalLM, Dropout
 
@@ -65,6 +66,20 @@ class DenseTransformer(CausalLM):
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)
+
+    def watch(self, seen: dict[str, list[Tensor]]) -> list:
+        def look(layer: DenseLayer, qkv: Tensor) -> None:
+            q, k, v = qkv.unflatten(-1, (3, layer.n_head, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
+            q = q * q.shape[-1] ** -0.5  # (B·h, T, C/h)
+            seen["largest_score"].append(largest_score(q, k))
+            seen["attention_entropy"].append(causal_attention(q, k, v, True)[1].mean())
+
+        return [
+            layer.attention_in.register_forward_hook(
+                lambda _, __, qkv, layer=layer: look(layer, qkv)
+            )
+            for layer in self.layers
+        ]
 
     @property
     def output_weight(self) -> Tensor:

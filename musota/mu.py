@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musota.attention import causal_attention
+from musota.attention import causal_attention, largest_score
 from musota.config import HEADS_PER_BLOCK, MuConfig
 from musota.lm import CausalLM, Dropout
 
@@ -33,14 +33,19 @@ class BlockAttention(nn.Module):
             for one_map in (*self.in_weight[block].chunk(3), self.out_weight[block]):
                 nn.init.xavier_uniform_(one_map)
 
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, n·c) to scaled queries, keys and values, (n·B·h, T, c/h) each."""
+        B, T, _ = x.shape
+        n, c = self.n_block, self.size
+        x = x.view(B * T, n, c).transpose(0, 1)  # (n, B·T, c): blocks are a batch
+        qkv = torch.baddbmm(self.in_bias, x, self.in_weight.mT)  # (n, B·T, 3c)
+        return _heads(qkv.view(n * B, T, 3 * c), HEADS_PER_BLOCK)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, n·c) to the same; c cells a block, h heads of c/h cells."""
         B, T, _ = x.shape
         n, c, h = self.n_block, self.size, HEADS_PER_BLOCK
-        x = x.view(B * T, n, c).transpose(0, 1)  # (n, B·T, c): blocks are a batch
-        qkv = torch.baddbmm(self.in_bias, x, self.in_weight.mT)  # (n, B·T, 3c)
-        q, k, v = _heads(qkv.view(n * B, T, 3 * c), h)  # (n·B·h, T, c/h)
-        y, _ = causal_attention(q, k, v)
+        y, _ = causal_attention(*self.heads(x))  # (n·B·h, T, c/h)
         y = y.view(n * B, h, T, c // h).transpose(1, 2).reshape(n, B * T, c)
         y = torch.baddbmm(self.out_bias, y, self.out_weight.mT)  # (n, B·T, c)
         return y.transpose(0, 1).reshape(B, T, n * c)
@@ -59,12 +64,15 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
 
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) to scaled queries, keys and values, (B·h, T, C/h) each."""
+        return _heads(self.qkv(x), self.n_head)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, C) to the attended (B, T, C) and the entropy in nats, mean over heads (B, T)."""
         B, T, C = x.shape
         h = self.n_head
-        q, k, v = _heads(self.qkv(x), h)  # (B·h, T, C/h)
-        y, spread = causal_attention(q, k, v, with_entropy=True)
+        y, spread = causal_attention(*self.heads(x), with_entropy=True)  # (B·h, T, C/h)
         y = y.view(B, h, T, C // h).transpose(1, 2).reshape(B, T, C)
         return self.out(y), spread.view(B, h, T).mean(1)
 
@@ -152,6 +160,25 @@ class MuSota(CausalLM):
         for layer, affinity in zip(self.layers, affinities.unbind(2), strict=True):
             x = layer(x, affinity)
         return self.norm(x)
+
+    def watch(self, seen: dict[str, list[Tensor]]) -> list:
+        def look(module, inputs, _):
+            seen["largest_score"].append(largest_score(*module.heads(*inputs)[:2]))
+
+        hooks = []
+        for layer in self.layers:
+            attentions = (*layer.block_attention, layer.cross_attention)
+            hooks += [attention.register_forward_hook(look) for attention in attentions]
+            hooks += [
+                layer.cross_attention.register_forward_hook(
+                    lambda _, __, out: seen["attention_entropy"].append(out[1].mean())
+                ),
+                layer.gate.register_forward_hook(lambda _, __, out: seen["gate"].append(out)),
+                layer.gate.down.register_forward_hook(
+                    lambda _, __, out: seen["gate_open"].append(out.sigmoid())
+                ),
+            ]
+        return hooks
 
     @property
     def output_weight(self) -> Tensor:

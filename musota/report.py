@@ -165,9 +165,9 @@ def overlooked_facts() -> list[str]:
 def run_findings(
     run: Run, rungs: Mapping[str, float], baseline: Run | None = None
 ) -> list[Finding]:
-    """Every rule that speaks of one run: the plan's where they apply, the rungs, the phases.
+    """Every rule that speaks of one run: the plan's where they apply, the rungs, the curve's shape.
 
-    The plan's rules judge MU-SOTA; of a dense model only rungs and phases are told.
+    The plan's rules judge MU-SOTA; of a dense model only rungs and the curve are told.
     """
     ppl, accuracy = run.summary["ppl"], run.summary["accuracy"]
     reason = _reason(run)
@@ -182,7 +182,22 @@ def run_findings(
         ]
     if rungs:
         findings.append(diagnose.on_the_ladder(ppl, rungs))
-    return findings + diagnose.phases(run.history, run.experiment.training.epochs)
+    training, steps = run.experiment.training, run.steps
+    findings += diagnose.phases(run.history, training.epochs)
+    blocks = run.valid_block_nats, run.summary["valid_block_tokens"]
+    findings.append(diagnose.plateau(run.history, training.epochs, *blocks))
+    findings.append(diagnose.oscillation(steps, training.warmup_steps))
+    return findings
+
+
+def health_table(run: Run) -> pd.DataFrame:
+    """The health statistics of a run: value, band, meaning; empty where none were kept."""
+    training, steps = run.experiment.training, run.steps
+    norms = steps.grad_norm[steps.step > training.warmup_steps]
+    found = diagnose.health(run.health, norms, training.grad_clip, run.experiment.model.d_model)
+    columns = {"rule": "statistic", "saw": "value", "threshold": "band", "conclusion": "meaning"}
+    table = pd.DataFrame([dataclasses.asdict(finding) for finding in found], columns=[*columns])
+    return table.rename(columns=columns)
 
 
 def comparison_table(runs) -> pd.DataFrame:
@@ -276,7 +291,12 @@ def write_report(folder: str | os.PathLike) -> Path:
             save_figure(figure, folder / f"{name}.png", evidence.footer)
             parts.append(f"![{name.replace('_', ' ')}]({name}.png)")
         ledgers = _markdown(ledger_table(_one_each(evidence)).reset_index(names="group"))
-        parts += ["## Parameters by group", ledgers, "## Samples of the last epoch"]
+        parts += ["## Parameters by group", ledgers]
+        health = {run: health_table(run) for run in _one_each(evidence)}
+        for run, table in health.items():
+            if len(table):
+                parts += [f"## Health: {plots.label_of(run)}", _markdown(table)]
+        parts.append("## Samples of the last epoch")
         for run in _one_each(evidence):
             parts.append(f"**{plots.label_of(run)}**")
             last = run.samples[run.samples.epoch == run.samples.epoch.max()]
@@ -367,8 +387,8 @@ def write_bench_report(folder: str | os.PathLike) -> Path:
         "# Bench: ours against the literal version",
         "The literal models (`musota/bench.py`) loop over the blocks with `nn.MultiheadAttention`, "
         "compute in fp32 and hold every logit at once; attention-weight dropout changes the "
-        "mathematics and is a row of its own. Every version trains in a process of its own and "
-        "all take turns. A ratio is the median over the rounds; memory is the peak of the process "
+        "mathematics and is a row of its own. Ours and a literal version train in a process each and "
+        "take turns. A ratio is the median over the rounds; memory is the peak of the process "
         "above what it held before its first step (gradients and the optimizer's state included).",
     ]
     for path in sorted(folder.glob("*.json")):

@@ -57,7 +57,21 @@ class Run:
     def history(self) -> pd.DataFrame:
         """One row an epoch: epoch, step, tokens, seconds, train_loss, valid_loss, ppl, …"""
         rows = [r for r in self.records if r["kind"] == "epoch"]
-        return pd.DataFrame(rows).drop(columns=["kind", "samples"], errors="ignore")
+        hidden = ["kind", "samples", "valid_block_nats", "health"]
+        return pd.DataFrame(rows).drop(columns=hidden, errors="ignore")
+
+    @cached_property
+    def valid_block_nats(self) -> list[list[float]] | None:
+        """Total nats by epoch and block of valid text; None for runs that did not keep them."""
+        epochs = [r for r in self.records if r["kind"] == "epoch"]
+        kept = [r["valid_block_nats"] for r in epochs if "valid_block_nats" in r]
+        return kept if len(kept) == len(epochs) else None
+
+    @cached_property
+    def health(self) -> list[dict]:
+        """The health statistics of each epoch that kept them, with `epoch` and `valid_loss`."""
+        epochs = [r for r in self.records if r["kind"] == "epoch" and "health" in r]
+        return [{"epoch": r["epoch"], "valid_loss": r["valid_loss"], **r["health"]} for r in epochs]
 
     @cached_property
     def steps(self) -> pd.DataFrame:

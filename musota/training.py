@@ -34,6 +34,8 @@ from musota.runs import Run, RunFolder
 SAMPLE_PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 32
 SAMPLE_SETTINGS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0}
 COMPILE_STEPS = 2000  # a run of so many steps wins back the minute that compiling takes
+HEALTH_WINDOWS = 8  # of valid, looked at closely after each epoch
+CLEAN_SHARE = 32  # one training token in so many is scored without dropout after each epoch
 LOG_LINES = 250  # about so many step records a run
 HEADLESS = "MUSOTA_HEADLESS"  # set where progress goes to a log and not to a screen
 BLOCK_TOKENS = 1024  # valid losses are kept by blocks of so many tokens, for the paired bootstrap
@@ -237,6 +239,7 @@ class _Trainer:
         self.epoch_nats = torch.zeros((), device=self.device)
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.best_loss, self.summary = math.inf, {}
+        self.update_ratio: dict[str, float] = {}  # of this epoch, by group
 
     def _default_choices(self) -> dict:
         """A GPU takes a whole step at once, a CPU about 1,500 tokens. Compiling takes a GPU about a
@@ -322,7 +325,11 @@ class _Trainer:
             self.accelerator.backward(loss)
             step_loss += loss.detach()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.grad_clip)
+        middle = place == self.steps_per_epoch // 2
+        before = [p.detach().clone() for p in self.model.parameters()] if middle else None
         self.optimizer.step()
+        if middle:
+            self.update_ratio = self._update_ratios(before)
         self.optimizer.zero_grad()
         self.epoch_nats += step_loss * len(batch)
         self.step += 1
@@ -331,6 +338,27 @@ class _Trainer:
         interval = max(1, self.total_steps // LOG_LINES)
         if self.step % interval == 0 or self.step == 1 or self.step == self.total_steps:
             self._log_step(float(step_loss), float(norm), rate)  # the one place that waits
+
+    def _update_ratios(self, before: list[Tensor]) -> dict[str, float]:
+        """‖ΔW‖ / ‖W‖ of the step just made, by group of the ledger."""
+        squares: dict[str, Tensor] = {}
+        for (name, now), old in zip(self.model.named_parameters(), before, strict=True):
+            pair = torch.stack([(now.detach() - old).square().sum(), old.square().sum()]).double()
+            group = self.model.ledger_group(name)
+            squares[group] = squares.get(group, 0) + pair
+        return {group: float((new / old).sqrt()) for group, (new, old) in squares.items()}
+
+    def _health(self) -> dict:
+        """Statistics of the epoch that has ended; together about 1 % of its time."""
+        length = self.experiment.model.max_seq_len
+        windows = min(HEALTH_WINDOWS, len(self.corpus.valid) // length)
+        ids = self.corpus.valid[: windows * length].view(windows, length).long()
+        some = max(2, len(self.tokens) // CLEAN_SHARE)
+        return {
+            "update_ratio": self.update_ratio,
+            "clean_train_loss": float(score(self.model, self.corpus.train[:some])[0].mean()),
+            **self.model.health(ids.to(self.device)),
+        }
 
     def _refuse_bad_loss(self, loss: float) -> None:
         """Stop before a loss that is no number reaches a checkpoint."""
@@ -364,7 +392,7 @@ class _Trainer:
         epoch = self.step // self.steps_per_epoch
         with self.accelerator.autocast():
             nats, hits = score(self.model, self.corpus.valid)
-            samples = self._samples()
+            samples, health = self._samples(), self._health()
         words, bytes = self.corpus.words["valid"], self.corpus.bytes["valid"]
         measured = _metrics(nats, hits, words, bytes)
         record = {
@@ -376,17 +404,19 @@ class _Trainer:
             "valid_loss": measured.pop("loss"),
             **measured,
         }
-        self.folder.append({"kind": "epoch", **record, "samples": samples})
+        blocks = nats.double().split(BLOCK_TOKENS)
+        block_nats = [round(float(block.sum()), 4) for block in blocks]
+        unshown = {"samples": samples, "valid_block_nats": block_nats, "health": health}
+        self.folder.append({"kind": "epoch", **record, **unshown})
         if record["valid_loss"] < self.best_loss:
             self.best_loss = record["valid_loss"]
             self._save_best()
-            blocks = nats.double().split(BLOCK_TOKENS)
             self.summary |= {
                 "best_epoch": epoch,
                 "valid_loss": record["valid_loss"],
                 **measured,
                 "valid_block_tokens": [len(block) for block in blocks],
-                "valid_block_nats": [round(float(block.sum()), 4) for block in blocks],
+                "valid_block_nats": block_nats,
             }
         self.summary |= {"finished": False, "epochs_done": epoch}
         self._write_summary()
@@ -426,6 +456,7 @@ class _Trainer:
                 "step": self.step,
                 "applied": self.applied,
                 "epoch_nats": self.epoch_nats.cpu(),
+                "update_ratio": self.update_ratio,
                 "seconds": self.seconds,
                 "best_loss": self.best_loss,
                 "choices": self.choices,
@@ -440,6 +471,7 @@ class _Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.applied = state["step"], state["applied"]
         self.epoch_nats.copy_(state["epoch_nats"])
+        self.update_ratio = state["update_ratio"]
         self.seconds_before, self.best_loss = state["seconds"], state["best_loss"]
         self.summary = state["summary"]
 

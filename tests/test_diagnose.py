@@ -198,3 +198,161 @@ def test_findings_read_as_sentences():
     for finding in (diagnose.scenario(300, 0.2), diagnose.bottom_line(90)):
         assert all(dataclasses.asdict(finding)[k] for k in ("rule", "verdict", "saw", "threshold"))
         assert finding.sentence.count("(") == finding.sentence.count(")")
+
+
+# --- plateau, drawn curves ---
+
+
+def _epochs(losses, blocks=30, noise=0.0, seed=0):
+    """(history, nats, tokens) with these valid losses; each block differs by `noise` an epoch."""
+    generator = np.random.default_rng(seed)
+    offsets = generator.normal(0, 0.5, blocks)  # hard and easy texts, the same every epoch
+    per_block = [
+        1024 * (loss + offsets - offsets.mean() + generator.normal(0, noise, blocks))
+        for loss in losses
+    ]
+    valid_loss = [nats.sum() / (1024 * blocks) for nats in per_block]
+    epochs = np.arange(1, len(losses) + 1)
+    columns = {"epoch": epochs, "tokens": epochs * 100_000, "valid_loss": valid_loss}
+    history = pd.DataFrame({**columns, "ppl": np.exp(valid_loss)})
+    return history, per_block, [1024] * blocks
+
+
+def _plateau(losses, planned_epochs=30, **drawn):
+    history, nats, tokens = _epochs(losses, **drawn)
+    return diagnose.plateau(history, planned_epochs, nats, tokens)
+
+
+def test_a_clean_plateau_is_dated():
+    losses = [7.0, 6.6, 6.3, 6.15, 6.05, 6.0, *[6.0 - 0.0005 * k for k in range(1, 5)]]
+    found = _plateau(losses, noise=0.02)
+    assert found.verdict == "plateau"
+    assert "since epoch 6" in found.conclusion
+    assert "still too high" not in found.next_step  # 10 of 30 epochs
+    late = _plateau(losses, planned_epochs=10, noise=0.02)
+    assert "learning rate still too high" in late.next_step
+
+
+def test_noise_without_a_plateau_is_none():
+    losses = 6.5 - 0.08 * np.arange(12) + np.random.default_rng(1).normal(0, 0.01, 12)
+    assert _plateau(losses, noise=0.05).verdict == "none"
+
+
+def test_a_late_improvement_ends_a_plateau():
+    losses = [7.0, 6.5, 6.2, 6.2, 6.2, 6.2, 6.2, 5.9]
+    assert _plateau(losses[:-1]).verdict == "plateau"
+    assert _plateau(losses).verdict == "none"
+
+
+def test_a_slow_but_certain_improvement_is_no_plateau():
+    losses = [7.0, 6.5, 6.2, 6.1, 6.0975, 6.095, 6.0925]
+    found = _plateau(losses, noise=0.0001)
+    assert found.verdict == "slow"
+    # The same curve where the text cannot tell it from noise, or nothing is known of the text.
+    doubtful = [_plateau(losses, noise=0.02, seed=seed).verdict for seed in range(5)]
+    assert "plateau" in doubtful and "slow" not in doubtful
+    unknown = diagnose.plateau(_epochs(losses, noise=0.0001)[0], 30)
+    assert unknown.verdict == "plateau" and "no interval" in unknown.saw
+
+
+def test_a_rising_valid_loss_is_a_plateau_that_warns_of_overfitting():
+    found = _plateau([7.0, 6.0, 5.5, 5.4, 5.5, 5.6, 5.7], noise=0.01)
+    assert found.verdict == "plateau" and "overfitting" in found.conclusion
+
+
+def test_three_epochs_are_too_few():
+    assert _plateau([7.0, 6.9, 6.9], 3).verdict == "too early"
+
+
+# --- oscillation, drawn curves ---
+
+
+def _steps(curve, noise=0.1, n=250, seed=0):
+    place = np.linspace(0, 1, n)
+    losses = curve(place) + np.random.default_rng(seed).normal(0, noise, n)
+    return pd.DataFrame({"step": np.arange(1, n + 1) * 40, "loss": losses})
+
+
+@pytest.mark.parametrize(
+    ("curve", "verdict"),
+    [
+        (lambda x: 5 + 2 * np.exp(-4 * x), "none"),
+        (lambda x: 6 + 0 * x, "none"),  # noise around a flat line
+        (lambda x: 5.5 + 0.4 * np.sin(2 * np.pi * 5 * x), "oscillating"),
+        (lambda x: 6 - x + 0.3 * np.sin(2 * np.pi * 4 * x), "oscillating"),
+        (lambda x: 5.5 + 0.4 * np.exp(-(((x - 0.5) / 0.05) ** 2)), "none"),  # one bump
+        (lambda x: 5.5 - x + np.where(x > 0.7, 12 * (x - 0.7), 0), "diverging"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_oscillation(curve, verdict, seed):
+    found = diagnose.oscillation(_steps(curve, seed=seed), warmup_steps=400)
+    assert found.verdict == verdict, found.sentence
+    assert ("5e-5" in found.next_step) == (verdict != "none")
+
+
+def test_warm_up_is_not_taken_for_an_oscillation():
+    wild = _steps(lambda x: 6 + np.where(x < 0.3, np.sin(2 * np.pi * 20 * x), 0))
+    assert diagnose.oscillation(wild, warmup_steps=3200).verdict == "none"
+    assert diagnose.oscillation(wild.head(40), warmup_steps=0).verdict == "too early"
+
+
+# --- health statistics ---
+
+HEALTHY = {
+    "epoch": 1,
+    "valid_loss": 5.0,
+    "clean_train_loss": 4.95,
+    "update_ratio": {"embedding": 5e-4, "output": 2e-3, "gate": 1e-3},
+    "largest_score": 10.0,
+    "attention_entropy": [2.0, 1.5],
+    "gate_mean": [0.2, 0.4],
+    "gate_spread": [0.1, 0.1],
+    "gate_saturated": [0.0, 0.1],
+    "effective_rank": 50.0,
+}
+
+
+def _health(grad_norms=(0.5, 2.0, 0.5), first=None, **last):
+    epochs = [{**HEALTHY, **(first or {})}, {**HEALTHY, "epoch": 2, **last}]
+    found = diagnose.health(epochs, grad_norms, grad_clip=1.0, d_model=64)
+    return {finding.rule: finding for finding in found}
+
+
+def test_a_healthy_run_is_called_healthy():
+    verdicts = {finding.verdict for finding in _health().values()}
+    assert verdicts == {"good", "small"}
+    assert "33%" in _health()["Clipped steps"].saw
+    assert "5.0e-04 (embedding)" in _health()["Update of a step ÷ weights"].saw
+    assert diagnose.health([], [], 1.0, 64) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule", "verdict"),
+    [
+        ({"update_ratio": {"a": 2e-5}, "first": {"update_ratio": {"a": 2e-5}}},
+         "Update of a step ÷ weights", "low"),
+        ({"update_ratio": {"a": 2e-2}, "first": {"update_ratio": {"a": 2e-2}}},
+         "Update of a step ÷ weights", "high"),
+        ({"grad_norms": (2.0, 3.0, 0.5)}, "Clipped steps", "high"),
+        ({"clean_train_loss": 4.0}, "Train (no dropout) → valid loss", "gap"),
+        ({"valid_loss": 5.2}, "Train (no dropout) → valid loss", "overfit"),
+        ({"largest_score": 90.0}, "Largest attention score", "growing"),
+        ({"largest_score": 90.0, "first": {"largest_score": 80.0}},
+         "Largest attention score", "good"),
+        ({"attention_entropy": [2.0, 0.01]}, "Attention entropy", "low"),
+        ({"gate_saturated": [0.9, 0.8]}, "Gate", "saturated"),
+        ({"effective_rank": 20.0}, "Effective rank before the output", "low"),
+    ],
+)  # fmt: skip
+def test_each_statistic_out_of_its_band_is_named(changes, rule, verdict):
+    found = _health(**changes)
+    assert found.pop(rule).verdict == verdict
+    if rule != "Train (no dropout) → valid loss":
+        assert {finding.verdict for finding in found.values()} <= {"good", "small"}
+
+
+def test_a_dense_model_has_no_gate_to_read():
+    epoch = {key: value for key, value in HEALTHY.items() if not key.startswith("gate")}
+    rules = [finding.rule for finding in diagnose.health([epoch], [0.5], 1.0, 64)]
+    assert "Gate" not in rules and len(rules) == 6

@@ -9,7 +9,7 @@ from musota import mu
 from musota.attention import causal_attention
 from musota.bench import Literal
 from musota.config import MusotaError
-from musota.lm import Dropout
+from musota.lm import Dropout, effective_rank
 from musota.mu import BlockAttention, CrossAttention
 
 SMALL = {"vocab_size": 60, "max_seq_len": 12, "n_layer": 2}
@@ -297,3 +297,72 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert not torch.equal(dropout(x), y)
     assert torch.equal(dropout.eval()(x), x)
     assert torch.equal(Dropout(0.0)(x), x)
+
+
+def test_effective_rank_counts_the_directions_in_use():
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(16, 16)).Q
+    for used in (1, 3, 16):
+        vectors = 5 + torch.randn(20_000, used) @ directions[:used]  # an offset counts for nothing
+        assert effective_rank(vectors) == pytest.approx(used, rel=0.02)
+    uneven = torch.randn(20_000, 2) * torch.tensor([1.0, 0.1])
+    assert 1 < effective_rank(uneven) < 1.5
+
+
+def test_health_says_what_a_literal_look_at_the_model_says(model):
+    model.train()
+    ids = torch.randint(60, (3, 12), generator=torch.Generator().manual_seed(1))
+    health = model.health(ids)
+    assert model.training  # as it was, and no hook is left behind
+    assert not any(module._forward_hooks for module in model.modules())
+    model.eval()
+    literal = Literal(model).eval()
+    scores, entropies, shares, gates = [], [], [], []
+
+    def look(attention, inputs, _):
+        x, size = inputs[0], inputs[0].shape[-1]
+        qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        heads = qkv.chunk(3 * attention.num_heads, -1)  # all of q, then k, then v
+        for head in range(attention.num_heads):
+            q, k = heads[head], heads[attention.num_heads + head]
+            score = (q @ k.mT) / (size / attention.num_heads) ** 0.5
+            scores.append(score.tril().abs().max().item())
+
+    for module in literal.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.register_forward_hook(look)
+    for layer in literal.layers:
+        if hasattr(layer, "cross"):
+            layer.gate_up.register_forward_hook(
+                lambda _, inputs, __: entropies.append(inputs[0][..., -1].mean().item())
+            )
+            layer.gate_down.register_forward_hook(
+                lambda _, __, out, layer=layer: (
+                    shares.append(out.sigmoid()), gates.append(layer.beta * out.sigmoid())
+                )
+            )  # fmt: skip
+    literal(ids, ids)
+    assert 1 <= health["effective_rank"] <= model.config.d_model
+    assert len(health["attention_entropy"]) == 2
+    if isinstance(model.config, musota.DenseConfig):
+        assert "gate_mean" not in health
+        return
+    assert health["largest_score"] == pytest.approx(max(scores), rel=1e-4)
+    assert health["attention_entropy"] == pytest.approx(entropies, rel=1e-4)
+    gates, shares = torch.stack(gates), torch.stack(shares)  # (L, B, T, N)
+    for block in range(model.config.n_block):
+        one = gates[..., block]
+        assert health["gate_mean"][block] == pytest.approx(one.mean().item(), rel=1e-4)
+        spread = sum(layer.std().item() for layer in one) / 2
+        assert health["gate_spread"][block] == pytest.approx(spread, rel=1e-3)
+        out = ((shares[..., block] - 0.5).abs() > 0.45).float().mean().item()
+        assert health["gate_saturated"][block] == pytest.approx(out)
+
+
+def test_a_saturated_gate_is_seen():
+    model = musota.build_model(CONFIGS["8x8/16"])
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.gate.down.bias[3] = 20.0
+    health = model.health(torch.randint(60, (2, 12)))
+    assert health["gate_saturated"][3] == 1 and health["gate_saturated"][2] < 1

@@ -162,6 +162,35 @@ def test_between_two_log_lines_nothing_waits_for_a_value(short, tmp_path, monkey
     assert looked  # the watch does see it
 
 
+def test_health_is_recorded_each_epoch(finished, short):
+    assert [epoch["epoch"] for epoch in finished.health] == [1, 2]
+    groups = set(finished.summary["parameter_ledger"])
+    for epoch in finished.health:
+        assert set(epoch["update_ratio"]) == groups
+        assert all(1e-6 < ratio < 1 for ratio in epoch["update_ratio"].values())
+        assert 1 < epoch["effective_rank"] <= 64
+        assert len(epoch["gate_mean"]) == 16
+    # Nearly all of so short a text is scored in training too; without dropout it is known better.
+    last = finished.health[-1]
+    assert last["clean_train_loss"] == pytest.approx(finished.history.train_loss.iloc[-1], abs=1.0)
+    assert "health" not in finished.history and "valid_block_nats" not in finished.history
+    nats = np.array(finished.valid_block_nats).sum(1) / (len(short.valid) - 1)
+    np.testing.assert_allclose(nats, finished.history.valid_loss, rtol=1e-5)
+
+
+def test_update_ratios_are_those_of_the_weights(short, tmp_path):
+    trainer = training_room._Trainer(EXPERIMENT, short, tmp_path, True, 0, "run", None, {})
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter *= 1.01
+        trainer.model.embedding.weight *= 1.02 / 1.01
+    ratios = trainer._update_ratios(before)
+    assert ratios.pop("embedding") == pytest.approx(0.02, rel=1e-3)
+    assert set(ratios) == set(trainer.ledger) - {"embedding"}
+    assert all(ratio == pytest.approx(0.01, rel=1e-3) for ratio in ratios.values())
+
+
 def test_a_run_equals_the_plain_loop(short, tmp_path):
     """The trainer against twenty obvious lines: same windows, AdamW, clipping and schedule."""
     run = musota.train(EXPERIMENT.with_(dropout=0.0), short, tmp_path / "run")
@@ -368,7 +397,7 @@ def _interrupt_after(monkeypatch, steps):
     monkeypatch.setattr(training_room._Trainer, "_one_step", one_step)
 
 
-@pytest.mark.parametrize("where", [3, 10, 14])  # in the first epoch, at its end, in the second
+@pytest.mark.parametrize("where", [3, 10, 14, 18])  # in an epoch, at its end, early and late
 def test_an_interrupted_run_goes_on_bit_for_bit(where, finished, short, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
