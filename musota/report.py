@@ -387,8 +387,8 @@ def write_bench_report(folder: str | os.PathLike) -> Path:
         "# Bench: ours against the literal version",
         "The literal models (`musota/bench.py`) loop over the blocks with `nn.MultiheadAttention`, "
         "compute in fp32 and hold every logit at once; attention-weight dropout changes the "
-        "mathematics and is a row of its own. Ours and a literal version train in a process each and "
-        "take turns. A ratio is the median over the rounds; memory is the peak of the process "
+        "mathematics and is a row of its own. Ours and a literal version train in a process each "
+        "and take turns. A ratio is the median over the rounds; memory is the peak of the process "
         "above what it held before its first step (gradients and the optimizer's state included).",
     ]
     for path in sorted(folder.glob("*.json")):
