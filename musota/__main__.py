@@ -188,7 +188,7 @@ def train(experiment, profile, corpus, seed, fresh, save_to, compile):
 def bench(device, file, repeats, scaling):
     """Measure our training step against the literal version of the same model on this machine.
 
-    About fifteen minutes on two CPU cores, five without the scaling part.
+    About a quarter of an hour on two CPU cores, five minutes without the scaling part.
     """
     from musota.bench import SCALING, run_bench
     from musota.data import write_json

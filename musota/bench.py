@@ -22,10 +22,9 @@ from musota.config import DenseConfig, ModelConfig, MuConfig, MusotaError
 from musota.lm import CausalLM, build_model
 from musota.training import about_machine, keep_freed_memory, peak_memory, precision_for_device
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALING = {
-    "batch": (1, 2, 4, 8, 16, 32),
-    "max_seq_len": (128, 192, 256, 512, 1024),
+    "batch": (1, 4, 8, 32),
+    "max_seq_len": (128, 256, 512, 1024),
     "vocab_size": (8_192, 16_384, 32_768, 50_000),
     "n_layer": (3, 6, 12, 24),
     "n_block": (4, 8, 16, 32),
@@ -152,15 +151,15 @@ def _literal_weights(model: CausalLM) -> dict[str, Tensor]:
     return weights
 
 
-def training_step(model: nn.Module, batch: int, device: torch.device) -> Callable[[], Tensor]:
+def training_step(
+    model: nn.Module, batch: int, device: torch.device, precision: torch.dtype = torch.float32
+) -> Callable[[], Tensor]:
     """A function that makes one optimizer step on a fixed batch and returns its loss.
 
-    Ours in the trainer's precision and with its fused AdamW, the literal one in fp32 with torch's
-    default; neither decays weights, so that the two do the same mathematics.
+    Ours with the trainer's fused AdamW, the literal one with torch's default; neither decays
+    weights, so that the two do the same mathematics.
     """
-    ours = isinstance(model, CausalLM)
-    precision = DTYPES[precision_for_device()] if ours and device.type == "cuda" else torch.float32
-    half = precision == torch.float16
+    ours, half = isinstance(model, CausalLM), precision == torch.float16
     if ours:
         config = model.config
         vocab_size, length = config.vocab_size, config.max_seq_len
@@ -202,8 +201,7 @@ class Contender:
         self.ask("step")  # the first is warm-up
 
     def ask(self, what: str):
-        """`step`: its seconds, after one untimed (an idle process loses its caches, and some
-        systems page it out) · `memory`: the bytes steps need beyond the model, at their peak ·
+        """`step`: its seconds · `memory`: the bytes steps need beyond the model, at their peak ·
         `profile`: the share of a step's time by kernel."""
         try:
             self.pipe.send(what)
@@ -226,7 +224,8 @@ def _serve(pipe, config, who, batch, device, n_thread) -> None:
     torch.set_num_threads(n_thread)
     if who == "ours" and device.type == "cpu":
         keep_freed_memory()
-    step = training_step(_build(config, who, device), batch, device)
+    precision = _precision(device) if who == "ours" else torch.float32
+    step = training_step(_build(config, who, device), batch, device, precision)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
     else:
@@ -234,12 +233,18 @@ def _serve(pipe, config, who, batch, device, n_thread) -> None:
 
         before = psutil.Process().memory_info().rss
     answers = {
-        "step": lambda: (step(), seconds_per_step(step, device))[1],
+        "step": lambda: seconds_per_step(step, device),
         "memory": lambda: peak_memory(device) - before,
         "profile": lambda: where_time_goes(step, device),
     }
     while True:
         pipe.send(answers[pipe.recv()]())
+
+
+def _precision(device: torch.device) -> torch.dtype:
+    """What the trainer computes in on this device."""
+    names = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return names[precision_for_device()] if device.type == "cuda" else torch.float32
 
 
 def seconds_per_step(step: Callable, device: torch.device) -> float:
@@ -278,7 +283,7 @@ def _build(config: ModelConfig, who: str, device: torch.device) -> nn.Module:
 
 
 def agreement(config: ModelConfig, batch: int, device: torch.device) -> float:
-    """The largest relative difference of ours and the literal loss over 20 steps, no dropout."""
+    """The largest relative difference of ours and the literal loss: 20 steps, fp32, no dropout."""
     config = dataclasses.replace(config, dropout=0.0)
     ours = _build(config, "ours", device)
     steps = [training_step(model, batch, device) for model in (ours, Literal(ours))]
@@ -332,13 +337,12 @@ def run_bench(
     device = _device(device)
     models = models or {"mu": MuConfig(), "dense": DenseConfig()}
     batch = batch or (32 if device.type == "cuda" else 8)
-    precision = precision_for_device() if device.type == "cuda" else "no"
-    rate = matmul_rate(device, DTYPES[precision])
+    rate = matmul_rate(device, _precision(device))
     result = {
         "batch": batch,
-        "precision": {"no": "fp32"}.get(precision, precision),
+        "precision": str(_precision(device)).removeprefix("torch."),
         "matmul_flops": rate,
-        **about_machine(),
+        **about_machine(device),
         "models": {kind: dataclasses.asdict(config) for kind, config in models.items()},
         "rows": [],
         "agreement": {},
@@ -354,7 +358,11 @@ def run_bench(
                 Contender(config, "ours", batch, device) as ours,
                 Contender(config, against, batch, device) as theirs,
             ):
-                rounds = [(ours.ask("step"), theirs.ask("step")) for _ in range(repeats)]
+                # Each takes two steps running, the second counts: an idle process loses its caches.
+                rounds = [
+                    [[one.ask("step"), one.ask("step")][1] for one in (ours, theirs)]
+                    for _ in range(repeats)
+                ]
                 memory = ours.ask("memory"), theirs.ask("memory")
                 result["profile"][kind] = ours.ask("profile")
             seconds = [median(column) for column in zip(*rounds, strict=True)]

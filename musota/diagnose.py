@@ -283,11 +283,16 @@ def _swings(means: np.ndarray, least: float) -> tuple[int, float]:
 
 
 def health(
-    epochs: Sequence[Mapping], grad_norms: Sequence[float], grad_clip: float, d_model: int
+    epochs: Sequence[Mapping],
+    grad_norms: Sequence[float],
+    grad_clip: float,
+    d_model: int,
+    length: int,
 ) -> list[Finding]:
     """What the health statistics of a run say, a finding each.
 
-    `epochs` are records as `Run.health` gives them, `grad_norms` the logged norms after warm-up.
+    `epochs` are records as `Run.health` gives them, `grad_norms` the logged norms after warm-up,
+    `length` the model's max_seq_len.
     Bands: updates, CS231n; clipping, google-research/tuning_playbook; scores and entropy, Wortsman
     et al. 2309.14322; rank, Godey et al. 2404.07647. Empty for a run that kept no statistics.
     """
@@ -336,14 +341,17 @@ def health(
     band = "not over 50 and doubling"
     found.append(Finding("Largest attention score", verdict, saw, band, meaning))
 
-    lowest = min(last["attention_entropy"])
-    verdict = "low" if lowest < 0.1 else "good"
+    lowest, mean = min(last["attention_entropy"]), float(np.mean(last["attention_entropy"]))
+    uniform = math.lgamma(length + 1) / length  # mean of ln t over the positions t
+    verdict = "low" if lowest < 0.1 else "uniform" if mean > 0.98 * uniform else "good"
     meaning = {
         "low": f"layer {int(np.argmin(last['attention_entropy'])) + 1} looks at one token only",
-        "good": "every layer still weighs several tokens",
+        "uniform": "attention weighs all tokens alike: it does not choose",
+        "good": "attention chooses among several tokens",
     }[verdict]
-    saw = f"{lowest:.2f} nats in the lowest layer, mean {np.mean(last['attention_entropy']):.2f}"
-    found.append(Finding("Attention entropy", verdict, saw, "not towards 0", meaning))
+    saw = f"{lowest:.2f} nats in the lowest layer, mean {mean:.2f}"
+    band = f"not towards 0, nor {uniform:.2f} (all alike)"
+    found.append(Finding("Attention entropy", verdict, saw, band, meaning))
 
     if "gate_mean" in last:
         saturated = float(np.mean(last["gate_saturated"]))

@@ -192,9 +192,10 @@ def run_findings(
 
 def health_table(run: Run) -> pd.DataFrame:
     """The health statistics of a run: value, band, meaning; empty where none were kept."""
-    training, steps = run.experiment.training, run.steps
+    model, training, steps = run.experiment.model, run.experiment.training, run.steps
     norms = steps.grad_norm[steps.step > training.warmup_steps]
-    found = diagnose.health(run.health, norms, training.grad_clip, run.experiment.model.d_model)
+    sizes = training.grad_clip, model.d_model, model.max_seq_len
+    found = diagnose.health(run.health, norms, *sizes)
     columns = {"rule": "statistic", "saw": "value", "threshold": "band", "conclusion": "meaning"}
     table = pd.DataFrame([dataclasses.asdict(finding) for finding in found], columns=[*columns])
     return table.rename(columns=columns)

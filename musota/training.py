@@ -512,11 +512,11 @@ def weights_sha256(model: CausalLM) -> str:
     return digest.hexdigest()
 
 
-def about_machine() -> dict:
-    """What a measurement was taken on, and when."""
+def about_machine(used: torch.device | None = None) -> dict:
+    """What a measurement was taken on (`used`, by default the best device here), and when."""
     threads = torch.get_num_threads()
     device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and (used is None or used.type == "cuda"):
         device = torch.cuda.get_device_name()
     versions = {package: metadata.version(package) for package in ("torch", "tokenizers")}
     return {

@@ -315,7 +315,7 @@ HEALTHY = {
 
 def _health(grad_norms=(0.5, 2.0, 0.5), first=None, **last):
     epochs = [{**HEALTHY, **(first or {})}, {**HEALTHY, "epoch": 2, **last}]
-    found = diagnose.health(epochs, grad_norms, grad_clip=1.0, d_model=64)
+    found = diagnose.health(epochs, grad_norms, grad_clip=1.0, d_model=64, length=96)
     return {finding.rule: finding for finding in found}
 
 
@@ -324,7 +324,7 @@ def test_a_healthy_run_is_called_healthy():
     assert verdicts == {"good", "small"}
     assert "33%" in _health()["Clipped steps"].saw
     assert "5.0e-04 (embedding)" in _health()["Update of a step ÷ weights"].saw
-    assert diagnose.health([], [], 1.0, 64) == []
+    assert diagnose.health([], [], 1.0, 64, 96) == []
 
 
 @pytest.mark.parametrize(
@@ -341,6 +341,7 @@ def test_a_healthy_run_is_called_healthy():
         ({"largest_score": 90.0, "first": {"largest_score": 80.0}},
          "Largest attention score", "good"),
         ({"attention_entropy": [2.0, 0.01]}, "Attention entropy", "low"),
+        ({"attention_entropy": [3.6, 3.59]}, "Attention entropy", "uniform"),  # ln 96! / 96 = 3.60
         ({"gate_saturated": [0.9, 0.8]}, "Gate", "saturated"),
         ({"effective_rank": 20.0}, "Effective rank before the output", "low"),
     ],
@@ -354,5 +355,5 @@ def test_each_statistic_out_of_its_band_is_named(changes, rule, verdict):
 
 def test_a_dense_model_has_no_gate_to_read():
     epoch = {key: value for key, value in HEALTHY.items() if not key.startswith("gate")}
-    rules = [finding.rule for finding in diagnose.health([epoch], [0.5], 1.0, 64)]
+    rules = [finding.rule for finding in diagnose.health([epoch], [0.5], 1.0, 64, 96)]
     assert "Gate" not in rules and len(rules) == 6
