@@ -386,11 +386,12 @@ def write_bench_report(folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     parts = [
         "# Bench: ours against the literal version",
-        "The literal models (`musota/bench.py`) loop over the blocks with `nn.MultiheadAttention`, "
-        "compute in fp32 and hold every logit at once; attention-weight dropout changes the "
-        "mathematics and is a row of its own. Ours and a literal version train in a process each "
-        "and take turns. A ratio is the median over the rounds; memory is the peak of the process "
-        "above what it held before its first step (gradients and the optimizer's state included).",
+        "The literal models (`musota/bench.py`) loop over the blocks with `nn.MultiheadAttention` "
+        "(dense: a plain GPT block), compute in fp32 and hold every logit at once; dropout of "
+        "attention weights changes the mathematics and is a row of its own. Ours and a literal "
+        "version train in a process each and take turns. A ratio is the median over the rounds; "
+        "memory is the peak of the process above what it held before its first step (gradients and "
+        "the optimizer's state included).",
     ]
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -418,8 +419,9 @@ def write_bench_report(folder: str | os.PathLike) -> Path:
         ]
         if result["scaling"]:
             parts += [
-                "Time per token relative to the shape above, and the ratio of the operations "
-                "(matrix products only); sequences longer than that come in smaller batches.",
+                "Time per token relative to the shape above, and the ratio of operations. Longer "
+                "sequences come in smaller batches. The arithmetic counts matrix products only: "
+                "attention of many narrow heads costs exponentials and memory traffic besides.",
                 _figure_of(
                     plots.bench_scaling(result), folder / f"{path.stem}-scaling.png", "Scaling"
                 ),
