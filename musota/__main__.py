@@ -215,7 +215,7 @@ def report(folders):
 
     if not folders:
         folders = sorted(path.parent.parent for path in (ROOT / "results").glob("*/*/config.json"))
-        folders += [ROOT / "results" / "bench"]
+        folders += (ROOT / "results").glob("bench")
     for folder in dict.fromkeys(folders):
         is_bench = Path(folder).name == "bench"
         click.echo(f"{write_bench_report(folder) if is_bench else write_report(folder)}")

@@ -94,7 +94,7 @@ class Literal(nn.Module):
 
     def __init__(self, model: CausalLM, attention_dropout: float = 0.0):
         super().__init__()
-        config = model.config
+        self.config = config = model.config
         d, is_mu = config.d_model, isinstance(config, MuConfig)
         self.embedding = nn.Embedding(config.vocab_size, d)
         self.positions = nn.Embedding(config.max_seq_len, d)
@@ -160,13 +160,9 @@ def training_step(
     weights, so that the two do the same mathematics.
     """
     ours, half = isinstance(model, CausalLM), precision == torch.float16
-    if ours:
-        config = model.config
-        vocab_size, length = config.vocab_size, config.max_seq_len
-        if device.type == "cuda":
-            model.compile_body()
-    else:
-        vocab_size, length = model.embedding.num_embeddings, model.positions.num_embeddings
+    vocab_size, length = model.config.vocab_size, model.config.max_seq_len
+    if ours and device.type == "cuda":
+        model.compile_body()
     fused = {"fused": True} if ours and not half else {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, **fused)
     scaler = torch.amp.GradScaler(device.type, enabled=half)
@@ -208,8 +204,8 @@ class Contender:
             return self.pipe.recv()
         except (EOFError, OSError):
             raise MusotaError(
-                f"The process that runs the {self.who} version ended by itself, most likely for "
-                "want of memory: bench on a machine with more."
+                f"The process that runs the {self.who} version ended by itself: its message stands "
+                "above; if there is none, it wanted more memory than this machine has."
             ) from None
 
     def __enter__(self):
@@ -323,7 +319,7 @@ def run_bench(
     device: str | None = None,
     models: Mapping[str, ModelConfig] | None = None,
     batch: int | None = None,
-    repeats: int = 5,
+    repeats: int = 7,
     scaling: Mapping[str, Sequence[int]] = SCALING,
     say: Callable[[str], None] = print,
 ) -> dict:

@@ -24,6 +24,7 @@ LABELS = {
     "simplified": "MU-SOTA simplified",
     "simplified_twin": "dense twin of simplified",
 }
+BENCH_NAMES = {"mu": "MU-SOTA", "dense": "dense"}
 _STYLES = {  # colour, line style, marker
     "original": ("#E69F00", "-.", "v"),
     "optimized": ("#0072B2", "-", "o"),
@@ -326,9 +327,9 @@ def bench(result: Mapping) -> Figure:
                 axis.barh(y, value, edgecolor="white", label=label, **fills[who])
                 ratio = note if axis is speed else ""
                 axis.text(value, y, f" {value:,.0f}{ratio}", va="center", fontsize=8)
-    names = {"mu": "MU-SOTA", "dense": "dense"}
+    names = [BENCH_NAMES[kind] for kind in kinds]
     for axis in (speed, memory):
-        axis.set_yticks([4 * place + 1 for place in range(len(kinds))], [names[k] for k in kinds])
+        axis.set_yticks([4 * place + 1 for place in range(len(kinds))], names)
         axis.invert_yaxis()
         axis.margins(x=0.25)
         axis.xaxis.set_major_formatter(_THOUSANDS)
@@ -342,9 +343,10 @@ def bench_scaling(result: Mapping) -> Figure:
     """Time per token against each size: measured, and what the arithmetic says."""
     axes_names = list(dict.fromkeys(point["axis"] for point in result["scaling"]))
     figure, axes = _figure(2.6 * len(axes_names), 3.6, columns=len(axes_names))
-    styles = {"mu": ("MU-SOTA", "#0072B2", "o"), "dense": ("dense", "#D55E00", "s")}
+    styles = {"mu": ("#0072B2", "o"), "dense": ("#D55E00", "s")}
     for axis, name in zip(np.atleast_1d(axes), axes_names, strict=True):
-        for kind, (label, colour, marker) in styles.items():
+        for kind, (colour, marker) in styles.items():
+            label = BENCH_NAMES[kind]
             points = [p for p in result["scaling"] if (p["axis"], p["model"]) == (name, kind)]
             if not points:
                 continue

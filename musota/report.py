@@ -21,7 +21,6 @@ from musota.runs import Run, load_runs
 from musota.training import learning_rate_at
 
 ORDER = ("original", "optimized", "baseline", "simplified", "simplified_twin")
-BENCH_NAMES = {"mu": "MU-SOTA", "dense": "dense"}
 BENCH_TOLERANCE = 1.25  # nearer to the arithmetic than this counts as following it
 PAIRS = {"optimized": "baseline", "simplified": "simplified_twin"}  # a model and its dense twin
 
@@ -347,7 +346,7 @@ def bench_table(result: Mapping) -> pd.DataFrame:
         low, high = row["tokens_per_s_ratio_range"]
         rows.append(
             {
-                "model": BENCH_NAMES[row["model"]],
+                "model": plots.BENCH_NAMES[row["model"]],
                 "against": row["against"],
                 "tokens/s": f"{row['tokens_per_s']:,.0f}",
                 "theirs": f"{row['against_tokens_per_s']:,.0f}",
@@ -369,7 +368,7 @@ def scaling_table(result: Mapping) -> pd.DataFrame:
         name = "as it says" if 1 / BENCH_TOLERANCE < off < BENCH_TOLERANCE else f"{off:.2f} × it"
         rows.append(
             {
-                "model": BENCH_NAMES[point["model"]],
+                "model": plots.BENCH_NAMES[point["model"]],
                 "changed": f"{point['axis']} {point['value']:,}",
                 "batch": point["batch"],
                 "tokens/s": f"{point['tokens_per_s']:,.0f}",
@@ -396,11 +395,11 @@ def write_bench_report(folder: str | os.PathLike) -> Path:
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         shape = " · ".join(
-            f"{BENCH_NAMES[kind]}: {config['n_layer']} layers, V {config['vocab_size']:,}"
+            f"{plots.BENCH_NAMES[kind]}: {config['n_layer']} layers, V {config['vocab_size']:,}"
             for kind, config in result["models"].items()
         )
         agreement = ", ".join(
-            f"{BENCH_NAMES[kind]} {value:.0e}" for kind, value in result["agreement"].items()
+            f"{plots.BENCH_NAMES[kind]} {value:.0e}" for kind, value in result["agreement"].items()
         )
         length = next(iter(result["models"].values()))["max_seq_len"]
         parts += [
@@ -442,5 +441,5 @@ def _profile_table(result: Mapping) -> pd.DataFrame:
     columns = []
     for kind, shares in result["profile"].items():
         lines = [f"{share:.0%} {name.removeprefix('aten::')}" for name, share in shares.items()]
-        columns.append(pd.Series(lines, name=BENCH_NAMES[kind]))
+        columns.append(pd.Series(lines, name=plots.BENCH_NAMES[kind]))
     return pd.concat(columns, axis=1).fillna("")

@@ -9,6 +9,19 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
 
 
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Within it, `elements` grows to those of the largest tensor any operation has made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            held = out.untyped_storage().nbytes() // out.element_size()
+            self.elements = max(self.elements, held)
+        return out
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Tests share a cache of their own and never reach for the hub or a local WikiText."""

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import LargestTensor
 
 from musota import attention
 from musota.attention import attend_with_library, causal_attention, entropy
@@ -65,21 +66,11 @@ def test_autocast_computes_it_in_full_precision():
 def test_no_more_weights_are_held_than_a_tile(monkeypatch):
     monkeypatch.setattr(attention, "TILE_SIZE", 4000)
     monkeypatch.setattr(attention, "TILE_ROWS", 16)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.untyped_storage().nbytes() // out.element_size())
-            return out
-
     leaves = [torch.randn(6, 100, 2, requires_grad=True) for _ in range(3)]
-    with Watch():
+    with LargestTensor() as watch:
         y, spread = causal_attention(*leaves, with_entropy=True)
         (y.sum() + spread.sum()).backward()
-    assert largest < 6 * 100 * 100 / 2
+    assert watch.elements < 6 * 100 * 100 / 2
 
 
 def test_entropy_has_a_finite_gradient_where_weights_are_zero():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import LargestTensor
 
 from musota import loss as loss_room
 from musota.loss import linear_cross_entropy, score_tokens
@@ -44,20 +45,10 @@ def test_under_autocast_it_is_as_near_as_the_dtype_allows(dtype):
 def test_no_tensor_as_large_as_all_logits_is_ever_made(monkeypatch):
     monkeypatch.setattr(loss_room, "CHUNK_TOKENS", {"cpu": 32})
     hidden, weight, bias, targets = _problem(640, True)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
-
-    with Watch():
+    with LargestTensor() as watch:
         linear_cross_entropy(hidden, weight, bias, targets).backward()
         score_tokens(hidden, weight, bias, targets)
-    assert largest < 640 * 97 / 4
+    assert watch.elements < 640 * 97 / 4
 
 
 def test_scores_are_the_losses_and_hits_of_each_token():
