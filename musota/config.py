@@ -283,6 +283,7 @@ class Profile:
     epochs: float = 1.0
     accumulation: float = 1.0
     learning_rate: float = 1.0
+    fewest_epochs: int = 3
 
 
 profiles: dict[str, Profile] = {
@@ -295,16 +296,30 @@ profiles: dict[str, Profile] = {
     )
 }
 
+# The grid of notebook 06 trains dozens of runs, so each is smaller still; `full` stays what it is.
+grid_profiles: dict[str, Profile] = {
+    profile.name: profile
+    for profile in (
+        profiles["full"],
+        Profile("study", 8192, 330_000, 40_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 10.0, 1),
+        Profile("quick", 2048, 40_000, 12_000, 1 / 6, 1 / 2, 1 / 10, 1 / 4, 10.0, 1),
+        Profile("tiny", 512, 6_000, 3_000, 1 / 12, 1 / 4, 1 / 10, 1 / 4, 10.0, 1),
+    )
+}
 
-def find_profile(name: str) -> Profile:
-    """A profile by name; `auto` is `full` where a CUDA device is at hand, else `quick`."""
+
+def find_profile(name: str, grid: bool = False) -> Profile:
+    """A profile by name, with `grid` at the size of notebook 06.
+
+    `auto` is `full` where a CUDA device is at hand, else `quick`.
+    """
     if name == "auto":
         import torch
 
         name = "full" if torch.cuda.is_available() else "quick"
     if name not in profiles:
         raise nearest_name("profile", name, ["auto", *profiles])
-    return profiles[name]
+    return (grid_profiles if grid else profiles)[name]
 
 
 def _warmup_share(training: TrainConfig, max_seq_len: int) -> float:
@@ -316,8 +331,8 @@ def _warmup_share(training: TrainConfig, max_seq_len: int) -> float:
 def scaled(experiment: Experiment, profile: Profile | str) -> Experiment:
     """`experiment` at a profile's size: the same rules, smaller numbers.
 
-    At least 3 epochs remain, warm-up keeps its share of the steps, and a dense model is matched
-    anew to the MU-SOTA layout it is the twin of. `full` returns the experiment itself.
+    The profile's fewest epochs remain, warm-up keeps its share of the steps, and a dense model is
+    matched anew to the MU-SOTA layout it is the twin of. `full` returns the experiment itself.
     """
     if isinstance(profile, str):
         profile = find_profile(profile)
@@ -336,7 +351,7 @@ def scaled(experiment: Experiment, profile: Profile | str) -> Experiment:
         )
     else:
         new_model = dataclasses.replace(model, **sizes)
-    epochs = max(3, round(training.epochs * profile.epochs))
+    epochs = max(profile.fewest_epochs, round(training.epochs * profile.epochs))
     accumulation = max(1, round(training.accumulation_steps * profile.accumulation))
     tokens_per_step = training.batch_size * accumulation * new_model.max_seq_len
     steps = epochs * profile.train_tokens / tokens_per_step

@@ -15,16 +15,18 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
+from musota.intervals import Interval, paired_bootstrap, pooled_effects, seed_interval
+
 REPORTED = {"ppl": 402.17, "accuracy": 0.1725, "epochs": 10, "plateau_after_epoch": 6}
 PLAN_LADDER = {"uniform": 50_000.0, "bigram": 10_000.0}  # the plan's guesses, not measured
 PLATEAU_GAIN, PLATEAU_EPOCHS = 0.01, 3
 STRETCHES, SWING_NATS, SWINGS = 25, 0.05, 3
 LOWER_RATE = "halve the learning rate (the plan, coming from 1e-4: 5e-5)"
 STILL_IMPROVING = 0.01  # a phase that lowers the best PPL by less has stalled
-CONFIDENCE = 0.95
+RELEVANT = 0.05  # nats/token, 5 % of the PPL: what less brings is not worth a search
+DATA_STARVED = 0.1  # nats gained per doubling of the text
+MISSED = "not in the plan"
 MIN_BLOCKS = 10  # of text: fewer say too little about other text
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Finding:
     threshold: str
     conclusion: str
     next_step: str = ""
+    since: int | None = None  # the first epoch it speaks of, where it has one
 
     @property
     def sentence(self) -> str:
@@ -182,46 +185,48 @@ def plateau(
     planned_epochs: int,
     block_nats: Sequence[Sequence[float]] | None = None,
     block_tokens: Sequence[int] | None = None,
+    window: int = PLATEAU_EPOCHS,
+    least_gain: float = PLATEAU_GAIN,
 ) -> Finding:
     """Has validation stopped improving, and since which epoch?
 
-    The rule: the best valid PPL improved by less than 1 % over the last three epochs. Given total
-    nats by epoch and block of text and the blocks' tokens, the slope of the valid loss per doubling
-    of training tokens over the same epochs is bootstrapped over blocks, and the plateau holds only
-    if its interval does not lie below 0.
+    The rule: the best valid PPL improved by less than `least_gain` over the last `window` epochs
+    (the plan's rule: 1 % over three). Given total nats by epoch and block of text and the blocks'
+    tokens, the slope of the valid loss per doubling of training tokens over the same epochs is
+    bootstrapped over blocks, and the plateau holds only if its interval does not lie below 0.
 
     `history` needs the columns epoch, tokens, ppl and valid_loss, one row an epoch.
     """
     best = history.ppl.cummin().to_numpy()
-    threshold = f"a plateau gains < {PLATEAU_GAIN:.0%} over {PLATEAU_EPOCHS} epochs"
-    if len(best) <= PLATEAU_EPOCHS:
+    threshold = f"a plateau gains < {least_gain:.1%} over {window} epochs"
+    if len(best) <= window:
         saw = f"{len(best)} epochs"
         return Finding("Plateau", "too early", saw, threshold, "too early to say: train on")
-    gain = 1 - best[-1] / best[-1 - PLATEAU_EPOCHS]
-    recent = history.tail(PLATEAU_EPOCHS + 1)
+    gain = 1 - best[-1] / best[-1 - window]
+    recent = history.tail(window + 1)
     weights = _slope_weights(np.log2(recent.tokens.to_numpy(float)))
     slope = Interval(float(weights @ recent.valid_loss.to_numpy(float)), -math.inf, math.inf)
     if block_nats is not None and len(block_tokens) >= MIN_BLOCKS:
         per_block = weights @ np.array(block_nats[-len(recent) :], float)
         slope = paired_bootstrap(per_block, np.zeros_like(per_block), block_tokens)
     saw = (
-        f"best valid PPL {best[-1 - PLATEAU_EPOCHS]:.1f} → {best[-1]:.1f}, {gain:.1%} lower over "
-        f"{PLATEAU_EPOCHS} epochs; valid loss per doubling of tokens {slope}"
+        f"best valid PPL {best[-1 - window]:.1f} → {best[-1]:.1f}, {gain:.1%} lower over "
+        f"{window} epochs; valid loss per doubling of tokens {slope}"
     )
-    if gain >= PLATEAU_GAIN:
+    if gain >= least_gain:
         return Finding("Plateau", "none", saw, threshold, "no plateau: still improving")
     if slope.side < 0:
         conclusion = "no plateau: slow, but improving beyond the noise of the text"
         return Finding("Plateau", "slow", saw, threshold, conclusion)
     # The first epoch after which everything gained stays under the threshold.
-    since = int(history.epoch.iloc[np.argmax(1 - best[-1] / best < PLATEAU_GAIN)])
+    since = int(history.epoch.iloc[np.argmax(1 - best[-1] / best < least_gain)])
     conclusion = f"a plateau since epoch {since}"
     if slope.side > 0:
         conclusion += ", and the valid loss rises: look at training against valid for overfitting"
     next_step = "measure the learning rate (a sweep) before training on"
     if len(best) > planned_epochs / 2:
         next_step = f"the plan reads this as “learning rate still too high”; {next_step}"
-    return Finding("Plateau", "plateau", saw, threshold, conclusion, next_step)
+    return Finding("Plateau", "plateau", saw, threshold, conclusion, next_step, since)
 
 
 def _slope_weights(x: np.ndarray) -> np.ndarray:
@@ -432,60 +437,6 @@ def on_the_ladder(ppl: float, rungs: Mapping[str, float]) -> Finding:
     )
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A difference in nats per token with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def side(self) -> int:
-        """−1 or 1 where the whole interval lies below or above 0, else 0."""
-        return -1 if self.high < 0 else 1 if self.low > 0 else 0
-
-    def __str__(self) -> str:
-        if math.isinf(self.low):
-            return f"{self.mean:+.3f} nats/token [no interval]"
-        return f"{self.mean:+.3f} nats/token [{self.low:+.3f}, {self.high:+.3f}]"
-
-
-def paired_bootstrap(
-    nats_a: Sequence[float],
-    nats_b: Sequence[float],
-    tokens: Sequence[int],
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Loss of a minus loss of b, per token, by resampling whole blocks of text (Koehn 2004).
-
-    Arguments: total nats of both models and the number of tokens, by block of the same text. Says
-    how sure the difference is for *this pair of trained models*, nothing about other seeds.
-    """
-    difference = np.asarray(nats_a, float) - np.asarray(nats_b, float)
-    tokens = np.asarray(tokens, float)
-    if difference.shape != tokens.shape or not len(tokens):
-        raise ValueError("paired_bootstrap needs the same blocks for both models.")
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for start in range(0, resamples, 1000):  # by thousands: memory stays small on long texts
-        picked = generator.integers(len(tokens), size=(min(1000, resamples - start), len(tokens)))
-        means[start : start + len(picked)] = difference[picked].sum(1) / tokens[picked].sum(1)
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(difference.sum() / tokens.sum()), float(low), float(high))
-
-
-def seed_interval(differences: Sequence[float]) -> Interval:
-    """Student's t interval of the mean of paired differences, one per seed; at least two."""
-    n = len(differences)
-    if n < 2:
-        raise ValueError("An interval over seeds needs at least two of them.")
-    mean = float(np.mean(differences))
-    half = _T95[min(n - 2, len(_T95) - 1)] * float(np.std(differences, ddof=1)) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half)
-
-
 def helps_or_hurts(
     mu: Mapping[int, Mapping], dense: Mapping[int, Mapping], name: str = "MU-SOTA"
 ) -> tuple[Finding, Interval, Interval | None]:
@@ -554,3 +505,181 @@ def plans_own_test(baseline_ppl: float) -> Finding:
         f"the plan would say the architecture {'helps' if above else 'hurts'}; the two runs share "
         "neither budget nor settings",
     )
+
+
+# --- what the probes say ---
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A suspected cause: the cells `before` and `after` differ in what would be mended."""
+
+    name: str
+    confidence: str  # the plan's (reported)
+    before: str
+    after: str
+    advice: str  # what to do if it is a cause
+
+
+@dataclass(frozen=True)
+class Cause:
+    """What mending a suspect does: the effect in nats (None: it diverges), and the verdict."""
+
+    suspect: Suspect
+    effect: Interval | None
+    ppl_before: float
+    ppl_after: float
+    verdict: str  # cause | not a cause | undecided
+    here: str = ""  # what was changed at the size that was measured
+
+
+def root_causes(
+    suspects: Sequence[Suspect], losses: Mapping[str, Mapping[int, float]], vocab_size: int
+) -> list[Cause]:
+    """Each suspect judged, the largest gain first.
+
+    `losses`: valid nats/token by cell and seed, the same seeds everywhere. A cause is what lowers
+    the loss by 0.05 nats or more, with an interval (see `pooled_effects`) below 0; what certainly
+    brings less is none; the rest is undecided. A cell that ends above the uniform guess (ln V) with
+    any seed has diverged: it gets no interval, and its suspect is no cause.
+    """
+    usable = {
+        cell: by_seed
+        for cell, by_seed in losses.items()
+        if max(by_seed.values()) <= math.log(vocab_size)
+    }
+    measured = [s for s in suspects if s.before in usable and s.after in usable]
+    pairs = [(suspect.before, suspect.after) for suspect in measured]
+    effects = dict(zip(measured, pooled_effects(usable, pairs) if pairs else (), strict=True))
+    causes = []
+    for suspect in suspects:
+        effect = effects.get(suspect)
+        ppls = [
+            float(np.exp(np.mean(list(losses[cell].values()))))
+            for cell in (suspect.before, suspect.after)
+        ]
+        verdict = "undecided"
+        if effect is None or effect.low > -RELEVANT:
+            verdict = "not a cause"
+        elif effect.high < 0 and effect.mean <= -RELEVANT:
+            verdict = "cause"
+        causes.append(Cause(suspect, effect, *ppls, verdict))
+    return sorted(causes, key=lambda cause: cause.effect.mean if cause.effect else math.inf)
+
+
+def root_cause_advice(causes: Sequence[Cause]) -> str:
+    """One paragraph: what holds the model back, what does not, what to do, in ranked order."""
+    by_verdict = {
+        verdict: [cause for cause in causes if cause.verdict == verdict]
+        for verdict in ("cause", "not a cause", "undecided")
+    }
+
+    def names(verdict: str, planned: bool) -> str:
+        return "; ".join(
+            f"{cause.suspect.name}, {cause.suspect.confidence}" if planned else cause.suspect.name
+            for cause in by_verdict[verdict]
+            if (cause.suspect.confidence != MISSED) == planned
+        )
+
+    guilty = by_verdict["cause"]
+    said = ["No suspect was found guilty."]
+    if guilty:
+        first = guilty[0]
+        said = [
+            f"The largest measured gain: {first.suspect.name}, {first.effect} (PPL "
+            f"{first.ppl_before:,.0f} → {first.ppl_after:,.0f})."
+        ]
+    for verdict, label in (
+        ("cause", "Of the plan's suspects (with its confidence) guilty"),
+        ("not a cause", "not guilty"),
+        ("undecided", "undecided"),
+    ):
+        said.append(f"{label}: {names(verdict, True) or 'none'}.".capitalize())
+    if missed := names("cause", False):
+        said.append(f"Guilty, though the plan does not name it: {missed}.")
+    if guilty:
+        advice = list(dict.fromkeys(cause.suspect.advice for cause in guilty))
+        said.append(f"In this order: {', then '.join(advice)}; measure again after each.")
+    return " ".join(said)
+
+
+def best_rate(losses: Mapping[float, Sequence[float]], own: float, model: str) -> Finding:
+    """Where a learning-rate sweep has its best, and whether it must be widened.
+
+    `losses`: valid nats/token of each seed by learning rate; `own` is the `model`'s usual rate.
+    """
+    means = {rate: float(np.mean(values)) for rate, values in sorted(losses.items())}
+    best = min(means, key=means.get)
+    at_edge = best in (min(means), max(means))
+    saw = f"best at {best:g}: PPL {math.exp(means[best]):,.1f}"
+    if own in means:
+        saw += f", {means[best] - means[own]:+.2f} nats against {own:g}"
+    conclusion = "the best is at the edge" if at_edge else "the best is bracketed"
+    next_step = "widen the sweep on that side" if at_edge else ""
+    if not at_edge and own in means and means[own] - means[best] >= RELEVANT:
+        next_step = f"{'raise' if best > own else 'lower'} the learning rate to {best:g}"
+    rule = f"{len(means)} rates from {min(means):g} to {max(means):g}"
+    verdict = "edge" if at_edge else "bracketed"
+    return Finding(f"Learning-rate sweep, {model}", verdict, saw, rule, conclusion, next_step)
+
+
+def annealing(
+    before: Sequence[float], decayed: Sequence[float], held: Sequence[float], tokens: Sequence[int]
+) -> tuple[Finding, dict[str, Interval]]:
+    """Is learning-rate noise hiding what the model has learned?
+
+    Nats by block of valid text at a checkpoint, after steps whose rate falls to 0, and after as
+    many at the held rate; the blocks' tokens. The held steps show what mere training brings: noise
+    is what the falling rate brings beyond that, 0.05 nats or more.
+    """
+    intervals = {
+        "rate falling to 0": paired_bootstrap(decayed, before, tokens),
+        "rate held": paired_bootstrap(held, before, tokens),
+        "falling − held": paired_bootstrap(decayed, held, tokens),
+    }
+    noise = intervals["falling − held"]
+    verdict, next_step = "undecided", ""
+    conclusion = "undecided, the interval reaches over the threshold"
+    if noise.high < 0 and noise.mean <= -RELEVANT:
+        verdict, conclusion = "noise", "learning-rate noise hides what was learned"
+        next_step = "decay the rate to 0, or lower it, before judging the model"
+    elif noise.low > -RELEVANT:
+        verdict, conclusion = "not the rate", "the learning rate's noise is not what holds it back"
+    saw = f"falling to 0 {intervals['rate falling to 0']}, beyond the held rate {noise}"
+    rule = f"a gain of {RELEVANT} nats beyond the held rate is noise"
+    return Finding("Anneal probe", verdict, saw, rule, conclusion, next_step), intervals
+
+
+def data_halving(losses: Mapping[int, Mapping[int, float]]) -> tuple[Finding, Interval]:
+    """Nats gained per doubling of the training text, at equal numbers of steps.
+
+    `losses`: valid nats/token by number of training tokens and seed. The interval is over seeds
+    (none from one).
+    """
+    tokens = sorted(losses)
+    seeds = sorted(losses[tokens[0]])
+    weights = _slope_weights(np.log2(np.array(tokens, float)))
+    slopes = weights @ np.array([[losses[n][seed] for seed in seeds] for n in tokens])
+    slope = Interval(float(slopes.mean()), -math.inf, math.inf)
+    if len(seeds) > 1:
+        slope = seed_interval(slopes.tolist())
+    verdict, conclusion = "undecided", "undecided, the interval reaches over the threshold"
+    next_step = ""
+    if slope.high < -DATA_STARVED:
+        verdict, conclusion, next_step = "data-starved", "data-starved", "get more text"
+    elif slope.low > -DATA_STARVED:
+        verdict, conclusion = "not data-starved", "data is not what holds it back"
+    saw = f"per doubling of the text {slope}"
+    rule = f"more than {DATA_STARVED} nats gained per doubling"
+    return Finding("Data halving", verdict, saw, rule, conclusion, next_step), slope
+
+
+def ablation_effects(
+    nats: Mapping[str, Sequence[float]], tokens: Sequence[int]
+) -> dict[str, Interval]:
+    """What disabling each part costs: nats by part and block of text, `none` among the parts."""
+    return {
+        part: paired_bootstrap(blocks, nats["none"], tokens)
+        for part, blocks in nats.items()
+        if part != "none"
+    }

@@ -7,13 +7,15 @@ and hatches repeat the distinction for black-and-white prints.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from musota.diagnose import PLAN_LADDER, REPORTED, Interval
+from musota.diagnose import MISSED, PLAN_LADDER, REPORTED, Cause
+from musota.intervals import Interval
 from musota.layout import BlockLayout
 from musota.runs import Run
 
@@ -42,6 +44,13 @@ _SIZES = {
     "n_layer": "layers",
     "n_block": "semantic blocks",
 }
+_VERDICTS = {  # colour, marker, fill
+    "cause": ("#D55E00", "o", "full"),
+    "undecided": ("#0072B2", "D", "left"),
+    "not a cause": ("#666666", "s", "none"),
+}
+SWEEP_NATS = 2.5  # what is worse than the best by more is drawn at the upper edge
+_ABLATED = ("A mechanism disabled", "One semantic block's cells zeroed")
 _THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
@@ -108,7 +117,10 @@ def training_curve(run: Run) -> Figure:
     smooth = steps.loss.ewm(halflife=max(1, len(steps) / 25)).mean()
     left.plot(steps.step, smooth, color=_STYLES["optimized"][0], label="smoothed")
     history = run.history
-    left.plot(history.step, history.valid_loss, "s--", color="#D55E00", label="valid")
+    if len(history):
+        left.plot(history.step, history.valid_loss, "s--", color="#D55E00", label="valid")
+    for step, event in run.events:
+        left.axvline(step, color="black", linewidth=1, linestyle=":", label=event)
     left.set(ylabel="loss (nats/token)", title=f"Loss: {label_of(run)}")
     left.legend(fontsize=8)
     right.plot(steps.step, steps.learning_rate, color="#0072B2")
@@ -250,22 +262,269 @@ def ladder(rungs: Mapping[str, float], comparable: bool) -> Figure:
     return figure
 
 
-def difference(intervals: Mapping[str, Interval], conclusion: str) -> Figure:
-    """Differences in loss with their 95 % intervals around 0; left favours MU-SOTA."""
+def difference(
+    intervals: Mapping[str, Interval], title: str, sides: str = "← MU-SOTA better · dense better →"
+) -> Figure:
+    """Differences in loss with their 95 % intervals around 0; `sides` names left and right."""
     figure, axis = _figure(8.5, 1.8 + 0.6 * len(intervals))
-    for row, interval in enumerate(intervals.values()):
-        axis.plot([interval.low, interval.high], [row, row], color="#0072B2", linewidth=3)
-        axis.plot(interval.mean, row, "o", color="#0072B2", markersize=8)
-    axis.axvline(0, color="black", linewidth=1)
-    axis.set_yticks(range(len(intervals)), list(intervals))
-    axis.set_ylim(len(intervals) - 0.5, -0.5)
-    edge = 1.25 * max(max(abs(i.low), abs(i.high)) for i in intervals.values())
+    _intervals(axis, list(intervals.values()), list(intervals))
+    ends = [abs(end) for i in intervals.values() for end in (i.low, i.high) if np.isfinite(end)]
+    edge = 1.25 * max([*ends, *(abs(i.mean) for i in intervals.values()), 0.001])
     axis.set_xlim(-edge, edge)
-    axis.set(
-        xlabel="MU-SOTA − dense twin, nats per token (← MU-SOTA better · dense better →)",
-        title=conclusion.replace(": ", "\n", 1),
-    )
+    axis.set(xlabel=f"difference, nats per token ({sides})", title=title.replace(": ", "\n", 1))
+    return figure
+
+
+def _intervals(axis, intervals: Sequence[Interval | None], labels, styles=()) -> None:
+    """A row for each interval, from the top, around a line at 0; None leaves its row empty."""
+    for row, interval in enumerate(intervals):
+        colour, marker, fill = styles[row] if styles else ("#0072B2", "o", "full")
+        if interval is None:
+            axis.text(0, row, "diverges ", ha="right", va="center", fontsize=8)
+            continue
+        if np.isfinite(interval.high - interval.low):
+            axis.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2.5)
+        style = {"fillstyle": fill, "markersize": 8, "markeredgewidth": 1.5}
+        axis.plot(interval.mean, row, marker, color=colour, markerfacecoloralt="white", **style)
+    axis.axvline(0, color="black", linewidth=1)
+    axis.set_yticks(range(len(intervals)), labels)
+    axis.set_ylim(len(intervals) - 0.5, -0.5)
     axis.grid(axis="x", color="0.9")
+
+
+def root_causes(causes: Sequence[Cause], relevant: float) -> Figure:
+    """What mending each suspect does to the valid loss, the largest gain on top."""
+    figure, axis = _figure(10.5, 1.9 + 0.36 * len(causes))
+    sure = {c: c.suspect.confidence for c in causes}
+    labels = [
+        f"{c.suspect.name}\n{sure[c] if sure[c] == MISSED else f'plan: {sure[c]}'} · {c.here}"
+        for c in causes
+    ]
+    styles = [_VERDICTS[cause.verdict] for cause in causes]
+    _intervals(axis, [cause.effect for cause in causes], labels, styles)
+    axis.tick_params(axis="y", labelsize=7.5)
+    axis.axvspan(-relevant, relevant, color="0.93", zorder=0)
+    for row, cause in enumerate(causes):
+        text = f"{cause.ppl_before:,.0f} → {cause.ppl_after:,.0f}"
+        if cause.effect is None:
+            text = f"{cause.ppl_before:,.0f} → diverges"
+        axis.text(1.01, row, text, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+    axis.text(1.01, -0.8, "valid PPL", transform=axis.get_yaxis_transform(), fontsize=8)
+    axis.set(
+        xlabel="change of the valid loss, nats per token (← mending it helps · it hurts →)",
+        title="Which suspect holds the model back?",
+    )
+    handles = [
+        axis.plot([], [], marker, color=colour, fillstyle=fill, markerfacecoloralt="white",
+                  markeredgewidth=1.5, label=verdict)[0]
+        for verdict, (colour, marker, fill) in _VERDICTS.items()
+    ]  # fmt: skip
+    handles.append(Rectangle((0, 0), 1, 1, color="0.93", label=f"under {relevant} nats"))
+    figure.legend(handles=handles, fontsize=8, ncols=4, loc="outside lower right")
+    return figure
+
+
+def rate_sweep(sweeps: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
+    """Valid loss against the learning rate, a line a model; dots are seeds, rings the best."""
+    figure, axis = _figure(8.5, 4.2)
+    styles = [_STYLES["optimized"], _STYLES["baseline"], _OTHER]
+    lowest = min(np.mean(values) for losses in sweeps.values() for values in losses.values())
+    ceiling = lowest + SWEEP_NATS
+    for (label, losses), (colour, line, marker) in zip(sweeps.items(), styles, strict=False):
+        rates = sorted(losses)
+        means = [float(np.mean(losses[rate])) for rate in rates]
+        style = {"color": colour, "linestyle": line, "marker": marker}
+        axis.plot(rates, np.minimum(means, ceiling), label=label, **style)
+        for rate in rates:
+            dots = [rate] * len(losses[rate])
+            axis.plot(dots, np.minimum(losses[rate], ceiling), ".", color=colour, markersize=4)
+            if np.mean(losses[rate]) > ceiling:
+                axis.annotate("off the scale ↑", (rate, ceiling), (0, 6), fontsize=8, ha="center",
+                              textcoords="offset points")  # fmt: skip
+        best = int(np.argmin(means))
+        axis.plot(rates[best], means[best], "o", color=colour, markersize=15, fillstyle="none")
+        text = f"PPL {np.exp(means[best]):,.0f} at {rates[best]:.2g}"
+        axis.annotate(text, (rates[best], means[best]), (0, -16), textcoords="offset points",
+                      ha="center", fontsize=8)  # fmt: skip
+    axis.set(
+        xscale="log",
+        xlabel="learning rate (log)",
+        ylabel="valid loss (nats/token)",
+        title="Each model at each rate, the same budget (ring: its best)",
+    )
+    axis.margins(y=0.15)
+    axis.grid(color="0.9")
+    axis.legend(fontsize=9)
+    return figure
+
+
+def data_halving(losses: Mapping[int, Mapping[int, float]]) -> Figure:
+    """Valid loss against the amount of training text, at equal numbers of steps; dots are seeds."""
+    figure, axis = _figure(7, 3.8)
+    amounts = sorted(losses)
+    axis.plot(amounts, [np.mean(list(losses[n].values())) for n in amounts], "o-", color="#0072B2",
+              label="mean over seeds")  # fmt: skip
+    for n in amounts:
+        axis.plot([n] * len(losses[n]), list(losses[n].values()), "x", color="#D55E00",
+                  label="one seed" if n == amounts[0] else None)  # fmt: skip
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(amounts, [f"{n:,}" for n in amounts])
+    axis.set(
+        xlabel="training tokens (log), read in as many steps",
+        ylabel="valid loss (nats/token)",
+        title="What more text brings",
+    )
+    axis.grid(color="0.9")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def clean_gap(runs: Sequence[Run]) -> Figure:
+    """Loss by epoch on training text without dropout, and on valid; the gap is shaded."""
+    figure, axis = _figure(8, 4)
+    for run in runs:
+        colour, line, marker = _STYLES.get(run.name, _OTHER)
+        epochs = [record["epoch"] for record in run.health]
+        valid = [record["valid_loss"] for record in run.health]
+        clean = [record["clean_train_loss"] for record in run.health]
+        style = {"color": colour, "linestyle": line}
+        axis.plot(epochs, valid, marker=marker, label=f"{label_of(run)}: valid", **style)
+        axis.plot(epochs, clean, marker=marker, fillstyle="none", label="training text", **style)
+        axis.fill_between(epochs, clean, valid, color=colour, alpha=0.12)
+    axis.set(
+        xlabel="epoch", ylabel="loss without dropout (nats/token)", title="Training against valid"
+    )
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(axis="y", color="0.9")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def ablations(effects: Mapping[str, Interval], ppl: float, layout: BlockLayout) -> Figure:
+    """How the perplexity grows when a mechanism, or one semantic block's cells, are disabled."""
+    meanings = {block.name: f"{block.name} {block.title}" for block in layout.blocks}
+    figure, axes = _figure(10, 1.4 + 0.3 * len(meanings), columns=2)
+    parts = [name for name in effects if name not in meanings]
+    for axis, names, title in zip(axes, (parts, list(meanings)), _ABLATED, strict=True):
+        grown = np.array(
+            [np.expm1([effects[n].mean, effects[n].low, effects[n].high]) * ppl for n in names]
+        )
+        rows = range(len(names))
+        spread = np.abs(grown[:, 1:] - grown[:, :1]).T
+        axis.barh(rows, grown[:, 0], color="#56B4E9", edgecolor="black", linewidth=0.6)
+        axis.errorbar(grown[:, 0], rows, xerr=spread, fmt="none", ecolor="black", capsize=3)
+        for row, (mean, _, high) in zip(rows, grown, strict=True):
+            axis.text(max(mean, high), row, f"  {mean:+,.1f}", va="center", fontsize=8)
+        axis.axvline(0, color="black", linewidth=1)
+        axis.set_yticks(rows, [meanings.get(name, name) for name in names], fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.2)
+        axis.set(xlabel=f"change of valid PPL (whole model: {ppl:,.1f})", title=title)
+    return figure
+
+
+def block_view(
+    cells: np.ndarray, gate: np.ndarray, tokens: Sequence[str], layout: BlockLayout, layer: int
+) -> Figure:
+    """The tokens' matrices after a layer (0: as embedded), and every layer's gates.
+
+    cells (L + 1, T, d) in cell order, gate (L, T, N), as `probes.look_inside` gives them.
+    """
+    count, L = len(tokens), len(gate)
+    gate_rows = -(-L // 4)
+    figure = Figure(figsize=(10, 2.4 + (0.9 + 0.16 * len(layout.blocks)) * gate_rows), dpi=110,
+                    layout="constrained")  # fmt: skip
+    above, below = figure.subfigures(2, 1, height_ratios=[1.9, 0.5 + 2.4 * gate_rows])
+    above.suptitle(f"The tokens' matrices after layer {layer}" if layer else "The embeddings",
+                   fontsize=10)  # fmt: skip
+    axes = np.atleast_1d(above.subplots(1, count))
+    bound = float(np.abs(cells[layer]).max())
+    for axis, matrix, token in zip(axes, layout.to_matrix(cells[layer]), tokens, strict=True):
+        image = axis.imshow(matrix, cmap="cividis", vmin=-bound, vmax=bound)
+        for block in layout.blocks:
+            corner = block.column - 0.5, block.row - 0.5
+            edge = {"fill": False, "ec": "white", "lw": 0.8}
+            axis.add_patch(Rectangle(corner, block.width, block.height, **edge))
+        axis.set_title(token, fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    above.colorbar(image, ax=list(axes), label="cell", shrink=0.8)
+    below.suptitle("How far each block moves, by token and layer (gate)", fontsize=10)
+    grids = below.subplots(gate_rows, min(4, L), sharex=True, sharey=True, squeeze=False)
+    for index, axis in enumerate(grids.flat):
+        if index >= L:
+            axis.set_visible(False)
+            continue
+        shown = axis.imshow(gate[index].T, cmap="cividis", vmin=gate.min(), vmax=gate.max(),
+                            aspect="auto", interpolation="nearest")  # fmt: skip
+        axis.set_title(f"layer {index + 1}", fontsize=8)
+        axis.set_yticks(range(len(layout.blocks)), layout.names, fontsize=6.5)
+        axis.set_xticks(range(count), tokens, fontsize=7, rotation=90)
+    below.colorbar(shown, ax=list(grids.flat), label="sensitivity", shrink=0.8)
+    return figure
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's curve as the explorer shows it, ready to draw."""
+
+    name: str  # of the experiment, for its style
+    label: str
+    x: np.ndarray
+    y: np.ndarray
+    faint: np.ndarray | None = None  # before smoothing
+    plateau: tuple[float, float] | None = None
+    marks: tuple[tuple[float, str], ...] = ()
+
+
+def explored(
+    curves: Sequence[Curve],
+    rungs: Mapping[str, float],
+    labels: tuple[str, str],
+    log_x: bool = False,
+    log_y: bool = False,
+) -> Figure:
+    """Curves with their plateaus shaded, their marks (events, flags), and rungs across."""
+    figure, axis = _figure(9, 4.4)
+    unknown = [name for name in dict.fromkeys(c.name for c in curves) if name not in _STYLES]
+    for place, curve in enumerate(curves):
+        colour, line, marker = _STYLES.get(curve.name, _OTHER)
+        if curve.name in unknown:
+            nth = unknown.index(curve.name)
+            colour, marker = _SHADES[nth % 8], "xP*dph<>"[nth % 8]
+        if curve.faint is not None:
+            axis.plot(curve.x, curve.faint, color=colour, alpha=0.3, linewidth=0.8)
+        few = marker if len(curve.x) <= 60 else None
+        axis.plot(curve.x, curve.y, color=colour, linestyle=line, marker=few, label=curve.label)
+        if curve.plateau:
+            hatch = _HATCHES[1 + place % 7]
+            axis.axvspan(*curve.plateau, facecolor=colour, alpha=0.15, hatch=hatch, ec=colour,
+                         label=f"plateau: {curve.label}")  # fmt: skip
+        for x, text in curve.marks:
+            axis.axvline(x, color=colour, linewidth=1, linestyle=":")
+            above = {"xycoords": ("data", "axes fraction"), "rotation": 90, "va": "top"}
+            axis.annotate(text, (x, 0.98), (-2, 0), textcoords="offset points", ha="right",
+                          fontsize=7.5, **above)  # fmt: skip
+    for name, level in rungs.items():
+        axis.axhline(level, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)))
+        where = {"xycoords": ("axes fraction", "data"), "fontsize": 8, "color": "0.3"}
+        axis.annotate(f"{name}\n{level:,.4g}", (1.01, level), va="center", **where)
+    axis.set(xlabel=labels[0], ylabel=labels[1])
+    if log_x:
+        axis.set_xscale("log")
+    if log_y:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(MaxNLocator(7))  # fewer than two decades, as a rule
+        axis.minorticks_off()
+    form = FuncFormatter(lambda value, _: f"{value:,.6g}")
+    axis.xaxis.set_major_formatter(form)
+    axis.yaxis.set_major_formatter(form)
+    if labels[0] == "epoch" and not log_x:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlim(left=0)
+    axis.grid(color="0.9")
+    if curves:
+        figure.legend(fontsize=8, ncols=2, loc="outside upper center")
     return figure
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,15 @@ from matplotlib.figure import Figure
 
 from musota import diagnose, plots
 from musota.config import PLAN_TRAIN_TOKENS, MuConfig, experiments
-from musota.data import write_whole
-from musota.diagnose import Finding, Interval
+from musota.data import write_json, write_whole
+from musota.diagnose import Cause, Finding, Suspect
+from musota.intervals import Interval
+from musota.probes import grid, judge
 from musota.runs import Run, load_runs
 from musota.training import learning_rate_at
 
 ORDER = ("original", "optimized", "baseline", "simplified", "simplified_twin")
+GRID_FOLDER = "root_causes"  # of a results folder
 BENCH_TOLERANCE = 1.25  # nearer to the arithmetic than this counts as following it
 PAIRS = {"optimized": "baseline", "simplified": "simplified_twin"}  # a model and its dense twin
 
@@ -183,10 +186,62 @@ def run_findings(
         findings.append(diagnose.on_the_ladder(ppl, rungs))
     training, steps = run.experiment.training, run.steps
     findings += diagnose.phases(run.history, training.epochs)
-    blocks = run.valid_block_nats, run.summary["valid_block_tokens"]
-    findings.append(diagnose.plateau(run.history, training.epochs, *blocks))
+    findings.append(plateau_of(run))
     findings.append(diagnose.oscillation(steps, training.warmup_steps))
     return findings
+
+
+def plateau_of(run: Run, **rule) -> Finding:
+    """`diagnose.plateau` of a run; `rule` may change its window and least gain."""
+    blocks = run.valid_block_nats, run.summary["valid_block_tokens"]
+    return diagnose.plateau(run.history, run.experiment.training.epochs, *blocks, **rule)
+
+
+def causes_table(causes: Sequence[Cause]) -> pd.DataFrame:
+    """Root causes in ranked order: suspect, the plan's confidence, effect, PPL, verdict."""
+    rows = [
+        {
+            "suspect": cause.suspect.name,
+            "the plan's confidence (reported)": cause.suspect.confidence,
+            "changed here": cause.here,
+            "effect of mending it": str(cause.effect or "diverges"),
+            "PPL": f"{cause.ppl_before:,.1f} → "
+            + (f"{cause.ppl_after:,.1f}" if cause.effect else "diverges"),
+            "verdict": cause.verdict,
+        }
+        for cause in causes
+    ]
+    return pd.DataFrame(rows)
+
+
+def write_root_causes(folder: Path, causes: Sequence[Cause], advice: str, **about) -> None:
+    """root_causes.json: every suspect's row and the advice."""
+    rows = [
+        {
+            "suspect": cause.suspect.name,
+            "plan_confidence_reported": cause.suspect.confidence,
+            "before": cause.suspect.before,
+            "after": cause.suspect.after,
+            "changed_here": cause.here,
+            "effect_nats": dataclasses.asdict(cause.effect) if cause.effect else None,
+            "ppl_before": cause.ppl_before,
+            "ppl_after": cause.ppl_after,
+            "verdict": cause.verdict,
+        }
+        for cause in causes
+    ]
+    write_json(folder / "root_causes.json", {**about, "causes": rows, "advice": advice})
+
+
+def read_grid(folder: Path) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
+    """The recorded runs of a root-cause grid by cell and seed, and its suspects."""
+    runs: dict[str, dict[int, Run]] = {}
+    for path in sorted(folder.glob("*/config.json")):
+        run = Run(path.parent)
+        runs.setdefault(run.name, {})[run.seed] = run
+    profile = next(iter(runs["original"].values())).config["profile"] if runs else "quick"
+    cells, suspects, _ = grid(profile)
+    return {name: by_seed for name, by_seed in runs.items() if name in cells}, suspects
 
 
 def health_table(run: Run) -> pd.DataFrame:
@@ -238,11 +293,17 @@ def ledger_table(runs) -> pd.DataFrame:
 
 def save_figure(figure: Figure, path: Path, about: str) -> None:
     """Write a PNG whole, with a line under it that says what was measured on what."""
+    picture = figure_png(figure, about)
+    write_whole(path, lambda target: target.write_bytes(picture))
+
+
+def figure_png(figure: Figure, about: str) -> bytes:
+    """A figure as a PNG, `about` in a line under it."""
     if about:
         figure.supxlabel(about, fontsize=7.5, color="0.35", x=0.01, ha="left")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    write_whole(path, lambda target: target.write_bytes(buffer.getvalue()))
+    return buffer.getvalue()
 
 
 def verdict_lines(evidence: Evidence) -> list[str]:
@@ -296,6 +357,7 @@ def write_report(folder: str | os.PathLike) -> Path:
         for run, table in health.items():
             if len(table):
                 parts += [f"## Health: {plots.label_of(run)}", _markdown(table)]
+        parts += _root_cause_parts(folder)
         parts.append("## Samples of the last epoch")
         for run in _one_each(evidence):
             parts.append(f"**{plots.label_of(run)}**")
@@ -306,6 +368,28 @@ def write_report(folder: str | os.PathLike) -> Path:
     path = folder / "README.md"
     write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
     return path
+
+
+def _root_cause_parts(folder: Path) -> list[str]:
+    runs, suspects = read_grid(folder / GRID_FOLDER)
+    if not runs or not (causes := judge(runs, suspects)):
+        return []
+    seeds = sorted(runs["original"])
+    run = runs["original"][seeds[0]]
+    corpus, model = run.config["corpus"], run.experiment.model
+    about = footer(corpus["name"], corpus["vocabulary_in_use"], run.config["profile"])
+    figure = plots.root_causes(causes, diagnose.RELEVANT)
+    save_figure(figure, folder / GRID_FOLDER / "root_causes.png", about)
+    return [
+        "## Which suspect holds the model back?",
+        f"Smaller models than above: {model.n_layer} layers, V {model.vocab_size:,}, "
+        f"{model.max_seq_len} tokens, {corpus['tokens']['train']:,} training tokens, "
+        f"{run.experiment.training.epochs} epochs; {len(seeds)} seeds. One suspect mended at a "
+        "time; intervals from the spread over seeds, pooled over all cells.",
+        diagnose.root_cause_advice(causes),
+        f"![root causes]({GRID_FOLDER}/root_causes.png)",
+        _markdown(causes_table(causes)),
+    ]
 
 
 def _one_each(evidence: Evidence) -> list[Run]:

@@ -80,11 +80,26 @@ class Run:
         return pd.DataFrame(rows).drop(columns="kind", errors="ignore")
 
     @cached_property
+    def events(self) -> list[tuple[int, str]]:
+        """(step, what happened) of everything out of the ordinary."""
+        return [(r["step"], r["event"]) for r in self.records if r["kind"] == "event"]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended because its loss was no longer a number."""
+        return not self.finished and any(event == "diverged" for _, event in self.events)
+
+    @cached_property
     def samples(self) -> pd.DataFrame:
         """One row a sample: epoch, prompt, text."""
         epochs = [r for r in self.records if r["kind"] == "epoch"]
         rows = [{"epoch": r["epoch"], **sample} for r in epochs for sample in r["samples"]]
         return pd.DataFrame(rows, columns=["epoch", "prompt", "text"])
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the checkpoint of the best epoch is here; committed runs come without."""
+        return (self.path / "checkpoints" / "best" / "model.safetensors").exists()
 
     def load_model(self) -> CausalLM:
         """The model of the best epoch. Raises MusotaError where the checkpoint was not kept."""

@@ -6,15 +6,19 @@ through a reseeding before each step. So a run resumed at any step equals one ne
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from importlib import metadata
 from itertools import groupby
 from operator import itemgetter
@@ -39,6 +43,10 @@ CLEAN_SHARE = 32  # one training token in so many is scored without dropout afte
 LOG_LINES = 250  # about so many step records a run
 HEADLESS = "MUSOTA_HEADLESS"  # set where progress goes to a log and not to a screen
 BLOCK_TOKENS = 1024  # valid losses are kept by blocks of so many tokens, for the paired bootstrap
+
+
+class Diverged(MusotaError):
+    """The loss is no longer a number."""
 
 
 def learning_rate_at(step: int, training: TrainConfig, total_steps: int) -> float:
@@ -111,6 +119,12 @@ def score(
     return torch.cat(nats).cpu(), torch.cat(hits).cpu()
 
 
+def blocks_of(nats: Tensor) -> tuple[list[float], list[int]]:
+    """Nats by token to totals and tokens of each block of BLOCK_TOKENS, the last one shorter."""
+    blocks = nats.double().split(BLOCK_TOKENS)
+    return [round(float(block.sum()), 4) for block in blocks], [len(block) for block in blocks]
+
+
 def evaluate(
     model: CausalLM,
     tokens: Tensor,
@@ -153,6 +167,8 @@ def train(
     profile: str | None = None,
     micro_batch: int | None = None,
     compile: bool | None = None,
+    stop_at: float = 1.0,
+    watch: Callable[[Run], None] | None = None,
 ) -> Run:
     """Train an experiment into `run_dir` and return the run, its best epoch chosen on valid.
 
@@ -161,13 +177,38 @@ def train(
     are computed at a time (a choice of speed and memory; at dropout 0 it changes nothing else), and
     `compile` passes the model's body through torch.compile: both are chosen for the device unless
     given, and kept when a run goes on. Ctrl-C ends after the step at hand, saves it and returns
-    what has been measured.
+    what has been measured; `stop_at` ends a run in the same way after that share of its steps.
+    `watch` is called with the run whenever something new has been recorded.
 
     Raises MusotaError for a folder that belongs to another run or cannot be written, a damaged
-    checkpoint, a corpus that does not fit the model, or a loss that is no longer finite.
+    checkpoint or a corpus that does not fit the model, Diverged for a loss that is not finite.
     """
     choices = {"micro_batch": micro_batch, "compile": compile}
-    return _Trainer(experiment, corpus, run_dir, resume, seed, name, profile, choices).run()
+    trainer = _Trainer(experiment, corpus, run_dir, resume, seed, name, profile, choices)
+    return trainer.run(stop_at, watch)
+
+
+def anneal(run: Run, corpus: Corpus, share: float = 0.15) -> dict[str, Tensor]:
+    """Does a lower learning rate bring out what an unfinished run has learned?
+
+    From the run's last checkpoint `share` as many steps more are trained twice: with the rate
+    falling to 0 in a straight line, and held. Returns nats of every valid token (see `score`) at
+    the checkpoint (`before`) and after both (`decayed`, `held`). The run itself stays as it is.
+    Raises MusotaError for a finished run, whose rate has fallen to 0 already.
+    """
+    if run.finished:
+        raise MusotaError(f"{run.path} is finished, its rate is 0: anneal a run stopped half-way.")
+    nats = {}
+    for arm, factor in {"decayed": lambda done: 1 - done, "held": lambda done: 1.0}.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            shutil.copytree(run.path, scratch, dirs_exist_ok=True)
+            about = run.seed, run.name, run.config["profile"], {}
+            trainer = _Trainer(run.experiment, corpus, scratch, True, *about)
+            trainer.restore()
+            nats.setdefault("before", score(trainer.model, corpus.valid)[0])
+            trainer.train_on(math.ceil(share * trainer.step), factor)
+            nats[arm] = score(trainer.model, corpus.valid)[0]
+    return nats
 
 
 class _Trainer:
@@ -240,6 +281,15 @@ class _Trainer:
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.best_loss, self.summary = math.inf, {}
         self.update_ratio: dict[str, float] = {}  # of this epoch, by group
+        self.watch: Callable[[Run], None] | None = None
+        self.schedule: Callable[[int], float] = lambda step: learning_rate_at(
+            step, self.training, self.total_steps
+        )
+
+    def _record(self, record: dict) -> None:
+        self.folder.append(record)
+        if self.watch:
+            self.watch(Run(self.folder.path))
 
     def _default_choices(self) -> dict:
         """A GPU takes a whole step at once, a CPU about 1,500 tokens. Compiling takes a GPU about a
@@ -261,19 +311,21 @@ class _Trainer:
         sequences = epochs * self.windows + steps * self.training.sequences_per_step
         return sequences * self.experiment.model.max_seq_len
 
-    def run(self) -> Run:
+    def run(self, stop_at: float, watch: Callable[[Run], None] | None) -> Run:
         if self.finished:
             print(f"{self.folder.path}: finished before, loaded as it is.")
             return Run(self.folder.path)
         if self.state is not None:
-            self._restore(self.state)
+            self.restore()
             print(f"{self.folder.path}: going on after step {self.step} of {self.total_steps}.")
+        self.watch = watch
+        stop = math.ceil(stop_at * self.total_steps)
         self.progress = progress_bar(
             self.training.epochs * self.windows * self.experiment.model.max_seq_len,
             self.tokens_seen,
         )
         with _Interruption() as interruption, self.progress:
-            while self.step < self.total_steps and not interruption.asked:
+            while self.step < stop and not interruption.asked:
                 try:
                     self._one_step()
                 except torch._dynamo.exc.TorchDynamoException as error:
@@ -283,9 +335,10 @@ class _Trainer:
                     self._end_epoch()
             if self.step == self.total_steps:
                 self._finish()
-        if interruption.asked and self.step < self.total_steps:
+        if self.step < self.total_steps:
             self._refuse_bad_loss(float(self.epoch_nats))
             self._checkpoint()
+        if self.step < stop:
             print(
                 f"\nInterrupted after step {self.step} of {self.total_steps}; it is saved. The "
                 "same call goes on from there."
@@ -294,11 +347,20 @@ class _Trainer:
                 raise KeyboardInterrupt
         return Run(self.folder.path)
 
+    def train_on(self, steps: int, factor: Callable[[float], float]) -> None:
+        """So many steps more, at the present rate times factor(share of them done)."""
+        start, rate = self.applied, self.schedule(self.applied)
+        self.schedule = lambda step: rate * factor((step - start) / steps)
+        length = self.experiment.model.max_seq_len
+        self.progress = progress_bar(steps * self.training.sequences_per_step * length, 0)
+        for _ in range(steps):
+            self._one_step()
+
     def _stop_compiling(self, error: Exception) -> None:
         """Say that torch.compile does not work here, and go on without it."""
         reason = str(error).strip().splitlines()[0]
         print(f"torch.compile failed ({reason}): training goes on without it.")
-        self.folder.append({"kind": "event", "step": self.step, "event": "compiling failed"})
+        self._record({"kind": "event", "step": self.step, "event": "compiling failed"})
         self.choices["compile"], self.model.compiled_body = False, None
         self.optimizer.zero_grad()
 
@@ -309,7 +371,7 @@ class _Trainer:
             self.starts = window_starts(len(self.tokens), length, self.seed, epoch).to(self.device)
         if place == 0:
             self.epoch_nats.zero_()
-        rate = learning_rate_at(self.applied + 1, self.training, self.total_steps)
+        rate = self.schedule(self.applied + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(self.seed * 1_000_003 + 1 + self.step)
@@ -363,7 +425,8 @@ class _Trainer:
     def _refuse_bad_loss(self, loss: float) -> None:
         """Stop before a loss that is no number reaches a checkpoint."""
         if not math.isfinite(loss):
-            raise MusotaError(
+            self._record({"kind": "event", "step": self.step, "event": "diverged"})
+            raise Diverged(
                 f"The training loss is {loss} at step {self.step}: start over with a lower "
                 f"learning_rate than {self.training.learning_rate:g}. The last good checkpoint is "
                 f"kept in {self.folder.checkpoints}."
@@ -379,7 +442,7 @@ class _Trainer:
             "tokens": self.tokens_seen,
             "seconds": round(self.seconds, 3),
         }
-        self.folder.append({"kind": "step", **record})
+        self._record({"kind": "step", **record})
         epoch = min(self.training.epochs, self.step // self.steps_per_epoch + 1)
         best = f", best valid PPL {_exp(self.best_loss):,.0f}" if self.summary else ""
         self.progress.set_postfix_str(
@@ -404,10 +467,9 @@ class _Trainer:
             "valid_loss": measured.pop("loss"),
             **measured,
         }
-        blocks = nats.double().split(BLOCK_TOKENS)
-        block_nats = [round(float(block.sum()), 4) for block in blocks]
+        block_nats, block_tokens = blocks_of(nats)
         unshown = {"samples": samples, "valid_block_nats": block_nats, "health": health}
-        self.folder.append({"kind": "epoch", **record, **unshown})
+        self._record({"kind": "epoch", **record, **unshown})
         if record["valid_loss"] < self.best_loss:
             self.best_loss = record["valid_loss"]
             self._save_best()
@@ -415,7 +477,7 @@ class _Trainer:
                 "best_epoch": epoch,
                 "valid_loss": record["valid_loss"],
                 **measured,
-                "valid_block_tokens": [len(block) for block in blocks],
+                "valid_block_tokens": block_tokens,
                 "valid_block_nats": block_nats,
             }
         self.summary |= {"finished": False, "epochs_done": epoch}
@@ -464,7 +526,8 @@ class _Trainer:
             }
         )
 
-    def _restore(self, state: dict) -> None:
+    def restore(self) -> None:
+        state = self.state
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.accelerator.scaler:
@@ -587,9 +650,21 @@ class _Lines:
         pass
 
 
+def has_front_end() -> bool:
+    """Whether a person sees this notebook while it runs, as far as a kernel can know."""
+    if "ipykernel" not in sys.modules or os.environ.get(HEADLESS):
+        return False
+    import psutil  # ipykernel brings it
+
+    with contextlib.suppress(psutil.Error):
+        started_by = " ".join(psutil.Process().parent().cmdline())
+        return not any(name in started_by for name in ("papermill", "nbconvert", "nbclient"))
+    return True
+
+
 def progress_bar(total_tokens: int, done: int) -> tqdm:
     """Tokens done, tokens/s and time left: a live bar for people, a line every 10 s for logs."""
-    live = sys.stderr.isatty() or ("ipykernel" in sys.modules and not os.environ.get(HEADLESS))
+    live = sys.stderr.isatty() or has_front_end()
     return tqdm(
         total=total_tokens,
         initial=done,

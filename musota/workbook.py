@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -23,9 +24,10 @@ from musota.config import (
     twin,
 )
 from musota.data import Corpus, load_corpus, write_json
-from musota.diagnose import Finding
+from musota.diagnose import Finding, Suspect
 from musota.ladder import measure_ladder
-from musota.report import Evidence, footer, read_evidence, read_rungs, save_figure
+from musota.probes import grid, run_cells
+from musota.report import GRID_FOLDER, Evidence, footer, read_evidence, read_rungs, save_figure
 from musota.runs import Run
 from musota.training import about_machine, train
 
@@ -41,7 +43,10 @@ def results_folder(profile: str, corpus: str, save_to: str | os.PathLike = "") -
 
 
 class Workbook:
-    """One notebook's session. Raises MusotaError for a parameter it does not know or cannot use."""
+    """One notebook's session. Raises MusotaError for a parameter it does not know or cannot use.
+
+    With `grid` it works at the size of the root-cause grid, in a folder of its own.
+    """
 
     def __init__(
         self,
@@ -50,10 +55,11 @@ class Workbook:
         seed: int = 0,
         fresh: bool = False,
         save_to: str = "",
+        grid: bool = False,
     ):
         _plain_errors()
         _refuse_unknown_parameters()
-        self.profile: Profile = find_profile(profile)
+        self.profile: Profile = find_profile(profile, grid)
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise MusotaError(f"seed must be a whole number of at least 0, not {seed!r}.")
         if not isinstance(fresh, bool):
@@ -62,6 +68,8 @@ class Workbook:
         self.whole_corpus = load_corpus(corpus, self.profile.vocab_size or 50_000)
         self.corpus: Corpus = self.whole_corpus.limited(self.profile)
         self.folder = results_folder(self.profile.name, self.corpus.name, save_to)
+        if grid:
+            self.folder /= GRID_FOLDER
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -94,8 +102,11 @@ class Workbook:
     def train(self, name: str, **choices) -> Run:
         """Train an experiment here, go on with it, or load it if it has finished.
 
-        `choices` of speed and memory are passed to `musota.train`.
+        `choices` are passed to `musota.train`. Whoever watches the notebook sees live curves.
         """
+        from musota.widgets import live_view
+
+        choices.setdefault("watch", live_view())
         return train(
             self.experiment(name),
             self.corpus,
@@ -106,6 +117,33 @@ class Workbook:
             profile=self.profile.name,
             **choices,
         )
+
+    def run_grid(self) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
+        """Train the root-cause grid of this profile, or go on with it (see `probes.grid`)."""
+        cells, suspects, seeds = grid(self.profile.name)
+        place = self.profile, self.corpus, self.folder, self.fresh
+        return run_cells(cells, [self.seed + n for n in seeds], *place), suspects
+
+    def kept(self, name: str, measure: Callable[..., dict], *arguments) -> dict:
+        """What `measure(*arguments)` returns, measured once and kept in `<name>.json`."""
+        path, fingerprint = self.folder / f"{name}.json", self.corpus.fingerprint
+        if path.exists() and not self.fresh:
+            recorded = json.loads(path.read_text(encoding="utf-8"))
+            if recorded.pop("fingerprint") == fingerprint:
+                return recorded
+        measured = measure(*arguments)
+        write_json(path, {"fingerprint": fingerprint, **measured})
+        return measured
+
+    def show_blocks(self, run: Run, sentence: str) -> None:
+        """The matrices and gates of a sentence, to be changed by the reader (see `widgets`)."""
+        from musota.widgets import block_view
+
+        if not run.has_model:
+            print("This run is kept without its checkpoint: train it here to look inside.")
+            return
+        model, path = run.load_model(), run.path / "blocks.png"
+        block_view(model, self.corpus.tokenizer, sentence, path, self.footer)
 
     @property
     def recorded(self) -> Evidence:

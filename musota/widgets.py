@@ -1,0 +1,275 @@
+"""What reacts in a notebook: the explorer, the live view of a training run, the block view.
+
+Pictures are PNGs in an Image widget whose value is replaced, so none stack up in any front end.
+Only core widgets of ipywidgets 7.7 and 8. Where nobody watches, a static picture stands instead.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import ipywidgets
+import pandas as pd
+import torch
+from IPython.display import Image, display
+from matplotlib.figure import Figure
+
+from musota import diagnose, plots, probes
+from musota.config import MusotaError
+from musota.data import TextTokenizer
+from musota.lm import CausalLM
+from musota.report import PAIRS, figure_png, plateau_of, save_figure
+from musota.runs import Run
+from musota.training import has_front_end
+
+# What can be shown: (records, column, label, whether the rungs apply and in which unit).
+METRICS = {
+    "valid perplexity": ("history", "ppl", "valid perplexity per token", "ppl"),
+    "valid loss": ("history", "valid_loss", "valid loss (nats/token)", "nats"),
+    "valid accuracy": ("history", "accuracy", "valid top-1 accuracy", None),
+    "training loss": ("steps", "loss", "training loss (nats/token)", "nats"),
+    "learning rate": ("steps", "learning_rate", "learning rate", None),
+    "gradient norm": ("steps", "grad_norm", "gradient norm before clipping", None),
+}
+UNITS = {"epochs": "epoch", "tokens": "training tokens", "seconds": "seconds of training"}
+LIVE_SECONDS = 3  # at least so long between two pictures of a training run
+
+
+def explore(
+    runs: Sequence[Run],
+    rungs: Mapping[str, float],
+    path: str | os.PathLike,
+    about: str = "",
+    metric: str = "valid perplexity",
+) -> None:
+    """Curves of runs with their plateaus, to turn and look at; also saved at `path`.
+
+    Opens on `metric`, one of METRICS. `about` is the line under the figure. Without a front end the
+    static figure is shown.
+    """
+    if not runs:
+        print("No run has finished an epoch yet: there is nothing to explore.")
+        return
+    explorer = Explorer(runs, rungs, path, about, metric)
+    explorer.save()
+    if has_front_end():
+        display(explorer.box)
+    else:
+        print("Nobody can turn controls here: this is the explorer's figure as it opens.")
+        display(Image(data=explorer.image.value))
+        print(explorer.sentence)
+
+
+class Explorer:
+    """Controls, one picture, and the sentence that follows from both."""
+
+    def __init__(self, runs, rungs, path, about="", metric="valid perplexity"):
+        self.runs = {plots.label_of(run): run for run in runs}
+        self.rungs, self.path, self.about = rungs, Path(path), about
+        self.sentence = ""
+        wide = {"style": {"description_width": "110px"}}
+        longest = max(len(run.history) for run in runs)
+        self.chosen = ipywidgets.SelectMultiple(
+            options=list(self.runs),
+            value=list(self.runs)[:6],
+            rows=min(6, len(self.runs)),
+            description="runs",
+            layout={"width": "420px"},
+            **wide,
+        )
+        self.metric = ipywidgets.Dropdown(
+            options=list(METRICS), value=metric, description="metric", **wide
+        )
+        self.unit = ipywidgets.Dropdown(options=list(UNITS), description="x axis", **wide)
+        slider = {"continuous_update": False, **wide}
+        self.smoothing = ipywidgets.IntSlider(0, 0, 30, description="smoothing", **slider)
+        self.window = ipywidgets.IntSlider(
+            min(diagnose.PLATEAU_EPOCHS, max(1, longest - 1)),
+            1,
+            max(2, longest - 1),
+            description="plateau: epochs",
+            **slider,
+        )
+        self.least_gain = ipywidgets.FloatSlider(
+            100 * diagnose.PLATEAU_GAIN, min=0.1, max=10, step=0.1, description="… gain under %",
+            **slider,
+        )  # fmt: skip
+        self.log_x = ipywidgets.Checkbox(False, description="x logarithmic", indent=False)
+        self.log_y = ipywidgets.Checkbox(True, description="y logarithmic", indent=False)
+        self.show_rungs = ipywidgets.Checkbox(bool(rungs), description="rungs", indent=False)
+        self.button = ipywidgets.Button(description="Save as PNG", icon="download")
+        self.image, self.text = ipywidgets.Image(format="png"), ipywidgets.HTML()
+        self.saved = ipywidgets.HTML()
+        self.controls = [
+            self.chosen, self.metric, self.unit, self.smoothing, self.window, self.least_gain,
+            self.log_x, self.log_y, self.show_rungs,
+        ]  # fmt: skip
+        for control in self.controls:
+            control.observe(lambda _: self.draw(), "value")
+        self.button.on_click(lambda _: self.save())
+        rows, ticks = ipywidgets.VBox, [self.log_x, self.log_y, self.show_rungs, self.button]
+        self.box = rows(
+            [
+                ipywidgets.HBox(
+                    [
+                        rows([self.chosen, self.metric, self.unit]),
+                        rows([self.smoothing, self.window, self.least_gain]),
+                        rows(ticks),
+                    ]
+                ),
+                self.image,
+                self.text,
+                self.saved,
+            ]
+        )
+        self.draw()
+
+    def draw(self) -> None:
+        """Picture and sentence for the controls as they stand."""
+        chosen = [self.runs[label] for label in self.chosen.value]
+        rule = {"window": self.window.value, "least_gain": self.least_gain.value / 100}
+        found = {run: plateau_of(run, **rule) for run in chosen}
+        records, column, label, unit_of_rungs = METRICS[self.metric.value]
+        rungs = {name: ppl for name, ppl in self.rungs.items() if name != "uniform"}
+        if not self.show_rungs.value or unit_of_rungs is None:
+            rungs = {}
+        elif unit_of_rungs == "nats":
+            rungs = {name: math.log(ppl) for name, ppl in rungs.items()}
+        figure = plots.explored(
+            [self._curve(run, found[run], records, column) for run in chosen],
+            rungs,
+            (UNITS[self.unit.value], label),
+            self.log_x.value,
+            self.log_y.value,
+        )
+        self.image.value = figure_png(figure, self.about)
+        sentences = [f"{plots.label_of(run)}: {found[run].sentence}" for run in chosen]
+        sentences += [finding.sentence for finding in self._verdicts(chosen)]
+        self.sentence = "\n".join(sentences or ["Choose a run."])
+        self.text.value = "<br>".join(sentences or ["Choose a run."])
+        self.saved.value = ""
+
+    def _curve(self, run: Run, plateau, records: str, column: str) -> plots.Curve:
+        table, history = getattr(run, records), run.history
+        per_epoch = history.step.iloc[0] / history.epoch.iloc[0]
+        unit = self.unit.value
+
+        def on_axis(frame: pd.DataFrame) -> pd.Series:
+            return frame.step / per_epoch if unit == "epochs" else frame[unit]
+
+        x, y = on_axis(table), table[column]
+        smooth = self.smoothing.value
+        ends = on_axis(history)
+        span = None
+        if plateau.since:
+            span = float(ends[history.epoch == plateau.since].iloc[0]), float(ends.iloc[-1])
+        steps = pd.concat([run.steps, history])[["step", "tokens", "seconds"]].sort_values("step")
+        events = [(on_axis(steps[steps.step >= step].head(1)), text) for step, text in run.events]
+        marks = [(float(place.iloc[0]), text) for place, text in events if len(place)]
+        swings = diagnose.oscillation(run.steps, run.experiment.training.warmup_steps)
+        if swings.verdict in ("oscillating", "diverging"):
+            marks.append((float(ends.iloc[-1]), swings.verdict))
+        return plots.Curve(
+            run.name,
+            plots.label_of(run),
+            x.to_numpy(float),
+            (y.ewm(halflife=smooth).mean() if smooth else y).to_numpy(float),
+            y.to_numpy(float) if smooth else None,
+            span,
+            tuple(marks),
+        )
+
+    def _verdicts(self, chosen: Sequence[Run]) -> list[diagnose.Finding]:
+        """Of every chosen model whose dense twin is chosen too."""
+        found = []
+        for name, other in PAIRS.items():
+            sides = [
+                {run.seed: run.summary for run in chosen if run.name == side and run.finished}
+                for side in (name, other)
+            ]
+            if sides[0].keys() & sides[1].keys():
+                found.append(diagnose.helps_or_hurts(*sides, plots.LABELS[name])[0])
+        return found
+
+    def save(self) -> None:
+        """The picture as it stands, to the file given."""
+        self.path.write_bytes(self.image.value)
+        self.saved.value = f"saved: {self.path}"
+
+
+def live_view() -> Callable[[Run], None] | None:
+    """For `train(watch=…)`: curves and the last epochs, refreshed in place; None if nobody looks.
+
+    Drawing takes a twentieth of the time at most.
+    """
+    if not has_front_end():
+        return None
+    image, table = ipywidgets.Image(format="png"), ipywidgets.HTML()
+    display(ipywidgets.VBox([image, table]))
+    due = 0.0
+
+    def refresh(run: Run) -> None:
+        nonlocal due
+        started = time.monotonic()
+        is_last = len(run.history) == run.experiment.training.epochs
+        if started < due and not is_last:
+            return
+        image.value = figure_png(plots.training_curve(run), "")
+        if len(run.history):
+            columns = ["epoch", "train_loss", "valid_loss", "ppl", "accuracy", "seconds"]
+            table.value = run.history[columns].tail(6).to_html(index=False, float_format="%.4g")
+        spent = time.monotonic() - started
+        due = time.monotonic() + max(LIVE_SECONDS, 20 * spent)
+
+    return refresh
+
+
+def block_view(
+    model: CausalLM, tokenizer: TextTokenizer, sentence: str, path: str | os.PathLike, about: str
+) -> None:
+    """The matrices and gates of a sentence's tokens, for any sentence; also saved at `path`.
+
+    Shows at most 12 tokens. Without a front end the picture of `sentence` is shown. Raises
+    MusotaError for a model without blocks or a sentence without a token.
+    """
+    probes.require_blocks(model)
+    path, layout, L = Path(path), model.config.layout, model.config.n_layer
+
+    def draw(sentence: str, layer: int) -> Figure:
+        ids = tokenizer.encode(sentence)[: min(12, model.config.max_seq_len)]
+        if not len(ids):
+            raise MusotaError("The sentence is empty: type a few words.")
+        inside = probes.look_inside(model, torch.from_numpy(ids))
+        tokens = [tokenizer.decode([int(token)]).strip() or "␣" for token in ids]
+        cells, gate = inside["cells"].numpy(), inside["gate"].numpy()
+        return plots.block_view(cells, gate, tokens, layout, layer)
+
+    save_figure(draw(sentence, L), path, about)
+    if not has_front_end():
+        print("Nobody can type here: this is the block view of the sentence given.")
+        display(Image(data=path.read_bytes()))
+        return
+    typed = ipywidgets.Text(sentence, description="sentence", continuous_update=False,
+                            layout={"width": "600px"})  # fmt: skip
+    layer = ipywidgets.IntSlider(L, 0, L, description="after layer", continuous_update=False)
+    button = ipywidgets.Button(description="Save as PNG", icon="download")
+    image, said = ipywidgets.Image(value=path.read_bytes(), format="png"), ipywidgets.HTML()
+
+    def redraw(_) -> None:
+        try:
+            image.value, said.value = figure_png(draw(typed.value, layer.value), about), ""
+        except MusotaError as error:
+            said.value = str(error)
+
+    def save(_) -> None:
+        path.write_bytes(image.value)
+        said.value = f"saved: {path}"
+
+    typed.observe(redraw, "value")
+    layer.observe(redraw, "value")
+    button.on_click(save)
+    display(ipywidgets.VBox([ipywidgets.HBox([typed, layer, button]), image, said]))
