@@ -431,24 +431,32 @@ def block_view(
     cells (L + 1, T, d) in cell order, gate (L, T, N), as `probes.look_inside` gives them.
     """
     count, L = len(tokens), len(gate)
-    gate_rows = -(-L // 4)
-    figure = Figure(figsize=(10, 2.4 + (0.9 + 0.16 * len(layout.blocks)) * gate_rows), dpi=110,
-                    layout="constrained")  # fmt: skip
-    above, below = figure.subfigures(2, 1, height_ratios=[1.9, 0.5 + 2.4 * gate_rows])
+    rows, gate_rows, columns = -(-(count + 1) // 7), -(-L // 4), 7
+    heights = 0.5 + 1.4 * rows, 0.9 + (0.5 + 0.14 * len(layout.blocks)) * gate_rows
+    figure = Figure(figsize=(10, sum(heights)), dpi=110, layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
     above.suptitle(f"The tokens' matrices after layer {layer}" if layer else "The embeddings",
                    fontsize=10)  # fmt: skip
-    axes = np.atleast_1d(above.subplots(1, count))
+    axes = list(above.subplots(rows, columns).flat)
     bound = float(np.abs(cells[layer]).max())
-    for axis, matrix, token in zip(axes, layout.to_matrix(cells[layer]), tokens, strict=True):
-        image = axis.imshow(matrix, cmap="cividis", vmin=-bound, vmax=bound)
-        for block in layout.blocks:
-            corner = block.column - 0.5, block.row - 0.5
-            edge = {"fill": False, "ec": "white", "lw": 0.8}
-            axis.add_patch(Rectangle(corner, block.width, block.height, **edge))
-        axis.set_title(token, fontsize=8)
+    key = np.full((layout.matrix_size,) * 2, np.nan)
+    matrices = [key, *layout.to_matrix(cells[layer])]
+    for index, axis in enumerate(axes):
+        axis.set_visible(index <= count)
+        if index > count:
+            continue
+        image = axis.imshow(matrices[index], cmap="cividis", vmin=-bound, vmax=bound)
+        axis.set_title(tokens[index - 1] if index else "the blocks", fontsize=8)
         axis.set_xticks([])
         axis.set_yticks([])
-    above.colorbar(image, ax=list(axes), label="cell", shrink=0.8)
+        for block in layout.blocks:
+            x, y = block.column - 0.5, block.row - 0.5
+            edge = {"fill": False, "ec": "white" if index else "black", "lw": 0.8}
+            axis.add_patch(Rectangle((x, y), block.width, block.height, **edge))
+            if not index:
+                middle = x + block.width / 2, y + block.height / 2
+                axis.text(*middle, block.name, ha="center", va="center", fontsize=7)
+    above.colorbar(image, ax=axes, label="cell", shrink=0.8)
     below.suptitle("How far each block moves, by token and layer (gate)", fontsize=10)
     grids = below.subplots(gate_rows, min(4, L), sharex=True, sharey=True, squeeze=False)
     for index, axis in enumerate(grids.flat):

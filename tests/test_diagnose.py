@@ -357,3 +357,170 @@ def test_a_dense_model_has_no_gate_to_read():
     epoch = {key: value for key, value in HEALTHY.items() if not key.startswith("gate")}
     rules = [finding.rule for finding in diagnose.health([epoch], [0.5], 1.0, 64, 96)]
     assert "Gate" not in rules and len(rules) == 6
+
+
+# --- root causes and probes, on drawn numbers ---
+
+
+def test_students_quantiles_are_those_of_the_tables():
+    from musota.intervals import _t95
+
+    tables = {1: 12.706, 2: 4.303, 10: 2.228, 11: 2.201, 14: 2.145, 20: 2.086, 60: 2.000}
+    for freedom, quantile in tables.items():
+        assert _t95(freedom) == pytest.approx(quantile, abs=6e-4)
+
+
+def test_pooled_effects_equal_the_textbooks_two_way_table():
+    from musota.intervals import pooled_effects
+
+    losses = {"a": {0: 6.0, 1: 6.1}, "b": {0: 5.8, 1: 5.93}, "c": {0: 6.2, 1: 6.28}}
+    (effect,) = pooled_effects(losses, [("a", "b")])
+    # By hand: means 6.05, 5.865, 6.24; seed effects ±0.05167; residuals ∓0.00167, ∓0.01333, …
+    table = np.array([list(row.values()) for row in losses.values()])
+    residuals = [
+        table[i, j] - table[i].mean() - table[:, j].mean() + table.mean()
+        for i in range(3)
+        for j in range(2)
+    ]
+    sd = np.sqrt(np.sum(np.square(residuals)) / 2)  # (3 − 1)(2 − 1) degrees of freedom
+    assert effect.mean == pytest.approx(-0.185)
+    assert effect.high - effect.mean == pytest.approx(4.303 * sd * np.sqrt(2 / 2))
+    # What all cells share in a seed is no doubt about their differences.
+    shifted = {cell: {0: row[0], 1: row[1] + 1} for cell, row in losses.items()}
+    assert pooled_effects(shifted, [("a", "b")])[0].high == pytest.approx(effect.high)
+    one_seed = {cell: {0: row[0]} for cell, row in losses.items()}
+    assert "no interval" in str(pooled_effects(one_seed, [("a", "b")])[0])
+
+
+def test_pooled_intervals_cover_the_truth_as_often_as_they_say():
+    from musota.intervals import pooled_effects
+
+    generator, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        seeds = generator.normal(0, 0.2, 2)  # shared by all cells
+        losses = {
+            str(cell): {s: 6 + 0.1 * cell + seeds[s] + generator.normal(0, 0.03) for s in (0, 1)}
+            for cell in range(6)
+        }
+        (effect,) = pooled_effects(losses, [("0", "3")])
+        covered += effect.low <= 0.3 <= effect.high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def _suspect(after, confidence="50 %"):
+    return diagnose.Suspect(f"too {after}", confidence, "base", after, f"mend {after}")
+
+
+def test_root_causes_are_judged_and_ranked():
+    means = {"base": 6.0, "big": 5.5, "small": 5.97, "none": 6.0, "worse": 6.4, "wild": 12.0}
+    losses = {
+        cell: {seed: mean + 0.1 * seed + noise for seed, noise in enumerate((0.0, 0.004, -0.004))}
+        for cell, mean in means.items()
+    }
+    losses["big"][0] += 0.006
+    suspects = [_suspect(name) for name in ("worse", "wild", "none", "small", "big")]
+    causes = diagnose.root_causes(suspects, losses, vocab_size=50_000)
+    assert [cause.suspect.after for cause in causes] == ["big", "small", "none", "worse", "wild"]
+    verdicts = {cause.suspect.after: cause.verdict for cause in causes}
+    assert verdicts == {
+        "big": "cause", "small": "not a cause", "none": "not a cause",
+        "worse": "not a cause", "wild": "not a cause",
+    }  # fmt: skip
+    assert causes[-1].effect is None  # above ln 50,000 = 10.8 it has not trained
+    assert causes[0].ppl_before == pytest.approx(np.exp(6.1), rel=0.01)
+    noisy = {
+        cell: {s: nats + n for (s, nats), n in zip(row.items(), noise, strict=True)}
+        for (cell, row), noise in zip(
+            losses.items(), np.random.default_rng(0).normal(0, 0.3, (6, 3)), strict=True
+        )
+    }
+    found = diagnose.root_causes(suspects[2:4], noisy, vocab_size=50_000)
+    assert {cause.verdict for cause in found} == {"undecided"}
+
+
+def test_a_diverged_cell_does_not_widen_the_intervals_of_the_others():
+    losses = {"base": {0: 6.0, 1: 6.1}, "big": {0: 5.5, 1: 5.601}, "wild": {0: 11.0, 1: 19.0}}
+    causes = diagnose.root_causes([_suspect("big"), _suspect("wild")], losses, 50_000)
+    assert causes[0].verdict == "cause" and causes[0].effect.high < -0.48
+
+
+def test_the_advice_names_the_guilty_in_order_and_the_plans_confidence():
+    losses = {
+        "base": {0: 6.0, 1: 6.1}, "steps": {0: 5.6, 1: 5.701}, "epochs": {0: 5.2, 1: 5.3},
+        "rate": {0: 6.3, 1: 6.401}, "blocks": {0: 6.0, 1: 6.101},
+    }  # fmt: skip
+    suspects = [
+        _suspect("rate", "60 %"), _suspect("epochs", "70 %"), _suspect("blocks", "unknown"),
+        _suspect("steps", diagnose.MISSED),
+    ]  # fmt: skip
+    advice = diagnose.root_cause_advice(diagnose.root_causes(suspects, losses, 50_000))
+    assert "largest measured gain: too epochs, -0.800" in advice
+    assert "guilty: too epochs, 70 %." in advice
+    assert "not guilty: too blocks, unknown; too rate, 60 %." in advice.lower()
+    assert "though the plan does not name it: too steps." in advice
+    assert "In this order: mend epochs, then mend steps;" in advice
+    none = diagnose.root_causes(suspects[:1], losses, 50_000)
+    assert diagnose.root_cause_advice(none).startswith("No suspect was found guilty.")
+
+
+@pytest.mark.parametrize(
+    ("losses", "verdict", "next_step"),
+    [
+        ({1e-4: [7.0], 1e-3: [6.0], 1e-2: [5.5]}, "edge", "widen"),
+        ({1e-4: [5.0], 1e-3: [6.0], 1e-2: [6.5]}, "edge", "widen"),
+        ({1e-4: [7.0], 1e-3: [5.0, 5.2], 1e-2: [5.5]}, "bracketed", "raise"),
+        ({1e-5: [6.0], 1e-4: [5.98], 1e-3: [6.4]}, "bracketed", ""),
+    ],
+)
+def test_a_sweep_says_where_its_best_is(losses, verdict, next_step):
+    found = diagnose.best_rate(losses, own=1e-4 if 1e-5 not in losses else 1e-5, model="MU-SOTA")
+    assert found.verdict == verdict
+    assert found.next_step.startswith(next_step) and bool(found.next_step) == bool(next_step)
+
+
+@pytest.mark.parametrize(
+    ("decayed", "held", "verdict"),
+    [
+        (-0.15, -0.02, "noise"),
+        (-0.15, -0.14, "not the rate"),  # more training explains it
+        (-0.02, 0.0, "not the rate"),
+        (-0.06, -0.01, "undecided"),
+    ],
+)
+def test_annealing_counts_only_what_the_held_rate_does_not_bring(decayed, held, verdict):
+    generator = np.random.default_rng(0)
+    tokens = np.full(40, 1024)
+    before = 6 * tokens + generator.normal(0, 200, 40)
+    after = {
+        arm: before + tokens * (gain + generator.normal(0, 0.02, 40))
+        for arm, gain in {"decayed": decayed, "held": held}.items()
+    }
+    found, intervals = diagnose.annealing(before, **after, tokens=tokens)
+    assert found.verdict == verdict and bool(found.next_step) == (verdict == "noise")
+    assert intervals["falling − held"].mean == pytest.approx(decayed - held, abs=0.02)
+
+
+def test_data_halving_gives_nats_per_doubling():
+    losses = {n: {s: 6 - 0.2 * np.log2(n / 1000) + 0.1 * s for s in (0, 1)} for n in (1, 2, 4)}
+    found, slope = diagnose.data_halving(losses)
+    assert found.verdict == "data-starved" and slope.mean == pytest.approx(-0.2)
+    flat = {n: {s: 6 + 0.1 * s + 0.001 * (n == 2) for s in (0, 1)} for n in (1, 2, 4)}
+    assert diagnose.data_halving(flat)[0].verdict == "not data-starved"
+    one_seed = {n: {0: row[0]} for n, row in losses.items()}
+    found, slope = diagnose.data_halving(one_seed)
+    assert found.verdict == "undecided" and "no interval" in found.saw
+
+
+def test_ablation_effects_are_paired_over_blocks_of_text():
+    nats = {"none": [600.0, 700.0, 500.0], "gate": [610.0, 710.0, 510.0]}
+    effects = diagnose.ablation_effects(nats, [100, 100, 100])
+    assert list(effects) == ["gate"]
+    assert (effects["gate"].low, effects["gate"].high) == pytest.approx((0.1, 0.1))
+
+
+def test_the_plateau_rule_can_be_moved():
+    history = _epochs([7.0, 6.5, 6.2, 6.19, 6.185], noise=0.01)[0]
+    assert diagnose.plateau(history, 30, window=3).verdict == "none"
+    found = diagnose.plateau(history, 30, window=1, least_gain=0.02)
+    assert (found.verdict, found.since) == ("plateau", 3)
+    assert "2.0% over 1 epochs" in found.threshold

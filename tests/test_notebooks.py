@@ -12,7 +12,10 @@ from musota.config import experiments
 from musota.workbook import PARAMETERS
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = ["01_data", "02_train_optimized", "03_train_baseline", "04_compare", "05_simplify"]
+NAMES = [
+    "01_data", "02_train_optimized", "03_train_baseline", "04_compare", "05_simplify",
+    "06_root_causes",
+]  # fmt: skip
 
 
 def _cells(path, kind="code"):
@@ -117,7 +120,8 @@ def test_validation_perplexity_falls_below_the_unigram(headless):
 def test_every_notebook_records_what_it_found(headless):
     folder, _ = headless
     for name in NAMES:
-        found = json.loads((folder / f"{name}.json").read_text())
+        place = folder / "root_causes" if name == "06_root_causes" else folder
+        found = json.loads((place / f"{name}.json").read_text())
         assert "findings" in found
     rules = [f["rule"] for f in json.loads((folder / "04_compare.json").read_text())["findings"]]
     assert "MU-SOTA optimized against its dense twin" in rules
@@ -134,8 +138,40 @@ def test_every_notebook_records_what_it_found(headless):
         "layout_simplified",
         "ppl_against_parameters",
         "verdict_simplified",
+        "explorer",
+        "optimized-seed0/explorer",
+        "optimized-seed0/blocks",
+        *(f"root_causes/{name}" for name in ("root_causes", "clean_gap", "anneal", "ablations")),
     ]:
         assert (folder / f"{figure}.png").stat().st_size > 10_000, figure
+
+
+def test_the_grid_is_kept_and_judged(headless, text_folder):
+    folder, _ = headless
+    found = json.loads((folder / "root_causes" / "root_causes.json").read_text())
+    (cause,) = found["causes"]
+    assert cause["plan_confidence_reported"] == "60 %" and found["advice"]
+    assert cause["verdict"] in ("cause", "not a cause", "undecided")
+    kept = folder / "root_causes"
+    losses = {
+        (name, seed): json.loads((kept / f"{name}-seed{seed}" / "summary.json").read_text())
+        for name in ("original", "learning_rate")
+        for seed in (0, 1)
+    }
+    by_hand = sum(losses["learning_rate", s]["valid_loss"] - losses["original", s]["valid_loss"]
+                  for s in (0, 1)) / 2  # fmt: skip
+    assert cause["effect_nats"]["mean"] == pytest.approx(by_hand)
+    assert "Which suspect holds the model back?" in (folder / "README.md").read_text()
+    before = {path: path.read_bytes() for path in kept.glob("*/metrics.jsonl")}
+    probes = {path: path.stat().st_mtime for path in kept.glob("a*.json")}
+    assert len(before) == 4 and len(probes) == 2
+    done = _musota(
+        "run", "--profile", "tiny", "--corpus", text_folder, "--save-to", folder.parent,
+        "--only", "6",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path: path.stat().st_mtime for path in probes} == probes
 
 
 def test_the_command_ends_with_table_verdict_and_report(headless):

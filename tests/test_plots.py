@@ -6,6 +6,8 @@ import pytest
 import musota
 from musota import plots
 from musota.config import TrainConfig
+from musota.diagnose import Cause, Suspect
+from musota.intervals import Interval
 from musota.layout import BlockLayout
 from musota.report import Evidence, comparison_table, ledger_table, save_figure, verdict_lines
 
@@ -13,6 +15,25 @@ MODELS = {
     "optimized": musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1),
     "baseline": musota.DenseConfig(vocab_size=512, max_seq_len=24, n_layer=1, d_model=32, n_head=2),
 }
+
+_EFFECTS = (Interval(-0.4, -0.5, -0.3), Interval(0.02, -0.1, 0.14), None)
+CAUSES = [
+    Cause(Suspect(f"suspect {n}", "50 %", "a", "b", "mend"), effect, 400.0, 270.0, verdict, "x")
+    for n, (effect, verdict) in enumerate(
+        zip(_EFFECTS, ("cause", "undecided", "not a cause"), strict=True)
+    )
+]
+SWEEP = {1e-3: [6.5, 6.4], 3e-3: [6.0, 6.1], 1e-2: [5.5, 5.4], 3e-2: [29.0, 30.0]}
+ABLATED = {
+    name: Interval(0.1 * n, 0.1 * n - 0.05, 0.1 * n + 0.05)
+    for n, name in enumerate(("gate", *BlockLayout.standard(8, 16).names))
+}
+CELLS = np.random.default_rng(0).normal(size=(7, 3, 64))
+GATE = np.random.default_rng(1).random((6, 3, 16))
+CURVE = plots.Curve(
+    "optimized", "MU-SOTA optimized, seed 0", np.arange(1.0, 7), np.linspace(300, 200, 6),
+    np.linspace(310, 190, 6), (4.0, 6.0), ((3.0, "learning rate halved"),),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +75,13 @@ def _figures(evidence):
         "ladder": plots.ladder(evidence.rungs, comparable=False),
         "difference": plots.difference(intervals, finding.conclusion),
         "sizes": plots.ppl_against_parameters(runs),
+        "root causes": plots.root_causes(CAUSES, 0.05),
+        "sweep": plots.rate_sweep({"MU-SOTA": SWEEP, "dense": {1e-3: [6.1], 1e-2: [5.8]}}),
+        "halving": plots.data_halving({1000: {0: 6.2, 1: 6.3}, 2000: {0: 6.0, 1: 6.1}}),
+        "gap": plots.clean_gap(runs),
+        "ablations": plots.ablations(ABLATED, 200.0, layouts["8×8"]),
+        "blocks": plots.block_view(CELLS, GATE, ["The", "king", "was"], layouts["8×8"], 5),
+        "explored": plots.explored([CURVE], evidence.rungs, ("epoch", "perplexity")),
     }
 
 
@@ -61,9 +89,36 @@ def test_figures_are_not_empty_and_say_what_they_show(evidence):
     for name, figure in _figures(evidence).items():
         whole, middle = _ink(figure)
         assert whole > 0.02 and middle > 0.005, name
-        for axis in figure.axes:
+        for axis in filter(lambda axis: axis.get_visible(), figure.axes):
             assert axis.get_title() or axis.get_ylabel(), name
-            assert axis.get_xlabel() or axis.get_ylabel(), name
+            assert axis.get_xlabel() or axis.get_ylabel() or name == "blocks", name
+
+
+def test_the_explorers_figure_shades_the_plateau_and_marks_events(evidence):
+    figure = plots.explored([CURVE], evidence.rungs, ("epoch", "perplexity"), log_y=True)
+    (axis,) = figure.axes
+    (band,) = axis.patches
+    assert (band.get_x(), band.get_x() + band.get_width()) == (4.0, 6.0)
+    assert band.get_hatch()  # seen in black and white, too
+    written = " ".join(text.get_text() for text in axis.texts)
+    assert "learning rate halved" in written and "bigram" in written
+    assert axis.get_yscale() == "log" and len(axis.lines) == 2 + 1 + len(evidence.rungs)
+
+
+def test_the_root_cause_figure_tells_verdicts_apart_without_colour(evidence):
+    axis = plots.root_causes(CAUSES, 0.05).axes[0]
+    marks = {(line.get_marker(), line.get_fillstyle()) for line in axis.lines[:-4]}
+    assert {("o", "full"), ("D", "left")} <= marks
+    written = [text.get_text() for text in axis.texts]
+    assert "400 → 270" in written and "400 → diverges" in written
+    assert "suspect 0\nplan: 50 % · x" in [t.get_text() for t in axis.get_yticklabels()]
+
+
+def test_a_sweep_keeps_what_fails_off_the_scale():
+    axis = plots.rate_sweep({"MU-SOTA": SWEEP}).axes[0]
+    assert max(line.get_ydata().max() for line in axis.lines) < 8.5
+    written = " ".join(text.get_text() for text in axis.texts)
+    assert "off the scale" in written and "at 0.01" in written
 
 
 def test_curves_draw_every_run_rung_and_the_reported_result(evidence):

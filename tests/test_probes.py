@@ -1,0 +1,305 @@
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import musota
+from musota import probes
+from musota import training as training_room
+from musota.config import MusotaError, Profile, experiments, grid_profiles, scaled, twin
+from musota.training import score
+
+MODEL = musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = musota.build_model(MODEL)
+    for parameter in model.parameters():  # away from its tame start, so that every part matters
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(512, (600,), generator=torch.Generator().manual_seed(1)).int()
+
+
+@pytest.fixture(scope="module")
+def short(corpus):
+    return corpus.limited(Profile("short", 512, 4000, 1200))
+
+
+# --- looking inside ---
+
+
+def test_look_inside_follows_the_tokens_through_the_layers(model, tokens):
+    ids = tokens[:9]
+    inside = probes.look_inside(model, ids)
+    x = model.embedding(ids.long()) + model.positions(torch.arange(9))
+    affinities = model.affinity(ids.long()).view(9, 2, 16)
+    for layer in range(2):
+        torch.testing.assert_close(inside["cells"][layer], x)
+        x = model.layers[layer](x[None], affinities[None, :, layer])[0]
+    torch.testing.assert_close(inside["cells"][2], x)
+    assert inside["gate"].shape == (2, 9, 16)
+    moved = (inside["cells"][1] - inside["cells"][0]).view(9, 16, 4)
+    assert (moved.abs().amax(-1) > 0).equal(inside["gate"][0] != 0)
+
+
+def test_only_mu_sota_can_be_looked_into(tokens):
+    dense = musota.build_model(musota.DenseConfig(512, 24, 1, 2, d_model=32))
+    for probe in (probes.look_inside, probes.ablations):
+        with pytest.raises(MusotaError, match="Only MU-SOTA has semantic blocks"):
+            probe(dense, tokens)
+
+
+# --- ablations against literal versions ---
+
+
+def test_ablations_equal_models_changed_by_hand(model, tokens):
+    nats = probes.ablations(model, tokens)
+    assert list(nats) == [
+        "none", "block attention", "cross attention", "gate", "affinity tables",
+        *MODEL.layout.names,
+    ]  # fmt: skip
+    torch.testing.assert_close(nats["none"], score(model, tokens)[0])
+
+    def changed(change):
+        copy = musota.build_model(MODEL).eval()
+        copy.load_state_dict(model.state_dict())
+        change(copy)
+        return score(copy, tokens)[0]
+
+    def no_cross(copy):
+        for layer in copy.layers:
+            layer.cross_attention.out.weight.data.zero_()
+            layer.cross_attention.out.bias.data.zero_()
+
+    torch.testing.assert_close(nats["cross attention"], changed(no_cross))
+    no_tables = changed(lambda copy: copy.affinity.weight.data.zero_())
+    torch.testing.assert_close(nats["affinity tables"], no_tables)
+    assert len({float(part.sum()) for part in nats.values()}) == len(nats)  # each does something
+    torch.testing.assert_close(nats["none"], score(model, tokens)[0])  # and leaves nothing behind
+
+
+def test_without_block_attention_a_token_sees_itself_alone_inside_its_blocks(model, tokens):
+    attention = model.layers[0].block_attention[0]
+    x = torch.randn(2, 5, 64)
+    hooks = probes._disabled_parts(model, tokens)["block attention"]()
+    alone = attention(x)
+    for hook in hooks:
+        hook.remove()
+    one_by_one = torch.stack([attention(x[:, t : t + 1])[:, 0] for t in range(5)], 1)
+    torch.testing.assert_close(alone, one_by_one)
+    assert not torch.allclose(alone[:, 1:], attention(x)[:, 1:])
+
+
+def test_a_fixed_gate_is_the_mean_over_all_tokens(model, tokens):
+    seen = []
+    hooks = probes._disabled_parts(model, tokens)["gate"]()
+    hooks.append(model.layers[1].gate.register_forward_hook(lambda _, __, out: seen.append(out)))
+    score(model, tokens)
+    for hook in hooks:
+        hook.remove()
+    fixed = seen[0][0, 0]
+    assert all((out == fixed).all() for out in seen)
+    live = []
+    hook = model.layers[1].gate.register_forward_hook(lambda _, __, out: live.append(out))
+    score(model, tokens)
+    hook.remove()
+    every = torch.cat([out.flatten(0, 1) for out in live])
+    torch.testing.assert_close(fixed, every.mean(0))
+
+
+@torch.no_grad()
+def test_a_zeroed_block_is_zero_before_and_after_every_layer_and_at_the_output(model, tokens):
+    block, ids = 3, tokens[:24].long()[None]
+    kept = torch.ones(64)
+    kept[4 * block : 4 * block + 4] = 0
+    x = (model.embedding(ids) + model.positions(torch.arange(24))) * kept
+    for layer, affinity in zip(
+        model.layers, model.affinity(ids).view(1, 24, 2, 16).unbind(2), strict=True
+    ):
+        x = layer(x, affinity) * kept
+    logits = F.linear(model.norm(x) * kept, model.output_weight, model.output_bias)
+    literal = F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
+    nats = probes.ablations(model, tokens)[MODEL.layout.names[block]]
+    torch.testing.assert_close(nats[:23], literal)
+
+
+# --- anneal ---
+
+EXPERIMENT = musota.Experiment(
+    musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1),
+    musota.TrainConfig(epochs=2, learning_rate=3e-3, warmup_steps=5, batch_size=16),
+)
+
+
+def test_annealing_goes_on_from_a_checkpoint_and_leaves_it_alone(short, tmp_path, monkeypatch):
+    run = musota.train(EXPERIMENT, short, tmp_path / "run", stop_at=0.5)
+    assert not run.finished and len(run.history) == 1
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    rates, one_step = [], training_room._Trainer._one_step
+
+    def watched(trainer):
+        one_step(trainer)
+        rates.append((trainer.step, trainer.optimizer.param_groups[0]["lr"]))
+
+    monkeypatch.setattr(training_room._Trainer, "_one_step", watched)
+    nats = training_room.anneal(run, short, share=0.5)
+    assert {path: path.read_bytes() for path in before} == before
+    step, half = rates[0][0] - 1, len(rates) // 2
+    assert half == math.ceil(0.5 * step)
+    rate = training_room.learning_rate_at(step, EXPERIMENT.training, 2 * step)
+    expected = [(step + n, rate * (1 - n / half)) for n in range(1, half + 1)]
+    assert [s for s, _ in rates[:half]] == [s for s, _ in expected]
+    assert [r for _, r in rates[:half]] == pytest.approx([r for _, r in expected])
+    assert rates[half - 1][1] == 0
+    assert [r for _, r in rates[half:]] == pytest.approx([rate] * half)
+    assert len(nats["before"]) == len(short.valid) - 1
+    assert not nats["decayed"].equal(nats["held"])
+    torch.testing.assert_close(
+        nats["before"].double().mean(), torch.tensor(run.history.valid_loss[0]).double()
+    )
+
+
+def test_a_finished_run_cannot_be_annealed(short, tmp_path):
+    run = musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path / "run")
+    with pytest.raises(MusotaError, match="is finished, its rate is 0"):
+        training_room.anneal(run, short)
+
+
+def test_a_run_stopped_early_goes_on_as_if_nothing_had_been(short, tmp_path):
+    whole = musota.train(EXPERIMENT, short, tmp_path / "whole")
+    musota.train(EXPERIMENT, short, tmp_path / "parts", stop_at=0.3)
+    parts = musota.train(EXPERIMENT, short, tmp_path / "parts")
+    assert parts.summary["weights_sha256"] == whole.summary["weights_sha256"]
+
+
+# --- the grid ---
+
+
+def test_each_cell_changes_what_it_says_and_nothing_else():
+    cells, suspects, seeds = probes.grid("quick")
+    original = experiments["original"].fields()
+
+    def changed(cell):
+        fields = cells[cell].experiment.fields()
+        return {name: fields[name] for name in fields if fields[name] != original.get(name)}
+
+    assert changed("original") == {} and list(seeds) == [0, 1]
+    assert changed("epochs") == {"epochs": 30}
+    assert changed("original_rate_x0.333") == {"learning_rate": 1e-4}
+    assert changed("warmup") == {"warmup_steps": 2000}
+    assert changed("sequence") == {"max_seq_len": 192, "batch_size": 4, "accumulation_steps": 8}
+    assert changed("original_half") == {"epochs": 20} and cells["original_half"].share == 0.5
+    assert changed("blocks_8") == {"n_block": 8} and changed("layers_8") == {"n_layer": 8}
+    assert changed("matrix_6") == {"matrix_size": 6, "n_block": 8, "n_head": 6}
+    assert cells["dense"].experiment == twin(experiments["original"])
+    for factor in (3, 10, 30, 100):
+        assert changed(f"original_rate_x{factor}")["learning_rate"] == pytest.approx(3e-4 * factor)
+    assert {s.confidence for s in suspects} == {
+        "70 %", "60 %", "50 %", "40 %", "30 %", "unknown", "not in the plan",
+    }  # fmt: skip
+    assert {cell for s in suspects for cell in (s.before, s.after)} <= set(cells)
+
+
+def test_larger_profiles_also_put_one_change_back_and_tiny_has_two_cells():
+    cells, suspects, seeds = probes.grid("study")
+    optimized = experiments["optimized"]
+    assert cells["without_epochs"].experiment == optimized.with_(epochs=10)
+    assert cells["without_learning_rate"].experiment == optimized.with_(learning_rate=3e-4)
+    assert len(seeds) == 3 and sum(s.name.startswith("from optimized") for s in suspects) == 6
+    assert probes.grid("full")[0] == cells
+    assert len(probes.grid("tiny")[0]) == 2
+
+
+@pytest.mark.parametrize("profile", grid_profiles.values(), ids=lambda profile: profile.name)
+def test_every_cell_scales_and_halved_text_is_read_in_as_many_steps(profile):
+    cells, _, _ = probes.grid("study")
+    small = {name: scaled(cell.experiment, profile).training for name, cell in cells.items()}
+    assert small["epochs"].epochs == 3 * small["original"].epochs
+    for name, share in (("original_half", 2), ("original_quarter", 4)):
+        assert small[name].epochs == share * small["original"].epochs
+        assert small[name].warmup_steps == small["original"].warmup_steps
+    assert small["small_steps"].sequences_per_step * 3 == small["original"].sequences_per_step
+    assert small["small_steps"].warmup_steps == pytest.approx(
+        3 * small["original"].warmup_steps, abs=2
+    )
+
+
+TINY = Profile("small", 512, 4000, 1200, 1 / 12, 1 / 8, 1 / 10, 1 / 4, 30.0, 1)
+
+
+@pytest.fixture(scope="module")
+def grid(short, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grid")
+    cells, suspects, _ = probes.grid("quick")
+    some = ("original", "original_half", "original_rate_x3", "dense", "dense_rate_x3")
+    cells = {name: cells[name] for name in some}
+    runs = probes.run_cells(cells, (0, 1), TINY, short, folder, workers=2)
+    return cells, suspects, folder, runs
+
+
+def test_a_grid_trains_every_cell_and_never_twice(grid, short, capsys):
+    cells, _, folder, runs = grid
+    assert list(runs) == list(cells) and all(set(r) == {0, 1} for r in runs.values())
+    assert all(run.finished for by_seed in runs.values() for run in by_seed.values())
+    assert runs["original"][0].has_model and not runs["dense"][0].has_model
+    written = {path: path.read_bytes() for path in folder.glob("*/*.json*")}
+    (folder / "dense-seed1" / "summary.json").unlink()  # as if it had been interrupted
+    capsys.readouterr()
+    again = probes.run_cells(cells, (0, 1), TINY, short, folder)
+    assert "9 of 10 runs are here already." in capsys.readouterr().out
+    before = runs["dense"][1].summary["ppl"]  # of a process with one thread: rounded otherwise
+    assert again["dense"][1].summary["ppl"] == pytest.approx(before, rel=1e-4)
+    for path, content in written.items():
+        if "dense-seed1" not in str(path):
+            assert path.read_bytes() == content
+
+
+def test_half_the_text_is_half_the_text_in_as_many_steps(grid):
+    runs = grid[3]
+    whole, half = (runs[name][0] for name in ("original", "original_half"))
+    tokens = [run.config["corpus"]["tokens"]["train"] for run in (whole, half)]
+    assert tokens[1] == pytest.approx(tokens[0] / 2, rel=0.1)
+    assert half.steps.step.max() == pytest.approx(whole.steps.step.max(), rel=0.15)
+    assert probes.data_losses(runs, "original").keys() == set(tokens)
+
+
+def test_a_grid_is_judged_as_far_as_it_has_been_trained(grid):
+    _, suspects, _, runs = grid
+    causes = {cause.suspect.after: cause for cause in probes.judge(runs, suspects)}
+    names = [cause.suspect.name for cause in probes.judge(runs, suspects)]
+    assert "architecture (→ dense twin), each at its best rate" in names and len(names) == 4
+    raised = causes["original_rate_x3"]
+    losses = probes.valid_losses(runs)
+    means = {cell: sum(by_seed.values()) / 2 for cell, by_seed in losses.items()}
+    assert raised.effect.mean == pytest.approx(means["original_rate_x3"] - means["original"])
+    assert raised.here == "learning_rate 0.009 → 0.027"
+    assert sorted(probes.sweep_losses(runs, "dense")) == pytest.approx([0.009, 0.027])
+
+
+def test_a_diverged_cell_is_remembered_and_no_cause(grid, short, monkeypatch):
+    cells, suspects, folder, _ = grid
+    cells = {name: cells[name] for name in ("original",)}
+    cells["original_rate_x10"] = probes.grid("quick")[0]["original_rate_x10"]
+    monkeypatch.setattr(training_room, "score", lambda *_: 1 / 0)  # nothing that has ended
+    losses = training_room.CausalLM.forward
+
+    def explode(model, *batch):
+        logits, loss = losses(model, *batch)
+        return logits, loss * math.inf
+
+    monkeypatch.setattr(training_room.CausalLM, "forward", explode)
+    runs = probes.run_cells(cells, (0, 1), TINY, short, folder, workers=1)
+    assert runs["original_rate_x10"][1].diverged and not runs["original"][0].diverged
+    records = (folder / "original_rate_x10-seed0" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(records[-1])["event"] == "diverged"
+    runs = probes.run_cells(cells, (0, 1), TINY, short, folder, workers=1)
+    (cause,) = probes.judge(runs, suspects)
+    assert (cause.effect, cause.verdict, cause.ppl_after) == (None, "not a cause", math.inf)

@@ -1,0 +1,171 @@
+import io
+
+import ipywidgets
+import matplotlib.image
+import pytest
+
+import musota
+from musota import widgets
+from musota.config import MusotaError, TrainConfig
+
+MODEL = musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=2)
+DENSE = musota.DenseConfig(vocab_size=512, max_seq_len=24, n_layer=1, d_model=32, n_head=2)
+RUNGS = {"uniform": 512.0, "unigram": 230.0, "bigram": 150.0}
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    training = TrainConfig(epochs=5, learning_rate=3e-3, warmup_steps=5, batch_size=64)
+    for name, model in {"optimized": MODEL, "baseline": DENSE}.items():
+        musota.train(musota.Experiment(model, training), corpus, folder / name, name=name)
+    return musota.load_runs(folder)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """As if a person sat before the notebook; what is displayed is collected."""
+    shown = []
+    monkeypatch.setattr(widgets, "has_front_end", lambda: True)
+    monkeypatch.setattr(widgets, "display", shown.append)
+    return shown
+
+
+def _size(picture):
+    return matplotlib.image.imread(io.BytesIO(picture)).shape
+
+
+@pytest.mark.parametrize(
+    ("control", "value"),
+    [
+        ("chosen", ("dense baseline, seed 0",)),
+        ("metric", "training loss"),
+        ("metric", "valid accuracy"),
+        ("unit", "tokens"),
+        ("unit", "seconds"),
+        ("log_x", True),
+        ("log_y", False),
+        ("show_rungs", False),
+    ],
+)
+def test_each_control_changes_the_one_picture(runs, tmp_path, control, value):
+    explorer = widgets.Explorer(runs, RUNGS, tmp_path / "out.png")
+    before = explorer.image.value
+    getattr(explorer, control).value = value
+    assert explorer.image.value != before and _size(explorer.image.value)
+    images = [w for w in _all(explorer.box) if isinstance(w, ipywidgets.Image)]
+    assert images == [explorer.image]
+
+
+def _all(widget):
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from _all(child)
+
+
+def test_smoothing_draws_the_unsmoothed_curve_faintly_behind(runs, tmp_path):
+    explorer = widgets.Explorer(runs, RUNGS, tmp_path / "out.png", metric="training loss")
+    before = explorer.image.value
+    explorer.smoothing.value = 10
+    assert explorer.image.value != before
+    found = widgets.plateau_of(runs[0])
+    curve = explorer._curve(runs[0], found, "steps", "loss")
+    assert curve.faint is not None and curve.y.std() < curve.faint.std()
+
+
+def test_the_sentences_follow_the_plateau_rule_and_the_runs_chosen(runs, tmp_path):
+    explorer = widgets.Explorer(runs, RUNGS, tmp_path / "out.png")
+    assert "MU-SOTA optimized against its dense twin" in explorer.sentence
+    assert explorer.sentence.replace("\n", "<br>") == explorer.text.value
+    explorer.window.value = 1
+    explorer.least_gain.value = 0.1
+    assert "over 1 epochs" in explorer.sentence and "no plateau" in explorer.sentence
+    explorer.least_gain.value = 10
+    assert "a plateau since epoch" in explorer.sentence
+    found = {run: widgets.plateau_of(run, window=1, least_gain=0.1) for run in runs}
+    for run, finding in found.items():
+        span = explorer._curve(run, finding, "history", "ppl").plateau
+        assert span == ((finding.since, 5) if finding.verdict == "plateau" else None)
+    assert "plateau" in {finding.verdict for finding in found.values()}
+    explorer.chosen.value = ("dense baseline, seed 0",)
+    assert "optimized" not in explorer.sentence
+    explorer.chosen.value = ()
+    assert explorer.sentence == "Choose a run."
+
+
+def test_events_are_marked_where_they_happened(runs, tmp_path):
+    run = musota.Run(runs[0].path)
+    run.records.append({"kind": "event", "step": int(run.history.step[1]), "event": "halved"})
+    explorer = widgets.Explorer([run], {}, tmp_path / "out.png")
+    curve = explorer._curve(run, widgets.plateau_of(run), "history", "ppl")
+    assert curve.marks == ((2.0, "halved"),)
+
+
+def test_the_button_saves_the_picture_as_it_stands(runs, tmp_path):
+    explorer = widgets.Explorer(runs, RUNGS, tmp_path / "out.png")
+    explorer.unit.value = "tokens"
+    explorer.button.click()
+    assert (tmp_path / "out.png").read_bytes() == explorer.image.value
+    assert "out.png" in explorer.saved.value
+
+
+def test_with_a_front_end_the_explorer_is_shown_and_without_one_its_picture(
+    runs, tmp_path, watched, monkeypatch, capsys
+):
+    widgets.explore(runs, RUNGS, tmp_path / "one.png")
+    assert isinstance(watched[-1], ipywidgets.VBox) and (tmp_path / "one.png").exists()
+    monkeypatch.setattr(widgets, "has_front_end", lambda: False)
+    widgets.explore(runs, RUNGS, tmp_path / "two.png")
+    assert watched[-1].data == (tmp_path / "two.png").read_bytes()
+    assert "Nobody can turn controls here" in capsys.readouterr().out
+    widgets.explore([], RUNGS, tmp_path / "three.png")
+    assert "nothing to explore" in capsys.readouterr().out and not (tmp_path / "three.png").exists()
+
+
+def test_the_live_view_follows_a_training_run(corpus, tmp_path, watched, monkeypatch):
+    monkeypatch.setattr(widgets, "LIVE_SECONDS", 0)
+    view = widgets.live_view()
+    (box,) = watched
+    image, table = box.children
+    pictures = []
+
+    def watch(run):
+        view(run)
+        if not pictures or pictures[-1] != image.value:
+            pictures.append(image.value)
+
+    training = TrainConfig(epochs=2, learning_rate=3e-3, warmup_steps=5, batch_size=64)
+    musota.train(musota.Experiment(DENSE, training), corpus, tmp_path, watch=watch)
+    assert len(pictures) >= 2 and all(_size(picture) for picture in pictures)
+    assert "valid_loss" in table.value and table.value.count("<tr") == 3
+    assert len(watched) == 1
+
+
+def test_nobody_there_means_no_live_view():
+    assert widgets.live_view() is None
+
+
+def test_the_block_view_follows_the_sentence_and_the_layer(corpus, runs, tmp_path, watched):
+    model = next(run for run in runs if run.name == "optimized").load_model()
+    path = tmp_path / "blocks.png"
+    widgets.block_view(model, corpus.tokenizer, "Return a list of names", path, "about")
+    controls, image, said = watched[0].children
+    typed, layer, button = controls.children
+    first = image.value
+    assert first == path.read_bytes()
+    layer.value = 0
+    second = image.value
+    typed.value = "A string"
+    assert len({first, second, image.value}) == 3
+    button.click()
+    assert path.read_bytes() == image.value and "saved" in said.value
+    typed.value = ""
+    assert "type a few words" in said.value
+    typed.value = "word " * 100
+    assert _size(image.value)
+
+
+def test_a_dense_model_has_no_block_view(corpus, runs, tmp_path):
+    model = next(run for run in runs if run.name == "baseline").load_model()
+    with pytest.raises(MusotaError, match="Only MU-SOTA"):
+        widgets.block_view(model, corpus.tokenizer, "A string", tmp_path / "x.png", "")
