@@ -93,8 +93,8 @@ def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> F
         left.annotate(f"{name}\n{ppl:,.0f}", (1.01, ppl), va="center", **label)
     left.set(yscale="log", ylabel="valid perplexity per token (log)", title="Perplexity")
     left.yaxis.set_major_formatter(_THOUSANDS)
-    left.yaxis.set_minor_formatter(FuncFormatter(_sparse_thousands))
-    left.tick_params(axis="y", which="minor", labelsize=7)
+    left.yaxis.set_major_locator(MaxNLocator(8))  # few decades: round numbers, not powers of ten
+    left.minorticks_off()
     right.set(ylabel="valid top-1 accuracy (%)", title="Accuracy", ylim=(0, None))
     for axis in (left, right):
         axis.set_xlabel("epoch")
@@ -103,10 +103,6 @@ def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> F
         axis.grid(axis="y", color="0.9")
     left.legend(fontsize=8)
     return figure
-
-
-def _sparse_thousands(value: float, _) -> str:
-    return f"{value:,.0f}" if str(value)[0] in "235" else ""
 
 
 def training_curve(run: Run) -> Figure:
@@ -516,7 +512,7 @@ def explored(
     for name, level in rungs.items():
         axis.axhline(level, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)))
         where = {"xycoords": ("axes fraction", "data"), "fontsize": 8, "color": "0.3"}
-        axis.annotate(f"{name}\n{level:,.4g}", (1.01, level), va="center", **where)
+        axis.annotate(f"{name} {level:,.4g}", (1.01, level), va="center", **where)
     axis.set(xlabel=labels[0], ylabel=labels[1])
     if log_x:
         axis.set_xscale("log")

@@ -88,9 +88,9 @@ class Explorer:
         slider = {"continuous_update": False, **wide}
         self.smoothing = ipywidgets.IntSlider(0, 0, 30, description="smoothing", **slider)
         self.window = ipywidgets.IntSlider(
-            min(diagnose.PLATEAU_EPOCHS, max(1, longest - 1)),
+            diagnose.PLATEAU_EPOCHS,
             1,
-            max(2, longest - 1),
+            max(diagnose.PLATEAU_EPOCHS, longest - 1),
             description="plateau: epochs",
             **slider,
         )

@@ -210,6 +210,8 @@ def test_papermill_alone_works_from_the_root_and_from_notebooks(
     assert done.returncode == 0, done.stderr[-2000:]
     cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
     assert any("image/png" in str(cell.get("outputs")) for cell in cells)
+    said = str([cell.get("outputs") for cell in cells])
+    assert "Nobody can turn controls here" in said and "widget-view" not in said
 
 
 def test_a_missing_earlier_result_is_one_sentence(text_folder, tmp_path):
