@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from musota.intervals import Interval, paired_bootstrap, pooled_effects, seed_interval
+from musota.intervals import Interval, paired_bootstrap, pooled_contrasts, seed_interval
 
 REPORTED = {"ppl": 402.17, "accuracy": 0.1725, "epochs": 10, "plateau_after_epoch": 6}
 PLAN_LADDER = {"uniform": 50_000.0, "bigram": 10_000.0}  # the plan's guesses, not measured
@@ -539,7 +539,7 @@ def root_causes(
     """Each suspect judged, the largest gain first.
 
     `losses`: valid nats/token by cell and seed, the same seeds everywhere. A cause is what lowers
-    the loss by 0.05 nats or more, with an interval (see `pooled_effects`) below 0; what certainly
+    the loss by 0.05 nats or more, with an interval (see `pooled_contrasts`) below 0; what certainly
     brings less is none; the rest is undecided. A cell that ends above the uniform guess (ln V) with
     any seed has diverged: it gets no interval, and its suspect is no cause.
     """
@@ -549,8 +549,8 @@ def root_causes(
         if max(by_seed.values()) <= math.log(vocab_size)
     }
     measured = [s for s in suspects if s.before in usable and s.after in usable]
-    pairs = [(suspect.before, suspect.after) for suspect in measured]
-    effects = dict(zip(measured, pooled_effects(usable, pairs) if pairs else (), strict=True))
+    pairs = [{suspect.before: -1, suspect.after: 1} for suspect in measured]
+    effects = dict(zip(measured, pooled_contrasts(usable, pairs) if pairs else (), strict=True))
     causes = []
     for suspect in suspects:
         effect = effects.get(suspect)
@@ -653,16 +653,10 @@ def annealing(
 def data_halving(losses: Mapping[int, Mapping[int, float]]) -> tuple[Finding, Interval]:
     """Nats gained per doubling of the training text, at equal numbers of steps.
 
-    `losses`: valid nats/token by number of training tokens and seed. The interval is over seeds
-    (none from one).
+    `losses`: valid nats/token by number of training tokens and seed. Interval: `pooled_contrasts`.
     """
-    tokens = sorted(losses)
-    seeds = sorted(losses[tokens[0]])
-    weights = _slope_weights(np.log2(np.array(tokens, float)))
-    slopes = weights @ np.array([[losses[n][seed] for seed in seeds] for n in tokens])
-    slope = Interval(float(slopes.mean()), -math.inf, math.inf)
-    if len(seeds) > 1:
-        slope = seed_interval(slopes.tolist())
+    weights = _slope_weights(np.log2(np.array([*losses], float)))
+    (slope,) = pooled_contrasts(losses, [dict(zip(losses, weights, strict=True))])
     verdict, conclusion = "undecided", "undecided, the interval reaches over the threshold"
     next_step = ""
     if slope.high < -DATA_STARVED:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,10 +67,10 @@ def seed_interval(differences: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def pooled_effects(
-    losses: Mapping[str, Mapping[int, float]], pairs: Sequence[tuple[str, str]]
+def pooled_contrasts(
+    losses: Mapping[Hashable, Mapping[int, float]], contrasts: Sequence[Mapping[Hashable, float]]
 ) -> list[Interval]:
-    """Loss of the second cell of each pair minus that of the first, paired by seed.
+    """Weighted sums of cells' mean losses, paired by seed; the weights of a contrast sum to 0.
 
     `losses` by cell and seed, the same seeds everywhere. All cells share one spread: what a table
     of cells and seeds leaves unexplained by its rows and columns, with (cells − 1)(seeds − 1)
@@ -79,13 +79,16 @@ def pooled_effects(
     table = np.array([list(dict(sorted(by_seed.items())).values()) for by_seed in losses.values()])
     rows, columns = table.mean(1, keepdims=True), table.mean(0, keepdims=True)
     freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
-    half = math.inf
-    if freedom:
-        variance = ((table - rows - columns + table.mean()) ** 2).sum() / freedom
-        half = _t95(freedom) * math.sqrt(2 * variance / table.shape[1])
     means = dict(zip(losses, rows[:, 0].tolist(), strict=True))
-    effects = [means[after] - means[before] for before, after in pairs]
-    return [Interval(effect, effect - half, effect + half) for effect in effects]
+    found = []
+    for weights in contrasts:
+        effect, half = sum(w * means[cell] for cell, w in weights.items()), math.inf
+        if freedom:
+            variance = ((table - rows - columns + table.mean()) ** 2).sum() / freedom
+            squares = sum(w**2 for w in weights.values())
+            half = _t95(freedom) * math.sqrt(squares * variance / table.shape[1])
+        found.append(Interval(effect, effect - half, effect + half))
+    return found
 
 
 def _t95(freedom: int) -> float:

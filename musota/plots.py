@@ -25,6 +25,8 @@ LABELS = {
     "baseline": "dense baseline",
     "simplified": "MU-SOTA simplified",
     "simplified_twin": "dense twin of simplified",
+    "epochs": "original, more epochs",
+    "dense": "dense twin of original",
 }
 BENCH_NAMES = {"mu": "MU-SOTA", "dense": "dense"}
 _STYLES = {  # colour, line style, marker
@@ -33,6 +35,8 @@ _STYLES = {  # colour, line style, marker
     "baseline": ("#D55E00", "--", "s"),
     "simplified": ("#56B4E9", "-", "^"),
     "simplified_twin": ("#CC79A7", "--", "D"),
+    "epochs": ("#009E73", "-", "P"),
+    "dense": ("#D55E00", ":", "X"),
 }
 _OTHER = ("#000000", ":", "x")
 _SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -340,8 +344,9 @@ def rate_sweep(sweeps: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
         best = int(np.argmin(means))
         axis.plot(rates[best], means[best], "o", color=colour, markersize=15, fillstyle="none")
         text = f"PPL {np.exp(means[best]):,.0f} at {rates[best]:.2g}"
-        axis.annotate(text, (rates[best], means[best]), (0, -16), textcoords="offset points",
-                      ha="center", fontsize=8)  # fmt: skip
+        side = "left" if best == 0 else "right" if best == len(rates) - 1 else "center"
+        axis.annotate(text, (rates[best], means[best]), (0, -17), textcoords="offset points",
+                      ha=side, fontsize=8)  # fmt: skip
     axis.set(
         xscale="log",
         xlabel="learning rate (log)",

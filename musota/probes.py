@@ -199,7 +199,7 @@ _PLAN = {
     ),
 }
 _DATA = ("too little data (half → all, same steps)", "30 %", "get more text")
-_TWIN = ("architecture (→ dense twin)", "unknown", "prefer the dense transformer")
+_TWIN = ("architecture (→ dense twin)", "unknown", "compare with the twin at its own best rate")
 
 
 def rate_sweep(name: str, experiment: Experiment) -> dict[str, Cell]:
@@ -293,14 +293,15 @@ def run_cells(
     corpus: Corpus,
     folder: str | os.PathLike,
     fresh: bool = False,
+    keep: str = "",
     workers: int | None = None,
 ) -> dict[str, dict[int, Run]]:
     """Train every cell with every seed, scaled by `profile`; what has finished is loaded.
 
     Returns runs by cell and seed; some may have diverged. On a CPU one process a
     core (`workers`) trains a run each with one thread: small models gain little from a second. On
-    a GPU runs follow each other. Checkpoints of finished runs are removed, those of the first cell
-    apart: a grid of full-size ones would fill the disk. Raises MusotaError if a process dies.
+    a GPU runs follow each other. Checkpoints of finished runs are removed, but for the cell `keep`:
+    a grid of full-size ones would fill the disk. Raises MusotaError if a process dies.
     """
     parts = {
         share: corpus.limited(Profile("part", train_tokens=round(share * len(corpus.train))))
@@ -310,7 +311,7 @@ def run_cells(
         (name, seed): _Job(
             scaled(cell.experiment, profile), cell.share,
             Path(folder) / f"{name}-seed{seed}", seed, name, profile.name, fresh,
-            keep=name == next(iter(cells)),
+            keep=name == keep,
         )
         for seed in seeds
         for name, cell in cells.items()
@@ -373,22 +374,36 @@ def judge(runs: Mapping[str, Mapping[int, Run]], suspects: Sequence[Suspect]) ->
     """`diagnose.root_causes` of a grid, as far as it has been trained.
 
     Where both rates were swept, the architecture is judged once more with each model at its own
-    best rate: the plan's rates were made for neither.
+    best rate: the plan's rates were made for neither. With a best rate at the edge of its sweep
+    that stays undecided.
     """
     losses = valid_losses(runs)
-    best = {}
+    best, at_edge = [], False
     for name in ("original", "dense"):
-        swept = [c for c in losses if c == name or c.startswith(f"{name}_rate_x")]
+        swept = {
+            next(iter(runs[cell].values())).experiment.training.learning_rate: cell
+            for cell in losses
+            if cell == name or cell.startswith(f"{name}_rate_x")
+        }
         if len(swept) > 1:
-            best[name] = min(swept, key=lambda cell: sum(losses[cell].values()))
-    if len(best) == 2:
-        name = "architecture (→ dense twin), each at its best rate"
-        suspects = [*suspects, Suspect(name, _TWIN[1], best["original"], best["dense"], _TWIN[2])]
+            rate = min(swept, key=lambda rate: sum(losses[swept[rate]].values()))
+            best.append(swept[rate])
+            at_edge |= rate in (min(swept), max(swept))
+    fair = Suspect("", _TWIN[1], *best, "prefer the dense transformer") if len(best) == 2 else None
+    if fair:
+        name = f"{_TWIN[0]}, each at its best rate" + (" (at an edge)" if at_edge else "")
+        fair = replace(fair, name=name)
+        suspects = [*suspects, fair]
     known = [s for s in suspects if s.before in losses and s.after in losses]
     vocab_size = next(iter(runs["original"].values())).experiment.model.vocab_size
+    causes = root_causes(known, losses, vocab_size)
     return [
-        replace(cause, here=_changes(runs, cause.suspect))
-        for cause in root_causes(known, losses, vocab_size)
+        replace(
+            cause,
+            here=_changes(runs, cause.suspect),
+            verdict="undecided" if at_edge and cause.suspect == fair else cause.verdict,
+        )
+        for cause in causes
     ]
 
 

@@ -122,7 +122,9 @@ class Workbook:
         """Train the root-cause grid of this profile, or go on with it (see `probes.grid`)."""
         cells, suspects, seeds = grid(self.profile.name)
         place = self.profile, self.corpus, self.folder, self.fresh
-        return run_cells(cells, [self.seed + n for n in seeds], *place), suspects
+        longest = "epochs" if "epochs" in cells else "original"  # to look inside afterwards
+        seeds = [self.seed + n for n in seeds]
+        return run_cells(cells, seeds, *place, keep=longest), suspects
 
     def kept(self, name: str, measure: Callable[..., dict], *arguments) -> dict:
         """What `measure(*arguments)` returns, measured once and kept in `<name>.json`."""

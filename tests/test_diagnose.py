@@ -370,11 +370,11 @@ def test_students_quantiles_are_those_of_the_tables():
         assert _t95(freedom) == pytest.approx(quantile, abs=6e-4)
 
 
-def test_pooled_effects_equal_the_textbooks_two_way_table():
-    from musota.intervals import pooled_effects
+def test_pooled_contrasts_equal_the_textbooks_two_way_table():
+    from musota.intervals import pooled_contrasts
 
     losses = {"a": {0: 6.0, 1: 6.1}, "b": {0: 5.8, 1: 5.93}, "c": {0: 6.2, 1: 6.28}}
-    (effect,) = pooled_effects(losses, [("a", "b")])
+    (effect,) = pooled_contrasts(losses, [{"a": -1, "b": 1}])
     # By hand: means 6.05, 5.865, 6.24; seed effects ±0.05167; residuals ∓0.00167, ∓0.01333, …
     table = np.array([list(row.values()) for row in losses.values()])
     residuals = [
@@ -387,13 +387,13 @@ def test_pooled_effects_equal_the_textbooks_two_way_table():
     assert effect.high - effect.mean == pytest.approx(4.303 * sd * np.sqrt(2 / 2))
     # What all cells share in a seed is no doubt about their differences.
     shifted = {cell: {0: row[0], 1: row[1] + 1} for cell, row in losses.items()}
-    assert pooled_effects(shifted, [("a", "b")])[0].high == pytest.approx(effect.high)
+    assert pooled_contrasts(shifted, [{"a": -1, "b": 1}])[0].high == pytest.approx(effect.high)
     one_seed = {cell: {0: row[0]} for cell, row in losses.items()}
-    assert "no interval" in str(pooled_effects(one_seed, [("a", "b")])[0])
+    assert "no interval" in str(pooled_contrasts(one_seed, [{"a": -1, "b": 1}])[0])
 
 
 def test_pooled_intervals_cover_the_truth_as_often_as_they_say():
-    from musota.intervals import pooled_effects
+    from musota.intervals import pooled_contrasts
 
     generator, covered = np.random.default_rng(0), 0
     for _ in range(400):
@@ -402,7 +402,7 @@ def test_pooled_intervals_cover_the_truth_as_often_as_they_say():
             str(cell): {s: 6 + 0.1 * cell + seeds[s] + generator.normal(0, 0.03) for s in (0, 1)}
             for cell in range(6)
         }
-        (effect,) = pooled_effects(losses, [("0", "3")])
+        (effect,) = pooled_contrasts(losses, [{"0": -1, "3": 1}])
         covered += effect.low <= 0.3 <= effect.high
     assert 0.92 <= covered / 400 <= 0.98
 
