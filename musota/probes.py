@@ -202,15 +202,16 @@ _DATA = ("too little data (half → all, same steps)", "30 %", "get more text")
 _TWIN = ("architecture (→ dense twin)", "unknown", "compare with the twin at its own best rate")
 
 
-def rate_sweep(name: str, experiment: Experiment) -> dict[str, Cell]:
-    """Cells of `experiment` at rates about 3 apart, from a third of its own to 100 times it."""
+def rate_sweep(
+    name: str, experiment: Experiment, factors: Sequence[float] = SWEEP
+) -> dict[str, Cell]:
+    """Cells of `experiment` at its learning rate times factors about 3 apart."""
     own = experiment.training.learning_rate
-    rates = {factor: float(f"{factor * own:.6g}") for factor in SWEEP}
     return {
         name if factor == 1 else f"{name}_rate_x{factor:.3g}": Cell(
-            experiment.with_(learning_rate=rate)
+            experiment.with_(learning_rate=factor * own)
         )
-        for factor, rate in rates.items()
+        for factor in factors
     }
 
 
@@ -238,9 +239,8 @@ def grid(profile: str) -> tuple[dict[str, Cell], list[Suspect], range]:
     if profile == "tiny":
         only = suspects[1]
         return {name: cells[name] for name in (only.before, only.after)}, [only], range(2)
-    del cells["learning_rate"]  # the lowest rate of the sweep
-    cells |= rate_sweep("original", original) | rate_sweep("dense", twin(original))
-    cells |= data_shares("original", original)
+    cells |= rate_sweep("original", original, SWEEP[1:])  # the plan's 1e-4 is its lowest rate
+    cells |= rate_sweep("dense", twin(original)) | data_shares("original", original)
     steps = {"batch_size": 2, "warmup_steps": 3 * original.training.warmup_steps}
     others = {
         "blocks_8": ({"n_block": 8}, "16 blocks (→ 8 of 2×4)", "unknown", "use fewer blocks"),
@@ -256,7 +256,6 @@ def grid(profile: str) -> tuple[dict[str, Cell], list[Suspect], range]:
     for key, (changes, *about, advice) in others.items():
         cells[key] = Cell(original.with_(**changes))
         suspects.append(Suspect(*about, "original", key, advice))
-    suspects[1] = replace(suspects[1], after="original_rate_x0.333")
     suspects += [
         Suspect(*_DATA[:2], "original_half", "original", _DATA[2]),
         Suspect(*_TWIN[:2], "original", "dense", _TWIN[2]),
@@ -352,13 +351,22 @@ def valid_losses(runs: Mapping[str, Mapping[int, Run]]) -> dict[str, dict[int, f
     }
 
 
+def _sweep(runs: Mapping[str, Mapping[int, Run]], name: str) -> dict[float, str]:
+    """By learning rate, the cells that differ from the cell `name` in nothing else."""
+    ones = {cell: next(iter(runs[cell].values())) for cell in valid_losses(runs)}
+    if name not in ones:
+        return {}
+    base, text = ones[name].experiment, ones[name].config["corpus"]
+    found = {run.experiment.training.learning_rate: cell for cell, run in ones.items()
+             if run.experiment.with_(learning_rate=base.training.learning_rate) == base
+             and run.config["corpus"] == text}  # fmt: skip
+    return dict(sorted(found.items()))
+
+
 def sweep_losses(runs: Mapping[str, Mapping[int, Run]], name: str) -> dict[float, list[float]]:
-    """Valid losses by learning rate, of the cells that `rate_sweep(name, …)` made."""
-    return {
-        next(iter(runs[cell].values())).experiment.training.learning_rate: list(losses.values())
-        for cell, losses in valid_losses(runs).items()
-        if cell == name or cell.startswith(f"{name}_rate_x")
-    }
+    """Valid losses of every seed by learning rate, all else as in the cell `name`."""
+    losses = valid_losses(runs)
+    return {rate: list(losses[cell].values()) for rate, cell in _sweep(runs, name).items()}
 
 
 def data_losses(runs: Mapping[str, Mapping[int, Run]], name: str) -> dict[int, dict[int, float]]:
@@ -380,11 +388,7 @@ def judge(runs: Mapping[str, Mapping[int, Run]], suspects: Sequence[Suspect]) ->
     losses = valid_losses(runs)
     best, at_edge = [], False
     for name in ("original", "dense"):
-        swept = {
-            next(iter(runs[cell].values())).experiment.training.learning_rate: cell
-            for cell in losses
-            if cell == name or cell.startswith(f"{name}_rate_x")
-        }
+        swept = _sweep(runs, name)
         if len(swept) > 1:
             rate = min(swept, key=lambda rate: sum(losses[swept[rate]].values()))
             best.append(swept[rate])

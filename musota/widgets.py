@@ -22,7 +22,7 @@ from musota import diagnose, plots, probes
 from musota.config import MusotaError
 from musota.data import TextTokenizer
 from musota.lm import CausalLM
-from musota.report import PAIRS, figure_png, plateau_of, save_figure
+from musota.report import PAIRS, Evidence, figure_png, plateau_of, save_figure
 from musota.runs import Run
 from musota.training import has_front_end
 
@@ -148,7 +148,8 @@ class Explorer:
         )
         self.image.value = figure_png(figure, self.about)
         sentences = [f"{plots.label_of(run)}: {found[run].sentence}" for run in chosen]
-        sentences += [finding.sentence for finding in self._verdicts(chosen)]
+        evidence = Evidence(self.path.parent, tuple(chosen), self.rungs)
+        sentences += [pair[0].sentence for name in PAIRS if (pair := evidence.compare(name))]
         self.sentence = "\n".join(sentences or ["Choose a run."])
         self.text.value = "<br>".join(sentences or ["Choose a run."])
         self.saved.value = ""
@@ -183,18 +184,6 @@ class Explorer:
             tuple(marks),
         )
 
-    def _verdicts(self, chosen: Sequence[Run]) -> list[diagnose.Finding]:
-        """Of every chosen model whose dense twin is chosen too."""
-        found = []
-        for name, other in PAIRS.items():
-            sides = [
-                {run.seed: run.summary for run in chosen if run.name == side and run.finished}
-                for side in (name, other)
-            ]
-            if sides[0].keys() & sides[1].keys():
-                found.append(diagnose.helps_or_hurts(*sides, plots.LABELS[name])[0])
-        return found
-
     def save(self) -> None:
         """The picture as it stands, to the file given."""
         self.path.write_bytes(self.image.value)
@@ -209,11 +198,12 @@ def live_view() -> Callable[[Run], None] | None:
     if not has_front_end():
         return None
     image, table = ipywidgets.Image(format="png"), ipywidgets.HTML()
-    display(ipywidgets.VBox([image, table]))
     due = 0.0
 
     def refresh(run: Run) -> None:
         nonlocal due
+        if not due:  # not before there is something to see
+            display(ipywidgets.VBox([image, table]))
         started = time.monotonic()
         is_last = len(run.history) == run.experiment.training.epochs
         if started < due and not is_last:

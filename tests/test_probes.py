@@ -193,7 +193,7 @@ def test_each_cell_changes_what_it_says_and_nothing_else():
 
     assert changed("original") == {} and list(seeds) == [0, 1]
     assert changed("epochs") == {"epochs": 30}
-    assert changed("original_rate_x0.333") == {"learning_rate": 1e-4}
+    assert changed("learning_rate") == {"learning_rate": 1e-4}
     assert changed("warmup") == {"warmup_steps": 2000}
     assert changed("sequence") == {"max_seq_len": 192, "batch_size": 4, "accumulation_steps": 8}
     assert changed("original_half") == {"epochs": 20} and cells["original_half"].share == 0.5
@@ -283,6 +283,7 @@ def test_a_grid_is_judged_as_far_as_it_has_been_trained(grid):
     means = {cell: sum(by_seed.values()) / 2 for cell, by_seed in losses.items()}
     assert raised.effect.mean == pytest.approx(means["original_rate_x3"] - means["original"])
     assert raised.here == "learning_rate 0.009 → 0.027"
+    assert [*probes.sweep_losses(runs, "original")] == pytest.approx([0.009, 0.027])
     assert sorted(probes.sweep_losses(runs, "dense")) == pytest.approx([0.009, 0.027])
 
 
