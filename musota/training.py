@@ -652,7 +652,9 @@ class _Lines:
 
 def has_front_end() -> bool:
     """Whether a person sees this notebook while it runs, as far as a kernel can know."""
-    if "ipykernel" not in sys.modules or os.environ.get(HEADLESS):
+    if "IPython" not in sys.modules or os.environ.get(HEADLESS):
+        return False
+    if not hasattr(sys.modules["IPython"].get_ipython(), "kernel"):
         return False
     import psutil  # ipykernel brings it
 
