@@ -191,7 +191,7 @@ def bench(device, file, repeats, scaling):
     About a quarter of an hour on two CPU cores, five minutes without the scaling part.
     """
     from musota.bench import SCALING, run_bench
-    from musota.data import write_json
+    from musota.files import write_json
     from musota.report import bench_table, scaling_table
 
     if file:  # a folder that cannot be made is told before the minutes, not after

@@ -10,7 +10,6 @@ import ast
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import sys
 import sysconfig
@@ -26,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from musota.config import MusotaError, Profile, nearest_name
+from musota.files import write_whole
 
 SPLITS = ("train", "valid", "test")
 HUB_REPOSITORY = "Salesforce/wikitext"
@@ -235,34 +235,6 @@ def cache_folder() -> Path:
             "folder that can be written."
         ) from None
     return folder
-
-
-def write_whole(path: Path, write) -> None:
-    """Let `write(temporary_path)` make a file, then move it into place: never half a file."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, data) -> None:
-    """JSON for people and programs alike: indented, numbers it has no word for (inf, nan) null."""
-    text = json.dumps(jsonable(data), indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
-
-
-def jsonable(value):
-    """`value` with None for the numbers JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:

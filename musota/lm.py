@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from musota.config import DenseConfig, Experiment, ModelConfig, MusotaError, TrainConfig
-from musota.data import write_json, write_whole
+from musota.files import write_json, write_whole
 from musota.loss import linear_cross_entropy
 
 
@@ -186,12 +186,7 @@ class CausalLM(nn.Module):
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `model.safetensors` and `model.json` into `folder`, each whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = self.state_dict()
-        write_whole(folder / "model.safetensors", lambda path: save_file(weights, path))
-        described = Experiment(self.config, TrainConfig()).to_dict()["model"]
-        write_json(folder / "model.json", described)
+        save_model(folder, self.config, self.state_dict())
 
 
 def effective_rank(vectors: Tensor) -> float:
@@ -242,6 +237,16 @@ def build_model(config: ModelConfig) -> CausalLM:
     from musota.mu import MuSota
 
     return (DenseTransformer if isinstance(config, DenseConfig) else MuSota)(config)
+
+
+def save_model(folder: str | os.PathLike, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """What `CausalLM.save` does, for weights that are in no model now."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = save(weights)
+    write_whole(folder / "model.safetensors", lambda path: path.write_bytes(data))
+    described = Experiment(config, TrainConfig()).to_dict()["model"]
+    write_json(folder / "model.json", described)
 
 
 def load_model(folder: str | os.PathLike, device: str = "cpu") -> CausalLM:

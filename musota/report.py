@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from musota import diagnose, plots
 from musota.config import PLAN_TRAIN_TOKENS, MuConfig, experiments
-from musota.data import write_json, write_whole
 from musota.diagnose import Cause, Finding, Suspect
+from musota.files import write_json, write_whole
 from musota.intervals import Interval
 from musota.probes import grid, judge
 from musota.runs import Run, load_runs

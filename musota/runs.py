@@ -3,7 +3,10 @@
 config.json    experiment, seed, corpus, choices of the trainer     (written once)
 metrics.jsonl  one JSON a line: kind step | epoch | event           (append-only)
 summary.json   the best epoch, the test score, where and how long   (rewritten whole)
-checkpoints/   last.pt to resume from, best/ to use                 (not committed)
+checkpoints/   step-*.safetensors to resume from, best/ to use      (not committed)
+
+Damage shows: config and summary carry a hash of themselves, the summary those of metrics.jsonl and
+best/, a checkpoint has its own in its name and all of metrics.jsonl inside. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -11,14 +14,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
-import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import load, save
+from torch import Tensor
 
 from musota.config import Experiment, MusotaError
-from musota.data import jsonable, write_whole
+from musota.files import jsonable, read_sealed, sha256, write_sealed, write_whole
 from musota.lm import CausalLM, load_model
 
 # A run may be continued only by the same of these.
@@ -30,7 +37,7 @@ class Run:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.config = _read_json(self.path / "config.json")
+        self.config = read_sealed(self.path / "config.json")
         try:
             self.experiment = Experiment.from_dict(self.config["experiment"])
             self.name, self.seed = self.config["name"], self.config["seed"]
@@ -43,7 +50,7 @@ class Run:
     def summary(self) -> dict:
         """The numbers of summary.json; empty before the first epoch has ended."""
         path = self.path / "summary.json"
-        return _read_json(path) if path.exists() else {}
+        return read_sealed(path) if path.exists() else {}
 
     @property
     def finished(self) -> bool:
@@ -51,7 +58,10 @@ class Run:
 
     @cached_property
     def records(self) -> list[dict]:
-        return read_metrics(self.path / "metrics.jsonl")
+        path, expected = self.path / "metrics.jsonl", self.summary.get("metrics_sha256")
+        if self.finished and expected != sha256(path.read_bytes() if path.exists() else b""):
+            raise MusotaError(f"{path} is damaged or was changed by hand: restore it.")
+        return read_metrics(path)
 
     @cached_property
     def history(self) -> pd.DataFrame:
@@ -102,8 +112,13 @@ class Run:
         return (self.path / "checkpoints" / "best" / "model.safetensors").exists()
 
     def load_model(self) -> CausalLM:
-        """The model of the best epoch. Raises MusotaError where the checkpoint was not kept."""
-        return load_model(self.path / "checkpoints" / "best")
+        """The model of the best epoch. Raises MusotaError where it was not kept, or is damaged."""
+        folder = self.path / "checkpoints" / "best"
+        for name, expected in self.summary.get("best_files", {}).items():
+            path = folder / name
+            if path.exists() and sha256(path.read_bytes()) != expected:
+                raise MusotaError(f"{path} is damaged: train the run again with fresh=True.")
+        return load_model(folder)
 
     def __repr__(self) -> str:
         ppl = f", valid PPL {self.summary['ppl']:.1f}" if self.summary else ""
@@ -111,30 +126,44 @@ class Run:
 
 
 class RunFolder:
-    """The trainer's side of a run folder: writes it, and guards it against another experiment."""
+    """The trainer's side of a run folder: writes it, and guards it against another experiment.
 
-    def __init__(self, path: str | os.PathLike, identity: dict):
+    What cannot be written (a full disk) is told and tried again with the next checkpoint: `trouble`
+    says what is still unsaved. One of several processes writes, the others only read.
+    """
+
+    def __init__(self, path: str | os.PathLike, identity: dict, writes: bool = True):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
-        self.identity = identity
+        self.identity, self.writes = identity, writes
+        self.metrics = b""  # of metrics.jsonl, as it should be
+        self.trouble = ""
+        self.lock = FileLock(self.checkpoints / ".lock")
 
     @property
     def finished(self) -> bool:
         """Whether this very run stands here finished. Raises MusotaError for another's folder."""
         if not (self.path / "config.json").exists():
             return False
-        self._refuse_other(_read_json(self.path / "config.json"))
+        self._refuse_other(read_sealed(self.path / "config.json"))
         return Run(self.path).finished
 
     def prepare(self, fresh: bool) -> None:
-        """Make the folder, empty of an earlier run if `fresh`. Raises MusotaError if it cannot."""
+        """Make the folder and lock it, empty of an earlier run if `fresh`.
+
+        Raises MusotaError if it cannot be written or another process trains in it.
+        """
+        if not self.writes:
+            return
         try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
             if fresh:
                 self._clear()
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
+        except Timeout:
+            raise MusotaError(
+                f"Another process is training in {self.path}: wait for it, or use another folder."
+            ) from None
         except OSError as error:
             raise MusotaError(
                 f"The run folder {self.path} cannot be written ({error.strerror}): choose another "
@@ -144,7 +173,9 @@ class RunFolder:
     def _clear(self) -> None:
         """Remove what a run writes, and nothing else."""
         if (self.path / "config.json").exists():
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
+            for path in self.checkpoints.glob("step-*"):
+                path.unlink()
             for name in ("config.json", "metrics.jsonl", "summary.json"):
                 (self.path / name).unlink(missing_ok=True)
 
@@ -159,42 +190,90 @@ class RunFolder:
                     "over there with fresh=True (--fresh)."
                 )
 
-    def append(self, record: dict) -> None:
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(jsonable(record), ensure_ascii=False) + "\n")
-
-    def save_checkpoint(self, state: dict) -> None:
-        """Write `last.pt`; it remembers how long metrics.jsonl was."""
-        metrics = self.path / "metrics.jsonl"
-        state = {**state, "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}
-        write_whole(self.checkpoints / "last.pt", lambda path: torch.save(state, path))
-
-    def load_checkpoint(self) -> dict | None:
-        """The state to resume from, with metrics.jsonl cut back to it; None to start anew.
-
-        Raises MusotaError if either file is damaged.
-        """
-        path, metrics = self.checkpoints / "last.pt", self.path / "metrics.jsonl"
-        if not path.exists():
-            metrics.unlink(missing_ok=True)
-            return None
-        advice = "Start over with fresh=True (--fresh), or restore the file."
+    def attempt(self, write: Callable[[], object]) -> bool:
+        """Write something; False, and a sentence, where that fails."""
+        if not self.writes:
+            return True
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            expected = state["metrics_bytes"]
-        except Exception as error:  # torch raises many types for a damaged file
+            write()
+        except OSError as error:
+            if not self.trouble:
+                print(
+                    f"\nNot saved: {self.path}: {error.strerror or error}. Training goes on, and "
+                    "saving is tried again with every checkpoint.",
+                    flush=True,
+                )
+            self.trouble = error.strerror or str(error)
+            return False
+        return True
+
+    def append(self, record: dict) -> None:
+        """A line for metrics.jsonl."""
+        line = (json.dumps(jsonable(record), ensure_ascii=False) + "\n").encode()
+        before, self.metrics = len(self.metrics), self.metrics + line
+        path = self.path / "metrics.jsonl"
+
+        def write() -> None:
+            if (path.stat().st_size if path.exists() else 0) == before:
+                with path.open("ab") as file:
+                    file.write(line)
+            else:  # an earlier line could not be written
+                write_whole(path, lambda target: target.write_bytes(self.metrics))
+
+        self.attempt(write)
+
+    def write_config(self, choices: dict) -> None:
+        path = self.path / "config.json"
+        if self.writes and not path.exists():
+            write_sealed(path, {**self.identity, **choices})
+
+    def save_checkpoint(self, tensors: Mapping[str, Tensor], state: dict) -> bool:
+        """Write what to resume from, metrics.jsonl included, and keep the last two."""
+
+        def write() -> None:
+            described = json.dumps({**jsonable(state), "metrics": self.metrics.decode()})
+            data = save(dict(tensors), {"state": described})
+            name = f"step-{state['step']:09d}-{sha256(data)[:16]}.safetensors"
+            write_whole(self.checkpoints / name, lambda target: target.write_bytes(data))
+            for old in self._newest_first()[2:]:
+                old.unlink()
+
+        return self.attempt(write)
+
+    def _newest_first(self) -> list[Path]:
+        found = self.checkpoints.glob("step-*.safetensors")
+        return sorted(found, key=lambda path: (path.name[:14], path.stat().st_mtime), reverse=True)
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
+        """Tensors and state to resume from, with metrics.jsonl as it was; None to start anew.
+
+        A damaged checkpoint is named, and the one before it taken. Raises MusotaError if all are.
+        """
+        found = self._newest_first()
+        for path in found:
+            data = path.read_bytes()
+            if sha256(data)[:16] != path.stem.rsplit("-", 1)[1]:
+                print(f"The checkpoint {path} is damaged and is skipped.")
+                continue
+            with safe_open(path, "pt") as file:
+                state = json.loads(file.metadata()["state"])
+            self.metrics = state.pop("metrics").encode()
+            metrics = self.path / "metrics.jsonl"
+            on_disk = metrics.read_bytes() if metrics.exists() else b""
+            if not on_disk.startswith(self.metrics):
+                print(f"{metrics} was damaged: it is restored from the checkpoint.")
+            if on_disk != self.metrics:
+                write = partial(write_whole, metrics, lambda to: to.write_bytes(self.metrics))
+                self.attempt(write)
+            return load(data), state
+        if found:
             raise MusotaError(
-                f"The checkpoint {path} is damaged ({type(error).__name__}). {advice}"
-            ) from None
-        size = metrics.stat().st_size if metrics.exists() else 0
-        if size < expected:
-            raise MusotaError(
-                f"{metrics} is shorter ({size} bytes) than when its checkpoint was written "
-                f"({expected}): part of the history is gone. {advice}"
+                f"No checkpoint in {self.checkpoints} can be read any more: start over with "
+                "fresh=True (--fresh)."
             )
-        if size:
-            os.truncate(metrics, expected)
-        return state
+        if self.writes:
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        return None
 
 
 def load_runs(folder: str | os.PathLike) -> list[Run]:
@@ -220,15 +299,6 @@ def read_metrics(path: Path) -> list[dict]:
                 f"Line {number} of {path} is damaged: delete that line, or train the run again."
             ) from None
     return records
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MusotaError(f"There is no {path}: not a run folder.") from None
-    except (ValueError, OSError) as error:
-        raise MusotaError(f"{path} cannot be read: {error}.") from None
 
 
 def _flat(data: dict, prefix: str = "") -> dict:

@@ -18,7 +18,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
 from itertools import groupby
 from operator import itemgetter
@@ -30,8 +32,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from musota.config import Experiment, MusotaError, TrainConfig
-from musota.data import Corpus, window_starts, write_json, write_whole
-from musota.lm import CausalLM, build_model
+from musota.data import Corpus, window_starts
+from musota.diagnose import oscillation
+from musota.files import read_sealed, sha256, write_sealed, write_whole
+from musota.lm import CausalLM, build_model, save_model
 from musota.loss import score_tokens
 from musota.runs import Run, RunFolder
 
@@ -40,13 +44,21 @@ SAMPLE_SETTINGS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0}
 COMPILE_STEPS = 2000  # a run of so many steps wins back the minute that compiling takes
 HEALTH_WINDOWS = 8  # of valid, looked at closely after each epoch
 CLEAN_SHARE = 32  # one training token in so many is scored without dropout after each epoch
+CHECKPOINT_SECONDS = 180  # between checkpoints inside an epoch
+SHORTER = 160  # tokens a sequence: the plan's remedy for too little memory
+EXPLODED_NATS = 2.0  # so far above a uniform guess a training loss counts as exploded
+LEAST_RATE_FACTOR = 0.25  # after two remedies that halved it
 LOG_LINES = 250  # about so many step records a run
 HEADLESS = "MUSOTA_HEADLESS"  # set where progress goes to a log and not to a screen
 BLOCK_TOKENS = 1024  # valid losses are kept by blocks of so many tokens, for the paired bootstrap
 
 
 class Diverged(MusotaError):
-    """The loss is no longer a number."""
+    """The loss is no longer a number, or far above that of a guess."""
+
+
+class _TooLong(Exception):
+    """Not even one sequence fits the memory."""
 
 
 def learning_rate_at(step: int, training: TrainConfig, total_steps: int) -> float:
@@ -168,6 +180,7 @@ def train(
     micro_batch: int | None = None,
     compile: bool | None = None,
     stop_at: float = 1.0,
+    auto_remedy: bool = False,
     watch: Callable[[Run], None] | None = None,
 ) -> Run:
     """Train an experiment into `run_dir` and return the run, its best epoch chosen on valid.
@@ -180,12 +193,33 @@ def train(
     what has been measured; `stop_at` ends a run in the same way after that share of its steps.
     `watch` is called with the run whenever something new has been recorded.
 
-    Raises MusotaError for a folder that belongs to another run or cannot be written, a damaged
-    checkpoint or a corpus that does not fit the model, Diverged for a loss that is not finite.
+    Where memory runs out the micro-batch is halved, which changes nothing else. With `auto_remedy`
+    the plan's remedies apply themselves, each recorded as an event: after a loss that is not finite
+    or explodes, back to the last checkpoint at half the learning rate, and half the rate where the
+    loss oscillates (twice at most in all); and sequences of 160 tokens where even one sequence of
+    more does not fit the memory. That last one is another experiment, and the summary says so.
+
+    Started by `accelerate launch` or torchrun, every process computes its share of each step.
+
+    Raises MusotaError for a folder that belongs to another run, is in use or cannot be written,
+    damaged checkpoints, a corpus that does not fit the model, too little memory or a final state
+    that could not be saved; Diverged for a loss that is not finite or explodes.
     """
     choices = {"micro_batch": micro_batch, "compile": compile}
-    trainer = _Trainer(experiment, corpus, run_dir, resume, seed, name, profile, choices)
-    return trainer.run(stop_at, watch)
+    config = Path(run_dir) / "config.json"
+    if resume and config.exists() and read_sealed(config).get("instead_of") == experiment.to_dict():
+        asked, experiment = experiment, experiment.with_(max_seq_len=SHORTER)
+    else:
+        asked = None
+    while True:
+        trainer = _Trainer(
+            experiment, corpus, run_dir, resume, seed, name, profile, choices, auto_remedy, asked
+        )
+        try:
+            return trainer.run(stop_at, watch)
+        except _TooLong:
+            asked, experiment = experiment, experiment.with_(max_seq_len=SHORTER)
+            resume = False
 
 
 def anneal(run: Run, corpus: Corpus, share: float = 0.15) -> dict[str, Tensor]:
@@ -204,17 +238,21 @@ def anneal(run: Run, corpus: Corpus, share: float = 0.15) -> dict[str, Tensor]:
             shutil.copytree(run.path, scratch, dirs_exist_ok=True)
             about = run.seed, run.name, run.config["profile"], {}
             trainer = _Trainer(run.experiment, corpus, scratch, True, *about)
-            trainer.restore()
+            trainer.restore(trainer.saved)
             nats.setdefault("before", score(trainer.model, corpus.valid)[0])
             trainer.train_on(math.ceil(share * trainer.step), factor)
             nats[arm] = score(trainer.model, corpus.valid)[0]
+            trainer.folder.lock.release()
     return nats
 
 
 class _Trainer:
     """One training run: everything `train` needs at hand."""
 
-    def __init__(self, experiment, corpus, run_dir, resume, seed, name, profile, choices):
+    def __init__(
+        self, experiment, corpus, run_dir, resume, seed, name, profile, choices,
+        auto_remedy=False, instead_of=None,
+    ):  # fmt: skip
         self.experiment, self.corpus, self.seed = experiment, corpus, seed
         self.training, length = experiment.training, experiment.model.max_seq_len
         if corpus.tokenizer.size > experiment.model.vocab_size:
@@ -240,26 +278,26 @@ class _Trainer:
                 "bytes": corpus.bytes,
             },
         }
-        self.folder = RunFolder(run_dir, identity)
+        self.instead_of = instead_of
+        if instead_of:
+            identity["instead_of"] = instead_of.to_dict()
+        self.accelerator = Accelerator(mixed_precision=precision_for_device())
+        self.folder = RunFolder(run_dir, identity, self.accelerator.is_main_process)
         self.finished = resume and self.folder.finished
         if self.finished:  # perhaps kept as evidence, and read-only: nothing is written
             return
         self.folder.prepare(fresh=not resume)
-        self.state = self.folder.load_checkpoint()
-        self.accelerator = Accelerator(mixed_precision=precision_for_device())
-        if self.accelerator.num_processes > 1:
-            raise MusotaError("Training runs in one process so far: start it without a launcher.")
+        self.accelerator.wait_for_everyone()
+        self.saved = self.folder.load_checkpoint()
         self.device = self.accelerator.device
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
             keep_freed_memory()
         given = {name: value for name, value in choices.items() if value is not None}
-        saved = self.state.get("choices", {}) if self.state else {}
+        saved = self.saved[1]["choices"] if self.saved else {}
         self.choices = self._default_choices() | saved | given
-        if not (self.folder.path / "config.json").exists():
-            chosen = {**self.choices, "precision": precision_for_device()}
-            write_json(self.folder.path / "config.json", {**identity, **chosen})
+        self.folder.write_config({**self.choices, "precision": precision_for_device()})
         torch.manual_seed(seed)
         model = build_model(experiment.model)
         self.ledger = model.parameter_ledger()
@@ -281,15 +319,27 @@ class _Trainer:
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.best_loss, self.summary = math.inf, {}
         self.update_ratio: dict[str, float] = {}  # of this epoch, by group
+        self.best_unsaved: dict[str, Tensor] | None = None
+        self.auto_remedy, self.remedies = auto_remedy, {"rate_factor": 1.0, "step": 0}
         self.watch: Callable[[Run], None] | None = None
-        self.schedule: Callable[[int], float] = lambda step: learning_rate_at(
-            step, self.training, self.total_steps
+        self.saved_at = time.monotonic()
+        self.schedule: Callable[[int], float] = lambda step: (
+            self.remedies["rate_factor"] * learning_rate_at(step, self.training, self.total_steps)
         )
 
     def _record(self, record: dict) -> None:
         self.folder.append(record)
-        if self.watch:
+        if self.watch and self.folder.writes:
             self.watch(Run(self.folder.path))
+
+    def _event(self, event: str) -> None:
+        """Record and tell something out of the ordinary."""
+        self._record({"kind": "event", "step": self.step, "event": event})
+        self._say(f"\nStep {self.step}: {event}.")
+
+    def _say(self, text: str) -> None:
+        if self.folder.writes:
+            print(text, flush=True)
 
     def _default_choices(self) -> dict:
         """A GPU takes a whole step at once, a CPU about 1,500 tokens. Compiling takes a GPU about a
@@ -313,56 +363,126 @@ class _Trainer:
 
     def run(self, stop_at: float, watch: Callable[[Run], None] | None) -> Run:
         if self.finished:
-            print(f"{self.folder.path}: finished before, loaded as it is.")
+            self._say(f"{self.folder.path}: finished before, loaded as it is.")
             return Run(self.folder.path)
-        if self.state is not None:
-            self.restore()
-            print(f"{self.folder.path}: going on after step {self.step} of {self.total_steps}.")
+        if self.saved:
+            self.restore(self.saved)
+            self._say(f"{self.folder.path}: going on after step {self.step} of {self.total_steps}.")
+        elif self.auto_remedy:
+            self._checkpoint()  # to have something to go back to
+        if self.instead_of and not self.step:
+            longer = self.instead_of.model.max_seq_len
+            short = f"{SHORTER} tokens a sequence, not {longer}, which is another experiment"
+            self._event(f"out of memory: {short}")
+        self.saved = None
         self.watch = watch
         stop = math.ceil(stop_at * self.total_steps)
-        self.progress = progress_bar(
-            self.training.epochs * self.windows * self.experiment.model.max_seq_len,
-            self.tokens_seen,
-        )
-        with _Interruption() as interruption, self.progress:
-            while self.step < stop and not interruption.asked:
-                try:
-                    self._one_step()
-                except torch._dynamo.exc.TorchDynamoException as error:
-                    self._stop_compiling(error)
-                    continue
-                if self.step % self.steps_per_epoch == 0:
-                    self._end_epoch()
-            if self.step == self.total_steps:
-                self._finish()
-        if self.step < self.total_steps:
-            self._refuse_bad_loss(float(self.epoch_nats))
-            self._checkpoint()
+        length = self.experiment.model.max_seq_len
+        whole = self.training.epochs * self.windows * length
+        self.progress = progress_bar(whole, self.tokens_seen, self.folder.writes)
+        try:
+            with _Interruption(self.accelerator.num_processes) as interruption, self.progress:
+                while self.step < stop and not interruption.asked:
+                    self._careful_step()
+                if self.step == self.total_steps:
+                    self._finish()
+                else:
+                    self._refuse_bad_loss(float(self.epoch_nats))
+                    self._checkpoint()
+        finally:
+            self.folder.lock.release()
+        if self.folder.trouble:
+            raise MusotaError(
+                f"The end of the run could not be saved in {self.folder.path}: "
+                f"{self.folder.trouble}. Make room there and repeat the call: it goes on from the "
+                "last checkpoint that could be written."
+            )
         if self.step < stop:
-            print(
+            self._say(
                 f"\nInterrupted after step {self.step} of {self.total_steps}; it is saved. The "
                 "same call goes on from there."
             )
             if not self.summary:  # nothing measured that could be returned
                 raise KeyboardInterrupt
+        self.accelerator.wait_for_everyone()
         return Run(self.folder.path)
+
+    def _careful_step(self) -> None:
+        """One step and what is due after it; with remedies for what may go wrong."""
+        trouble = None
+        try:
+            self._one_step()
+            if self.step % self.steps_per_epoch == 0:
+                self._end_epoch()
+            elif time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+                self._refuse_bad_loss(float(self.epoch_nats))
+                self._checkpoint()
+        except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException, Diverged) as error:
+            trouble = error.with_traceback(None)  # which would hold on to the step's memory
+        if isinstance(trouble, torch.OutOfMemoryError):
+            self._take_less_memory()
+        elif isinstance(trouble, torch._dynamo.exc.TorchDynamoException):
+            reason = str(trouble).strip().splitlines()[0]
+            self._event(f"torch.compile failed, training goes on without it ({reason})")
+            self.choices["compile"], self.model.compiled_body = False, None
+        elif trouble:
+            self._go_back(trouble)
+        if trouble:
+            self.optimizer.zero_grad()
+
+    def _take_less_memory(self) -> None:
+        """Halve the micro-batch; at 1 the plan's remedy, a shorter sequence."""
+        held = self.choices["micro_batch"]
+        if self.accelerator.num_processes > 1:
+            raise MusotaError("Out of memory: start again with a smaller micro_batch.")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if held > 1:
+            self.choices["micro_batch"] = -(-held // 2)
+            self._event(f"out of memory: micro-batch {held} → {self.choices['micro_batch']}")
+            return
+        length = self.experiment.model.max_seq_len
+        if self.auto_remedy and length > SHORTER:
+            self._say(f"Out of memory with one sequence: starting over with {SHORTER} tokens.")
+            raise _TooLong
+        raise MusotaError(
+            f"Out of memory with a single sequence of {length} tokens. The plan's remedy is "
+            f"max_seq_len={SHORTER}, which is another experiment: ask for it, or for auto_remedy."
+        )
+
+    def _go_back(self, error: Diverged) -> None:
+        """To the last checkpoint at half the rate, if remedies may apply themselves."""
+        saved = self.folder.load_checkpoint() if self.auto_remedy else None
+        if saved is None or self.remedies["rate_factor"] <= LEAST_RATE_FACTOR:
+            raise error
+        bad = self.step
+        factor = self.remedies["rate_factor"] / 2  # of now: twice back to one checkpoint, a quarter
+        self.restore(saved)
+        self.remedies = {"rate_factor": factor, "step": self.step}
+        self.starts = None
+        self._event(f"bad loss at step {bad}: back to step {self.step}, learning rate × {factor}")
+        self._checkpoint()
+
+    def _calm_down(self) -> None:
+        """Half the rate where the training loss oscillates, if remedies may apply themselves."""
+        factor = self.remedies["rate_factor"]
+        if not self.auto_remedy or factor <= LEAST_RATE_FACTOR:
+            return
+        steps = Run(self.folder.path).steps
+        since = max(self.training.warmup_steps, self.remedies["step"])
+        found = oscillation(steps, since)
+        if found.verdict in ("oscillating", "diverging"):
+            self.remedies = {"rate_factor": factor / 2, "step": self.step}
+            self._event(f"{found.conclusion}: learning rate × {factor / 2}")
 
     def train_on(self, steps: int, factor: Callable[[float], float]) -> None:
         """So many steps more, at the present rate times factor(share of them done)."""
         start, rate = self.applied, self.schedule(self.applied)
         self.schedule = lambda step: rate * factor((step - start) / steps)
         length = self.experiment.model.max_seq_len
-        self.progress = progress_bar(steps * self.training.sequences_per_step * length, 0)
+        self.progress = progress_bar(steps * self.training.sequences_per_step * length)
         for _ in range(steps):
             self._one_step()
-
-    def _stop_compiling(self, error: Exception) -> None:
-        """Say that torch.compile does not work here, and go on without it."""
-        reason = str(error).strip().splitlines()[0]
-        print(f"torch.compile failed ({reason}): training goes on without it.")
-        self._record({"kind": "event", "step": self.step, "event": "compiling failed"})
-        self.choices["compile"], self.model.compiled_body = False, None
-        self.optimizer.zero_grad()
 
     def _one_step(self) -> None:
         epoch, place = divmod(self.step, self.steps_per_epoch)
@@ -379,13 +499,20 @@ class _Trainer:
         per_step = self.training.sequences_per_step
         batch = self.starts[place * per_step : (place + 1) * per_step]
         step_loss = torch.zeros((), device=self.device)
-        for micro in batch.split(self.choices["micro_batch"]):
+        processes = self.accelerator.num_processes
+        mine = batch[self.accelerator.process_index :: processes]
+        # A process without a sequence takes part with weight 0: gradients meet in its backward.
+        micros = mine.split(self.choices["micro_batch"]) if len(mine) else [batch[:1]]
+        for number, micro in enumerate(micros, start=1):
             window = self.tokens[micro[:, None] + self.span].long()  # (micro, T + 1)
-            with self.accelerator.autocast():
-                loss = self.wrapped(window[:, :-1], window[:, 1:])[1]
-            loss = loss * (len(micro) / len(batch))
-            self.accelerator.backward(loss)
+            last = number == len(micros)
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                with self.accelerator.autocast():
+                    loss = self.wrapped(window[:, :-1], window[:, 1:])[1]
+                loss = loss * (len(micro) * bool(len(mine)) / len(batch))
+                self.accelerator.backward(loss * processes)  # gradients are averaged over them
             step_loss += loss.detach()
+        step_loss = self.accelerator.reduce(step_loss)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.grad_clip)
         middle = place == self.steps_per_epoch // 2
         before = [p.detach().clone() for p in self.model.parameters()] if middle else None
@@ -422,18 +549,22 @@ class _Trainer:
             **self.model.health(ids.to(self.device)),
         }
 
-    def _refuse_bad_loss(self, loss: float) -> None:
-        """Stop before a loss that is no number reaches a checkpoint."""
-        if not math.isfinite(loss):
-            self._record({"kind": "event", "step": self.step, "event": "diverged"})
-            raise Diverged(
-                f"The training loss is {loss} at step {self.step}: start over with a lower "
-                f"learning_rate than {self.training.learning_rate:g}. The last good checkpoint is "
-                f"kept in {self.folder.checkpoints}."
-            )
+    def _refuse_bad_loss(self, loss: float, limit: float = math.inf) -> None:
+        """Stop before a loss that is no number, or far above a guess, reaches a checkpoint."""
+        if math.isfinite(loss) and loss <= limit:
+            return
+        place = (self.step - 1) % self.steps_per_epoch * self.training.sequences_per_step
+        batch = self.starts[place : place + self.training.sequences_per_step]
+        self._record({"kind": "event", "step": self.step, "event": "diverged"})
+        raise Diverged(
+            f"The training loss is {loss:.4g} at step {self.step} (batch "
+            f"{sha256(batch.cpu().numpy().tobytes())[:12]}): start over with a lower learning_rate "
+            f"than {self.training.learning_rate:g}, or with auto_remedy=True. The last good "
+            f"checkpoint is kept in {self.folder.checkpoints}."
+        )
 
     def _log_step(self, loss: float, norm: float, rate: float) -> None:
-        self._refuse_bad_loss(loss)
+        self._refuse_bad_loss(loss, math.log(self.experiment.model.vocab_size) + EXPLODED_NATS)
         record = {
             "step": self.step,
             "loss": loss,
@@ -452,6 +583,8 @@ class _Trainer:
 
     def _end_epoch(self) -> None:
         self._refuse_bad_loss(float(self.epoch_nats))
+        if not self.folder.writes:
+            return
         epoch = self.step // self.steps_per_epoch
         with self.accelerator.autocast():
             nats, hits = score(self.model, self.corpus.valid)
@@ -472,7 +605,8 @@ class _Trainer:
         self._record({"kind": "epoch", **record, **unshown})
         if record["valid_loss"] < self.best_loss:
             self.best_loss = record["valid_loss"]
-            self._save_best()
+            weights = self.model.state_dict()
+            self.best_unsaved = {name: value.detach().clone() for name, value in weights.items()}
             self.summary |= {
                 "best_epoch": epoch,
                 "valid_loss": record["valid_loss"],
@@ -481,8 +615,9 @@ class _Trainer:
                 "valid_block_nats": block_nats,
             }
         self.summary |= {"finished": False, "epochs_done": epoch}
-        self._write_summary()
+        self._calm_down()
         self._checkpoint()
+        self._write_summary()
 
     def _samples(self) -> list[dict]:
         """Continuations of the first lines of valid that are long enough for a prompt."""
@@ -503,46 +638,71 @@ class _Trainer:
             for prompt, text in zip(prompts.tolist(), texts.tolist(), strict=True)
         ]
 
-    def _save_best(self) -> None:
-        best = self.folder.checkpoints / "best"
-        self.model.save(best)
-        write_whole(best / "tokenizer.json", self.corpus.tokenizer.save)
-
     def _checkpoint(self) -> None:
-        scaler = self.accelerator.scaler
-        self.folder.save_checkpoint(
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": scaler.state_dict() if scaler else None,
-                "step": self.step,
-                "applied": self.applied,
-                "epoch_nats": self.epoch_nats.cpu(),
-                "update_ratio": self.update_ratio,
-                "seconds": self.seconds,
-                "best_loss": self.best_loss,
-                "choices": self.choices,
-                "summary": self.summary,
-            }
-        )
+        """Save what to resume from, and the best weights if that is still to be done."""
+        folder, scaler, best = self.folder, self.accelerator.scaler, self.best_unsaved
+        if not folder.writes:
+            return
+        folder.trouble, self.saved_at = "", time.monotonic()
+        if best is not None and folder.attempt(lambda: self._save_best(best)):
+            self.best_unsaved = None
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors["epoch_nats"] = self.epoch_nats
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        state = {
+            "scaler": scaler.state_dict() if scaler else None,
+            "step": self.step,
+            "applied": self.applied,
+            "update_ratio": self.update_ratio,
+            "seconds": self.seconds,
+            "best_loss": self.best_loss,
+            "choices": self.choices,
+            "remedies": self.remedies,
+            "summary": self.summary,
+        }
+        folder.save_checkpoint(tensors, state)
 
-    def restore(self) -> None:
-        state = self.state
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def _save_best(self, weights: dict[str, Tensor]) -> None:
+        best = self.folder.checkpoints / "best"
+        save_model(best, self.experiment.model, weights)
+        write_whole(best / "tokenizer.json", self.corpus.tokenizer.save)
+        files = sorted(path for path in best.iterdir() if not path.name.startswith("."))
+        self.summary["best_files"] = {path.name: sha256(path.read_bytes()) for path in files}
+
+    def restore(self, saved: tuple[dict[str, Tensor], dict]) -> None:
+        """Go on from what `_checkpoint` saved."""
+        tensors, state = saved
+        self.model.load_state_dict(
+            {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+        )
+        moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, what = name.split(".")
+                moments[int(index)][what] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.applied = state["step"], state["applied"]
-        self.epoch_nats.copy_(state["epoch_nats"])
-        self.update_ratio = state["update_ratio"]
-        self.seconds_before, self.best_loss = state["seconds"], state["best_loss"]
+        self.epoch_nats.copy_(tensors["epoch_nats"])
+        self.update_ratio, self.remedies = state["update_ratio"], state["remedies"]
+        self.seconds_before, self.started = state["seconds"], time.perf_counter()
+        self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
         self.summary = state["summary"]
 
     def _finish(self) -> None:
         """The test split, once, with the best epoch's weights; then the summary is complete."""
+        if not self.folder.writes:
+            return
         final_weights = weights_sha256(self.model)
         seconds = self.seconds
-        best = Run(self.folder.path).load_model().to(self.device)
+        best = self.model
+        if self.best_unsaved is None:
+            best = Run(self.folder.path).load_model().to(self.device)
+        else:  # the disk is full
+            best.load_state_dict(self.best_unsaved)
         words, bytes = self.corpus.words["test"], self.corpus.bytes["test"]
         with self.accelerator.autocast():
             measured = evaluate(best, self.corpus.test, words, bytes)
@@ -550,6 +710,7 @@ class _Trainer:
         self.summary |= {
             "finished": True,
             "weights_sha256": final_weights,
+            "metrics_sha256": sha256(self.folder.metrics),
             "seconds": round(seconds, 1),
             "tokens_per_second": round(self.tokens_seen / seconds, 1),
         }
@@ -563,7 +724,10 @@ class _Trainer:
             "peak_memory_bytes": peak_memory(self.device),
             **about_machine(),
         }
-        write_json(self.folder.path / "summary.json", {**self.summary, **about})
+        if self.instead_of:
+            about["instead_of"] = self.instead_of.to_dict()
+        path, summary = self.folder.path / "summary.json", {**self.summary, **about}
+        self.folder.attempt(lambda: write_sealed(path, summary))
 
 
 def weights_sha256(model: CausalLM) -> str:
@@ -622,9 +786,12 @@ def peak_memory(device: torch.device) -> int:
 class _Interruption:
     """Turns the first Ctrl-C into a wish, so that no step is cut in two; a second one is obeyed."""
 
+    def __init__(self, processes: int):
+        self.alone = processes == 1  # several could not agree on the step to stop at
+
     def __enter__(self):
         self.asked = False
-        self.main = threading.current_thread() is threading.main_thread()
+        self.main = self.alone and threading.current_thread() is threading.main_thread()
         if self.main:
             self.before = signal.signal(signal.SIGINT, self._ask)
         return self
@@ -664,12 +831,13 @@ def has_front_end() -> bool:
     return True
 
 
-def progress_bar(total_tokens: int, done: int) -> tqdm:
+def progress_bar(total_tokens: int, done: int = 0, shown: bool = True) -> tqdm:
     """Tokens done, tokens/s and time left: a live bar for people, a line every 10 s for logs."""
     live = sys.stderr.isatty() or has_front_end()
     return tqdm(
         total=total_tokens,
         initial=done,
+        disable=not shown,
         unit=" tokens",
         unit_scale=True,
         mininterval=1 if live else 10,

@@ -23,8 +23,9 @@ from musota.config import (
     scaled,
     twin,
 )
-from musota.data import Corpus, load_corpus, write_json
+from musota.data import Corpus, load_corpus
 from musota.diagnose import Finding, Suspect
+from musota.files import write_json
 from musota.ladder import measure_ladder
 from musota.probes import grid, run_cells
 from musota.report import GRID_FOLDER, Evidence, footer, read_evidence, read_rungs, save_figure

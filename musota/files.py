@@ -1,0 +1,77 @@
+"""Files that are whole or not there, and that show when they were damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from musota.config import MusotaError
+
+SEAL = "sha256"
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write(temporary_path)` make a file, then move it into place: never half a file."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:  # on the disk before it takes the other's place
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, data) -> None:
+    """JSON for people and programs alike: indented, numbers it has no word for (inf, nan) null."""
+    write_whole(path, lambda target: target.write_text(_dump(data), encoding="utf-8"))
+
+
+def write_sealed(path: Path, data: dict) -> None:
+    """`write_json` with the hash of the rest as a last entry, see `read_sealed`."""
+    data = jsonable(data)
+    write_json(path, {**data, SEAL: sha256(_dump(data).encode())})
+
+
+def read_sealed(path: Path) -> dict:
+    """What `write_sealed` wrote. Raises MusotaError if a single byte differs."""
+    try:
+        text = path.read_bytes().decode()
+        data = json.loads(text)
+        seal = data.pop(SEAL)
+        if text != _dump({**data, SEAL: seal}) or seal != sha256(_dump(data).encode()):
+            raise ValueError("its sha256 does not fit")
+    except FileNotFoundError:
+        raise MusotaError(f"There is no {path}: not a run folder.") from None
+    except OSError as error:
+        raise MusotaError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise MusotaError(
+            f"{path} is damaged or was changed by hand, and cannot be read: restore it, or train "
+            "the run again with fresh=True (--fresh)."
+        ) from None
+    return data
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def jsonable(value):
+    """`value` with None for the numbers JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _dump(data) -> str:
+    return json.dumps(jsonable(data), indent=1, ensure_ascii=False) + "\n"

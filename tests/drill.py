@@ -1,0 +1,119 @@
+"""Kill training at random moments and see that it ends as if nothing had been.
+
+    python tests/drill.py --kills 50
+
+Each round trains a small run in a process of its own, kills it with SIGKILL at a random time or in
+the middle of writing a file, repeats the call until it ends, and compares weights and metrics.jsonl
+(but for clock readings) with those of a run that was never killed. Exits 1 if any differ. Linux.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import mkdtemp
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+CLOCKS = {"seconds", "tokens_per_second"}
+
+
+def train_in_a_child(corpus: str, folder: Path, kill_at_write: int = 0) -> int:
+    """Process id of a fork that trains; it kills itself inside its n-th write if asked to."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        import torch
+
+        import musota
+        from musota import training
+
+        torch.set_num_threads(1)
+        if kill_at_write:
+            _die_inside_write(kill_at_write)
+        training.CHECKPOINT_SECONDS = 0.2  # many checkpoints inside an epoch
+        profile = replace(musota.profiles["tiny"], train_tokens=5_000, valid_tokens=1_500)
+        text = musota.load_corpus(corpus, profile.vocab_size).limited(profile)
+        experiment = musota.scaled(musota.experiments["optimized"], profile)
+        musota.train(experiment, text, folder)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _die_inside_write(number: int) -> None:
+    """Let the n-th file written by this process be cut in half by the process's death."""
+    written, write_bytes = 0, Path.write_bytes
+
+    def cut(path, data):
+        nonlocal written
+        written += 1
+        if written == number:
+            write_bytes(path, data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write_bytes(path, data)
+
+    Path.write_bytes = cut
+
+
+def ended(folder: Path) -> tuple:
+    """What must not depend on interruptions: the weights' hash and the history."""
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    history = [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in lines]
+    return summary["weights_sha256"], history
+
+
+def drill(corpus: str, kills: int, seed: int = 0) -> list[str]:
+    """How each round went: "same" or what differed."""
+    import torch  # noqa: F401  imported once, before the forks
+
+    import musota.workbook  # noqa: F401
+
+    root, chance = Path(mkdtemp()), random.Random(seed)
+    started = time.monotonic()
+    _, status = os.waitpid(train_in_a_child(corpus, root / "undisturbed"), 0)
+    assert status == 0, "the undisturbed run failed"
+    duration, expected = time.monotonic() - started, ended(root / "undisturbed")
+    results = []
+    for number in range(kills):
+        folder = root / f"round-{number}"
+        if number % 2:
+            child = train_in_a_child(corpus, folder, kill_at_write=chance.randint(1, 12))
+        else:
+            child = train_in_a_child(corpus, folder)
+            time.sleep(chance.uniform(0.1, 1.0) * duration)
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        was_killed = os.WIFSIGNALED(status)
+        _, status = os.waitpid(train_in_a_child(corpus, folder), 0)
+        outcome = "failed" if status else "same" if ended(folder) == expected else "differs"
+        results.append(outcome)
+        print(f"round {number}: {'killed' if was_killed else 'ended before'}, then {outcome}")
+        shutil.rmtree(folder)
+    shutil.rmtree(root)
+    return results
+
+
+@click.command()
+@click.option("--kills", default=50, show_default=True)
+@click.option("--corpus", default="python-docs", show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(kills, corpus, seed):
+    results = drill(corpus, kills, seed)
+    print(f"{results.count('same')} of {len(results)} ended as the undisturbed run")
+    sys.exit(results.count("same") < len(results))
+
+
+if __name__ == "__main__":
+    main()

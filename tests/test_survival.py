@@ -1,0 +1,386 @@
+import errno
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from drill import drill
+from filelock import FileLock
+
+import musota
+from musota import runs as runs_room
+from musota import training as training_room
+from musota.config import MusotaError, Profile, TrainConfig
+from musota.training import Diverged
+
+EXPERIMENT = musota.Experiment(
+    musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1, dropout=0.0),
+    TrainConfig(epochs=2, learning_rate=3e-3, warmup_steps=5, batch_size=4, accumulation_steps=4),
+)
+
+
+@pytest.fixture(scope="module")
+def short(corpus):
+    return corpus.limited(Profile("short", 512, 4000, 1200))
+
+
+@pytest.fixture(scope="module")
+def finished(short, tmp_path_factory):
+    return musota.train(EXPERIMENT, short, tmp_path_factory.mktemp("run"))
+
+
+def _losses(run):
+    return [record["loss"] for record in run.records if record["kind"] == "step"]
+
+
+def _events(run):
+    return [event for _, event in run.events]
+
+
+def _break(path, place):
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] ^= 1 << (place % 8)
+    path.write_bytes(data)
+
+
+# --- killed ---
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the drill forks")
+def test_killed_runs_end_as_if_nothing_had_been(text_folder):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import drill; "
+        f"print(drill.drill({str(text_folder)!r}, 3))"
+    )  # in a process of its own: forks of this one would inherit its threads
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "['same', 'same', 'same']" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count(": killed") >= 2
+    assert drill.__doc__
+
+
+def test_checkpoints_come_by_the_clock_too_and_two_are_kept(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_room, "CHECKPOINT_SECONDS", 0)
+    seen = []
+    save = runs_room.RunFolder.save_checkpoint
+
+    def watched(folder, tensors, state):
+        save(folder, tensors, state)
+        seen.append((state["step"], len([*folder.checkpoints.glob("step-*")])))
+
+    monkeypatch.setattr(runs_room.RunFolder, "save_checkpoint", watched)
+    run = musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path)
+    assert [step for step, _ in seen] == list(range(1, run.history.step[0] + 1))
+    assert max(kept for _, kept in seen) == 2
+
+
+# --- damaged ---
+
+
+def test_a_flipped_bit_in_any_file_of_a_finished_run_is_seen(finished, tmp_path):
+    names = ["config.json", "summary.json", "metrics.jsonl", "checkpoints/best/model.safetensors",
+             "checkpoints/best/model.json", "checkpoints/best/tokenizer.json"]  # fmt: skip
+
+    def read(folder):
+        run = musota.Run(folder)
+        _ = run.summary, run.history
+        run.load_model()
+
+    read(finished.path)
+    for name in names:
+        for place in (0, 1, 57, 333, 1021, 7777, -2, -1):
+            folder = tmp_path / "copy"
+            shutil.copytree(finished.path, folder)
+            _break(folder / name, place)
+            with pytest.raises(MusotaError, match=r"damaged|does not describe"):
+                read(folder)
+            shutil.rmtree(folder)
+
+
+@pytest.fixture
+def half_way(short, tmp_path, monkeypatch):
+    """A run stopped in its second epoch, with two checkpoints."""
+    monkeypatch.setattr(training_room, "CHECKPOINT_SECONDS", 0)
+    run = musota.train(EXPERIMENT, short, tmp_path / "half", stop_at=0.7)
+    monkeypatch.undo()
+    newest, older = sorted((run.path / "checkpoints").glob("step-*"), reverse=True)
+    return run.path, newest, older
+
+
+@pytest.mark.parametrize("place", [0, 9, 500, 40_000, -1])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    half_way, place, finished, short, capsys
+):
+    folder, newest, _ = half_way
+    _break(newest, place)
+    run = musota.train(EXPERIMENT, short, folder)
+    assert f"{newest} is damaged and is skipped" in capsys.readouterr().out
+    assert run.summary["weights_sha256"] == finished.summary["weights_sha256"]
+    assert _losses(run) == _losses(finished)
+
+
+def test_damaged_metrics_are_restored_from_the_checkpoint(half_way, finished, short, capsys):
+    folder, _, _ = half_way
+    _break(folder / "metrics.jsonl", 100)
+    run = musota.train(EXPERIMENT, short, folder)
+    assert "metrics.jsonl was damaged: it is restored" in capsys.readouterr().out
+    assert _losses(run) == _losses(finished)
+
+
+def test_where_no_checkpoint_can_be_read_nothing_is_thrown_away(half_way, short):
+    folder, *checkpoints = half_way
+    for path in checkpoints:
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(MusotaError, match="No checkpoint in .* can be read any more: start over"):
+        musota.train(EXPERIMENT, short, folder)
+    assert all(path.exists() for path in checkpoints) and (folder / "metrics.jsonl").exists()
+
+
+def test_nothing_here_unpickles():
+    for path in (ROOT / "musota").glob("*.py"):
+        text = path.read_text()
+        for harmless in ("Nothing is unpickled", "allow_pickle=False"):
+            text = text.replace(harmless, "")
+        assert "pickle" not in text, path
+        assert "torch.load" not in text and "torch.save" not in text, path
+
+
+def test_a_second_process_is_refused_while_the_first_trains(short, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with (
+        FileLock(tmp_path / "checkpoints" / ".lock"),
+        pytest.raises(MusotaError, match="Another process is training in"),
+    ):
+        musota.train(EXPERIMENT, short, tmp_path)
+    assert musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path).finished
+
+
+# --- the disk ---
+
+
+def _full(monkeypatch, is_full):
+    """Let writing fail while `is_full()` says so."""
+    write, rename = runs_room.write_whole, os.replace
+
+    def failing(path, content):
+        if is_full():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    for room in (runs_room, training_room):
+        monkeypatch.setattr(room, "write_whole", failing)
+    monkeypatch.setattr("musota.files.os.replace", lambda a, b: None if is_full() else rename(a, b))
+
+
+def test_a_full_disk_is_told_and_made_good_later(finished, short, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training_room, "CHECKPOINT_SECONDS", 0)
+    seen = []
+    monkeypatch.setattr(
+        training_room._Trainer, "_say", lambda trainer, text: seen.append(trainer.step)
+    )
+    full = {"now": False}
+    step = training_room._Trainer._one_step
+
+    def one_step(trainer):
+        step(trainer)
+        full["now"] = 4 <= trainer.step <= trainer.steps_per_epoch + 2
+
+    monkeypatch.setattr(training_room._Trainer, "_one_step", one_step)
+    _full(monkeypatch, lambda: full["now"])
+    run = musota.train(EXPERIMENT, short, tmp_path)
+    out = capsys.readouterr().out
+    assert "Not saved" in out and "No space left on device" in out
+    assert run.summary["weights_sha256"] == finished.summary["weights_sha256"]
+    assert _losses(musota.Run(tmp_path)) == _losses(finished)
+    assert musota.Run(tmp_path).load_model()
+
+
+def test_an_end_that_cannot_be_saved_is_an_error_and_goes_on_later(
+    finished, short, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        full = {"now": False}
+        step = training_room._Trainer._one_step
+
+        def one_step(trainer):
+            step(trainer)
+            full["now"] = trainer.step > trainer.steps_per_epoch
+
+        patch.setattr(training_room._Trainer, "_one_step", one_step)
+        _full(patch, lambda: full["now"])
+        with pytest.raises(MusotaError, match="end of the run could not be saved .* No space"):
+            musota.train(EXPERIMENT, short, tmp_path)
+    run = musota.train(EXPERIMENT, short, tmp_path)
+    assert run.summary["weights_sha256"] == finished.summary["weights_sha256"]
+
+
+# --- memory ---
+
+
+def _too_large(monkeypatch, sequences=None, length=None):
+    """Out of memory for more than so many sequences, or tokens a sequence."""
+    forward = training_room.CausalLM.forward
+
+    def limited(model, ids, targets=None):
+        if targets is not None and (len(ids) > (sequences or 99) or ids.shape[1] > (length or 999)):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return forward(model, ids, targets)
+
+    monkeypatch.setattr(training_room.CausalLM, "forward", limited)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_nothing_else(
+    finished, short, tmp_path, monkeypatch
+):
+    _too_large(monkeypatch, sequences=4)
+    run = musota.train(EXPERIMENT, short, tmp_path, micro_batch=16)
+    assert _events(run) == [
+        "out of memory: micro-batch 16 → 8", "out of memory: micro-batch 8 → 4",
+    ]  # fmt: skip
+    assert _losses(run) == pytest.approx(_losses(finished), rel=1e-5)
+    assert len(_losses(run)) == len(_losses(finished))
+
+
+def test_the_smaller_micro_batch_is_remembered(short, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        _too_large(patch, sequences=4)
+        musota.train(EXPERIMENT, short, tmp_path, micro_batch=16, stop_at=0.5)
+    sizes = []
+    forward = training_room.CausalLM.forward
+
+    def watched(model, ids, targets=None):
+        sizes.append(len(ids) if targets is not None else 0)
+        return forward(model, ids, targets)
+
+    monkeypatch.setattr(training_room.CausalLM, "forward", watched)
+    musota.train(EXPERIMENT, short, tmp_path)
+    assert max(sizes) == 4
+
+
+def test_where_one_sequence_is_too_long_160_tokens_are_another_experiment(
+    short, tmp_path, monkeypatch
+):
+    _too_large(monkeypatch, length=160)
+    longer = EXPERIMENT.with_(max_seq_len=192, epochs=1, batch_size=2, accumulation_steps=1)
+    with pytest.raises(MusotaError, match="plan's remedy is max_seq_len=160"):
+        musota.train(longer, short, tmp_path / "asked")
+    run = musota.train(longer, short, tmp_path / "remedied", auto_remedy=True)
+    assert run.experiment == longer.with_(max_seq_len=160)
+    assert run.summary["instead_of"] == longer.to_dict()
+    assert "160 tokens a sequence, not 192, which is another experiment" in _events(run)[0]
+    again = musota.train(longer, short, tmp_path / "remedied", auto_remedy=True)
+    assert again.finished and again.summary == run.summary
+
+
+# --- bad numbers ---
+
+
+def _spoil(monkeypatch, steps, value=math.nan):
+    """Let the loss of some steps be multiplied by `value`, as often as `steps` holds the step."""
+    left, one_step = list(steps), training_room._Trainer._one_step
+    forward = training_room.CausalLM.forward
+    now = {"bad": False}
+
+    def step(trainer):
+        now["bad"] = trainer.step + 1 in left
+        if now["bad"]:
+            left.remove(trainer.step + 1)
+        one_step(trainer)
+
+    def spoiled(model, ids, targets=None):
+        logits, loss = forward(model, ids, targets)
+        return logits, loss * value if loss is not None and now["bad"] else loss
+
+    monkeypatch.setattr(training_room._Trainer, "_one_step", step)
+    monkeypatch.setattr(training_room.CausalLM, "forward", spoiled)
+
+
+@pytest.mark.parametrize(("value", "said"), [(math.nan, "nan"), (9.0, r"[\d.]+")])
+def test_a_bad_loss_stops_with_step_batch_and_checkpoint(short, tmp_path, monkeypatch, value, said):
+    _spoil(monkeypatch, [14], value)
+    message = rf"training loss is {said} at step 14 \(batch [0-9a-f]{{12}}\).*last good checkpoint"
+    with pytest.raises(Diverged, match=message):
+        musota.train(EXPERIMENT, short, tmp_path)
+    assert musota.Run(tmp_path).diverged
+    monkeypatch.undo()
+    assert musota.train(EXPERIMENT, short, tmp_path).finished  # from the checkpoint
+
+
+def test_a_remedy_goes_back_at_half_the_rate_twice_at_most(short, tmp_path, monkeypatch):
+    _spoil(monkeypatch, [14, 15])
+    run = musota.train(EXPERIMENT, short, tmp_path / "twice", auto_remedy=True)
+    epoch = run.history.step[0]
+    assert _events(run) == [
+        f"bad loss at step 14: back to step {epoch}, learning rate × 0.5",
+        f"bad loss at step 15: back to step {epoch}, learning rate × 0.25",
+    ]
+    steps = run.steps.set_index("step").learning_rate
+    total = 2 * epoch
+    for step in steps.index:
+        planned = training_room.learning_rate_at(step, EXPERIMENT.training, total)
+        assert steps[step] == pytest.approx(planned * (1 if step <= epoch else 0.25))
+    assert list(steps.index) == sorted(set(steps.index))  # no line doubled
+    monkeypatch.undo()
+    _spoil(monkeypatch, [14, 15, 16])
+    with pytest.raises(Diverged):
+        musota.train(EXPERIMENT, short, tmp_path / "thrice", auto_remedy=True)
+
+
+def test_a_bad_loss_in_the_first_epoch_goes_back_to_the_start(short, tmp_path, monkeypatch):
+    _spoil(monkeypatch, [3])
+    run = musota.train(EXPERIMENT, short, tmp_path, auto_remedy=True)
+    assert _events(run) == ["bad loss at step 3: back to step 0, learning rate × 0.5"]
+
+
+def test_an_oscillating_loss_halves_the_rate_once_it_is_seen(short, tmp_path, monkeypatch):
+    from musota.diagnose import Finding
+
+    seen = []
+
+    def oscillation(steps, since):
+        seen.append(since)
+        return Finding("Oscillation", "oscillating", "", "", "the loss oscillates")
+
+    monkeypatch.setattr(training_room, "oscillation", oscillation)
+    run = musota.train(EXPERIMENT.with_(epochs=4), short, tmp_path, auto_remedy=True)
+    assert _events(run) == [
+        "the loss oscillates: learning rate × 0.5", "the loss oscillates: learning rate × 0.25",
+    ]  # fmt: skip
+    assert seen == [5, run.history.step[0]]  # after warm-up, then after the first remedy
+    calm = musota.train(EXPERIMENT, short, tmp_path / "calm")
+    assert not _events(calm)
+
+
+# --- several processes ---
+
+
+def test_two_processes_train_as_one(text_folder, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, musota\n"
+        "from musota.config import Profile, TrainConfig\n"
+        "corpus = musota.load_corpus(sys.argv[1], 512).limited(Profile('s', 512, 3000, 1200))\n"
+        "model = musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1, dropout=0.0)\n"
+        "training = TrainConfig(2, 3e-3, 5, 5, 3)\n"  # 15 sequences: shares of 8 and 7
+        "musota.train(musota.Experiment(model, training), corpus, sys.argv[2], micro_batch=3)\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch += ["--master-port", "29611"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    for name, command in {"two": launch, "one": [sys.executable]}.items():
+        done = subprocess.run(
+            [*command, str(script), str(text_folder), str(tmp_path / name)],
+            env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = musota.Run(tmp_path / "one"), musota.Run(tmp_path / "two")
+    assert _losses(two) == pytest.approx(_losses(one), rel=1e-4)
+    assert two.history.valid_loss.tolist() == pytest.approx(one.history.valid_loss.tolist(), 1e-4)
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len((tmp_path / "one" / "metrics.jsonl").read_text().splitlines())
+    assert json.loads(lines[0])["step"] == 1 and two.finished
