@@ -15,6 +15,7 @@ from musota.layout import BlockLayout
 PLAN_TRAIN_TOKENS = 16_733 * 128
 # Each semantic block attends with two heads, whatever its size (DESIGN section 2).
 HEADS_PER_BLOCK = 2
+LARGEST_MATRIX = 64
 
 
 class MusotaError(ValueError):
@@ -65,6 +66,11 @@ class MuConfig:
             raise MusotaError(
                 f"n_head={self.n_head} does not divide the {self.d_model} cells of a "
                 f"{self.matrix_size}×{self.matrix_size} matrix: choose a divisor."
+            )
+        if self.matrix_size > LARGEST_MATRIX or self.n_block > self.d_model:
+            raise MusotaError(
+                f"matrix_size={self.matrix_size} with n_block={self.n_block} is beyond what this "
+                f"model is made for: at most {LARGEST_MATRIX}, and a cell for each block."
             )
         for block in self.layout.blocks:
             if block.size % HEADS_PER_BLOCK:

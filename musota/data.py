@@ -98,6 +98,11 @@ class TextTokenizer:
         decode = self.backend.decode
         return "\n".join(decode(piece.tolist(), skip_special_tokens=False) for piece in pieces)
 
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> TextTokenizer:
+        """Read what `save` wrote."""
+        return cls(Tokenizer.from_file(str(path)))
+
     def save(self, path: str | os.PathLike) -> None:
         """Write `tokenizer.json`."""
         self.backend.save(str(path))
@@ -186,7 +191,7 @@ def load_corpus(
     if not tokenizer_path.exists():
         tokenizer = TextTokenizer.train(texts["train"], vocab_size)
         write_whole(tokenizer_path, tokenizer.save)
-    tokenizer = TextTokenizer(Tokenizer.from_file(str(tokenizer_path)))
+    tokenizer = TextTokenizer.load(tokenizer_path)
 
     tokens, counts = {}, {}
     for split in SPLITS:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from musota.config import DenseConfig, Experiment, ModelConfig, MusotaError, TrainConfig
+from musota.config import DenseConfig, Experiment, ModelConfig, MuConfig, MusotaError, TrainConfig
+from musota.data import TextTokenizer
 from musota.files import write_json, write_whole
 from musota.loss import linear_cross_entropy
 
 
-class CausalLM(nn.Module):
+class CausalLM(nn.Module, ModelHubMixin, library_name="musota"):
     """A language model that never looks ahead.
+
+    `save_pretrained` and `from_pretrained` are those of huggingface_hub: weights as safetensors,
+    config.json, tokenizer.json where the model has a `tokenizer`, and a short model card.
 
     A subclass provides `hidden_states`, `output_weight`, `output_bias` and `ledger_group`.
     """
@@ -30,6 +38,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.compiled_body = None
+        self.tokenizer: TextTokenizer | None = None
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """(B, T) token ids to (B, T, C), normalised and ready for the output layer."""
@@ -184,9 +193,37 @@ class CausalLM(nn.Module):
         self.train(was_training)
         return ids
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Write `model.safetensors` and `model.json` into `folder`, each whole or not at all."""
-        save_model(folder, self.config, self.state_dict())
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_model(save_directory, self.config, self.state_dict(), self.tokenizer)
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, **_
+    ) -> CausalLM:
+        folder = model_id
+        if not Path(model_id).is_dir():
+            folder = snapshot_download(
+                model_id, revision=revision, cache_dir=cache_dir, token=token,
+                force_download=force_download, local_files_only=local_files_only,
+                allow_patterns=["*.json", "model.safetensors"],
+            )  # fmt: skip
+        return load_model(folder)
+
+    def generate_model_card(self, **_) -> ModelCard:
+        kind = "MU-SOTA" if isinstance(self.config, MuConfig) else "dense transformer"
+        sizes = "\n".join(
+            f"| {name} | {value} |" for name, value in dataclasses.asdict(self.config).items()
+        )
+        return ModelCard(
+            "---\nlibrary_name: musota\nlicense: mit\npipeline_tag: text-generation\n---\n\n"
+            f"# {kind}, {self.config.n_parameters:,} parameters\n\n"
+            "A small causal language model of the MU-SOTA workbook, trained for research. Its text "
+            "is not to be relied on.\n\n"
+            f"| | |\n|---|---|\n{sizes}\n\n"
+            "```python\nimport musota\n\nmodel = musota.CausalLM.from_pretrained(folder)\n"
+            "ids = torch.from_numpy(model.tokenizer.encode(text))[None]\n"
+            "print(model.tokenizer.decode(model.generate(ids, 50)[0]))\n```\n"
+        )
 
 
 def effective_rank(vectors: Tensor) -> float:
@@ -239,30 +276,48 @@ def build_model(config: ModelConfig) -> CausalLM:
     return (DenseTransformer if isinstance(config, DenseConfig) else MuSota)(config)
 
 
-def save_model(folder: str | os.PathLike, config: ModelConfig, weights: dict[str, Tensor]) -> None:
-    """What `CausalLM.save` does, for weights that are in no model now."""
+def save_model(
+    folder: str | os.PathLike,
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    tokenizer: TextTokenizer | None = None,
+) -> None:
+    """Write model.safetensors, config.json and tokenizer.json, each whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = save(weights)
     write_whole(folder / "model.safetensors", lambda path: path.write_bytes(data))
-    described = Experiment(config, TrainConfig()).to_dict()["model"]
-    write_json(folder / "model.json", described)
+    write_json(folder / "config.json", Experiment(config, TrainConfig()).to_dict()["model"])
+    if tokenizer:
+        write_whole(folder / "tokenizer.json", tokenizer.save)
 
 
 def load_model(folder: str | os.PathLike, device: str = "cpu") -> CausalLM:
-    """A model written by `CausalLM.save`. Runs no code from the folder.
+    """A model written by `save_model`, its tokenizer included. Runs no code from the folder.
 
-    Raises MusotaError if a file is missing, damaged or does not fit the config.
+    Raises MusotaError if a file is missing or damaged, or if the weights are not as many as the
+    config says; that is seen before any memory is taken.
     """
     folder = Path(folder)
     try:
-        described = json.loads((folder / "model.json").read_text())
-        model = build_model(Experiment.from_dict({"model": described, "training": {}}).model)
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = Experiment.from_dict({"model": described, "training": {}}).model
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            held = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        if held != config.n_parameters:
+            raise MusotaError(
+                f"The model in {folder} is refused: its config.json describes "
+                f"{config.n_parameters:,} parameters, its weights are {held:,}."
+            )
+        model = build_model(config)
         model.load_state_dict(load_file(folder / "model.safetensors"))
+        if (folder / "tokenizer.json").exists():
+            model.tokenizer = TextTokenizer.load(folder / "tokenizer.json")
     except MusotaError:
         raise
     except FileNotFoundError as error:
-        raise MusotaError(f"No saved model in {folder}: {error.filename} is missing.") from None
+        missing = error.filename or "model.safetensors"
+        raise MusotaError(f"No saved model in {folder}: {missing} is missing.") from None
     except Exception as error:  # safetensors and torch raise types of their own
         raise MusotaError(f"The saved model in {folder} cannot be read: {error}") from None
     return model.to(device).eval()

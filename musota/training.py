@@ -34,7 +34,7 @@ from tqdm import tqdm
 from musota.config import Experiment, MusotaError, TrainConfig
 from musota.data import Corpus, window_starts
 from musota.diagnose import oscillation
-from musota.files import read_sealed, sha256, write_sealed, write_whole
+from musota.files import read_sealed, sha256, write_sealed
 from musota.lm import CausalLM, build_model, save_model
 from musota.loss import score_tokens
 from musota.runs import Run, RunFolder
@@ -665,8 +665,7 @@ class _Trainer:
 
     def _save_best(self, weights: dict[str, Tensor]) -> None:
         best = self.folder.checkpoints / "best"
-        save_model(best, self.experiment.model, weights)
-        write_whole(best / "tokenizer.json", self.corpus.tokenizer.save)
+        save_model(best, self.experiment.model, weights, self.corpus.tokenizer)
         files = sorted(path for path in best.iterdir() if not path.name.startswith("."))
         self.summary["best_files"] = {path.name: sha256(path.read_bytes()) for path in files}
 

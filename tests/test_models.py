@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -229,17 +231,49 @@ def test_generate_is_seeded_bounded_and_honours_its_filters(model):
         model.generate(torch.tensor([[60]]), 1)
 
 
-def test_saving_and_loading_gives_the_same_model(model, tmp_path):
-    model.save(tmp_path)
-    loaded = musota.load_model(tmp_path)
-    assert loaded.config == model.config
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, loaded.state_dict()[name])
+def test_a_shared_model_comes_back_the_same_with_tokenizer_and_card(model, corpus, tmp_path):
+    model.tokenizer = corpus.tokenizer
+    model.save_pretrained(tmp_path)
+    model.tokenizer = None
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "README.md",
+    }  # fmt: skip
+    for loaded in (musota.CausalLM.from_pretrained(tmp_path), musota.load_model(tmp_path)):
+        assert type(loaded) is type(model) and loaded.config == model.config
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, loaded.state_dict()[name])
+        text = "Return a list of names."
+        assert loaded.tokenizer.decode(loaded.tokenizer.encode(text)) == text
+    card = (tmp_path / "README.md").read_text()
+    assert f"{model.config.n_parameters:,} parameters" in card and "license: mit" in card
+
+
+def test_what_cannot_be_loaded_is_refused_in_one_sentence(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changes, message in [
+        ({"n_layer": 10**9}, "refused: its config.json describes"),
+        ({"vocab_size": 10**15}, "refused: its config.json describes"),
+        ({"kind": "other"}, "Not the description of an experiment"),
+        ({"n_layer": "many"}, "n_layer must be a whole number"),
+        ({"surprise": 1}, "Not the description of an experiment"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(MusotaError, match=message):
+            musota.load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"garbage")
     with pytest.raises(MusotaError, match="cannot be read"):
         musota.load_model(tmp_path)
     with pytest.raises(MusotaError, match="No saved model"):
         musota.load_model(tmp_path / "elsewhere")
+
+
+def test_an_absurd_matrix_is_refused_before_it_is_laid_out():
+    with pytest.raises(MusotaError, match="beyond what this model is made for"):
+        musota.MuConfig(matrix_size=10**6, n_head=1)
+    with pytest.raises(MusotaError, match="beyond what this model is made for"):
+        musota.MuConfig(n_block=10**9)
 
 
 @pytest.mark.parametrize("name", ["optimized", "baseline", "simplified"])

@@ -83,7 +83,7 @@ def test_checkpoints_come_by_the_clock_too_and_two_are_kept(short, tmp_path, mon
 
 def test_a_flipped_bit_in_any_file_of_a_finished_run_is_seen(finished, tmp_path):
     names = ["config.json", "summary.json", "metrics.jsonl", "checkpoints/best/model.safetensors",
-             "checkpoints/best/model.json", "checkpoints/best/tokenizer.json"]  # fmt: skip
+             "checkpoints/best/config.json", "checkpoints/best/tokenizer.json"]  # fmt: skip
 
     def read(folder):
         run = musota.Run(folder)
