@@ -74,12 +74,12 @@ def run(profile, corpus, seed, fresh, save_to, only, parameters):
         values[name] = _literal(text)
     notebooks = _chosen_notebooks(only)
     book = Workbook(**values)  # answers bad parameters before any kernel starts
-    executed = book.folder / "executed"
+    executed = book.home / "executed"
     executed.mkdir(exist_ok=True)
     started = time.perf_counter()
     for number, notebook in enumerate(notebooks, start=1):
         _execute(notebook, executed / notebook.name, values, f"[{number}/{len(notebooks)}]")
-    _tell_end(book.folder, time.perf_counter() - started)
+    _tell_end(book, time.perf_counter() - started)
 
 
 def _chosen_notebooks(only: str) -> list[Path]:
@@ -138,11 +138,12 @@ class _Relay:
         sys.stdout.flush()
 
 
-def _tell_end(folder: Path, seconds: float) -> None:
+def _tell_end(book, seconds: float) -> None:
     from musota.report import comparison_table, read_evidence, verdict_lines, write_report
 
-    path = write_report(folder)
-    evidence = read_evidence(folder)
+    write_report(book.folder)
+    path = (book.home if book.push() else book.folder) / "README.md"
+    evidence = read_evidence(book.folder)
     if evidence.runs:
         columns = ["model", "seed", "parameters", "valid PPL", "valid word PPL", "valid accuracy"]
         click.echo("\n" + comparison_table(evidence.runs)[columns].to_string(index=False) + "\n")
@@ -163,13 +164,17 @@ def _tell_end(folder: Path, seconds: float) -> None:
     default=None,
     help="Use torch.compile [default: in long runs on a GPU].",
 )
-def train(experiment, profile, corpus, seed, fresh, save_to, compile):
+@click.option("--auto-remedy", is_flag=True, help="Let the plan's remedies apply themselves.")
+def train(experiment, profile, corpus, seed, fresh, save_to, compile, auto_remedy):
     """Train one EXPERIMENT: original, optimized, baseline, simplified or simplified_twin."""
     from musota.config import find_experiment
     from musota.workbook import Workbook
 
+    if int(os.environ.get("RANK", 0)):  # of several processes one speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     find_experiment(experiment)  # a wrong name is answered before the corpus is read
-    finished = Workbook(profile, corpus, seed, fresh, save_to).train(experiment, compile=compile)
+    book = Workbook(profile, corpus, seed, fresh, save_to)
+    finished = book.train(experiment, compile=compile, auto_remedy=auto_remedy)
     click.echo(f"{finished}")
     if not finished.finished:
         sys.exit(130)

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -294,13 +294,15 @@ def run_cells(
     fresh: bool = False,
     keep: str = "",
     workers: int | None = None,
+    each: Callable[[], object] | None = None,
 ) -> dict[str, dict[int, Run]]:
     """Train every cell with every seed, scaled by `profile`; what has finished is loaded.
 
     Returns runs by cell and seed; some may have diverged. On a CPU one process a
     core (`workers`) trains a run each with one thread: small models gain little from a second. On
     a GPU runs follow each other. Checkpoints of finished runs are removed, but for the cell `keep`:
-    a grid of full-size ones would fill the disk. Raises MusotaError if a process dies.
+    a grid of full-size ones would fill the disk. `each` is called after every run. Raises
+    MusotaError if a process dies.
     """
     parts = {
         share: corpus.limited(Profile("part", train_tokens=round(share * len(corpus.train))))
@@ -335,6 +337,8 @@ def run_cells(
             said = f"valid PPL {run.summary['ppl']:,.1f}, {rate}"
         count = f"[{len(jobs) - len(left) + done}/{len(jobs)}]"
         print(f"{count} {job.name}, seed {job.seed}: {said}, {minutes:.1f} min left", flush=True)
+        if each:
+            each()
     return runs
 
 

@@ -182,6 +182,7 @@ def train(
     stop_at: float = 1.0,
     auto_remedy: bool = False,
     watch: Callable[[Run], None] | None = None,
+    copy: Callable[[], None] | None = None,
 ) -> Run:
     """Train an experiment into `run_dir` and return the run, its best epoch chosen on valid.
 
@@ -191,7 +192,8 @@ def train(
     `compile` passes the model's body through torch.compile: both are chosen for the device unless
     given, and kept when a run goes on. Ctrl-C ends after the step at hand, saves it and returns
     what has been measured; `stop_at` ends a run in the same way after that share of its steps.
-    `watch` is called with the run whenever something new has been recorded.
+    `watch` is called with the run whenever something new has been recorded, `copy` with nothing
+    after each checkpoint and at the end; an OSError of it is treated like one of the disk.
 
     Where memory runs out the micro-batch is halved, which changes nothing else. With `auto_remedy`
     the plan's remedies apply themselves, each recorded as an event: after a loss that is not finite
@@ -216,7 +218,7 @@ def train(
             experiment, corpus, run_dir, resume, seed, name, profile, choices, auto_remedy, asked
         )
         try:
-            return trainer.run(stop_at, watch)
+            return trainer.run(stop_at, watch, copy)
         except _TooLong:
             asked, experiment = experiment, experiment.with_(max_seq_len=SHORTER)
             resume = False
@@ -322,6 +324,7 @@ class _Trainer:
         self.best_unsaved: dict[str, Tensor] | None = None
         self.auto_remedy, self.remedies = auto_remedy, {"rate_factor": 1.0, "step": 0}
         self.watch: Callable[[Run], None] | None = None
+        self.copy: Callable[[], None] | None = None
         self.saved_at = time.monotonic()
         self.schedule: Callable[[int], float] = lambda step: (
             self.remedies["rate_factor"] * learning_rate_at(step, self.training, self.total_steps)
@@ -361,7 +364,9 @@ class _Trainer:
         sequences = epochs * self.windows + steps * self.training.sequences_per_step
         return sequences * self.experiment.model.max_seq_len
 
-    def run(self, stop_at: float, watch: Callable[[Run], None] | None) -> Run:
+    def run(
+        self, stop_at: float, watch: Callable[[Run], None] | None, copy: Callable[[], None] | None
+    ) -> Run:
         if self.finished:
             self._say(f"{self.folder.path}: finished before, loaded as it is.")
             return Run(self.folder.path)
@@ -375,7 +380,7 @@ class _Trainer:
             short = f"{SHORTER} tokens a sequence, not {longer}, which is another experiment"
             self._event(f"out of memory: {short}")
         self.saved = None
-        self.watch = watch
+        self.watch, self.copy = watch, copy
         stop = math.ceil(stop_at * self.total_steps)
         length = self.experiment.model.max_seq_len
         whole = self.training.epochs * self.windows * length
@@ -662,6 +667,8 @@ class _Trainer:
             "summary": self.summary,
         }
         folder.save_checkpoint(tensors, state)
+        if self.copy:
+            folder.attempt(self.copy)
 
     def _save_best(self, weights: dict[str, Tensor]) -> None:
         best = self.folder.checkpoints / "best"
@@ -727,6 +734,8 @@ class _Trainer:
             about["instead_of"] = self.instead_of.to_dict()
         path, summary = self.folder.path / "summary.json", {**self.summary, **about}
         self.folder.attempt(lambda: write_sealed(path, summary))
+        if self.copy and self.summary["finished"]:
+            self.folder.attempt(self.copy)
 
 
 def weights_sha256(model: CausalLM) -> str:

@@ -23,10 +23,11 @@ from musota.config import (
     scaled,
     twin,
 )
-from musota.data import Corpus, load_corpus
+from musota.data import Corpus, cache_folder, load_corpus
 from musota.diagnose import Finding, Suspect
-from musota.files import write_json
+from musota.files import sha256, write_json
 from musota.ladder import measure_ladder
+from musota.mirror import Mirror
 from musota.probes import grid, run_cells
 from musota.report import GRID_FOLDER, Evidence, footer, read_evidence, read_rungs, save_figure
 from musota.runs import Run
@@ -68,15 +69,24 @@ class Workbook:
         self.seed, self.fresh = seed, fresh
         self.whole_corpus = load_corpus(corpus, self.profile.vocab_size or 50_000)
         self.corpus: Corpus = self.whole_corpus.limited(self.profile)
-        self.folder = results_folder(self.profile.name, self.corpus.name, save_to)
+        # Where results belong, and where they are worked on: a Drive loses writes, a disk does not.
+        self.home = results_folder(self.profile.name, self.corpus.name, save_to)
+        self.folder, self.mirror = self.home, None
+        if save_to:
+            key = sha256(str(Path(save_to).resolve()).encode())[:12]
+            work = cache_folder() / "work" / key / self.home.name
+            self.folder, self.mirror = work, Mirror(work, self.home)
         if grid:
             self.folder /= GRID_FOLDER
         try:
+            self.home.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
+            if self.mirror:
+                self.mirror.pull()
         except OSError as error:
             raise MusotaError(
-                f"The results folder {self.folder} cannot be made ({error.strerror}): set save_to "
-                "to a folder that can be written."
+                f"The results folder {self.home} cannot be made ({error.strerror}): set save_to to "
+                "a folder that can be written."
             ) from None
         print(self.about)
 
@@ -87,7 +97,7 @@ class Workbook:
         return (
             f"corpus {corpus.name} ({corpus.source}), {len(corpus.train):,} training and "
             f"{len(corpus.valid):,} validation tokens, vocabulary {corpus.tokenizer.size:,}\n"
-            f"profile {self.profile.name}, {about_machine()['device']}, results in {self.folder}"
+            f"profile {self.profile.name}, {about_machine()['device']}, results in {self.home}"
         )
 
     @property
@@ -108,10 +118,13 @@ class Workbook:
         from musota.widgets import live_view
 
         choices.setdefault("watch", live_view())
+        folder = self.folder / f"{name}-seed{self.seed}"
+        if self.mirror:
+            choices["copy"] = self.mirror.part(folder).push
         return train(
             self.experiment(name),
             self.corpus,
-            self.folder / f"{name}-seed{self.seed}",
+            folder,
             resume=not self.fresh,
             seed=self.seed,
             name=name,
@@ -125,7 +138,20 @@ class Workbook:
         place = self.profile, self.corpus, self.folder, self.fresh
         longest = "epochs" if "epochs" in cells else "original"  # to look inside afterwards
         seeds = [self.seed + n for n in seeds]
-        return run_cells(cells, seeds, *place, keep=longest), suspects
+        try:
+            return run_cells(cells, seeds, *place, keep=longest, each=self.push), suspects
+        finally:
+            self.push()
+
+    def push(self) -> bool:
+        """Copy what is new to where results belong; False, and a sentence, where that fails."""
+        try:
+            if self.mirror:
+                self.mirror.push()
+        except OSError as error:
+            print(f"Not copied to {self.home}: {error.strerror}. It stands in {self.folder}.")
+            return False
+        return True
 
     def kept(self, name: str, measure: Callable[..., dict], *arguments) -> dict:
         """What `measure(*arguments)` returns, measured once and kept in `<name>.json`."""
@@ -136,6 +162,7 @@ class Workbook:
                 return recorded
         measured = measure(*arguments)
         write_json(path, {"fingerprint": fingerprint, **measured})
+        self.push()
         return measured
 
     def show_blocks(self, run: Run, sentence: str) -> None:
@@ -165,7 +192,7 @@ class Workbook:
         missing = [name for name in names if name not in own.names]
         if not missing:
             return own
-        wanted = f"{', '.join(missing)} not yet trained in {self.folder}"
+        wanted = f"{', '.join(missing)} not yet trained in {self.home}"
         for profile in COMMITTED:
             kept = read_evidence(ROOT / "results" / profile).only(*names)
             if all(name in kept.names for name in names):
@@ -184,10 +211,18 @@ class Workbook:
         return rungs
 
     def record(self, name: str, findings: Sequence[Finding], **numbers) -> None:
-        """Write `<name>.json` beside the results: what this notebook found."""
+        """Write `<name>.json` beside the results: what this notebook found.
+
+        Raises MusotaError if results could not be copied to where they belong.
+        """
         found = [dataclasses.asdict(finding) for finding in findings]
         write_json(self.folder / f"{name}.json", {**numbers, "findings": found})
-        print(f"written: {self.folder / name}.json")
+        if not self.push():
+            raise MusotaError(
+                f"The results could not be copied to {self.home}: make room there, or mount it "
+                "again, and repeat this cell."
+            )
+        print(f"written: {self.home / name}.json")
 
     def show(
         self, figure: Figure, name: str, run: Run | None = None, about: str | None = None

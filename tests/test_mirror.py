@@ -1,0 +1,102 @@
+import os
+import shutil
+
+import pytest
+
+import musota
+from musota.config import MusotaError, Profile, TrainConfig
+from musota.mirror import Mirror
+from musota.workbook import Workbook
+
+EXPERIMENT = musota.Experiment(
+    musota.DenseConfig(vocab_size=512, max_seq_len=24, n_layer=1, d_model=16, n_head=2),
+    TrainConfig(epochs=2, learning_rate=3e-3, warmup_steps=5, batch_size=16),
+)
+
+
+@pytest.fixture(scope="module")
+def short(corpus):
+    return corpus.limited(Profile("short", 512, 4000, 1200))
+
+
+def _content(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name[0] != "."
+    }
+
+
+def test_a_run_is_copied_with_each_checkpoint_and_goes_on_elsewhere(short, tmp_path):
+    whole = musota.train(EXPERIMENT, short, tmp_path / "whole")
+    here, drive, there = (Mirror(tmp_path / n, tmp_path / "drive") for n in ("a", "drive", "b"))
+    musota.train(EXPERIMENT, short, here.local, stop_at=0.7, copy=here.push)
+    assert _content(drive.local) == _content(here.local)
+    shutil.rmtree(here.local)  # the machine is gone
+    there.pull()
+    run = musota.train(EXPERIMENT, short, there.local, copy=there.push)
+    assert run.summary["weights_sha256"] == whole.summary["weights_sha256"]
+    assert musota.Run(drive.local).finished
+    assert _content(drive.local) == _content(there.local)
+
+
+def test_the_run_that_got_further_is_taken(short, tmp_path):
+    mirror = Mirror(tmp_path / "here", tmp_path / "drive")
+    for folder, share in ((mirror.local / "r", 0.3), (mirror.remote / "r", 0.7)):
+        musota.train(EXPERIMENT, short, folder, stop_at=share)
+    further = _content(mirror.remote)
+    mirror.pull()
+    assert _content(mirror.local) == further
+    musota.train(EXPERIMENT, short, mirror.local / "r")
+    done = _content(mirror.local)
+    mirror.pull()
+    assert _content(mirror.local) == done
+
+
+def test_what_a_drive_lost_or_cut_is_copied_again(short, tmp_path):
+    mirror = Mirror(tmp_path / "here", tmp_path / "drive")
+    musota.train(EXPERIMENT, short, mirror.local, copy=mirror.push)
+    (mirror.remote / "metrics.jsonl").unlink()
+    newest = max((mirror.remote / "checkpoints").glob("step-*"))
+    newest.write_bytes(newest.read_bytes()[:100])
+    mirror.push()
+    assert _content(mirror.remote) == _content(mirror.local)
+    before = newest.stat().st_ino
+    mirror.push()
+    assert newest.stat().st_ino == before  # not copied without need
+
+
+def test_a_vanished_drive_does_not_stop_training_but_is_told_at_the_end(short, tmp_path, capsys):
+    mirror = Mirror(tmp_path / "here", tmp_path / "drive")
+    (tmp_path / "drive").write_text("in the way of the folder")
+    with pytest.raises(MusotaError, match="end of the run could not be saved"):
+        musota.train(EXPERIMENT, short, mirror.local, copy=mirror.push)
+    assert "Not saved" in capsys.readouterr().out
+    assert musota.Run(mirror.local).finished
+    os.remove(tmp_path / "drive")
+    mirror.push()
+    assert musota.Run(mirror.remote).finished
+
+
+def test_a_workbook_works_on_its_own_disk_and_saves_elsewhere(text_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path / "machine-1"))
+    given = {"profile": "tiny", "corpus": str(text_folder), "save_to": str(tmp_path / "drive")}
+    book = Workbook(**given)
+    assert str(book.folder).startswith(str(tmp_path / "machine-1"))
+    run = book.train("baseline", stop_at=0.5)
+    assert musota.Run(tmp_path / "drive" / "tiny-docs" / "baseline-seed0").history.equals(
+        run.history
+    )
+    monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path / "machine-2"))
+    shutil.copytree(tmp_path / "machine-1", tmp_path / "machine-2",
+                    ignore=shutil.ignore_patterns("work"))  # fmt: skip
+    book = Workbook(**given)
+    run = book.train("baseline")
+    assert run.finished and book.recorded.names == {"baseline"}
+    book.record("note", [], seen=1)
+    assert (tmp_path / "drive" / "tiny-docs" / "note.json").exists()
+    shutil.rmtree(tmp_path / "drive")
+    (tmp_path / "drive").write_text("gone")
+    with pytest.raises(MusotaError, match="could not be copied to .*make room there, or mount it"):
+        book.record("note", [], seen=2)
+    assert (book.folder / "note.json").exists()
