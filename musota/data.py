@@ -13,8 +13,10 @@ import json
 import os
 import sys
 import sysconfig
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -23,6 +25,7 @@ import pandas as pd
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from tqdm import tqdm
 
 from musota.config import MusotaError, Profile, nearest_name
 from musota.files import write_whole
@@ -38,6 +41,7 @@ HUB_TIMEOUT = 5  # seconds
 DOCS_PACKAGES = ("numpy", "pandas", "matplotlib", "torch")
 UNKNOWN, LINE_END = "<unk>", "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 2  # every byte, and the two special tokens
+PIECE = 2**20  # characters of text, or tokens, that are looked at together
 RECIPE = "1"  # raise when the same text should give other tokens or another python-docs
 
 
@@ -55,7 +59,7 @@ class TextTokenizer:
         self.unknown = backend.token_to_id(UNKNOWN)
 
     @classmethod
-    def train(cls, text: str, vocab_size: int) -> TextTokenizer:
+    def train(cls, pieces: Iterable[str], vocab_size: int) -> TextTokenizer:
         """BPE merges learned on `text`. Raises MusotaError for a vocabulary under 258."""
         if vocab_size < SMALLEST_VOCABULARY:
             raise MusotaError(
@@ -71,7 +75,8 @@ class TextTokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        backend.train_from_iterator(text.split("\n"), trainer)
+        lines = (line for piece in pieces for line in piece.split("\n"))
+        backend.train_from_iterator(lines, trainer)
         # The trainer makes both tokens special; `<unk>` shall be found in texts, line ends not.
         described = json.loads(backend.to_str())
         for token in described["added_tokens"]:
@@ -181,26 +186,29 @@ def load_corpus(
     named like the corpora. Raises MusotaError saying what is wrong and what to do.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        TextTokenizer.train("", vocab_size)  # the one sentence about small vocabularies
+        TextTokenizer.train([], vocab_size)  # the one sentence about small vocabularies
     name, source, texts = _read_texts(name, data_dir or os.environ.get("MUSOTA_DATA_DIR"))
+    keys, counts = {}, {}
     for split in SPLITS:
-        if not texts[split].strip():
+        keys[split], counts[split], blank = _survey(texts[split]())
+        if blank:
             raise MusotaError(f"The {split} text of {name} is empty: put text into it.")
-    tokenizer_key = _hash(RECIPE, metadata.version("tokenizers"), str(vocab_size), texts["train"])
+    tokenizer_key = _hash(RECIPE, metadata.version("tokenizers"), str(vocab_size), keys["train"])
     tokenizer_path = cache_folder() / f"tokenizer-{tokenizer_key}.json"
     if not tokenizer_path.exists():
-        tokenizer = TextTokenizer.train(texts["train"], vocab_size)
+        tokenizer = TextTokenizer.train(texts["train"](), vocab_size)
         write_whole(tokenizer_path, tokenizer.save)
     tokenizer = TextTokenizer.load(tokenizer_path)
 
-    tokens, counts = {}, {}
+    tokens = {}
     for split in SPLITS:
-        path = cache_folder() / f"tokens-{_hash(tokenizer_key, texts[split])}.npy"
+        path = cache_folder() / f"tokens-{_hash(tokenizer_key, keys[split])}.bin"
         if not path.exists():
-            ids = tokenizer.encode(texts[split])
-            write_whole(path, lambda target, ids=ids: _save_array(target, ids))
-        tokens[split] = torch.from_numpy(np.load(path, allow_pickle=False))
-        counts[split] = _count(texts[split])
+            encoded = _encoded(tokenizer, texts[split](), counts[split][1], split)
+            write_whole(path, partial(_write_arrays, encoded))
+        # Mapped from the disk: WikiText-103 needs no room of its own in memory.
+        length = path.stat().st_size // 4
+        tokens[split] = torch.from_file(str(path), size=length, dtype=torch.int32)
     return Corpus(
         name=name,
         **tokens,
@@ -242,9 +250,34 @@ def cache_folder() -> Path:
     return folder
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:  # np.save would append ".npy" to a bare name
-        np.save(file, array)
+def _write_arrays(arrays: Iterable[np.ndarray], path: Path) -> None:
+    with path.open("wb") as file:
+        for array in arrays:
+            file.write(array.tobytes())
+
+
+def _encoded(
+    tokenizer: TextTokenizer, pieces: Iterable[str], size: int, what: str
+) -> Iterator[np.ndarray]:
+    """Token ids of each piece; many lines at once, on all cores. Longer work shows its progress."""
+    bar = tqdm(
+        total=size, desc=f"tokenizing {what}", unit="B", unit_scale=True, delay=5, mininterval=5
+    )
+    with bar:
+        for piece in pieces:
+            yield tokenizer.encode(piece)
+            bar.update(len(piece.encode()))
+
+
+def _survey(pieces: Iterable[str]) -> tuple[str, tuple[int, int], bool]:
+    """A hash of a text, its words and bytes (see `_count`), and whether it is all white space."""
+    digest, words, size, blank = hashlib.sha256(), 0, 0, True
+    for piece in pieces:
+        digest.update(piece.encode())
+        blank = blank and not piece.strip()
+        more = _count(piece)
+        words, size = words + more[0], size + more[1]
+    return digest.hexdigest(), (words, size), blank
 
 
 def _hash(*parts: str) -> str:
@@ -260,7 +293,8 @@ def _fingerprint(splits: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in SPLITS:
         digest.update(f"{name} {len(splits[name])} ".encode())
-        digest.update(splits[name].numpy().tobytes())
+        for part in splits[name].split(PIECE):
+            digest.update(part.numpy())
     return digest.hexdigest()[:16]
 
 
@@ -272,7 +306,11 @@ def _count(text: str) -> tuple[int, int]:
 # --- where texts come from ---
 
 
-def _read_texts(name: str, data_dir) -> tuple[str, str, dict[str, str]]:
+# A text is a function: it gives the text in pieces of about a megabyte that end at line ends.
+Text = Callable[[], Iterator[str]]
+
+
+def _read_texts(name: str, data_dir) -> tuple[str, str, dict[str, Text]]:
     """(corpus name, where it came from, text by split)."""
     if name == "auto":
         try:
@@ -298,29 +336,42 @@ def _read_texts(name: str, data_dir) -> tuple[str, str, dict[str, str]]:
     raise nearest_name("corpus", name, ["auto", *HUB_CONFIGS, "python-docs"])
 
 
-def _read_folder(folder: Path) -> dict[str, str]:
-    texts = {}
+def _read_folder(folder: Path) -> dict[str, Text]:
     for split in SPLITS:
-        path = folder / f"{split}.txt"
-        try:
-            texts[split] = _normalised(path.read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
+        if not (folder / f"{split}.txt").exists():
             raise MusotaError(
-                f"The folder {folder} has no {path.name}: it needs train.txt, valid.txt and "
+                f"The folder {folder} has no {split}.txt: it needs train.txt, valid.txt and "
                 "test.txt."
-            ) from None
+            )
+    return {split: partial(_read_file, folder / f"{split}.txt") for split in SPLITS}
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    """A file in pieces. Raises MusotaError where it cannot be read or is not UTF-8."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from _in_pieces(file)
+    except UnicodeDecodeError:
+        try:
+            path.read_bytes().decode()  # whole, for the place in the file
         except UnicodeDecodeError as error:
-            raise MusotaError(
-                f"{path} is not UTF-8 (byte {error.start}): convert it, for example with iconv."
-            ) from None
-        except OSError as error:
-            raise MusotaError(f"{path} cannot be read: {error.strerror}.") from None
-    return texts
+            place = f"{path} is not UTF-8 (byte {error.start})"
+        raise MusotaError(f"{place}: convert it, for example with iconv.") from None
+    except OSError as error:
+        raise MusotaError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _normalised(text: str) -> str:
-    """Without white space before line ends, in which local and hub copies of WikiText differ."""
-    return "\n".join(line.rstrip() for line in text.split("\n"))
+def _in_pieces(lines: Iterable[str]) -> Iterator[str]:
+    """Lines joined, without white space before line ends: local and hub WikiText differ in it."""
+    piece, held = [], 0
+    for line in lines:
+        end = "\n" if line.endswith("\n") else ""
+        piece.append(line.rstrip() + end)
+        held += len(piece[-1])
+        if held >= PIECE and end:
+            yield "".join(piece)
+            piece, held = [], 0
+    yield "".join(piece)
 
 
 class HubUnreachable(MusotaError):
@@ -335,7 +386,7 @@ class HubUnreachable(MusotaError):
         )
 
 
-def _read_hub(name: str) -> tuple[str, dict[str, str]]:
+def _read_hub(name: str) -> tuple[str, dict[str, Text]]:
     """From the Hugging Face datasets cache or the hub; HubUnreachable within seconds otherwise."""
     import datasets
 
@@ -350,12 +401,15 @@ def _read_hub(name: str) -> tuple[str, dict[str, str]]:
         raise HubUnreachable(name, reason) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
-    texts = {}
-    for split, hub_split in zip(SPLITS, ("train", "validation", "test"), strict=True):
-        lines = [line.removesuffix("\n") for line in rows[hub_split]["text"]]
-        texts[split] = _normalised("\n".join([*lines, ""]))
+
+    def read(split: str) -> Iterator[str]:
+        batches = rows[split].iter(batch_size=10_000)
+        lines = (line.removesuffix("\n") + "\n" for batch in batches for line in batch["text"])
+        return _in_pieces(lines)
+
+    hub_splits = zip(SPLITS, ("train", "validation", "test"), strict=True)
     source = "the Hugging Face cache" if reason else "the Hugging Face hub"
-    return source, texts
+    return source, {split: partial(read, hub_split) for split, hub_split in hub_splits}
 
 
 def _hub_trouble() -> str | None:
@@ -374,7 +428,7 @@ def _hub_trouble() -> str | None:
 # --- python-docs: a corpus on every machine ---
 
 
-def _python_docs() -> dict[str, str]:
+def _python_docs() -> dict[str, Text]:
     """Docstrings of the standard library and four big packages, split 90/5/5 by docstring."""
     versions = [f"{name} {metadata.version(name)}" for name in DOCS_PACKAGES]
     key = _hash(RECIPE, sys.version, *versions)
@@ -382,7 +436,7 @@ def _python_docs() -> dict[str, str]:
     if not all(path.exists() for path in paths.values()):
         for split, text in _collect_docs().items():
             write_whole(paths[split], lambda target, text=text: target.write_text(text, "utf-8"))
-    return {split: _normalised(path.read_text("utf-8")) for split, path in paths.items()}
+    return {split: partial(_read_file, path) for split, path in paths.items()}
 
 
 def _collect_docs() -> dict[str, str]:

@@ -26,7 +26,7 @@ ODD = [
 
 @pytest.fixture(scope="module")
 def tokenizer(text_folder):
-    return TextTokenizer.train((text_folder / "train.txt").read_text("utf-8"), 400)
+    return TextTokenizer.train([(text_folder / "train.txt").read_text("utf-8")], 400)
 
 
 @pytest.mark.parametrize("text", ODD)
@@ -169,7 +169,7 @@ def test_a_local_copy_is_preferred_to_the_hub(tmp_path):
 
 
 def test_auto_falls_back_on_python_docs_and_says_so(monkeypatch, text_folder):
-    texts = {s: (text_folder / f"{s}.txt").read_text("utf-8") for s in data.SPLITS}
+    texts = data._read_folder(text_folder)
     monkeypatch.setattr(data, "_python_docs", lambda: texts)
     corpus = load_corpus("auto", 300)
     assert corpus.name == "python-docs"
@@ -275,3 +275,57 @@ def test_encoding_is_one_to_one_with_the_texts_lines(tokenizer):
     pieces = [tokenizer.encode(line) for line in ("first line", "second line")]
     end = np.array([tokenizer.line_end])
     assert (tokenizer.encode(text) == np.concatenate([pieces[0], end, pieces[1], end])).all()
+
+
+# --- large texts ---
+
+
+def test_a_text_in_pieces_gives_the_tokens_of_the_whole(text_folder, monkeypatch, tmp_path):
+    whole = load_corpus(str(text_folder), 400)
+    monkeypatch.setattr(data, "PIECE", 500)
+    monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path))
+    pieces = list(data._read_file(text_folder / "train.txt"))
+    assert len(pieces) > 100 and all(piece.endswith("\n") for piece in pieces[:-1])
+    in_pieces = load_corpus(str(text_folder), 400)
+    assert in_pieces.fingerprint == whole.fingerprint
+    assert (in_pieces.words, in_pieces.bytes) == (whole.words, whole.bytes)
+    for split in data.SPLITS:
+        text = (text_folder / f"{split}.txt").read_text("utf-8")
+        assert in_pieces.tokenizer.encode(text).tolist() == in_pieces.split(split).tolist()
+
+
+MEASURE = r"""
+import sys, re, torch, musota
+from musota.data import load_corpus
+corpus = load_corpus(sys.argv[1], 1000)
+status = open("/proc/self/status").read()
+print(len(corpus.train), re.search(r"VmHWM:\s+(\d+)", status)[1])
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+def test_memory_does_not_grow_with_the_text(text_folder, tmp_path):
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    lines = (text_folder / "train.txt").read_text("utf-8")
+    peaks = {}
+    for megabytes in (2, 20):
+        folder = tmp_path / str(megabytes)
+        folder.mkdir()
+        (folder / "train.txt").write_text(lines * (megabytes * 10**6 // len(lines) + 1))
+        for split in ("valid", "test"):
+            (folder / f"{split}.txt").write_text("A few words.\n")
+        environment = {**os.environ, "MUSOTA_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(folder)],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        tokens, peaks[megabytes] = map(int, done.stdout.split())
+    assert tokens > 4_000_000
+    # Eighteen megabytes of text more, and their tokens: with the file's pages, which can be dropped
+    # at any time, under twice the text. Held whole they would be ten times that.
+    assert peaks[20] - peaks[2] < 40_000

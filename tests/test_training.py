@@ -267,7 +267,7 @@ def test_a_learned_source_comes_near_its_entropy_and_not_below(tmp_path):
     tokens = torch.tensor(tokens, dtype=torch.int32).clamp(max=11)
     train, valid, test = tokens[:32_000], tokens[32_000:36_000], tokens[36_000:]
     counts = dict.fromkeys(("train", "valid", "test"), 1000)
-    tokenizer = TextTokenizer.train("abc\n" * 9, 258)
+    tokenizer = TextTokenizer.train(["abc\n" * 9], 258)
     corpus = Corpus("chain", train, valid, test, counts, counts, tokenizer, "chain", "made up")
     for config in (
         musota.MuConfig(vocab_size=258, max_seq_len=32, n_layer=2, dropout=0.0),
