@@ -38,7 +38,8 @@ def _require_positive(config, *names: str) -> None:
 
 
 def _require_dropout(config) -> None:
-    if not 0 <= config.dropout < 1:
+    dropout = config.dropout
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise MusotaError(f"dropout must lie in [0, 1), not {config.dropout!r}.")
 
 
@@ -171,7 +172,8 @@ class TrainConfig:
         _require_positive(self, "epochs", "batch_size", "accumulation_steps")
         for name in ("learning_rate", "weight_decay", "grad_clip", "warmup_steps"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < float("inf"):
                 raise MusotaError(f"{name} must be a finite number of at least 0, not {value!r}.")
         if not self.learning_rate or not self.grad_clip:
             raise MusotaError("learning_rate and grad_clip must be above 0.")

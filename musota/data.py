@@ -322,18 +322,25 @@ def _read_texts(name: str, data_dir) -> tuple[str, str, dict[str, Text]]:
         return name, "docstrings of the Python libraries installed here", _python_docs()
     local = Path(data_dir or "") / name
     if name in HUB_CONFIGS:
-        if data_dir and local.is_dir():
+        if data_dir and _is_folder(local):
             return name, "local copy", _read_folder(local)
         return (name, *_read_hub(name))
-    if Path(name).is_dir():
+    if _is_folder(Path(name)):
         return Path(name).resolve().name, "local folder", _read_folder(Path(name))
-    if data_dir and local.is_dir():
+    if data_dir and _is_folder(local):
         return local.name, "local folder", _read_folder(local)
     if os.sep in name or "/" in name:
         raise MusotaError(
             f"There is no folder {name}: give one with train.txt, valid.txt and test.txt."
         )
     raise nearest_name("corpus", name, ["auto", *HUB_CONFIGS, "python-docs"])
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _read_folder(folder: Path) -> dict[str, Text]:

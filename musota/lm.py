@@ -175,8 +175,8 @@ class CausalLM(nn.Module, ModelHubMixin, library_name="musota"):
         whose probability reaches p. The draw depends on `seed` alone. Raises MusotaError for an
         empty prompt, a token out of range or a setting outside its bounds.
         """
-        if temperature < 0 or (top_k is not None and top_k < 1):
-            raise MusotaError("temperature must be at least 0 and top_k at least 1.")
+        if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
+            raise MusotaError("temperature must be a number of at least 0, and top_k at least 1.")
         if top_p is not None and not 0 < top_p <= 1:
             raise MusotaError(f"top_p must lie in (0, 1], not {top_p!r}.")
         if input_ids.dim() != 2 or not input_ids.numel():
@@ -253,9 +253,9 @@ class Dropout(nn.Dropout):
 
 def _draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
     """(B, V) logits to one drawn token id each, (B, 1)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # too small for float32 to divide by: the likeliest
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
     if top_k is not None:
         smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))

@@ -1,0 +1,144 @@
+"""Nonsense on the public entries: either it works, or one clear sentence says why not."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import musota
+from musota.config import MusotaError, find_experiment, find_profile, grid_profiles
+
+settings.register_profile(
+    "garbage", max_examples=60, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+settings.load_profile("garbage")
+
+NUMBERS = st.one_of(
+    st.integers(-3, 70), st.integers(), st.floats(), st.none(), st.booleans(), st.text(max_size=5)
+)
+NAMES = [
+    "vocab_size", "max_seq_len", "n_layer", "n_head", "dropout", "matrix_size", "n_block",
+    "d_model", "epochs", "learning_rate", "warmup_steps", "batch_size", "accumulation_steps",
+    "weight_decay", "grad_clip",
+]  # fmt: skip
+JSON = st.recursive(
+    NUMBERS, lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(), inner)),
+    max_leaves=8,
+)  # fmt: skip
+
+
+def _sentence(error):
+    assert 10 < len(str(error)) < 1500 and "Traceback" not in str(error)
+
+
+@given(name=st.sampled_from(NAMES), value=NUMBERS, kind=st.sampled_from([*musota.experiments]))
+@example("learning_rate", math.nan, "optimized")
+@example("dropout", "0.1", "optimized")
+@example("matrix_size", 10**12, "simplified")
+def test_configurations(name, value, kind):
+    try:
+        changed = musota.experiments[kind].with_(**{name: value})
+        assert changed.model.n_parameters > 0
+        for profile in grid_profiles.values():
+            musota.scaled(changed, profile)
+    except MusotaError as error:
+        _sentence(error)
+
+
+@given(data=JSON)
+@example({"model": {"kind": []}, "training": {}})
+@example({"model": None})
+def test_descriptions_of_experiments(data):
+    with pytest.raises(MusotaError) as caught:
+        musota.Experiment.from_dict(data)
+    _sentence(caught.value)
+
+
+@given(name=st.text(max_size=30))
+@example("../../etc")
+@example("\0")
+@example("x" * 5000)
+def test_names(name):
+    for find in (find_experiment, find_profile, musota.load_corpus):
+        try:
+            find(name)
+        except MusotaError as error:
+            _sentence(error) if len(name) < 100 else None
+
+
+@given(data=st.binary(max_size=200), name=st.sampled_from(["config.json", "metrics.jsonl"]))
+def test_files_of_a_run(data, name, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / name).write_bytes(data)
+    with pytest.raises(MusotaError) as caught:
+        musota.Run(folder)
+    _sentence(caught.value)
+    if name == "config.json":
+        with pytest.raises(MusotaError):
+            musota.load_runs(folder.parent)
+    (folder / name).unlink()
+
+
+@given(config=JSON, weights=st.binary(max_size=300))
+def test_folders_of_models(config, weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(MusotaError) as caught:
+        musota.load_model(folder)
+    _sentence(caught.value)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return musota.build_model(musota.MuConfig(vocab_size=300, max_seq_len=8, n_layer=1))
+
+
+@given(
+    ids=st.lists(st.integers(-2, 302), max_size=12),
+    temperature=st.floats(), top_k=st.one_of(st.none(), st.integers(-2, 400)),
+    top_p=st.one_of(st.none(), st.floats()),
+)  # fmt: skip
+@example([1], math.nan, None, None)
+@example([1], 1e-320, 1, 1.0)
+@example([1], math.inf, None, None)
+def test_generating(model, ids, temperature, top_k, top_p):
+    prompt = torch.tensor([ids], dtype=torch.long)
+    try:
+        out = model.generate(prompt, 2, temperature=temperature, top_k=top_k, top_p=top_p)
+        assert out.shape == (1, len(ids) + 2) and out.min() >= 0 and out.max() < 300
+    except MusotaError as error:
+        _sentence(error)
+
+
+@given(
+    tokens=st.lists(st.integers(-2, 302), max_size=30),
+    stride=st.one_of(st.none(), st.integers(-2, 12)), batch_size=st.integers(-2, 5),
+)  # fmt: skip
+def test_evaluating(model, tokens, stride, batch_size):
+    try:
+        tokens = torch.tensor(tokens, dtype=torch.int32)
+        found = musota.evaluate(model, tokens, stride=stride, batch_size=batch_size)
+        assert found["ppl"] >= 1
+    except MusotaError as error:
+        _sentence(error)
+
+
+@given(seed=NUMBERS, profile=st.text(max_size=8), fresh=NUMBERS)
+def test_workbooks(seed, profile, fresh, text_folder, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("results"))
+    try:
+        musota.Workbook(profile, str(text_folder), seed, fresh, folder)
+    except MusotaError as error:
+        _sentence(error)
+
+
+@given(text=st.text(max_size=200))
+def test_texts(text, text_folder, tmp_path_factory):
+    tokenizer = musota.load_corpus(str(text_folder), 400).tokenizer
+    assert tokenizer.decode(tokenizer.encode(text)) == text
