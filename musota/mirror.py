@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 from collections.abc import Iterator
@@ -34,12 +35,13 @@ class Mirror:
             copy = self.remote / path.relative_to(self.local)
             stat = path.stat()
             state = stat.st_size, stat.st_mtime_ns
-            # A checkpoint's name holds its hash: it need not be copied by every process once.
+            # A checkpoint's name holds its hash; other files are compared once a process.
             known = path.name.startswith("step-") or self.pushed.get(copy) == state
-            if not known or not copy.exists() or copy.stat().st_size != stat.st_size:
+            same = copy.exists() and copy.stat().st_size == stat.st_size
+            if not same or not (known or filecmp.cmp(path, copy, shallow=False)):
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 _copy(path, copy)
-                self.pushed[copy] = state
+            self.pushed[copy] = state
         for copy in self.remote.rglob("checkpoints/step-*"):
             if not (self.local / copy.relative_to(self.remote)).exists():
                 copy.unlink()

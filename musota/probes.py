@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from musota.config import Experiment, MusotaError, Profile, experiments, scaled, twin
-from musota.data import Corpus
+from musota.data import SPLITS, Corpus
 from musota.diagnose import MISSED, Cause, Suspect, root_causes
 from musota.lm import CausalLM
 from musota.mu import MuSota
@@ -479,7 +479,11 @@ def _each(jobs: list[_Job], parts, workers: int) -> Iterator[tuple[_Job, Run]]:
         yield from ((job, _run_job(job)) for job in jobs)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    pool = ProcessPoolExecutor(workers, spawn, initializer=_take_parts, initargs=(parts, 1))
+    sent = {  # copies: what is mapped from the disk cannot be handed to another process
+        share: replace(part, **{split: part.split(split).clone() for split in SPLITS})
+        for share, part in parts.items()
+    }
+    pool = ProcessPoolExecutor(workers, spawn, initializer=_take_parts, initargs=(sent, 1))
     try:
         waiting = {pool.submit(_run_job, job): job for job in jobs}
         for ended in as_completed(waiting):

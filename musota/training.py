@@ -702,13 +702,13 @@ class _Trainer:
         """The test split, once, with the best epoch's weights; then the summary is complete."""
         if not self.folder.writes:
             return
+        if self.best_unsaved is not None:
+            self._checkpoint()
+        if self.best_unsaved is not None:  # the disk is still full: it is not finished
+            return
         final_weights = weights_sha256(self.model)
         seconds = self.seconds
-        best = self.model
-        if self.best_unsaved is None:
-            best = Run(self.folder.path).load_model().to(self.device)
-        else:  # the disk is full
-            best.load_state_dict(self.best_unsaved)
+        best = Run(self.folder.path).load_model().to(self.device)
         words, bytes = self.corpus.words["test"], self.corpus.bytes["test"]
         with self.accelerator.autocast():
             measured = evaluate(best, self.corpus.test, words, bytes)

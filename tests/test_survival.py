@@ -13,6 +13,7 @@ from drill import drill
 from filelock import FileLock
 
 import musota
+from musota import lm as lm_room
 from musota import runs as runs_room
 from musota import training as training_room
 from musota.config import MusotaError, Profile, TrainConfig
@@ -171,7 +172,7 @@ def _full(monkeypatch, is_full):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, content)
 
-    for room in (runs_room, training_room):
+    for room in (runs_room, lm_room):
         monkeypatch.setattr(room, "write_whole", failing)
     monkeypatch.setattr("musota.files.os.replace", lambda a, b: None if is_full() else rename(a, b))
 
@@ -214,8 +215,10 @@ def test_an_end_that_cannot_be_saved_is_an_error_and_goes_on_later(
         _full(patch, lambda: full["now"])
         with pytest.raises(MusotaError, match="end of the run could not be saved .* No space"):
             musota.train(EXPERIMENT, short, tmp_path)
+    assert not musota.Run(tmp_path).finished
     run = musota.train(EXPERIMENT, short, tmp_path)
     assert run.summary["weights_sha256"] == finished.summary["weights_sha256"]
+    assert run.load_model()
 
 
 # --- memory ---
