@@ -283,6 +283,8 @@ class _Trainer:
         self.instead_of = instead_of
         if instead_of:
             identity["instead_of"] = instead_of.to_dict()
+        if auto_remedy and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise MusotaError("auto_remedy works in one process only: leave it out here.")
         self.accelerator = Accelerator(mixed_precision=precision_for_device())
         self.folder = RunFolder(run_dir, identity, self.accelerator.is_main_process)
         self.finished = resume and self.folder.finished
@@ -417,11 +419,9 @@ class _Trainer:
         trouble = None
         try:
             self._one_step()
-            if self.step % self.steps_per_epoch == 0:
-                self._end_epoch()
-            elif time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+            ends = self.step % self.steps_per_epoch == 0
+            if ends or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
                 self._refuse_bad_loss(float(self.epoch_nats))
-                self._checkpoint()
         except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException, Diverged) as error:
             trouble = error.with_traceback(None)  # which would hold on to the step's memory
         if isinstance(trouble, torch.OutOfMemoryError):
@@ -432,6 +432,10 @@ class _Trainer:
             self.choices["compile"], self.model.compiled_body = False, None
         elif trouble:
             self._go_back(trouble)
+        elif ends:
+            self._end_epoch()
+        elif time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+            self._checkpoint()
         if trouble:
             self.optimizer.zero_grad()
 
@@ -457,10 +461,11 @@ class _Trainer:
 
     def _go_back(self, error: Diverged) -> None:
         """To the last checkpoint at half the rate, if remedies may apply themselves."""
-        saved = self.folder.load_checkpoint() if self.auto_remedy else None
-        if saved is None or self.remedies["rate_factor"] <= LEAST_RATE_FACTOR:
+        if not self.auto_remedy or self.remedies["rate_factor"] <= LEAST_RATE_FACTOR:
             raise error
-        bad = self.step
+        bad, saved = self.step, self.folder.load_checkpoint()
+        if saved is None:  # not even the first could be written
+            raise error
         factor = self.remedies["rate_factor"] / 2  # of now: twice back to one checkpoint, a quarter
         self.restore(saved)
         self.remedies = {"rate_factor": factor, "step": self.step}
@@ -587,7 +592,6 @@ class _Trainer:
         )
 
     def _end_epoch(self) -> None:
-        self._refuse_bad_loss(float(self.epoch_nats))
         if not self.folder.writes:
             return
         epoch = self.step // self.steps_per_epoch

@@ -8,7 +8,7 @@ import musota
 from musota import bench
 from musota.__main__ import cli
 from musota.config import MusotaError
-from musota.data import write_json
+from musota.files import write_json
 from musota.report import bench_table, scaling_table, write_bench_report
 
 CPU = torch.device("cpu")
