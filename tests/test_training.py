@@ -40,7 +40,8 @@ def short(corpus):
 
 @pytest.fixture(scope="module")
 def finished(short, tmp_path_factory):
-    return musota.train(EXPERIMENT, short, tmp_path_factory.mktemp("run"), name="finished")
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return musota.train(EXPERIMENT, short, folder, name="finished")
 
 
 def _history(run):
