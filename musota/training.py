@@ -301,7 +301,11 @@ class _Trainer:
         given = {name: value for name, value in choices.items() if value is not None}
         saved = self.saved[1]["choices"] if self.saved else {}
         self.choices = self._default_choices() | saved | given
-        self.folder.write_config({**self.choices, "precision": precision_for_device()})
+        together = {
+            "precision": precision_for_device(),
+            "processes": self.accelerator.num_processes,
+        }
+        self.folder.write_config({**self.choices, **together})
         torch.manual_seed(seed)
         model = build_model(experiment.model)
         self.ledger = model.parameter_ledger()

@@ -382,7 +382,8 @@ def test_two_processes_train_as_one(text_folder, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = musota.Run(tmp_path / "one"), musota.Run(tmp_path / "two")
-    assert _losses(two) == pytest.approx(_losses(one), rel=1e-4)
+    assert (one.config["processes"], two.config["processes"]) == (1, 2)
+    assert _losses(two) == pytest.approx(_losses(one), rel=1e-5)
     assert two.history.valid_loss.tolist() == pytest.approx(one.history.valid_loss.tolist(), 1e-4)
     lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == len((tmp_path / "one" / "metrics.jsonl").read_text().splitlines())
