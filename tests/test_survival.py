@@ -372,7 +372,7 @@ def test_two_processes_train_as_one(text_folder, tmp_path):
         "musota.train(musota.Experiment(model, training), corpus, sys.argv[2], micro_batch=3)\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launch += ["--master-port", "29611"]
+    launch += ["--standalone"]  # on a port that is free
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     for name, command in {"two": launch, "one": [sys.executable]}.items():
