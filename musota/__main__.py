@@ -181,6 +181,38 @@ def train(experiment, profile, corpus, seed, fresh, save_to, compile, auto_remed
 
 
 @cli.command()
+@profile_option
+@corpus_option
+@seed_option
+@fresh_option
+@save_to_option
+@click.option("--seeds", default=3, show_default=True, help="How many, from --seed on.")
+@click.option("--only", default="models,sweep,tuned,grid", show_default=True, help="Parts to do.")
+def evidence(profile, corpus, seed, fresh, save_to, seeds, only):
+    """Carry the plan out with several seeds, then write the report.
+
+    The five models; both large ones over a sweep of learning rates; both again at their own best
+    rate (tuned); the root-cause grid. The same command goes on where it was stopped.
+    """
+    from musota.report import write_report
+    from musota.workbook import PARTS, Workbook
+
+    chosen = [part.strip() for part in only.split(",")]
+    for part in chosen:
+        if part not in (*PARTS, "grid"):
+            raise nearest_name("part", part, (*PARTS, "grid"))
+    book = Workbook(profile, corpus, seed, fresh, save_to)
+    for part in chosen:
+        click.echo(f"--- {part} ---")
+        if part == "grid":
+            Workbook(profile, corpus, seed, fresh, save_to, grid=True).run_grid()
+        else:
+            book.carry_out(part, seeds)
+    click.echo(f"The report: {write_report(book.folder)}")
+    book.push()
+
+
+@cli.command()
 @click.option("--device", default=None, help="cpu or cuda [default: cuda if there is one].")
 @click.option(
     "--json",

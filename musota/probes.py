@@ -9,10 +9,10 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -292,27 +292,30 @@ def run_cells(
     corpus: Corpus,
     folder: str | os.PathLike,
     fresh: bool = False,
-    keep: str = "",
+    keep: Container[str] = (),
     workers: int | None = None,
     each: Callable[[], object] | None = None,
+    quiet: bool = True,
 ) -> dict[str, dict[int, Run]]:
     """Train every cell with every seed, scaled by `profile`; what has finished is loaded.
 
     Returns runs by cell and seed; some may have diverged. On a CPU one process a
     core (`workers`) trains a run each with one thread: small models gain little from a second. On
-    a GPU runs follow each other. Checkpoints of finished runs are removed, but for the cell `keep`:
-    a grid of full-size ones would fill the disk. `each` is called after every run. Raises
-    MusotaError if a process dies.
+    a GPU runs follow each other, and show their progress unless `quiet`. Checkpoints of finished
+    runs are removed, but for the cells to `keep`: a grid of full-size ones would fill the disk.
+    `each` is called after every run. Raises MusotaError if a process dies.
     """
     parts = {
         share: corpus.limited(Profile("part", train_tokens=round(share * len(corpus.train))))
         for share in {cell.share for cell in cells.values()}
     }
+    if workers is None and torch.cuda.is_available():
+        workers = 1
     jobs = {
         (name, seed): _Job(
             scaled(cell.experiment, profile), cell.share,
             Path(folder) / f"{name}-seed{seed}", seed, name, profile.name, fresh,
-            keep=name == keep,
+            keep=name in keep, quiet=quiet or workers != 1,
         )
         for seed in seeds
         for name, cell in cells.items()
@@ -325,8 +328,9 @@ def run_cells(
     if len(left) < len(jobs):
         print(f"{len(jobs) - len(left)} of {len(jobs)} runs are here already.")
     if workers is None:
-        few = max(1, len(left) // 4)  # a process takes seconds to start
-        workers = 1 if torch.cuda.is_available() else min(few, os.cpu_count() or 1)
+        # A process takes seconds to start: worth it for many runs, or for long ones.
+        worth = len(left) if len(corpus.train) > 50_000 else max(1, len(left) // 4)
+        workers = min(worth, os.cpu_count() or 1)
     started = time.perf_counter()
     for done, (job, run) in enumerate(_each(list(left.values()), parts, workers), start=1):
         runs[job.name][job.seed] = run
@@ -441,6 +445,7 @@ class _Job:
     profile: str
     fresh: bool
     keep: bool
+    quiet: bool
 
     @property
     def settled(self) -> bool:
@@ -462,8 +467,7 @@ def _take_parts(parts: Mapping[float, Corpus], threads: int | None = None) -> No
 def _run_job(job: _Job) -> Run:
     if job.settled and Run(job.path).diverged:
         return Run(job.path)
-    out, err = (redirect(io.StringIO()) for redirect in (redirect_stdout, redirect_stderr))
-    with out, err, suppress(Diverged):
+    with _silence() if job.quiet else nullcontext(), suppress(Diverged):
         train(
             job.experiment, _parts[job.share], job.path, not job.fresh, job.seed,
             name=job.name, profile=job.profile,
@@ -471,6 +475,12 @@ def _run_job(job: _Job) -> Run:
     if not job.keep:
         shutil.rmtree(job.path / "checkpoints", ignore_errors=True)
     return Run(job.path)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
 
 
 def _each(jobs: list[_Job], parts, workers: int) -> Iterator[tuple[_Job, Run]]:

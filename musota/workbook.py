@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from musota import campaign
 from musota.config import (
     Experiment,
     MusotaError,
@@ -28,13 +29,14 @@ from musota.diagnose import Finding, Suspect
 from musota.files import sha256, write_json
 from musota.ladder import measure_ladder
 from musota.mirror import Mirror
-from musota.probes import grid, run_cells
+from musota.probes import Cell, grid, run_cells
 from musota.report import GRID_FOLDER, Evidence, footer, read_evidence, read_rungs, save_figure
 from musota.runs import Run
 from musota.training import about_machine, train
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to")
+PARTS = ("models", "sweep", "tuned")  # of the plan carried out with several seeds
 COMMITTED = ("full", "study")  # results that come with the repository, best first
 
 
@@ -105,7 +107,9 @@ class Workbook:
         return footer(self.corpus.name, self.corpus.tokenizer.size, self.profile.name)
 
     def experiment(self, name: str) -> Experiment:
-        """One of the plan's experiments (or `<name>_twin`) at this profile's size."""
+        """One of the plan's experiments, `<name>_twin` or a tuned model, at this profile's size."""
+        if name in campaign.TUNED:
+            return scaled(campaign.tuned(name, self.profile, self.folder), self.profile)
         if name.endswith("_twin"):
             return twin(self.experiment(name.removesuffix("_twin")))
         return scaled(find_experiment(name), self.profile)
@@ -139,9 +143,21 @@ class Workbook:
         longest = "epochs" if "epochs" in cells else "original"  # to look inside afterwards
         seeds = [self.seed + n for n in seeds]
         try:
-            return run_cells(cells, seeds, *place, keep=longest, each=self.push), suspects
+            return run_cells(cells, seeds, *place, keep=(longest,), each=self.push), suspects
         finally:
             self.push()
+
+    def carry_out(self, part: str, seeds: int) -> None:
+        """Train one of `PARTS` of the plan with `seeds` seeds, or go on with it."""
+        place = self.profile, self.corpus, self.folder
+        how = {"fresh": self.fresh, "each": self.push, "quiet": False}
+        if part == "sweep":
+            campaign.run_sweeps(*place, self.seed, **how)
+        else:
+            cells = campaign.models()
+            if part == "tuned":
+                cells = {name: Cell(campaign.tuned(name, *place[::2])) for name in campaign.TUNED}
+            run_cells(cells, range(self.seed, self.seed + seeds), *place, keep=cells, **how)
 
     def push(self) -> bool:
         """Copy what is new to where results belong; False, and a sentence, where that fails."""

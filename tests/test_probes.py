@@ -241,7 +241,7 @@ def grid(short, tmp_path_factory):
     cells, suspects, _ = probes.grid("quick")
     some = ("original", "original_half", "original_rate_x3", "dense", "dense_rate_x3")
     cells = {name: cells[name] for name in some}
-    runs = probes.run_cells(cells, (0, 1), TINY, short, folder, keep="original", workers=2)
+    runs = probes.run_cells(cells, (0, 1), TINY, short, folder, keep=("original",), workers=2)
     return cells, suspects, folder, runs
 
 
