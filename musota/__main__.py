@@ -139,7 +139,9 @@ class _Relay:
 
 
 def _tell_end(book, seconds: float) -> None:
-    from musota.report import comparison_table, read_evidence, verdict_lines, write_report
+    from musota.evidence import read_evidence, verdict_lines
+    from musota.report import write_report
+    from musota.tables import comparison_table
 
     write_report(book.folder)
     path = (book.home if book.push() else book.folder) / "README.md"
@@ -229,7 +231,7 @@ def bench(device, file, repeats, scaling):
     """
     from musota.bench import SCALING, run_bench
     from musota.files import write_json
-    from musota.report import bench_table, scaling_table
+    from musota.tables import bench_table, scaling_table
 
     if file:  # a folder that cannot be made is told before the minutes, not after
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -247,15 +249,24 @@ def bench(device, file, repeats, scaling):
 @cli.command()
 @click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False))
 def report(folders):
-    """Write README.md and figures of results FOLDERS anew from their records [default: all]."""
-    from musota.report import write_bench_report, write_report
+    """Write README.md and figures of results FOLDERS anew from their records [default: all].
 
-    if not folders:
+    Without FOLDERS also the measured part of the workbook's own README.
+    """
+    from musota.report import write_bench_report, write_front_page, write_report
+    from musota.workbook import COMMITTED
+
+    everything = not folders
+    if everything:
         folders = sorted(path.parent.parent for path in (ROOT / "results").glob("*/*/config.json"))
         folders += (ROOT / "results").glob("bench")
     for folder in dict.fromkeys(folders):
         is_bench = Path(folder).name == "bench"
         click.echo(f"{write_bench_report(folder) if is_bench else write_report(folder)}")
+    if everything:
+        kept = [path for name in COMMITTED if (path := ROOT / "results" / name).exists()]
+        write_front_page(ROOT / "README.md", kept)
+        click.echo(f"{ROOT / 'README.md'}")
 
 
 def _literal(text: str):

@@ -42,6 +42,12 @@ class Finding:
     since: int | None = None  # the first epoch it speaks of, where it has one
 
     @property
+    def short(self) -> str:
+        """The finding without its threshold."""
+        step = f" {self.next_step[0].upper()}{self.next_step[1:]}." if self.next_step else ""
+        return f"{self.rule}: {self.saw} — {self.conclusion}.{step}"
+
+    @property
     def sentence(self) -> str:
         step = f" Next: {self.next_step}." if self.next_step else ""
         return f"{self.rule}: {self.saw} ({self.threshold}) — {self.conclusion}.{step}"
@@ -438,7 +444,10 @@ def on_the_ladder(ppl: float, rungs: Mapping[str, float]) -> Finding:
 
 
 def helps_or_hurts(
-    mu: Mapping[int, Mapping], dense: Mapping[int, Mapping], name: str = "MU-SOTA"
+    mu: Mapping[int, Mapping],
+    dense: Mapping[int, Mapping],
+    name: str = "MU-SOTA",
+    rates: str = "at the one learning rate both were given",
 ) -> tuple[Finding, Interval, Interval | None]:
     """Does MU-SOTA help against its dense twin? Summaries by seed; seeds in both are paired.
 
@@ -487,11 +496,37 @@ def helps_or_hurts(
         f"{name} against its dense twin",
         verdict,
         saw,
-        "decided by 95 % intervals that exclude 0, at the one learning rate both were given",
+        f"decided by 95 % intervals that exclude 0, {rates}",
         conclusion,
         next_step,
     )
     return finding, text, over_seeds
+
+
+def broke_through(ppls: Sequence[float], name: str, reason: str | None) -> Finding:
+    """The plan's goals, PPL under 200 and under 100, judged by the best valid PPL of each seed.
+
+    `reason` is why the goals speak of something else (see `plan_does_not_apply`), if they do.
+    """
+    mean, spread = float(np.mean(np.log(ppls))), ""
+    low = high = math.exp(mean)
+    if len(ppls) > 1:
+        interval = seed_interval(np.log(ppls))
+        low, high = math.exp(interval.low), math.exp(interval.high)
+        spread = f" [{low:,.1f}, {high:,.1f}] over {len(ppls)} seeds"
+    reached = [goal for goal in (100, 200) if high < goal]
+    open_goals = [goal for goal in (100, 200) if low < goal <= high]
+    verdict = f"< {reached[0]}" if reached else "undecided" if open_goals else "≥ 200"
+    conclusion = {
+        "< 100": "under 200, and under the stretch goal of 100",
+        "< 200": "under 200, not under 100",
+        "undecided": f"undecided, the interval reaches over {open_goals[0] if open_goals else 0}",
+        "≥ 200": "not under 200",
+    }[verdict]
+    if reason:
+        conclusion += f"; but {reason}, so the plan's goals are not answered by this"
+    saw = f"valid PPL {math.exp(mean):,.1f}{spread}"
+    return Finding(f"Goal, {name}", verdict, saw, "goals < 200, stretch < 100", conclusion)
 
 
 def plans_own_test(baseline_ppl: float) -> Finding:
@@ -677,3 +712,40 @@ def ablation_effects(
         for part, blocks in nats.items()
         if part != "none"
     }
+
+
+_REDESIGN = {  # what to do with a mechanism that is hardly used
+    "block attention": "give the blocks more cells, or let the cross attention do its work",
+    "cross attention": "drop it, or widen it until it helps",
+    "gate": "drop it: a fixed number per block does as well",
+    "affinity tables": "drop them and spend their parameters on width",
+}
+
+
+def weak_spots(
+    effects: Mapping[str, Interval], ledger: Mapping[str, int], blocks: Sequence[str]
+) -> list[Finding]:
+    """Which parts of a trained MU-SOTA earn their parameters, from what disabling each one costs.
+
+    `effects` as `ablation_effects` gives them, `ledger` the parameters by group, `blocks` the
+    names of the semantic blocks.
+    """
+    total, rule = sum(ledger.values()), f"under {RELEVANT} nats a part is hardly used"
+    found = []
+    for part, advice in _REDESIGN.items():
+        cost = effects[part]
+        share = f"{ledger[part] / total:.1%} of the parameters"
+        idle = cost.high < RELEVANT
+        verdict = "idle" if idle else "used" if cost.low >= RELEVANT else "undecided"
+        conclusion = {"idle": "hardly used", "used": "used", "undecided": "undecided"}[verdict]
+        saw = f"disabling it costs {cost}, it holds {share}"
+        name = part.capitalize()
+        found.append(Finding(name, verdict, saw, rule, conclusion, advice if idle else ""))
+    costs = {block: effects[block] for block in blocks}
+    idle = [block for block, cost in costs.items() if cost.high < RELEVANT]
+    most = max(costs, key=lambda block: costs[block].mean)
+    saw = f"zeroing a block's cells costs at most {costs[most]} ({most})"
+    conclusion = f"{len(idle)} of {len(blocks)} hardly used"
+    verdict = "idle" if len(idle) > len(blocks) / 2 else "used"
+    next_step = "fewer blocks of more cells" if verdict == "idle" else ""
+    return [*found, Finding("Semantic blocks", verdict, saw, rule, conclusion, next_step)]

@@ -25,6 +25,8 @@ LABELS = {
     "baseline": "dense baseline",
     "simplified": "MU-SOTA simplified",
     "simplified_twin": "dense twin of simplified",
+    "tuned": "MU-SOTA, its best rate",
+    "tuned_baseline": "dense, its best rate",
     "epochs": "original, more epochs",
     "dense": "dense twin of original",
 }
@@ -35,6 +37,8 @@ _STYLES = {  # colour, line style, marker
     "baseline": ("#D55E00", "--", "s"),
     "simplified": ("#56B4E9", "-", "^"),
     "simplified_twin": ("#CC79A7", "--", "D"),
+    "tuned": ("#000080", "-", "*"),
+    "tuned_baseline": ("#8B2500", "--", "p"),
     "epochs": ("#009E73", "-", "P"),
     "dense": ("#D55E00", ":", "X"),
 }
@@ -70,15 +74,33 @@ def label_of(run: Run) -> str:
     return f"{LABELS.get(run.name, run.name)}, seed {run.seed}"
 
 
+def by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs of every name, in the order given."""
+    return {
+        name: [r for r in runs if r.name == name] for name in dict.fromkeys(r.name for r in runs)
+    }
+
+
 def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> Figure:
-    """Valid PPL (log) and accuracy by epoch, with the rungs and, if asked, the reported 402."""
+    """Valid PPL (log) and accuracy by epoch, with the rungs and, if asked, the reported 402.
+
+    Runs of one name are seeds: each thin, their mean (of the losses) thick.
+    """
     figure, (left, right) = _figure(10, 4.4, columns=2)
-    for run in runs:
-        colour, line, marker = _STYLES.get(run.name, _OTHER)
-        history = run.history
-        style = {"color": colour, "linestyle": line, "marker": marker, "label": label_of(run)}
-        left.plot(history.epoch, history.ppl, **style)
-        right.plot(history.epoch, 100 * history.accuracy, **style)
+    for name, group in by_name(runs).items():
+        colour, line, marker = _STYLES.get(name, _OTHER)
+        label = label_of(group[0])
+        if len(group) > 1:
+            label = f"{LABELS.get(name, name)}, mean of {len(group)} seeds"
+            for run in group:
+                faint = {"color": colour, "linewidth": 0.7, "alpha": 0.5}
+                left.plot(run.history.epoch, run.history.ppl, **faint)
+                right.plot(run.history.epoch, 100 * run.history.accuracy, **faint)
+        both = [run.history.set_index("epoch")[["valid_loss", "accuracy"]] for run in group]
+        mean = (sum(both) / len(both)).dropna()  # epochs that every seed has reached
+        style = {"color": colour, "linestyle": line, "marker": marker, "label": label}
+        left.plot(mean.index, np.exp(mean.valid_loss), **style)
+        right.plot(mean.index, 100 * mean.accuracy, **style)
     rightmost = max(run.history.epoch.max() for run in runs)
     if reported:
         left.plot(
@@ -327,6 +349,11 @@ def root_causes(causes: Sequence[Cause], relevant: float) -> Figure:
 def rate_sweep(sweeps: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
     """Valid loss against the learning rate, a line a model; dots are seeds, rings the best."""
     figure, axis = _figure(8.5, 4.2)
+    _draw_sweep(axis, sweeps)
+    return figure
+
+
+def _draw_sweep(axis, sweeps: Mapping[str, Mapping[float, Sequence[float]]]) -> None:
     styles = [_STYLES["optimized"], _STYLES["baseline"], _OTHER]
     lowest = min(np.mean(values) for losses in sweeps.values() for values in losses.values())
     ceiling = lowest + SWEEP_NATS
@@ -356,7 +383,6 @@ def rate_sweep(sweeps: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
     axis.margins(y=0.15)
     axis.grid(color="0.9")
     axis.legend(fontsize=9)
-    return figure
 
 
 def data_halving(losses: Mapping[int, Mapping[int, float]]) -> Figure:
@@ -537,31 +563,54 @@ def explored(
     return figure
 
 
+def answer(
+    runs: Sequence[Run],
+    rungs: Mapping[str, float],
+    sweeps: Mapping[str, Mapping[float, Sequence[float]]],
+) -> Figure:
+    """Where every model ends (hollow: seeds), beside the rungs; and, if measured, the sweeps."""
+    figure, axes = _figure(11, 4.6, columns=2 if sweeps else 1)
+    axis = np.atleast_1d(axes)[0]
+    groups = by_name(runs)
+    for row, (name, group) in enumerate(groups.items()):
+        colour, _, marker = _STYLES.get(name, _OTHER)
+        ppls = [run.summary["ppl"] for run in group]
+        mean = float(np.exp(np.mean(np.log(ppls))))
+        style = {"color": colour, "marker": marker, "linestyle": "none"}
+        axis.plot(ppls, [row + 0.22] * len(ppls), fillstyle="none", markersize=5, **style)
+        axis.plot(mean, row, markersize=9, **style)
+        axis.annotate(f"{mean:,.0f}", (mean, row), (0, 7), textcoords="offset points",
+                      ha="center", fontsize=9)  # fmt: skip
+    furthest = max(run.summary["ppl"] for run in runs)
+    for name, ppl in rungs.items():
+        if ppl < 1.5 * furthest:
+            axis.axvline(ppl, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)))
+            above = {"xycoords": ("data", "axes fraction"), "fontsize": 8, "color": "0.3"}
+            axis.annotate(f"{name} {ppl:,.0f}", (ppl, 1.01), ha="center", **above)
+    axis.set_yticks(range(len(groups)), [LABELS.get(name, name) for name in groups], fontsize=9)
+    axis.set_ylim(len(groups) - 0.4, -0.6)
+    axis.set_xlabel("best valid perplexity per token (less is better)")
+    axis.xaxis.set_major_formatter(_THOUSANDS)
+    axis.margins(x=0.12)
+    axis.grid(axis="x", color="0.9")
+    axis.set_title("Where the models end (hollow: each seed)", pad=18)
+    if sweeps:
+        _draw_sweep(axes[1], sweeps)
+    return figure
+
+
 def ppl_against_parameters(runs: Sequence[Run]) -> Figure:
-    """Best valid PPL against parameter count."""
+    """Best valid PPL against parameter count; small markers are seeds."""
     figure, axis = _figure(8, 4.6)
-    drawn = set()
-    for run in runs:
-        colour, _, marker = _STYLES.get(run.name, _OTHER)
-        label = None if run.name in drawn else LABELS.get(run.name, run.name)
-        drawn.add(run.name)
-        axis.plot(
-            run.summary["parameters"],
-            run.summary["ppl"],
-            marker=marker,
-            color=colour,
-            markersize=10,
-            linestyle="none",
-            label=label,
-        )
-        axis.annotate(
-            f"{run.summary['ppl']:.0f}",
-            (run.summary["parameters"], run.summary["ppl"]),
-            xytext=(9, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
+    for name, group in by_name(runs).items():
+        colour, _, marker = _STYLES.get(name, _OTHER)
+        style = {"color": colour, "linestyle": "none", "marker": marker}
+        size, ppls = group[0].summary["parameters"], [run.summary["ppl"] for run in group]
+        mean = float(np.exp(np.mean(np.log(ppls))))
+        axis.plot([size] * len(ppls), ppls, fillstyle="none", markersize=6, **style)
+        axis.plot(size, mean, markersize=10, label=LABELS.get(name, name), **style)
+        axis.annotate(f"{mean:.0f}", (size, mean), (9, 0), textcoords="offset points", va="center",
+                      fontsize=9)  # fmt: skip
     axis.set(
         xlabel="parameters", ylabel="best valid perplexity per token", title="PPL against size"
     )

@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from musota import diagnose, plots, probes
 from musota.config import MusotaError
 from musota.data import TextTokenizer
+from musota.evidence import PAIRS, Evidence, plateau_of
 from musota.lm import CausalLM
-from musota.report import PAIRS, Evidence, figure_png, plateau_of, save_figure
+from musota.report import figure_png, save_figure
 from musota.runs import Run
 from musota.training import has_front_end
 

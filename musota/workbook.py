@@ -26,11 +26,12 @@ from musota.config import (
 )
 from musota.data import Corpus, cache_folder, load_corpus
 from musota.diagnose import Finding, Suspect
+from musota.evidence import GRID_FOLDER, Evidence, footer, read_evidence, read_rungs
 from musota.files import sha256, write_json
 from musota.ladder import measure_ladder
 from musota.mirror import Mirror
-from musota.probes import Cell, grid, run_cells
-from musota.report import GRID_FOLDER, Evidence, footer, read_evidence, read_rungs, save_figure
+from musota.probes import Cell, grid, measure_ablations, run_cells
+from musota.report import save_figure
 from musota.runs import Run
 from musota.training import about_machine, train
 
@@ -158,6 +159,10 @@ class Workbook:
             if part == "tuned":
                 cells = {name: Cell(campaign.tuned(name, *place[::2])) for name in campaign.TUNED}
             run_cells(cells, range(self.seed, self.seed + seeds), *place, keep=cells, **how)
+            looked = "tuned" if part == "tuned" else "optimized"
+            run = Run(self.folder / f"{looked}-seed{self.seed}")
+            if run.has_model:
+                self.kept(f"ablations_{looked}", measure_ablations, run, self.corpus)
 
     def push(self) -> bool:
         """Copy what is new to where results belong; False, and a sentence, where that fails."""

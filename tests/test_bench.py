@@ -9,7 +9,8 @@ from musota import bench
 from musota.__main__ import cli
 from musota.config import MusotaError
 from musota.files import write_json
-from musota.report import bench_table, scaling_table, write_bench_report
+from musota.report import write_bench_report
+from musota.tables import bench_table, scaling_table
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 300, "max_seq_len": 24, "n_layer": 2}
@@ -40,12 +41,14 @@ def test_a_wrong_step_does_not_agree(monkeypatch):
     assert bench.agreement(musota.MuConfig(**SMALL), batch=4, device=CPU) > 1e-5
 
 
+SHAPE = {"vocab_size": 12_000, "max_seq_len": 96, "n_layer": 1}
+MODELS = {"mu": musota.MuConfig(**SHAPE), "dense": musota.DenseConfig(**SHAPE)}
+
+
 @pytest.fixture(scope="module")
 def result():
-    shape = {"vocab_size": 12_000, "max_seq_len": 96, "n_layer": 1}
-    models = {"mu": musota.MuConfig(**shape), "dense": musota.DenseConfig(**shape)}
     axes = {"batch": (4, 16), "n_block": (8,)}
-    return bench.run_bench("cpu", models, batch=16, repeats=3, scaling=axes, say=lambda _: None)
+    return bench.run_bench("cpu", MODELS, batch=16, repeats=3, scaling=axes, say=lambda _: None)
 
 
 def test_bench_measures_what_it_promises(result):
@@ -59,7 +62,7 @@ def test_bench_measures_what_it_promises(result):
         assert low <= row["tokens_per_s_ratio"] <= high
         assert row["tokens_per_s"] == pytest.approx(16 * 96 / row["ms_per_step"] * 1e3)
         # Two clocks on a shared machine: the share is defined, not bounded.
-        done = row["tokens_per_s"] * models[row["model"]].flops_per_token
+        done = row["tokens_per_s"] * MODELS[row["model"]].flops_per_token
         assert row["share_of_matmul_rate"] == pytest.approx(done / result["matmul_flops"])
         # 1,536 × 12,000 logits, several times over, against a chunk of 512.
         assert row["memory_ratio"] < 0.6

@@ -7,9 +7,11 @@ import musota
 from musota import plots
 from musota.config import TrainConfig
 from musota.diagnose import Cause, Suspect
+from musota.evidence import Evidence, verdict_lines
 from musota.intervals import Interval
 from musota.layout import BlockLayout
-from musota.report import Evidence, comparison_table, ledger_table, save_figure, verdict_lines
+from musota.report import save_figure
+from musota.tables import comparison_table, ledger_table
 
 MODELS = {
     "optimized": musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1),
