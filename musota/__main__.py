@@ -168,13 +168,17 @@ def _tell_end(book, seconds: float) -> None:
 )
 @click.option("--auto-remedy", is_flag=True, help="Let the plan's remedies apply themselves.")
 def train(experiment, profile, corpus, seed, fresh, save_to, compile, auto_remedy):
-    """Train one EXPERIMENT: original, optimized, baseline, simplified or simplified_twin."""
-    from musota.config import find_experiment
+    """Train one EXPERIMENT: original, optimized, baseline, simplified or simplified_twin.
+
+    Or tuned and tuned_baseline: optimized and baseline at the best rate of the recorded sweeps.
+    """
+    from musota.config import TUNED, find_experiment
     from musota.workbook import Workbook
 
     if int(os.environ.get("RANK", 0)):  # of several processes one speaks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    find_experiment(experiment)  # a wrong name is answered before the corpus is read
+    if experiment not in TUNED:
+        find_experiment(experiment)  # a wrong name is answered before the corpus is read
     book = Workbook(profile, corpus, seed, fresh, save_to)
     finished = book.train(experiment, compile=compile, auto_remedy=auto_remedy)
     click.echo(f"{finished}")

@@ -9,12 +9,11 @@ import math
 import os
 from pathlib import Path
 
-from musota.config import Experiment, MusotaError, Profile, find_experiment
+from musota.config import TUNED, Experiment, MusotaError, Profile, find_experiment
 from musota.probes import Cell, run_cells, sweep_losses
 from musota.runs import Run
 
 MODELS = ("original", "optimized", "baseline", "simplified", "simplified_twin")
-TUNED = {"tuned": "optimized", "tuned_baseline": "baseline"}  # and what each is tuned from
 SWEEP_FOLDER = "sweep"  # of a results folder
 SWEEP_EPOCHS = 5  # of the plan's 30, with warm-up's share of the steps kept
 # About a factor of 3 apart. A sweep starts with the middle six and is widened where it must be.
@@ -78,16 +77,16 @@ def _wider(losses: dict[float, list[float]]) -> list[float]:
     return [LADDER[place]] if beyond and 0 <= place < len(LADDER) else []
 
 
-def tuned(name: str, profile: Profile, folder: str | os.PathLike) -> Experiment:
+def tuned(name: str, profile: Profile, *folders: str | os.PathLike) -> Experiment:
     """`tuned` or `tuned_baseline` at full size: its model at the best rate of the recorded sweep.
 
-    Raises MusotaError where no sweep is recorded.
+    The first of the results folders with a sweep decides. Raises MusotaError where there is none.
     """
     origin = TUNED[name]
-    losses = read_sweep(folder, origin)
+    losses = next((found for folder in folders if (found := read_sweep(folder, origin))), {})
     if not losses:
         raise MusotaError(
-            f"{name} trains at the best learning rate of a sweep, and {folder} holds none: run "
+            f"{name} trains at the best learning rate of a sweep, and {folders[0]} holds none: run "
             f"`python -m musota evidence --profile {profile.name} --only sweep` first."
         )
     return find_experiment(origin).with_(learning_rate=best_of(losses) / profile.learning_rate)

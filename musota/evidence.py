@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from musota import diagnose, plots
-from musota.campaign import MODELS, TUNED, read_sweep
-from musota.config import MuConfig
+from musota.campaign import MODELS, read_sweep
+from musota.config import TUNED, MuConfig
 from musota.diagnose import Finding, Suspect
 from musota.intervals import Interval
 from musota.probes import grid, judge
@@ -103,8 +103,9 @@ class Evidence:
             return None
         rates = "at the one learning rate both were given"
         if name in TUNED:
-            tries = min(len(losses) for losses in self.sweeps.values())
-            rates = f"each at its own best of {tries} learning rates"
+            rates = "each at its own best learning rate"
+            if tries := [len(losses) for losses in self.sweeps.values()]:  # not where it was tuned
+                rates = f"each at its own best of {min(tries)} learning rates"
         finding, text, seeds = diagnose.helps_or_hurts(*sides, plots.LABELS[name], rates)
         intervals = {"over blocks of text\n(these trained models)": text}
         if seeds:

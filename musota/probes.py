@@ -331,6 +331,8 @@ def run_cells(
         # A process takes seconds to start: worth it for many runs, or for long ones.
         worth = len(left) if len(corpus.train) > 50_000 else max(1, len(left) // 4)
         workers = min(worth, os.cpu_count() or 1)
+    if workers > 1 and len(left) > 1:  # silent until the first has ended
+        print(f"{len(left)} runs to train, {workers} at a time.", flush=True)
     started = time.perf_counter()
     for done, (job, run) in enumerate(_each(list(left.values()), parts, workers), start=1):
         runs[job.name][job.seed] = run

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from musota import campaign
 from musota.config import (
+    TUNED,
     Experiment,
     MusotaError,
     Profile,
@@ -109,8 +110,9 @@ class Workbook:
 
     def experiment(self, name: str) -> Experiment:
         """One of the plan's experiments, `<name>_twin` or a tuned model, at this profile's size."""
-        if name in campaign.TUNED:
-            return scaled(campaign.tuned(name, self.profile, self.folder), self.profile)
+        if name in TUNED:
+            kept = results_folder(self.profile.name, self.corpus.name)
+            return scaled(campaign.tuned(name, self.profile, self.folder, kept), self.profile)
         if name.endswith("_twin"):
             return twin(self.experiment(name.removesuffix("_twin")))
         return scaled(find_experiment(name), self.profile)
@@ -157,7 +159,7 @@ class Workbook:
         else:
             cells = campaign.models()
             if part == "tuned":
-                cells = {name: Cell(campaign.tuned(name, *place[::2])) for name in campaign.TUNED}
+                cells = {name: Cell(campaign.tuned(name, *place[::2])) for name in TUNED}
             run_cells(cells, range(self.seed, self.seed + seeds), *place, keep=cells, **how)
             looked = "tuned" if part == "tuned" else "optimized"
             run = Run(self.folder / f"{looked}-seed{self.seed}")

@@ -1,0 +1,228 @@
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import musota
+from musota import campaign, diagnose, report
+from musota.__main__ import cli
+from musota.config import find_experiment, profiles
+from musota.evidence import answers, read_evidence
+from musota.intervals import Interval, seed_interval
+from musota.tables import PUBLISHED, model_table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# --- sweeps ---
+
+
+@pytest.mark.parametrize("profile", ["full", "study"])
+def test_a_sweep_trains_at_the_rates_it_names(profile):
+    profile = profiles[profile]
+    cells = campaign.sweep("optimized", profile)
+    assert len(cells) == 6
+    for rate, (name, cell) in zip(campaign.FIRST_RATES, cells.items(), strict=True):
+        training = musota.scaled(cell.experiment, profile).training
+        assert name == f"optimized_rate_{rate:g}"
+        assert training.learning_rate == pytest.approx(rate, rel=1e-12)
+    assert campaign.FIRST_RATES[0] == 1e-4 and campaign.FIRST_RATES[-1] == 3e-2
+    # Five of the plan's thirty epochs, with the plan's share of warm-up.
+    whole, short = find_experiment("optimized").training, cells["optimized_rate_0.001"].experiment
+    assert short.training.epochs == 5
+    shares = [t.warmup_steps / t.epochs for t in (whole, short.training)]
+    assert shares[0] == pytest.approx(shares[1], rel=0.01)
+
+
+def _sweep_with(monkeypatch, tmp_path, best):
+    """Rates tried for both models when the loss is lowest at `best` (a rate a model)."""
+    tried = {}
+
+    def pretend(cells, seeds, profile, corpus, folder, **how):
+        for name, cell in cells.items():
+            model, rate = name.split("_rate_")
+            tried.setdefault(model, []).append(float(rate))
+            assert cell.experiment.training.learning_rate == pytest.approx(float(rate))
+
+    def losses(folder, model):
+        return {rate: [abs(math.log(rate / best[model]))] for rate in sorted(tried[model])}
+
+    monkeypatch.setattr(campaign, "run_cells", pretend)
+    monkeypatch.setattr(campaign, "read_sweep", losses)
+    campaign.run_sweeps(profiles["full"], None, tmp_path, 0)
+    return {model: sorted(rates) for model, rates in tried.items()}
+
+
+def test_a_bracketed_best_ends_the_sweep(monkeypatch, tmp_path):
+    tried = _sweep_with(monkeypatch, tmp_path, {"optimized": 1e-2, "baseline": 1e-3})
+    assert tried == {name: list(campaign.FIRST_RATES) for name in ("optimized", "baseline")}
+
+
+def test_a_best_at_an_edge_widens_the_sweep_for_both_alike(monkeypatch, tmp_path):
+    tried = _sweep_with(monkeypatch, tmp_path, {"optimized": 1e-1, "baseline": 3e-5})
+    wider = [1e-5, 3e-5, *campaign.FIRST_RATES, 1e-1, 3e-1]
+    assert tried == dict.fromkeys(("optimized", "baseline"), wider)
+
+
+def test_without_a_sweep_nothing_is_tuned(tmp_path):
+    with pytest.raises(musota.MusotaError, match="--only sweep"):
+        campaign.tuned("tuned", profiles["tiny"], tmp_path)
+
+
+def test_an_unknown_part_is_named():
+    answer = CliRunner().invoke(cli, ["evidence", "--only", "modles"])
+    assert isinstance(answer.exception, musota.MusotaError) and "models" in str(answer.exception)
+
+
+@pytest.fixture(scope="module")
+def carried_out(text_folder, tmp_path_factory):
+    """`python -m musota evidence` at the smallest: two seeds, three rates, 5,000 tokens."""
+    folder = tmp_path_factory.mktemp("evidence")
+    options = ["--profile", "tiny", "--corpus", str(text_folder), "--save-to", str(folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(campaign, "FIRST_RATES", (1e-3, 3e-3, 1e-2))
+        patch.setattr(campaign, "LADDER", (1e-3, 3e-3, 1e-2))
+        patch.setitem(profiles, "tiny", replace(profiles["tiny"], train_tokens=5_000))
+        command = ["evidence", *options, "--seeds", "2", "--only", "sweep,tuned"]
+        answer = CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert answer.exit_code == 0, answer.output
+    return folder / "tiny-docs", options, answer.output
+
+
+def test_both_models_are_tuned_to_their_own_best_rate(carried_out):
+    folder, _, output = carried_out
+    evidence = read_evidence(folder)
+    for tuned, origin in campaign.TUNED.items():
+        losses = campaign.read_sweep(folder, origin)
+        assert len(losses) == 3
+        best = min(losses, key=losses.get)
+        runs = [run for run in evidence.runs if run.name == tuned]
+        assert [run.seed for run in runs] == [0, 1]
+        for run in runs:
+            assert run.experiment.training.learning_rate == pytest.approx(best)
+            model = musota.scaled(find_experiment(origin), "tiny").model
+            assert run.experiment.model == model
+    assert "The report:" in output
+
+
+def test_its_report_answers_the_plans_questions(carried_out):
+    folder, _, _ = carried_out
+    text = (folder / "README.md").read_text()
+    for question in ("Did the plateau break", "help or hurt", "lose"):
+        assert question in text
+    assert "each at its own best of" in text and "Gate: disabling it costs" in text
+    for figure in ("answer", "curves", "verdict_tuned", "ablations"):
+        assert f"({figure}.png)" in text and (folder / f"{figure}.png").exists()
+    assert "--save-to elsewhere" in text
+
+
+def test_a_tuned_row_can_be_trained_again_alone(carried_out, tmp_path, monkeypatch):
+    folder, options, _ = carried_out
+    away = tmp_path / "elsewhere"
+    away.mkdir()
+    shutil.copytree(folder / "sweep", away / folder.name / "sweep")
+    kept = json.loads((folder / "tuned_baseline-seed1" / "summary.json").read_text())
+    command = ["train", "tuned_baseline", *options[:-1], str(away), "--seed", "1"]
+    monkeypatch.setitem(profiles, "tiny", replace(profiles["tiny"], train_tokens=5_000))
+    answer = CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert answer.exit_code == 0, answer.output
+    path = away / folder.name / "tuned_baseline-seed1" / "summary.json"
+    again = json.loads(path.read_text())
+    assert again["ppl"] == pytest.approx(kept["ppl"], rel=1e-4)  # one thread there, two here
+
+
+# --- tables and answers ---
+
+
+def test_the_model_table_averages_losses_and_tells_their_spread(carried_out):
+    folder, _, _ = carried_out
+    evidence = read_evidence(folder)
+    rungs = {"unigram": 230.0}
+    object.__setattr__(evidence, "rungs", rungs)
+    table = model_table(evidence).set_index("model (measured)")
+    losses = [run.summary["valid_loss"] for run in evidence.runs if run.name == "tuned"]
+    mean, spread = sum(losses) / 2, seed_interval(losses)
+    row = table.loc["MU-SOTA, its best rate"]
+    low, high = math.exp(spread.low), math.exp(spread.high)
+    assert row["valid PPL [95 % over seeds]"] == f"{math.exp(mean):,.1f} [{low:,.1f}, {high:,.1f}]"
+    assert row["seeds"] == "2"
+    # A rung of the same loss as a run must get that run's word PPL and bits a byte.
+    same = evidence.runs[0].summary
+    object.__setattr__(evidence, "rungs", {"like": same["ppl"]})
+    rung = model_table(evidence).set_index("model (measured)").loc["rung: like"]
+    assert rung["valid word PPL"] == f"{same['word_ppl']:,.1f}"
+    assert rung["valid bits/byte"] == f"{same['bits_per_byte']:.3f}"
+    for name, _, ppl in PUBLISHED:
+        assert table.loc[f"reported: {name}", "test word PPL"] == f"{ppl}"
+
+
+def test_goals_are_judged_by_the_interval_over_seeds():
+    def verdict(*ppls):
+        return diagnose.broke_through(ppls, "it", None).verdict
+
+    assert verdict(90, 91, 92) == "< 100"
+    assert verdict(150, 151, 152) == "< 200"
+    assert verdict(250, 251, 252) == "≥ 200"
+    assert verdict(190, 199, 208) == "undecided"
+    assert verdict(199) == "< 200"  # one seed: no interval
+    finding = diagnose.broke_through([150.0], "it", "the vocabulary is small")
+    assert "the vocabulary is small" in finding.conclusion
+
+
+def test_weak_spots_name_what_earns_its_parameters_and_what_does_not():
+    effects = {
+        "block attention": Interval(0.001, -0.002, 0.004),
+        "cross attention": Interval(0.4, 0.35, 0.45),
+        "gate": Interval(0.05, 0.01, 0.09),
+        "affinity tables": Interval(0.02, 0.01, 0.03),
+        "A": Interval(0.01, 0.0, 0.02),
+        "B": Interval(0.3, 0.2, 0.4),
+        "C": Interval(0.02, 0.01, 0.03),
+    }
+    ledger = {"block attention": 5, "cross attention": 20, "gate": 5, "affinity tables": 70}
+    found = {f.rule: f for f in diagnose.weak_spots(effects, ledger, ("A", "B", "C"))}
+    verdicts = [found[name.capitalize()].verdict for name in ledger]
+    assert verdicts == ["idle", "used", "undecided", "idle"]
+    assert "70.0% of the parameters" in found["Affinity tables"].saw
+    assert found["Affinity tables"].next_step and not found["Cross attention"].next_step
+    blocks = found["Semantic blocks"]
+    assert blocks.verdict == "idle" and "2 of 3" in blocks.conclusion and "(B)" in blocks.saw
+
+
+# --- the front page ---
+
+
+def test_the_front_page_gets_what_is_recorded_and_keeps_the_rest(carried_out, tmp_path):
+    folder, _, _ = carried_out
+    place = tmp_path / "results" / "tiny-docs"
+    place.parent.mkdir()
+    shutil.copytree(folder, place)
+    page, (begin, end) = tmp_path / "README.md", report.FRONT_MARKS
+    page.write_text(f"before\n\n{begin}\nold\n{end}\n\nafter\n")
+    report.write_front_page(page, [place])
+    text = page.read_text()
+    assert text.startswith(f"before\n\n{begin}\n\n![") and text.endswith(f"{end}\n\nafter\n")
+    assert "old" not in text and "results/tiny-docs/answer.png" in text
+    for sentences in answers(read_evidence(place), short=True).values():
+        for sentence in sentences:
+            assert sentence in text
+    report.write_front_page(page, [place])
+    assert page.read_text() == text
+    page.write_text("no marks")
+    with pytest.raises(musota.MusotaError, match="not one line"):
+        report.write_front_page(page, [place])
+
+
+def test_every_number_kept_with_the_workbook_follows_from_its_records(tmp_path):
+    kept = ROOT / "results" / "study"
+    copy = tmp_path / "results" / "study"
+    shutil.copytree(kept, copy, ignore=shutil.ignore_patterns("*.png", "checkpoints", "executed"))
+    written = musota.write_report(copy)
+    assert written.read_text() == (kept / "README.md").read_text()
+    shutil.copy(ROOT / "README.md", tmp_path)
+    report.write_front_page(tmp_path / "README.md", [copy])
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
