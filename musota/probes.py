@@ -175,7 +175,7 @@ class Cell:
     share: float = 1.0
 
 
-SWEEP = (1 / 3, 1, 3, 10, 30, 100)
+SWEEP = (1 / 10, 1 / 3, 1, 3, 10, 30, 100)  # wide enough for MU-SOTA and for the dense twin
 # What the plan changes from `original` to `optimized`: fields, suspicion, its confidence, advice.
 _PLAN = {
     "epochs": (("epochs",), "too few epochs (10 → 30)", "70 %", "train longer"),
@@ -239,7 +239,8 @@ def grid(profile: str) -> tuple[dict[str, Cell], list[Suspect], range]:
     if profile == "tiny":
         only = suspects[1]
         return {name: cells[name] for name in (only.before, only.after)}, [only], range(2)
-    cells |= rate_sweep("original", original, SWEEP[1:])  # the plan's 1e-4 is its lowest rate
+    rates = [factor for factor in SWEEP if factor != 1 / 3]  # which is the plan's own 1e-4
+    cells |= rate_sweep("original", original, rates)
     cells |= rate_sweep("dense", twin(original)) | data_shares("original", original)
     steps = {"batch_size": 2, "warmup_steps": 3 * original.training.warmup_steps}
     others = {
@@ -264,7 +265,7 @@ def grid(profile: str) -> tuple[dict[str, Cell], list[Suspect], range]:
                 f"learning rate too low (× {factor})", MISSED, "original",
                 f"original_rate_x{factor}", "raise the learning rate",
             )
-            for factor in SWEEP[2:]
+            for factor in SWEEP[3:]
         ),
     ]  # fmt: skip
     if profile == "quick":

@@ -200,7 +200,7 @@ def test_each_cell_changes_what_it_says_and_nothing_else():
     assert changed("blocks_8") == {"n_block": 8} and changed("layers_8") == {"n_layer": 8}
     assert changed("matrix_6") == {"matrix_size": 6, "n_block": 8, "n_head": 6}
     assert cells["dense"].experiment == twin(experiments["original"])
-    for factor in (3, 10, 30, 100):
+    for factor in (0.1, 3, 10, 30, 100):
         assert changed(f"original_rate_x{factor}")["learning_rate"] == pytest.approx(3e-4 * factor)
     assert {s.confidence for s in suspects} == {
         "70 %", "60 %", "50 %", "40 %", "30 %", "unknown", "not in the plan",
