@@ -313,7 +313,7 @@ grid_profiles: dict[str, Profile] = {
     profile.name: profile
     for profile in (
         profiles["full"],
-        Profile("study", 8192, 120_000, 40_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 10.0, 1),
+        Profile("study", 8192, 100_000, 40_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 10.0, 1),
         Profile("quick", 2048, 40_000, 12_000, 1 / 6, 1 / 2, 1 / 10, 1 / 4, 10.0, 1),
         Profile("tiny", 512, 6_000, 3_000, 1 / 12, 1 / 4, 1 / 10, 1 / 4, 10.0, 1),
     )
