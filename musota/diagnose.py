@@ -204,7 +204,8 @@ def plateau(
     `history` needs the columns epoch, tokens, ppl and valid_loss, one row an epoch.
     """
     best = history.ppl.cummin().to_numpy()
-    threshold = f"a plateau gains < {least_gain:.1%} over {window} epochs"
+    span = f"{window} epoch{'s' if window > 1 else ''}"
+    threshold = f"a plateau gains < {least_gain:.1%} over {span}"
     if len(best) <= window:
         saw = f"{len(best)} epochs"
         return Finding("Plateau", "too early", saw, threshold, "too early to say: train on")
@@ -217,7 +218,7 @@ def plateau(
         slope = paired_bootstrap(per_block, np.zeros_like(per_block), block_tokens)
     saw = (
         f"best valid PPL {best[-1 - window]:.1f} → {best[-1]:.1f}, {gain:.1%} lower over "
-        f"{window} epochs; valid loss per doubling of tokens {slope}"
+        f"{span}; valid loss per doubling of tokens {slope}"
     )
     if gain >= least_gain:
         return Finding("Plateau", "none", saw, threshold, "no plateau: still improving")

@@ -45,6 +45,10 @@ _STYLES = {  # colour, line style, marker
 _OTHER = ("#000000", ":", "x")
 _SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 _HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
+_GROUPS = (
+    "affinity tables", "output", "embedding", "embedding (also output)", "feed-forward",
+    "cross attention", "block attention", "gate", "positions", "norms", "attention",
+)  # fmt: skip
 _SIZES = {
     "batch": "sequences a step",
     "max_seq_len": "tokens a sequence",
@@ -71,7 +75,7 @@ def _figure(width: float = 9.0, height: float = 4.0, columns: int = 1, **gridspe
 
 
 def label_of(run: Run) -> str:
-    return f"{LABELS.get(run.name, run.name)}, seed {run.seed}"
+    return f"{LABELS.get(run.name, run.name.replace('_', ' '))}, seed {run.seed}"
 
 
 def by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -111,12 +115,6 @@ def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> F
             label=f"reported: {REPORTED['ppl']:.0f} after {REPORTED['epochs']} epochs",
         )
         right.plot(REPORTED["epochs"], 100 * REPORTED["accuracy"], "k*", markersize=11)
-    for name, ppl in rungs.items():
-        if name == "uniform":
-            continue  # far above everything: it would flatten the curves
-        left.axhline(ppl, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)))
-        label = {"xycoords": ("axes fraction", "data"), "fontsize": 8, "color": "0.3"}
-        left.annotate(f"{name}\n{ppl:,.0f}", (1.01, ppl), va="center", **label)
     left.set(yscale="log", ylabel="valid perplexity per token (log)", title="Perplexity")
     left.yaxis.set_major_formatter(_THOUSANDS)
     left.yaxis.set_major_locator(MaxNLocator(8))  # few decades: round numbers, not powers of ten
@@ -128,7 +126,23 @@ def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> F
         axis.set_xlim(0.8, max(rightmost, REPORTED["epochs"] if reported else 0) + 0.3)
         axis.grid(axis="y", color="0.9")
     left.legend(fontsize=8)
+    # The uniform rung is far above everything: it would flatten the curves.
+    _draw_rungs(left, {name: ppl for name, ppl in rungs.items() if name != "uniform"}, "\n")
     return figure
+
+
+def _draw_rungs(axis, rungs: Mapping[str, float], between: str = " ") -> None:
+    """Lines across at the rungs, their names on the right, pushed apart where they are close."""
+    for level in rungs.values():
+        axis.axhline(level, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)))
+    axis.figure.draw_without_rendering()  # for where the levels come to stand
+    points, last = 72 / axis.figure.dpi, -np.inf
+    for name, level in sorted(rungs.items(), key=lambda rung: rung[1]):
+        text = f"{name}{between}{level:,.4g}"
+        height = axis.transData.transform((0, level))[1] * points
+        last = max(height, last + 10 * (1 + text.count("\n")))
+        axis.annotate(text, (1.01, level), (0, last - height), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", va="center", fontsize=8, color="0.3")  # fmt: skip
 
 
 def training_curve(run: Run) -> Figure:
@@ -165,9 +179,11 @@ def ledgers(ledgers: Mapping[str, Mapping[str, int]]) -> Figure:
         {group for ledger in ledgers.values() for group in ledger},
         key=lambda group: -max(ledger.get(group, 0) for ledger in ledgers.values()),
     )
+    # A group looks the same in every figure.
+    known = [*_GROUPS, *(group for group in groups if group not in _GROUPS)]
     fills = {
         group: {"fc": _SHADES[i % 8], "hatch": _HATCHES[(i + i // 8) % 8], "ec": "white", "lw": 0.6}
-        for i, group in enumerate(groups)
+        for i, group in enumerate(known)
     }
     largest = max(sum(ledger.values()) for ledger in ledgers.values())
     for row, ledger in enumerate(ledgers.values()):
@@ -356,7 +372,7 @@ def rate_sweep(sweeps: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
 def _draw_sweep(axis, sweeps: Mapping[str, Mapping[float, Sequence[float]]]) -> None:
     styles = [_STYLES["optimized"], _STYLES["baseline"], _OTHER]
     lowest = min(np.mean(values) for losses in sweeps.values() for values in losses.values())
-    ceiling = lowest + SWEEP_NATS
+    ceiling, beyond = lowest + SWEEP_NATS, set()
     for (label, losses), (colour, line, marker) in zip(sweeps.items(), styles, strict=False):
         rates = sorted(losses)
         means = [float(np.mean(losses[rate])) for rate in rates]
@@ -365,7 +381,8 @@ def _draw_sweep(axis, sweeps: Mapping[str, Mapping[float, Sequence[float]]]) -> 
         for rate in rates:
             dots = [rate] * len(losses[rate])
             axis.plot(dots, np.minimum(losses[rate], ceiling), ".", color=colour, markersize=4)
-            if np.mean(losses[rate]) > ceiling:
+            if np.mean(losses[rate]) > ceiling and rate not in beyond:
+                beyond.add(rate)
                 axis.annotate("off the scale ↑", (rate, ceiling), (0, 6), fontsize=8, ha="center",
                               textcoords="offset points")  # fmt: skip
         best = int(np.argmin(means))
@@ -416,7 +433,8 @@ def clean_gap(runs: Sequence[Run]) -> Figure:
         clean = [record["clean_train_loss"] for record in run.health]
         style = {"color": colour, "linestyle": line}
         axis.plot(epochs, valid, marker=marker, label=f"{label_of(run)}: valid", **style)
-        axis.plot(epochs, clean, marker=marker, fillstyle="none", label="training text", **style)
+        axis.plot(epochs, clean, marker=marker, fillstyle="none",
+                  label=f"{label_of(run)}: training text", **style)  # fmt: skip
         axis.fill_between(epochs, clean, valid, color=colour, alpha=0.12)
     axis.set(
         xlabel="epoch", ylabel="loss without dropout (nats/token)", title="Training against valid"
@@ -522,7 +540,9 @@ def explored(
     """Curves with their plateaus shaded, their marks (events, flags), and rungs across."""
     figure, axis = _figure(9, 4.4)
     unknown = [name for name in dict.fromkeys(c.name for c in curves) if name not in _STYLES]
+    seen: dict[str, int] = {}
     for place, curve in enumerate(curves):
+        nth_seed = seen[curve.name] = seen.get(curve.name, -1) + 1
         colour, line, marker = _STYLES.get(curve.name, _OTHER)
         if curve.name in unknown:
             nth = unknown.index(curve.name)
@@ -530,28 +550,34 @@ def explored(
         if curve.faint is not None:
             axis.plot(curve.x, curve.faint, color=colour, alpha=0.3, linewidth=0.8)
         few = marker if len(curve.x) <= 60 else None
-        axis.plot(curve.x, curve.y, color=colour, linestyle=line, marker=few, label=curve.label)
-        if curve.plateau:
+        seed = {"fillstyle": ("full", "none", "left")[nth_seed % 3], "lw": 1.6 / (1 + nth_seed)}
+        axis.plot(curve.x, curve.y, color=colour, linestyle=line, marker=few, label=curve.label,
+                  **seed)  # fmt: skip
+        if curve.plateau:  # a strip for each curve
+            strip = {"ymin": place / len(curves), "ymax": (place + 1) / len(curves)}
             hatch = _HATCHES[1 + place % 7]
             axis.axvspan(*curve.plateau, facecolor=colour, alpha=0.15, hatch=hatch, ec=colour,
-                         label=f"plateau: {curve.label}")  # fmt: skip
+                         label=f"plateau: {curve.label}", **strip)  # fmt: skip
         for x, text in curve.marks:
             axis.axvline(x, color=colour, linewidth=1, linestyle=":")
             above = {"xycoords": ("data", "axes fraction"), "rotation": 90, "va": "top"}
             axis.annotate(text, (x, 0.98), (-2, 0), textcoords="offset points", ha="right",
                           fontsize=7.5, **above)  # fmt: skip
-    for name, level in rungs.items():
-        axis.axhline(level, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)))
-        where = {"xycoords": ("axes fraction", "data"), "fontsize": 8, "color": "0.3"}
-        axis.annotate(f"{name} {level:,.4g}", (1.01, level), va="center", **where)
     axis.set(xlabel=labels[0], ylabel=labels[1])
     if log_x:
         axis.set_xscale("log")
+    form = FuncFormatter(lambda value, _: f"{value:,.10g}")
     if log_y:
+        values = np.concatenate([curve.y for curve in curves]) if curves else np.ones(1)
+        most = float(values.max())
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(MaxNLocator(7))  # fewer than two decades, as a rule
-        axis.minorticks_off()
-    form = FuncFormatter(lambda value, _: f"{value:,.6g}")
+        if values.min() < most / 1e4:  # a rate that ends at 0
+            axis.set_ylim(bottom=most / 1e4)
+        elif most < 100 * values.min():  # few decades: round numbers, not powers of ten
+            axis.yaxis.set_major_locator(MaxNLocator(7))
+            axis.minorticks_off()
+    if log_x:
+        axis.xaxis.set_minor_formatter(form)
     axis.xaxis.set_major_formatter(form)
     axis.yaxis.set_major_formatter(form)
     if labels[0] == "epoch" and not log_x:
@@ -560,6 +586,7 @@ def explored(
     axis.grid(color="0.9")
     if curves:
         figure.legend(fontsize=8, ncols=2, loc="outside upper center")
+    _draw_rungs(axis, rungs)
     return figure
 
 

@@ -192,8 +192,8 @@ def train(
     `compile` passes the model's body through torch.compile: both are chosen for the device unless
     given, and kept when a run goes on. Ctrl-C ends after the step at hand, saves it and returns
     what has been measured; `stop_at` ends a run in the same way after that share of its steps.
-    `watch` is called with the run whenever something new has been recorded, `copy` with nothing
-    after each checkpoint and at the end; an OSError of it is treated like one of the disk.
+    `watch` is called with the run at first and whenever something new was recorded, `copy` with
+    nothing after each checkpoint and at the end; an OSError of it is treated like one of the disk.
 
     Where memory runs out the micro-batch is halved, which changes nothing else. With `auto_remedy`
     the plan's remedies apply themselves, each recorded as an event: after a loss that is not finite
@@ -390,6 +390,8 @@ class _Trainer:
         stop = math.ceil(stop_at * self.total_steps)
         length = self.experiment.model.max_seq_len
         whole = self.training.epochs * self.windows * length
+        if watch and self.folder.writes:
+            watch(Run(self.folder.path))  # so that what it shows stands above the bar
         self.progress = progress_bar(whole, self.tokens_seen, self.folder.writes)
         try:
             with _Interruption(self.accelerator.num_processes) as interruption, self.progress:
@@ -588,6 +590,9 @@ class _Trainer:
             "seconds": round(self.seconds, 3),
         }
         self._record({"kind": "step", **record})
+        self._tell_progress(loss)
+
+    def _tell_progress(self, loss: float) -> None:
         epoch = min(self.training.epochs, self.step // self.steps_per_epoch + 1)
         best = f", best valid PPL {_exp(self.best_loss):,.0f}" if self.summary else ""
         self.progress.set_postfix_str(
@@ -628,6 +633,7 @@ class _Trainer:
                 "valid_block_nats": block_nats,
             }
         self.summary |= {"finished": False, "epochs_done": epoch}
+        self._tell_progress(record["train_loss"])
         self._calm_down()
         self._checkpoint()
         self._write_summary()

@@ -32,7 +32,7 @@ METRICS = {
     "valid perplexity": ("history", "ppl", "valid perplexity per token", "ppl"),
     "valid loss": ("history", "valid_loss", "valid loss (nats/token)", "nats"),
     "valid accuracy": ("history", "accuracy", "valid top-1 accuracy", None),
-    "training loss": ("steps", "loss", "training loss (nats/token)", "nats"),
+    "training loss": ("steps", "loss", "training loss (nats/token)", None),
     "learning rate": ("steps", "learning_rate", "learning rate", None),
     "gradient norm": ("steps", "grad_norm", "gradient norm before clipping", None),
 }
@@ -46,16 +46,17 @@ def explore(
     path: str | os.PathLike,
     about: str = "",
     metric: str = "valid perplexity",
+    copy: Callable[[], bool] | None = None,
 ) -> None:
     """Curves of runs with their plateaus, to turn and look at; also saved at `path`.
 
-    Opens on `metric`, one of METRICS. `about` is the line under the figure. Without a front end the
-    static figure is shown.
+    Opens on `metric`, one of METRICS. `about` is the line under the figure; `copy` is called after
+    each saving, as `Workbook.push`. Without a front end the static figure is shown.
     """
     if not runs:
         print("No run has finished an epoch yet: there is nothing to explore.")
         return
-    explorer = Explorer(runs, rungs, path, about, metric)
+    explorer = Explorer(runs, rungs, path, about, metric, copy)
     explorer.save()
     if has_front_end():
         display(explorer.box)
@@ -68,15 +69,16 @@ def explore(
 class Explorer:
     """Controls, one picture, and the sentence that follows from both."""
 
-    def __init__(self, runs, rungs, path, about="", metric="valid perplexity"):
+    def __init__(self, runs, rungs, path, about="", metric="valid perplexity", copy=None):
         self.runs = {plots.label_of(run): run for run in runs}
-        self.rungs, self.path, self.about = rungs, Path(path), about
+        self.rungs, self.path, self.about, self.copy = rungs, Path(path), about, copy
         self.sentence = ""
         wide = {"style": {"description_width": "110px"}}
         longest = max(len(run.history) for run in runs)
+        first = {run.name: label for label, run in reversed(self.runs.items())}  # seed of a name
         self.chosen = ipywidgets.SelectMultiple(
             options=list(self.runs),
-            value=list(self.runs)[:6],
+            value=list(first.values())[::-1][:6],
             rows=min(6, len(self.runs)),
             description="runs",
             layout={"width": "420px"},
@@ -103,7 +105,7 @@ class Explorer:
         self.log_y = ipywidgets.Checkbox(True, description="y logarithmic", indent=False)
         self.show_rungs = ipywidgets.Checkbox(bool(rungs), description="rungs", indent=False)
         self.button = ipywidgets.Button(description="Save as PNG", icon="download")
-        self.image, self.text = ipywidgets.Image(format="png"), ipywidgets.HTML()
+        self.image, self.text = _picture(), ipywidgets.HTML()
         self.saved = ipywidgets.HTML()
         self.controls = [
             self.chosen, self.metric, self.unit, self.smoothing, self.window, self.least_gain,
@@ -120,12 +122,14 @@ class Explorer:
                         rows([self.chosen, self.metric, self.unit]),
                         rows([self.smoothing, self.window, self.least_gain]),
                         rows(ticks),
-                    ]
+                    ],
+                    layout=_WRAPPED,
                 ),
                 self.image,
                 self.text,
                 self.saved,
-            ]
+            ],
+            layout=_FITTING,
         )
         self.draw()
 
@@ -179,7 +183,7 @@ class Explorer:
             run.name,
             plots.label_of(run),
             x.to_numpy(float),
-            (y.ewm(halflife=smooth).mean() if smooth else y).to_numpy(float),
+            (_smoothed(y, smooth) if smooth else y).to_numpy(float),
             y.to_numpy(float) if smooth else None,
             span,
             tuple(marks),
@@ -187,8 +191,33 @@ class Explorer:
 
     def save(self) -> None:
         """The picture as it stands, to the file given."""
-        self.path.write_bytes(self.image.value)
-        self.saved.value = f"saved: {self.path}"
+        self.saved.value = _save(self.image.value, self.path, self.copy)
+
+
+# Boxes of ipywidgets 7 neither shrink nor scroll: without these they are cut off on the right.
+_FITTING = {"max_width": "100%"}
+_WRAPPED = {"flex_flow": "row wrap", **_FITTING}
+
+
+def _picture(value: bytes = b"") -> ipywidgets.Image:
+    return ipywidgets.Image(value=value, format="png", layout=_FITTING)
+
+
+def _save(picture: bytes, path: Path, copy: Callable[[], bool] | None) -> str:
+    """Write a picture and copy it where results belong; returns what to tell the reader."""
+    try:
+        path.write_bytes(picture)
+    except OSError as error:
+        return f"not saved: {path}: {error.strerror}"
+    if copy and not copy():
+        return f"saved: {path}, but it could not be copied beside the results"
+    return f"saved: {path.name}, in the folder of the results" if copy else f"saved: {path}"
+
+
+def _smoothed(y: pd.Series, halflife: float) -> pd.Series:
+    """Averaged from both sides, so that the curve does not lag behind where it falls."""
+    forward, backward = (series.ewm(halflife=halflife).mean() for series in (y, y[::-1]))
+    return (forward + backward) / 2  # pandas aligns them by their index
 
 
 def live_view() -> Callable[[Run], None] | None:
@@ -198,18 +227,22 @@ def live_view() -> Callable[[Run], None] | None:
     """
     if not has_front_end():
         return None
-    image, table = ipywidgets.Image(format="png"), ipywidgets.HTML()
-    due = 0.0
+    image, table = _picture(), ipywidgets.HTML()
+    image.layout.display = "none"  # until there is something to see
+    box, due = ipywidgets.VBox([image, table], layout=_FITTING), None
 
     def refresh(run: Run) -> None:
         nonlocal due
-        if not due:  # not before there is something to see
-            display(ipywidgets.VBox([image, table]))
+        if due is None:  # a run that is only loaded shows none
+            display(box)
+            due = 0.0
+        if not len(run.steps):
+            return
         started = time.monotonic()
         is_last = len(run.history) == run.experiment.training.epochs
         if started < due and not is_last:
             return
-        image.value = figure_png(plots.training_curve(run), "")
+        image.value, image.layout.display = figure_png(plots.training_curve(run), ""), None
         if len(run.history):
             columns = ["epoch", "train_loss", "valid_loss", "ppl", "accuracy", "seconds"]
             table.value = run.history[columns].tail(6).to_html(index=False, float_format="%.4g")
@@ -220,20 +253,29 @@ def live_view() -> Callable[[Run], None] | None:
 
 
 def block_view(
-    model: CausalLM, tokenizer: TextTokenizer, sentence: str, path: str | os.PathLike, about: str
+    model: CausalLM,
+    tokenizer: TextTokenizer,
+    sentence: str,
+    path: str | os.PathLike,
+    about: str,
+    copy: Callable[[], bool] | None = None,
 ) -> None:
     """The matrices and gates of a sentence's tokens, for any sentence; also saved at `path`.
 
-    Shows at most 12 tokens. Without a front end the picture of `sentence` is shown. Raises
-    MusotaError for a model without blocks or a sentence without a token.
+    Shows at most 12 tokens, and says so. `copy` is called after each saving. Without a front end
+    the picture of `sentence` is shown. Raises MusotaError for a model without blocks or a sentence
+    without a token.
     """
     probes.require_blocks(model)
     path, layout, L = Path(path), model.config.layout, model.config.n_layer
+    most, said = min(12, model.config.max_seq_len), ipywidgets.HTML()
 
     def draw(sentence: str, layer: int) -> Figure:
-        ids = tokenizer.encode(sentence)[: min(12, model.config.max_seq_len)]
+        ids = tokenizer.encode(sentence)
         if not len(ids):
             raise MusotaError("The sentence is empty: type a few words.")
+        said.value = f"the first {most} of {len(ids)} tokens" if len(ids) > most else ""
+        ids = ids[:most]
         inside = probes.look_inside(model, torch.from_numpy(ids))
         tokens = [tokenizer.decode([int(token)]).strip() or "␣" for token in ids]
         cells, gate = inside["cells"].numpy(), inside["gate"].numpy()
@@ -245,22 +287,22 @@ def block_view(
         display(Image(data=path.read_bytes()))
         return
     typed = ipywidgets.Text(sentence, description="sentence", continuous_update=False,
-                            layout={"width": "600px"})  # fmt: skip
+                            layout={"width": "600px", **_FITTING})  # fmt: skip
     layer = ipywidgets.IntSlider(L, 0, L, description="after layer", continuous_update=False)
     button = ipywidgets.Button(description="Save as PNG", icon="download")
-    image, said = ipywidgets.Image(value=path.read_bytes(), format="png"), ipywidgets.HTML()
+    image = _picture(path.read_bytes())
 
     def redraw(_) -> None:
         try:
-            image.value, said.value = figure_png(draw(typed.value, layer.value), about), ""
+            image.value = figure_png(draw(typed.value, layer.value), about)
         except MusotaError as error:
             said.value = str(error)
 
     def save(_) -> None:
-        path.write_bytes(image.value)
-        said.value = f"saved: {path}"
+        said.value = _save(image.value, path, copy)
 
     typed.observe(redraw, "value")
     layer.observe(redraw, "value")
     button.on_click(save)
-    display(ipywidgets.VBox([ipywidgets.HBox([typed, layer, button]), image, said]))
+    controls = ipywidgets.HBox([typed, layer, button], layout=_WRAPPED)
+    display(ipywidgets.VBox([controls, image, said], layout=_FITTING))

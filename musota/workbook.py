@@ -196,7 +196,8 @@ class Workbook:
             print("This run is kept without its checkpoint: train it here to look inside.")
             return
         model, path = run.load_model(), run.path / "blocks.png"
-        block_view(model, self.corpus.tokenizer, sentence, path, self.footer)
+        about = f"{self.corpus.name} · profile {self.profile.name}"
+        block_view(model, self.corpus.tokenizer, sentence, path, about, self.push)
 
     @property
     def recorded(self) -> Evidence:

@@ -126,9 +126,9 @@ def test_a_sweep_keeps_what_fails_off_the_scale():
 def test_curves_draw_every_run_rung_and_the_reported_result(evidence):
     figure = plots.curves(evidence.runs, evidence.rungs, reported=True)
     left = figure.axes[0]
-    drawn = {tuple(line.get_ydata()) for line in left.lines}
+    drawn = {tuple(np.round(line.get_ydata(), 6)) for line in left.lines}  # exp rounds by machine
     for run in evidence.runs:
-        assert tuple(run.history.ppl) in drawn
+        assert tuple(np.round(run.history.ppl, 6)) in drawn
     labels = " ".join(text.get_text() for text in [*left.texts, *left.get_legend().texts])
     for word in ("unigram", "bigram", "trigram", "reported: 402", "dense baseline, seed 0"):
         assert word in labels

@@ -2,6 +2,8 @@ import io
 
 import ipywidgets
 import matplotlib.image
+import numpy as np
+import pandas as pd
 import pytest
 
 import musota
@@ -79,7 +81,7 @@ def test_the_sentences_follow_the_plateau_rule_and_the_runs_chosen(runs, tmp_pat
     assert explorer.sentence.replace("\n", "<br>") == explorer.text.value
     explorer.window.value = 1
     explorer.least_gain.value = 0.1
-    assert "over 1 epochs" in explorer.sentence and "no plateau" in explorer.sentence
+    assert "over 1 epoch;" in explorer.sentence and "no plateau" in explorer.sentence
     explorer.least_gain.value = 10
     assert "a plateau since epoch" in explorer.sentence
     found = {run: widgets.plateau_of(run, window=1, least_gain=0.1) for run in runs}
@@ -109,6 +111,22 @@ def test_the_button_saves_the_picture_as_it_stands(runs, tmp_path):
     assert "out.png" in explorer.saved.value
 
 
+def test_saving_tells_what_became_of_it(runs, tmp_path):
+    copied = []
+    explorer = widgets.Explorer(runs, RUNGS, tmp_path / "out.png", copy=lambda: copied.append(1))
+    explorer.button.click()
+    assert copied and "could not be copied" in explorer.saved.value
+    explorer.path = tmp_path / "vanished" / "out.png"
+    explorer.button.click()
+    assert "not saved" in explorer.saved.value and len(copied) == 1
+
+
+def test_the_smoothed_curve_does_not_lag(runs):
+    falling = pd.Series(np.linspace(9.0, 1.0, 200))
+    middle = slice(50, 150)
+    np.testing.assert_allclose(widgets._smoothed(falling, 10)[middle], falling[middle], atol=0.1)
+
+
 def test_with_a_front_end_the_explorer_is_shown_and_without_one_its_picture(
     runs, tmp_path, watched, monkeypatch, capsys
 ):
@@ -131,7 +149,8 @@ def test_the_live_view_follows_a_training_run(corpus, tmp_path, watched, monkeyp
     def watch(run):
         view(run)
         image = watched[0].children[0]
-        if not pictures or pictures[-1] != image.value:
+        assert (image.layout.display == "none") == (not image.value)  # no broken picture at first
+        if image.value and image.value not in pictures[-1:]:
             pictures.append(image.value)
 
     training = TrainConfig(epochs=2, learning_rate=3e-3, warmup_steps=5, batch_size=64)
