@@ -264,6 +264,7 @@ def _draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor
         probabilities = ordered.softmax(-1)
         # A token goes when those before it already reach top_p; the likeliest always stays.
         drop = probabilities.cumsum(-1) - probabilities >= top_p
+        drop[:, 0] = False  # also where top_p is too small for float32
         logits = logits.masked_fill(drop.gather(1, order.argsort(-1)), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import os
 import shutil
@@ -15,21 +16,34 @@ from musota.runs import Run
 
 @dataclass(frozen=True)
 class Mirror:
-    """`local` is worked in, `remote` keeps a copy. Both are folders of results, or of one run."""
+    """`local` is worked in, `remote` keeps a copy. Both are folders of results, or of one run.
+
+    `remote` is made at once; raises OSError where that fails.
+    """
 
     local: Path
     remote: Path
     pushed: dict[Path, tuple[int, int]] = field(default_factory=dict, compare=False)
+    root: tuple[Path, int] | None = None  # the whole copy's folder and the disk it lies on
+
+    def __post_init__(self):
+        if not self.root:
+            self.remote.mkdir(parents=True, exist_ok=True)
+            object.__setattr__(self, "root", (self.remote, self.remote.stat().st_dev))
 
     def part(self, folder: Path) -> Mirror:
         """The same for a folder inside `local`."""
-        return Mirror(folder, self.remote / folder.relative_to(self.local), self.pushed)
+        return Mirror(folder, self.remote / folder.relative_to(self.local), self.pushed, self.root)
 
     def push(self) -> None:
         """Copy what is new or changed, each file whole or not at all; raises OSError.
 
         Checkpoints that are no longer kept here go there, too, once the newer ones have arrived.
         """
+        root, disk = self.root
+        if not root.is_dir() or root.stat().st_dev != disk:
+            # A Drive that is no longer mounted: what is written there now would be lost.
+            raise FileNotFoundError(errno.ENOENT, "it has vanished", str(root))
         self.remote.mkdir(parents=True, exist_ok=True)
         for path in _files(self.local):
             copy = self.remote / path.relative_to(self.local)

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +30,12 @@ from musota.lm import CausalLM, load_model
 
 # A run may be continued only by the same of these.
 IDENTITY = ("experiment", "seed", "corpus")
+# What every record of a kind holds at least.
+RECORDED = {
+    "step": {"step", "loss", "learning_rate", "grad_norm", "tokens", "seconds"},
+    "epoch": {"epoch", "step", "tokens", "seconds", "valid_loss", "ppl", "accuracy", "samples"},
+    "event": {"step", "event"},
+}
 
 
 class Run:
@@ -59,9 +65,12 @@ class Run:
     @cached_property
     def records(self) -> list[dict]:
         path, expected = self.path / "metrics.jsonl", self.summary.get("metrics_sha256")
-        if self.finished and expected != sha256(path.read_bytes() if path.exists() else b""):
+        data = path.read_bytes() if path.exists() else b""
+        # Of a run under way the summary vouches for what was there when its last epoch ended.
+        known = data if self.finished else data[: self.summary.get("metrics_bytes", 0)]
+        if expected and expected != sha256(known):
             raise MusotaError(f"{path} is damaged or was changed by hand: restore it.")
-        return read_metrics(path)
+        return read_metrics(data, path)
 
     @cached_property
     def history(self) -> pd.DataFrame:
@@ -86,8 +95,7 @@ class Run:
     @cached_property
     def steps(self) -> pd.DataFrame:
         """One row a logging interval: step, loss, learning_rate, grad_norm, tokens, seconds."""
-        rows = [r for r in self.records if r["kind"] == "step"]
-        return pd.DataFrame(rows).drop(columns="kind", errors="ignore")
+        return steps_table(self.records)
 
     @cached_property
     def events(self) -> list[tuple[int, str]]:
@@ -165,19 +173,15 @@ class RunFolder:
                 f"Another process is training in {self.path}: wait for it, or use another folder."
             ) from None
         except OSError as error:
-            raise MusotaError(
-                f"The run folder {self.path} cannot be written ({error.strerror}): choose another "
-                "results folder."
-            ) from None
+            raise self._unwritable(error) from None
 
     def _clear(self) -> None:
         """Remove what a run writes, and nothing else."""
-        if (self.path / "config.json").exists():
-            shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
-            for path in self.checkpoints.glob("step-*"):
-                path.unlink()
-            for name in ("config.json", "metrics.jsonl", "summary.json"):
-                (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
+        for path in self.checkpoints.glob("step-*"):
+            path.unlink(missing_ok=True)
+        for name in ("config.json", "metrics.jsonl", "summary.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     def _refuse_other(self, found: dict) -> None:
         wanted = _flat({key: self.identity[key] for key in IDENTITY})
@@ -218,27 +222,57 @@ class RunFolder:
                 with path.open("ab") as file:
                     file.write(line)
             else:  # an earlier line could not be written
-                write_whole(path, lambda target: target.write_bytes(self.metrics))
+                self.write_metrics()
 
         self.attempt(write)
 
+    def write_metrics(self) -> None:
+        """metrics.jsonl as it should be, where it is not."""
+        path = self.path / "metrics.jsonl"
+        if (path.read_bytes() if path.exists() else b"") != self.metrics:
+            write_whole(path, lambda target: target.write_bytes(self.metrics))
+
     def write_config(self, choices: dict) -> None:
+        """Raises MusotaError where it cannot be written."""
         path = self.path / "config.json"
         if self.writes and not path.exists():
-            write_sealed(path, {**self.identity, **choices})
+            try:
+                write_sealed(path, {**self.identity, **choices})
+            except OSError as error:
+                raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> MusotaError:
+        return MusotaError(
+            f"The run folder {self.path} cannot be written ({error.strerror}): make room there, or "
+            "choose another results folder."
+        )
+
+    def forget_summary(self) -> None:
+        """Remove the summary of epochs that this run has not come to."""
+        self.attempt(lambda: (self.path / "summary.json").unlink(missing_ok=True))
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], state: dict) -> bool:
         """Write what to resume from, metrics.jsonl included, and keep the last two."""
 
         def write() -> None:
-            described = json.dumps({**jsonable(state), "metrics": self.metrics.decode()})
+            self.write_metrics()
+            about = {"metrics": self.metrics.decode(), "identity": self._fingerprint}
+            described = json.dumps({**jsonable(state), **about})
             data = save(dict(tensors), {"state": described})
             name = f"step-{state['step']:09d}-{sha256(data)[:16]}.safetensors"
             write_whole(self.checkpoints / name, lambda target: target.write_bytes(data))
             for old in self._newest_first()[2:]:
-                old.unlink()
+                if old.name != name:
+                    old.unlink()
 
         return self.attempt(write)
+
+    @property
+    def _fingerprint(self) -> str:
+        """A hash of what a run is, whatever its corpus was read from."""
+        flat = _flat({key: self.identity[key] for key in IDENTITY})
+        flat.pop("corpus.source", None)
+        return sha256(json.dumps(jsonable(flat), sort_keys=True).encode())
 
     def _newest_first(self) -> list[Path]:
         found = self.checkpoints.glob("step-*.safetensors")
@@ -247,24 +281,30 @@ class RunFolder:
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
         """Tensors and state to resume from, with metrics.jsonl as it was; None to start anew.
 
-        A damaged checkpoint is named, and the one before it taken. Raises MusotaError if all are.
+        A damaged checkpoint is named and set aside, and the one before it taken. Raises MusotaError
+        if all are, or if one is another run's.
         """
-        found = self._newest_first()
+        found, damaged = self._newest_first(), []
         for path in found:
             data = path.read_bytes()
             if sha256(data)[:16] != path.stem.rsplit("-", 1)[1]:
                 print(f"The checkpoint {path} is damaged and is skipped.")
+                damaged.append(path)
                 continue
             with safe_open(path, "pt") as file:
                 state = json.loads(file.metadata()["state"])
+            if state.pop("identity", None) != self._fingerprint:
+                raise MusotaError(
+                    f"The checkpoint {path} belongs to another run: use another folder, or start "
+                    "over there with fresh=True (--fresh)."
+                )
             self.metrics = state.pop("metrics").encode()
             metrics = self.path / "metrics.jsonl"
-            on_disk = metrics.read_bytes() if metrics.exists() else b""
-            if not on_disk.startswith(self.metrics):
+            if not (metrics.read_bytes() if metrics.exists() else b"").startswith(self.metrics):
                 print(f"{metrics} was damaged: it is restored from the checkpoint.")
-            if on_disk != self.metrics:
-                write = partial(write_whole, metrics, lambda to: to.write_bytes(self.metrics))
-                self.attempt(write)
+            self.attempt(self.write_metrics)
+            for bad in damaged:  # out of the way: they must not count among the two that are kept
+                self.attempt(lambda bad=bad: bad.rename(bad.with_suffix(".damaged")))
             return load(data), state
         if found:
             raise MusotaError(
@@ -273,6 +313,7 @@ class RunFolder:
             )
         if self.writes:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            self.forget_summary()
         return None
 
 
@@ -282,19 +323,25 @@ def load_runs(folder: str | os.PathLike) -> list[Run]:
     return [run for run in runs if run.summary]
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl. A half-written last line is left out.
+def steps_table(records: list[dict]) -> pd.DataFrame:
+    """One row a logged step of the records of a metrics.jsonl."""
+    rows = [record for record in records if record["kind"] == "step"]
+    return pd.DataFrame(rows).drop(columns="kind", errors="ignore")
 
-    Raises MusotaError for damage anywhere else.
+
+def read_metrics(data: bytes, path: Path) -> list[dict]:
+    """The records of the bytes of a metrics.jsonl. A half-written last line is left out.
+
+    Raises MusotaError for damage anywhere else, naming `path`.
     """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
     records = []
+    lines = data.split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last line end is half
         try:
             records.append(json.loads(line))
-        except ValueError:
+            if not RECORDED[records[-1]["kind"]] <= records[-1].keys():
+                raise ValueError("a record without its fields")
+        except (ValueError, KeyError, TypeError):
             raise MusotaError(
                 f"Line {number} of {path} is damaged: delete that line, or train the run again."
             ) from None

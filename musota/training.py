@@ -37,7 +37,7 @@ from musota.diagnose import oscillation
 from musota.files import read_sealed, sha256, write_sealed
 from musota.lm import CausalLM, build_model, save_model
 from musota.loss import score_tokens
-from musota.runs import Run, RunFolder
+from musota.runs import Run, RunFolder, read_metrics, steps_table
 
 SAMPLE_PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 32
 SAMPLE_SETTINGS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0}
@@ -262,6 +262,9 @@ class _Trainer:
                 f"The corpus uses {corpus.tokenizer.size} tokens but the model's vocab_size is "
                 f"{experiment.model.vocab_size}: load the corpus with that vocab_size."
             )
+        for split in ("valid", "test"):
+            if len(corpus.split(split)) < 2:
+                raise MusotaError(f"The {split} text has under two tokens: use more text.")
         self.windows = len(window_starts(len(corpus.train), length, seed, 0))
         self.steps_per_epoch = math.ceil(self.windows / self.training.sequences_per_step)
         self.total_steps = self.training.epochs * self.steps_per_epoch
@@ -339,7 +342,8 @@ class _Trainer:
     def _record(self, record: dict) -> None:
         self.folder.append(record)
         if self.watch and self.folder.writes:
-            self.watch(Run(self.folder.path))
+            with contextlib.suppress(MusotaError):  # a folder that vanished: `append` tells it
+                self.watch(Run(self.folder.path))
 
     def _event(self, event: str) -> None:
         """Record and tell something out of the ordinary."""
@@ -484,7 +488,7 @@ class _Trainer:
         factor = self.remedies["rate_factor"]
         if not self.auto_remedy or factor <= LEAST_RATE_FACTOR:
             return
-        steps = Run(self.folder.path).steps
+        steps = steps_table(read_metrics(self.folder.metrics, self.folder.path))
         since = max(self.training.warmup_steps, self.remedies["step"])
         found = oscillation(steps, since)
         if found.verdict in ("oscillating", "diverging"):
@@ -555,7 +559,7 @@ class _Trainer:
 
     def _health(self) -> dict:
         """Statistics of the epoch that has ended; together about 1 % of its time."""
-        length = self.experiment.model.max_seq_len
+        length = min(self.experiment.model.max_seq_len, len(self.corpus.valid))
         windows = min(HEALTH_WINDOWS, len(self.corpus.valid) // length)
         ids = self.corpus.valid[: windows * length].view(windows, length).long()
         some = max(2, len(self.tokens) // CLEAN_SHARE)
@@ -576,7 +580,7 @@ class _Trainer:
             f"The training loss is {loss:.4g} at step {self.step} (batch "
             f"{sha256(batch.cpu().numpy().tobytes())[:12]}): start over with a lower learning_rate "
             f"than {self.training.learning_rate:g}, or with auto_remedy=True. The last good "
-            f"checkpoint is kept in {self.folder.checkpoints}."
+            f"checkpoint, if there was one yet, is kept in {self.folder.checkpoints}."
         )
 
     def _log_step(self, loss: float, norm: float, rate: float) -> None:
@@ -686,6 +690,7 @@ class _Trainer:
 
     def _save_best(self, weights: dict[str, Tensor]) -> None:
         best = self.folder.checkpoints / "best"
+        best.mkdir(exist_ok=True)  # fails, as it should, where the run's folder has vanished
         save_model(best, self.experiment.model, weights, self.corpus.tokenizer)
         files = sorted(path for path in best.iterdir() if not path.name.startswith("."))
         self.summary["best_files"] = {path.name: sha256(path.read_bytes()) for path in files}
@@ -711,6 +716,10 @@ class _Trainer:
         self.seconds_before, self.started = state["seconds"], time.perf_counter()
         self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
         self.summary = state["summary"]
+        if self.summary:  # of that moment again, should a later one stand there
+            self._write_summary()
+        else:
+            self.folder.forget_summary()
 
     def _finish(self) -> None:
         """The test split, once, with the best epoch's weights; then the summary is complete."""
@@ -719,6 +728,9 @@ class _Trainer:
         if self.best_unsaved is not None:
             self._checkpoint()
         if self.best_unsaved is not None:  # the disk is still full: it is not finished
+            return
+        if not (self.folder.path / "config.json").exists():
+            self.folder.trouble = self.folder.trouble or "the folder has vanished"
             return
         final_weights = weights_sha256(self.model)
         seconds = self.seconds
@@ -730,7 +742,6 @@ class _Trainer:
         self.summary |= {
             "finished": True,
             "weights_sha256": final_weights,
-            "metrics_sha256": sha256(self.folder.metrics),
             "seconds": round(seconds, 1),
             "tokens_per_second": round(self.tokens_seen / seconds, 1),
         }
@@ -746,8 +757,11 @@ class _Trainer:
         }
         if self.instead_of:
             about["instead_of"] = self.instead_of.to_dict()
+        about["metrics_sha256"] = sha256(self.folder.metrics)
+        about["metrics_bytes"] = len(self.folder.metrics)
         path, summary = self.folder.path / "summary.json", {**self.summary, **about}
-        self.folder.attempt(lambda: write_sealed(path, summary))
+        if self.folder.attempt(self.folder.write_metrics):  # which the summary vouches for
+            self.folder.attempt(lambda: write_sealed(path, summary))
         if self.copy and self.summary["finished"]:
             self.folder.attempt(self.copy)
 

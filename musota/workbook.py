@@ -79,13 +79,14 @@ class Workbook:
         if save_to:
             key = sha256(str(Path(save_to).resolve()).encode())[:12]
             work = cache_folder() / "work" / key / self.home.name
-            self.folder, self.mirror = work, Mirror(work, self.home)
+            self.folder = work
         if grid:
             self.folder /= GRID_FOLDER
         try:
             self.home.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.mirror:
+            if save_to:
+                self.mirror = Mirror(work, self.home)
                 self.mirror.pull()
         except OSError as error:
             raise MusotaError(

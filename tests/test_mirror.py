@@ -1,5 +1,5 @@
-import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -68,14 +68,23 @@ def test_what_a_drive_lost_or_cut_is_copied_again(short, tmp_path):
 
 def test_a_vanished_drive_does_not_stop_training_but_is_told_at_the_end(short, tmp_path, capsys):
     mirror = Mirror(tmp_path / "here", tmp_path / "drive")
-    (tmp_path / "drive").write_text("in the way of the folder")
+    (tmp_path / "drive").rmdir()
     with pytest.raises(MusotaError, match="end of the run could not be saved"):
         musota.train(EXPERIMENT, short, mirror.local, copy=mirror.push)
     assert "Not saved" in capsys.readouterr().out
     assert musota.Run(mirror.local).finished
-    os.remove(tmp_path / "drive")
+    assert not (tmp_path / "drive").exists()  # nothing is written where the drive was mounted
+    (tmp_path / "drive").mkdir()
     mirror.push()
     assert musota.Run(mirror.remote).finished
+
+
+def test_another_disk_under_the_same_name_is_not_the_drive(tmp_path):
+    mirror = Mirror(tmp_path / "here", tmp_path / "drive")
+    root, disk = mirror.root
+    with pytest.raises(FileNotFoundError, match="vanished"):
+        replace(mirror, root=(root, disk + 1)).part(mirror.local / "run").push()
+    assert not [*mirror.remote.iterdir()]
 
 
 def test_a_workbook_works_on_its_own_disk_and_saves_elsewhere(text_folder, tmp_path, monkeypatch):

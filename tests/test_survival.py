@@ -141,6 +141,51 @@ def test_where_no_checkpoint_can_be_read_nothing_is_thrown_away(half_way, short)
     assert all(path.exists() for path in checkpoints) and (folder / "metrics.jsonl").exists()
 
 
+def test_damaged_checkpoints_do_not_push_good_ones_out(half_way, finished, short, monkeypatch):
+    folder, newest, _ = half_way
+    for number in ("000000900", "000000901"):  # of later steps than any that is to come
+        shutil.copy(newest, newest.with_name(f"step-{number}-0123456789abcdef.safetensors"))
+    monkeypatch.setattr(training_room, "CHECKPOINT_SECONDS", 0)
+    musota.train(EXPERIMENT, short, folder, stop_at=0.9)
+    kept = [*(folder / "checkpoints").glob("step-*.safetensors")]
+    assert len(kept) == 2 and not any("-0123" in path.name for path in kept)
+    run = musota.train(EXPERIMENT, short, folder)
+    assert run.summary["weights_sha256"] == finished.summary["weights_sha256"]
+
+
+def test_flipped_or_lost_metrics_of_an_unfinished_run_are_seen(half_way):
+    folder, *_ = half_way
+    path, whole = folder / "metrics.jsonl", (folder / "metrics.jsonl").read_bytes()
+    known = musota.Run(folder).summary["metrics_bytes"]
+    assert 0 < known < len(whole) and musota.Run(folder).records
+    for place in range(0, known, 97):
+        _break(path, place)
+        with pytest.raises(MusotaError, match="damaged"):
+            _ = musota.Run(folder).records
+        path.write_bytes(whole)
+    path.unlink()
+    with pytest.raises(MusotaError, match="damaged"):
+        _ = musota.Run(folder).records
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"learning_rate": 1e-3}, {"n_layer": 2}])
+def test_without_its_config_a_checkpoint_still_knows_its_run(half_way, short, finished, other):
+    folder, *_ = half_way
+    (folder / "config.json").unlink()
+    seed = other.pop("seed", 0)
+    with pytest.raises(MusotaError, match=r"checkpoint .* belongs to another run"):
+        musota.train(EXPERIMENT.with_(**other), short, folder, seed=seed)
+    run = musota.train(EXPERIMENT, short, folder, resume=False)
+    assert run.history.step.tolist() == finished.history.step.tolist()
+    assert run.steps.step.iloc[0] == 1
+
+
+def test_a_summary_without_a_run_is_not_believed(finished, short, tmp_path):
+    shutil.copy(finished.path / "summary.json", tmp_path)
+    run = musota.train(EXPERIMENT, short, tmp_path, stop_at=0.3)
+    assert not run.finished and not musota.Run(tmp_path).summary
+
+
 def test_nothing_here_unpickles():
     for path in (ROOT / "musota").glob("*.py"):
         text = path.read_text()
@@ -221,6 +266,53 @@ def test_an_end_that_cannot_be_saved_is_an_error_and_goes_on_later(
     assert run.load_model()
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_folder_that_vanishes_does_not_stop_training(finished, short, tmp_path, watched):
+    place, steps = tmp_path / "disk" / "run", []
+    step = training_room._Trainer._one_step
+
+    def one_step(trainer):
+        step(trainer)
+        steps.append(trainer.step)
+        if trainer.step == 4:
+            shutil.move(tmp_path / "disk", tmp_path / "away")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_room._Trainer, "_one_step", one_step)
+        with pytest.raises(MusotaError, match="end of the run could not be saved"):
+            musota.train(
+                EXPERIMENT, short, place, auto_remedy=watched,
+                watch=(lambda run: run.history) if watched else None,
+            )  # fmt: skip
+    assert len(steps) == finished.history.step.iloc[-1] and not place.exists()
+    shutil.move(tmp_path / "away", tmp_path / "disk")
+    run = musota.train(EXPERIMENT, short, place, auto_remedy=watched)
+    assert run.summary["weights_sha256"] == finished.summary["weights_sha256"]
+
+
+def test_no_room_for_the_first_file_gets_one_sentence(short, tmp_path, monkeypatch):
+    _full(monkeypatch, lambda: True)
+    monkeypatch.setattr("musota.files.write_whole", runs_room.write_whole)
+    with pytest.raises(MusotaError, match="cannot be written .No space left on device.: make room"):
+        musota.train(EXPERIMENT, short, tmp_path)
+
+
+def test_a_line_lost_to_a_full_disk_is_made_good_before_the_end(short, tmp_path, monkeypatch):
+    append, lost = runs_room.RunFolder.append, []
+
+    def losing(folder, record):
+        before = folder.path / "metrics.jsonl"
+        kept = before.read_bytes() if before.exists() else b""
+        append(folder, record)
+        if record["kind"] == "epoch" and record["epoch"] == 2:
+            before.write_bytes(kept)
+            lost.append(record)
+
+    monkeypatch.setattr(runs_room.RunFolder, "append", losing)
+    musota.train(EXPERIMENT, short, tmp_path)
+    assert lost and list(musota.Run(tmp_path).history.epoch) == [1, 2]
+
+
 # --- memory ---
 
 
@@ -246,6 +338,9 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(
     ]  # fmt: skip
     assert _losses(run) == pytest.approx(_losses(finished), rel=1e-5)
     assert len(_losses(run)) == len(_losses(finished))
+    weights = finished.load_model().state_dict()
+    for name, value in run.load_model().state_dict().items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-4)
 
 
 def test_the_smaller_micro_batch_is_remembered(short, tmp_path, monkeypatch):

@@ -477,12 +477,12 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(finished, short, corp
 
 
 def test_metrics_with_a_half_written_end_are_read_and_damage_is_named(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "step"}\n{"kind": "ep')
-    assert read_metrics(path) == [{"kind": "step"}]
-    path.write_text('{"kind": "step"}\n{"kind": "ep\n{"kind": "step"}\n')
-    with pytest.raises(MusotaError, match="Line 2 of .*metrics.jsonl is damaged"):
-        read_metrics(path)
+    path, event = tmp_path / "metrics.jsonl", {"kind": "event", "step": 1, "event": "x"}
+    line = json.dumps(event).encode() + b"\n"
+    assert read_metrics(line + b'{"kind": "ep', path) == [event]
+    for damaged in (b'{"kind": "ep', b"[]", b"null", b"{}", b'{"kind": "step", "step": 1}'):
+        with pytest.raises(MusotaError, match="Line 2 of .*metrics.jsonl is damaged"):
+            read_metrics(line + damaged + b"\n" + line, path)
 
 
 def test_an_unwritable_folder_gets_one_sentence(short, tmp_path):
