@@ -192,7 +192,10 @@ def train(experiment, profile, corpus, seed, fresh, save_to, compile, auto_remed
 @seed_option
 @fresh_option
 @save_to_option
-@click.option("--seeds", default=3, show_default=True, help="How many, from --seed on.")
+@click.option(
+    "--seeds", default=3, show_default=True, help="How many, from --seed on.",
+    type=click.IntRange(1, 100),
+)  # fmt: skip
 @click.option("--only", default="models,sweep,tuned,grid", show_default=True, help="Parts to do.")
 def evidence(profile, corpus, seed, fresh, save_to, seeds, only):
     """Carry the plan out with several seeds, then write the report.
@@ -226,7 +229,10 @@ def evidence(profile, corpus, seed, fresh, save_to, seeds, only):
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the numbers here.",
 )
-@click.option("--repeats", default=7, show_default=True, help="Rounds in which all take turns.")
+@click.option(
+    "--repeats", default=7, show_default=True, help="Rounds in which all take turns.",
+    type=click.IntRange(1, 1000),
+)  # fmt: skip
 @click.option("--scaling/--no-scaling", default=True, help="Also other shapes.  [default: yes]")
 def bench(device, file, repeats, scaling):
     """Measure our training step against the literal version of the same model on this machine.

@@ -16,6 +16,8 @@ PLAN_TRAIN_TOKENS = 16_733 * 128
 # Each semantic block attends with two heads, whatever its size (DESIGN section 2).
 HEADS_PER_BLOCK = 2
 LARGEST_MATRIX = 64
+LARGEST_MODEL = 20_000_000_000  # parameters; what is larger is a slip of the keyboard
+LARGEST_DROPOUT = 0.99
 
 
 class MusotaError(ValueError):
@@ -30,6 +32,12 @@ def nearest_name(kind: str, name: str, known) -> MusotaError:
     return MusotaError(f"Unknown {kind} {name!r}: {hint}")
 
 
+def check_seed(seed) -> None:
+    """Raises MusotaError for what cannot seed a run."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise MusotaError(f"seed must be a whole number from 0 to {2**31 - 1}, not {seed!r}.")
+
+
 def _require_positive(config, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -39,8 +47,18 @@ def _require_positive(config, *names: str) -> None:
 
 def _require_dropout(config) -> None:
     dropout = config.dropout
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise MusotaError(f"dropout must lie in [0, 1), not {config.dropout!r}.")
+    is_number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
+    if not is_number or not 0 <= dropout <= LARGEST_DROPOUT:
+        raise MusotaError(f"dropout must lie in [0, {LARGEST_DROPOUT}], not {config.dropout!r}.")
+
+
+def _require_sane_size(config) -> None:
+    if config.n_parameters > LARGEST_MODEL:
+        raise MusotaError(
+            f"A model of {config.n_parameters:,} parameters (vocab_size={config.vocab_size:,}, "
+            f"n_layer={config.n_layer:,}) is beyond the {LARGEST_MODEL:,} allowed: choose smaller "
+            "sizes."
+        )
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,7 @@ class MuConfig:
                     f"Block {block.name} has {block.size} cells, which {HEADS_PER_BLOCK} heads do "
                     "not divide: choose another n_block."
                 )
+        _require_sane_size(self)
 
     @property
     def layout(self) -> BlockLayout:
@@ -132,6 +151,7 @@ class DenseConfig:
             raise MusotaError(
                 f"n_head={self.n_head} does not divide d_model={self.d_model}: choose a divisor."
             )
+        _require_sane_size(self)
 
     @property
     def n_parameters(self) -> int:
@@ -329,7 +349,7 @@ def find_profile(name: str, grid: bool = False) -> Profile:
         import torch
 
         name = "full" if torch.cuda.is_available() else "quick"
-    if name not in profiles:
+    if not isinstance(name, str) or name not in profiles:
         raise nearest_name("profile", name, ["auto", *profiles])
     return (grid_profiles if grid else profiles)[name]
 

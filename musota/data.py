@@ -185,8 +185,13 @@ def load_corpus(
     had, else python-docs. `data_dir` (default `$MUSOTA_DATA_DIR`) may hold local copies in folders
     named like the corpora. Raises MusotaError saying what is wrong and what to do.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise MusotaError(f"corpus must be a name or the path of a folder, not {name!r}.")
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise MusotaError(f"vocab_size must be a whole number, not {vocab_size!r}.")
     if vocab_size < SMALLEST_VOCABULARY:
         TextTokenizer.train([], vocab_size)  # the one sentence about small vocabularies
+    name = os.fspath(name)
     name, source, texts = _read_texts(name, data_dir or os.environ.get("MUSOTA_DATA_DIR"))
     keys, counts = {}, {}
     for split in SPLITS:
@@ -194,18 +199,17 @@ def load_corpus(
         if blank:
             raise MusotaError(f"The {split} text of {name} is empty: put text into it.")
     tokenizer_key = _hash(RECIPE, metadata.version("tokenizers"), str(vocab_size), keys["train"])
-    tokenizer_path = cache_folder() / f"tokenizer-{tokenizer_key}.json"
-    if not tokenizer_path.exists():
-        tokenizer = TextTokenizer.train(texts["train"](), vocab_size)
-        write_whole(tokenizer_path, tokenizer.save)
+    tokenizer_path = _cached(
+        f"tokenizer-{tokenizer_key}.json",
+        lambda path: TextTokenizer.train(texts["train"](), vocab_size).save(path),
+    )
     tokenizer = TextTokenizer.load(tokenizer_path)
 
     tokens = {}
     for split in SPLITS:
-        path = cache_folder() / f"tokens-{_hash(tokenizer_key, keys[split])}.bin"
-        if not path.exists():
-            encoded = _encoded(tokenizer, texts[split](), counts[split][1], split)
-            write_whole(path, partial(_write_arrays, encoded))
+        encoded = _encoded(tokenizer, texts[split](), counts[split][1], split)
+        name_of_file = f"tokens-{_hash(tokenizer_key, keys[split])}.bin"
+        path = _cached(name_of_file, partial(_write_arrays, encoded))
         # Mapped from the disk: WikiText-103 needs no room of its own in memory.
         length = path.stat().st_size // 4
         tokens[split] = torch.from_file(str(path), size=length, dtype=torch.int32)
@@ -248,6 +252,21 @@ def cache_folder() -> Path:
             "folder that can be written."
         ) from None
     return folder
+
+
+def _cached(name: str, write: Callable[[Path], object]) -> Path:
+    """A file of the cache; made by `write(path)` if it is not there as it was made."""
+    path = cache_folder() / name
+    seal = path.with_suffix(".sha256")
+    if not (path.exists() and seal.exists() and seal.read_bytes() == _file_hash(path)):
+        write_whole(path, write)
+        write_whole(seal, lambda target: target.write_bytes(_file_hash(path)))
+    return path
+
+
+def _file_hash(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest().encode()
 
 
 def _write_arrays(arrays: Iterable[np.ndarray], path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from musota import diagnose, plots
 from musota.campaign import MODELS, read_sweep
-from musota.config import TUNED, MuConfig
+from musota.config import TUNED, MuConfig, MusotaError
 from musota.diagnose import Finding, Suspect
 from musota.intervals import Interval
 from musota.probes import grid, judge
@@ -131,8 +131,14 @@ def read_evidence(folder: str | os.PathLike, fingerprint: str | None = None) -> 
 def read_rungs(folder: Path, fingerprint: str | None) -> dict[str, float]:
     """The rungs recorded in a results folder; empty if there are none, or of another corpus."""
     path = folder / "ladder.json"
-    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return recorded["ppl"] if recorded.get("fingerprint") == fingerprint and recorded else {}
+    if not path.exists():
+        return {}
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        rungs = {name: float(ppl) for name, ppl in recorded["ppl"].items()}
+        return rungs if recorded["fingerprint"] == fingerprint else {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise MusotaError(f"{path} is damaged: delete it, and it is measured anew.") from None
 
 
 def read_grid(folder: Path) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:

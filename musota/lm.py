@@ -25,8 +25,8 @@ from musota.loss import linear_cross_entropy
 class CausalLM(nn.Module, ModelHubMixin, library_name="musota"):
     """A language model that never looks ahead.
 
-    `save_pretrained` and `from_pretrained` are those of huggingface_hub: weights as safetensors,
-    config.json, tokenizer.json where the model has a `tokenizer`, and a short model card.
+    `save_pretrained` is that of huggingface_hub: weights as safetensors, config.json,
+    tokenizer.json where the model has a `tokenizer`, and a short model card.
 
     A subclass provides `hidden_states`, `output_weight`, `output_bias` and `ledger_group`.
     """
@@ -197,16 +197,21 @@ class CausalLM(nn.Module, ModelHubMixin, library_name="musota"):
         save_model(save_directory, self.config, self.state_dict(), self.tokenizer)
 
     @classmethod
-    def _from_pretrained(
-        cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, **_
-    ) -> CausalLM:
-        folder = model_id
-        if not Path(model_id).is_dir():
-            folder = snapshot_download(
-                model_id, revision=revision, cache_dir=cache_dir, token=token,
-                force_download=force_download, local_files_only=local_files_only,
-                allow_patterns=["*.json", "model.safetensors"],
-            )  # fmt: skip
+    def from_pretrained(cls, name: str | os.PathLike, **download) -> CausalLM:
+        """The model in a folder, or in a repository of the Hugging Face hub (`download` is passed
+        to its snapshot_download: revision, token, …). Raises MusotaError where there is none."""
+        folder = Path(name)
+        if not folder.is_dir():
+            wanted = ["*.json", "model.safetensors"]
+            try:
+                folder = snapshot_download(
+                    str(name), allow_patterns=wanted, etag_timeout=5, **download
+                )
+            except Exception as error:  # the hub's client raises many types
+                raise MusotaError(
+                    f"There is no model {name}: it is no folder here, and the Hugging Face hub "
+                    f"does not give it ({type(error).__name__})."
+                ) from None
         return load_model(folder)
 
     def generate_model_card(self, **_) -> ModelCard:

@@ -31,7 +31,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from musota.config import Experiment, MusotaError, TrainConfig
+from musota.config import Experiment, MusotaError, TrainConfig, check_seed
 from musota.data import Corpus, window_starts
 from musota.diagnose import oscillation
 from musota.files import read_sealed, sha256, write_sealed
@@ -207,6 +207,7 @@ def train(
     damaged checkpoints, a corpus that does not fit the model, too little memory or a final state
     that could not be saved; Diverged for a loss that is not finite or explodes.
     """
+    _check_arguments(experiment, corpus, seed, micro_batch, stop_at)
     choices = {"micro_batch": micro_batch, "compile": compile}
     config = Path(run_dir) / "config.json"
     if resume and config.exists() and read_sealed(config).get("instead_of") == experiment.to_dict():
@@ -222,6 +223,21 @@ def train(
         except _TooLong:
             asked, experiment = experiment, experiment.with_(max_seq_len=SHORTER)
             resume = False
+
+
+def _check_arguments(experiment, corpus, seed, micro_batch, stop_at) -> None:
+    for value, kind in ((experiment, Experiment), (corpus, Corpus)):
+        if not isinstance(value, kind):
+            raise MusotaError(
+                f"train needs an {Experiment.__name__} and a {Corpus.__name__}, not {value!r:.80}."
+            )
+    check_seed(seed)
+    if micro_batch is not None and (
+        isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1
+    ):
+        raise MusotaError(f"micro_batch must be a whole number of at least 1, not {micro_batch!r}.")
+    if not isinstance(stop_at, (int, float)) or not 0 < stop_at <= 1:
+        raise MusotaError(f"stop_at must lie in (0, 1], not {stop_at!r}.")
 
 
 def anneal(run: Run, corpus: Corpus, share: float = 0.15) -> dict[str, Tensor]:

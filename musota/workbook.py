@@ -19,6 +19,7 @@ from musota.config import (
     Experiment,
     MusotaError,
     Profile,
+    check_seed,
     find_experiment,
     find_profile,
     nearest_name,
@@ -66,10 +67,11 @@ class Workbook:
         _plain_errors()
         _refuse_unknown_parameters()
         self.profile: Profile = find_profile(profile, grid)
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise MusotaError(f"seed must be a whole number of at least 0, not {seed!r}.")
+        check_seed(seed)
         if not isinstance(fresh, bool):
             raise MusotaError(f"fresh must be True or False, not {fresh!r}.")
+        if not isinstance(save_to, (str, os.PathLike)) or "\0" in str(save_to):
+            raise MusotaError(f"save_to must be the path of a folder, not {save_to!r}.")
         self.seed, self.fresh = seed, fresh
         self.whole_corpus = load_corpus(corpus, self.profile.vocab_size or 50_000)
         self.corpus: Corpus = self.whole_corpus.limited(self.profile)

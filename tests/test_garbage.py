@@ -142,3 +142,73 @@ def test_workbooks(seed, profile, fresh, text_folder, tmp_path_factory):
 def test_texts(text, text_folder, tmp_path_factory):
     tokenizer = musota.load_corpus(str(text_folder), 400).tokenizer
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"experiment": "optimized"}, {"corpus": None}, {"seed": "a"}, {"seed": None}, {"seed": 1.5},
+        {"seed": -1}, {"seed": 2**63}, {"micro_batch": 0}, {"micro_batch": True},
+        {"micro_batch": "4"}, {"stop_at": math.nan}, {"stop_at": 0}, {"stop_at": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_training(wrong, corpus, tmp_path):
+    given = {"experiment": musota.experiments["optimized"], "corpus": corpus, **wrong}
+    with pytest.raises(MusotaError, match="train needs|must") as caught:
+        musota.train(run_dir=tmp_path / "run", **given)
+    _sentence(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"profile": []}, {"corpus": 3}, {"corpus": None}, {"save_to": 3}, {"save_to": "\0"},
+     {"seed": 10**30}, {"fresh": "no"}],
+    ids=str,
+)  # fmt: skip
+def test_notebook_parameters(given, text_folder):
+    with pytest.raises(MusotaError) as caught:
+        musota.Workbook(**{"profile": "tiny", "corpus": str(text_folder), **given})
+    _sentence(caught.value)
+
+
+@pytest.mark.parametrize("vocab_size", ["512", None, 512.0, math.nan, True])
+def test_vocabularies(vocab_size, text_folder):
+    with pytest.raises(MusotaError, match="vocab_size must be a whole number"):
+        musota.load_corpus(str(text_folder), vocab_size)
+
+
+def test_a_model_that_fits_no_machine_is_refused_before_it_is_built():
+    for config in (musota.MuConfig, musota.DenseConfig):
+        with pytest.raises(MusotaError, match=r"parameters .* beyond"):
+            config(vocab_size=2**40)
+
+
+def test_a_model_that_is_nowhere(tmp_path):
+    for name in (tmp_path / "nothing", "no-one/nothing", "a b/c\0"):
+        with pytest.raises(MusotaError, match="There is no model"):
+            musota.CausalLM.from_pretrained(name)
+
+
+@pytest.mark.parametrize("name", ["tokens-*.bin", "tokenizer-*.json"])
+def test_a_damaged_cache_is_made_anew(name, text_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path))
+    before = musota.load_corpus(str(text_folder), 400)
+    for path in tmp_path.glob(name):
+        data = bytearray(path.read_bytes())
+        path.unlink()  # the tensors of `before` are mapped from it
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    again = musota.load_corpus(str(text_folder), 400)
+    assert again.fingerprint == before.fingerprint
+    assert again.tokenizer.backend.to_str() == before.tokenizer.backend.to_str()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"ppl": 3, "fingerprint": ""}', "\0"])
+def test_damaged_rungs_are_named(content, tmp_path):
+    from musota.evidence import read_rungs
+
+    (tmp_path / "ladder.json").write_text(content)
+    with pytest.raises(MusotaError, match=r"ladder.json is damaged"):
+        read_rungs(tmp_path, "")
