@@ -217,6 +217,8 @@ def evidence(profile, corpus, seed, fresh, save_to, seeds, only):
             Workbook(profile, corpus, seed, fresh, save_to, grid=True).run_grid()
         else:
             book.carry_out(part, seeds)
+    for name, ppl in book.ladder.items():  # measured once, and in the report
+        click.echo(f"rung {name}: {ppl:,.1f}")
     click.echo(f"The report: {write_report(book.folder)}")
     book.push()
 

@@ -468,9 +468,11 @@ def helps_or_hurts(
         np.mean([pair[side]["valid_block_nats"] for pair in pairs], axis=0) for side in (0, 1)
     )
     text = paired_bootstrap(nats_mu, nats_dense, tokens)
-    over_seeds = None
+    over_seeds = on_test = None
     if len(seeds) > 1:
         over_seeds = seed_interval([a["valid_loss"] - b["valid_loss"] for a, b in pairs])
+        if all("test_loss" in summary for pair in pairs for summary in pair):
+            on_test = seed_interval([a["test_loss"] - b["test_loss"] for a, b in pairs])
     too_little = len(tokens) < MIN_BLOCKS
     sides = {0 if too_little else text.side, over_seeds.side if over_seeds else text.side}
     side = sides.pop() if len(sides) == 1 else 0
@@ -490,6 +492,7 @@ def helps_or_hurts(
     saw = f"MU-SOTA minus dense twin {text} over blocks of text"
     if over_seeds:
         saw += f"; {over_seeds} over {len(seeds)} seeds"
+        saw += f"; on test, scored once and not decided by, {on_test}" if on_test else ""
     else:
         conclusion = f"provisional, seeds not measured: {conclusion}"
     next_step = "" if over_seeds else "train both with more seeds (-p seed 1, -p seed 2)"
@@ -742,6 +745,22 @@ def weak_spots(
         saw = f"disabling it costs {cost}, it holds {share}"
         name = part.capitalize()
         found.append(Finding(name, verdict, saw, rule, conclusion, advice if idle else ""))
+    if "both attentions" in effects:
+        cost = effects["both attentions"]
+        idle = cost.high < RELEVANT
+        share = (ledger["block attention"] + ledger["cross attention"]) / total
+        conclusion = "the text before the current token is used"
+        next_step = ""
+        if idle:
+            conclusion = (
+                "the text before the current token is hardly used: this is a table of which token "
+                "follows which, and cannot be much better than the bigram rung"
+            )
+            next_step = "give attention a residual path that the gate does not scale, and width"
+        saw = f"disabling both attentions costs {cost}, they hold {share:.1%} of the parameters"
+        found.append(
+            Finding("Context", "idle" if idle else "used", saw, rule, conclusion, next_step)
+        )
     costs = {block: effects[block] for block in blocks}
     idle = [block for block, cost in costs.items() if cost.high < RELEVANT]
     most = max(costs, key=lambda block: costs[block].mean)

@@ -74,8 +74,9 @@ def ablations(model: MuSota, tokens: Tensor) -> dict[str, Tensor]:
     """Nats of every token (see `score`) with nothing changed (`none`), and with a part disabled.
 
     `block attention`: a token attends to itself alone inside the blocks · `cross attention`: its
-    contribution is left out · `gate`: held at its mean over tokens, for each layer and block ·
-    `affinity tables`: zeros · and the name of each semantic block: its cells are zero throughout.
+    contribution is left out · `both attentions`: no token sees another · `gate`: held at its mean
+    over tokens, for each layer and block · `affinity tables`: zeros · and the name of each semantic
+    block: its cells are zero throughout.
     Raises MusotaError for a model without blocks.
     """
     require_blocks(model)
@@ -137,11 +138,17 @@ def _disabled_parts(model: MuSota, tokens: Tensor) -> dict:
 
     block_attentions = [one for layer in model.layers for one in layer.block_attention]
     cross_attentions = [layer.cross_attention for layer in model.layers]
+
+    def alone() -> list:
+        return replace(block_attentions, own_value)
+
+    def no_cross() -> list:
+        return replace(cross_attentions, lambda _, __, out: (torch.zeros_like(out[0]), out[1]))
+
     parts = {
-        "block attention": lambda: replace(block_attentions, own_value),
-        "cross attention": lambda: replace(
-            cross_attentions, lambda _, __, out: (torch.zeros_like(out[0]), out[1])
-        ),
+        "block attention": alone,
+        "cross attention": no_cross,
+        "both attentions": lambda: [*alone(), *no_cross()],
         "gate": mean_gate,
         "affinity tables": lambda: replace([model.affinity], lambda _, __, out: out * 0),
     }

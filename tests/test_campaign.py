@@ -177,6 +177,7 @@ def test_weak_spots_name_what_earns_its_parameters_and_what_does_not():
     effects = {
         "block attention": Interval(0.001, -0.002, 0.004),
         "cross attention": Interval(0.4, 0.35, 0.45),
+        "both attentions": Interval(0.41, 0.36, 0.46),
         "gate": Interval(0.05, 0.01, 0.09),
         "affinity tables": Interval(0.02, 0.01, 0.03),
         "A": Interval(0.01, 0.0, 0.02),
@@ -189,6 +190,12 @@ def test_weak_spots_name_what_earns_its_parameters_and_what_does_not():
     assert verdicts == ["idle", "used", "undecided", "idle"]
     assert "70.0% of the parameters" in found["Affinity tables"].saw
     assert found["Affinity tables"].next_step and not found["Cross attention"].next_step
+    assert found["Context"].verdict == "used" and "25.0% of the param" in found["Context"].saw
+    effects["both attentions"] = Interval(0.01, 0.0, 0.02)
+    (context,) = (
+        f for f in diagnose.weak_spots(effects, ledger, ("A", "B", "C")) if f.rule == "Context"
+    )
+    assert context.verdict == "idle" and "bigram" in context.conclusion and context.next_step
     blocks = found["Semantic blocks"]
     assert blocks.verdict == "idle" and "2 of 3" in blocks.conclusion and "(B)" in blocks.saw
 

@@ -63,7 +63,7 @@ def test_only_mu_sota_can_be_looked_into(tokens):
 def test_ablations_equal_models_changed_by_hand(model, tokens):
     nats = probes.ablations(model, tokens)
     assert list(nats) == [
-        "none", "block attention", "cross attention", "gate", "affinity tables",
+        "none", "block attention", "cross attention", "both attentions", "gate", "affinity tables",
         *MODEL.layout.names,
     ]  # fmt: skip
     torch.testing.assert_close(nats["none"], score(model, tokens)[0])
@@ -82,6 +82,12 @@ def test_ablations_equal_models_changed_by_hand(model, tokens):
     torch.testing.assert_close(nats["cross attention"], changed(no_cross))
     no_tables = changed(lambda copy: copy.affinity.weight.data.zero_())
     torch.testing.assert_close(nats["affinity tables"], no_tables)
+
+    def neither(copy):
+        no_cross(copy)
+        probes._disabled_parts(copy, tokens)["block attention"]()
+
+    torch.testing.assert_close(nats["both attentions"], changed(neither))
     assert len({float(part.sum()) for part in nats.values()}) == len(nats)  # each does something
     torch.testing.assert_close(nats["none"], score(model, tokens)[0])  # and leaves nothing behind
 
