@@ -209,11 +209,11 @@ def test_the_front_page_gets_what_is_recorded_and_keeps_the_rest(carried_out, tm
     place.parent.mkdir()
     shutil.copytree(folder, place)
     page, (begin, end) = tmp_path / "README.md", report.FRONT_MARKS
-    page.write_text(f"before\n\n{begin}\nold\n{end}\n\nafter\n")
+    page.write_text(f"before\n\n{begin}\nstale\n{end}\n\nafter\n")
     report.write_front_page(page, [place])
     text = page.read_text()
     assert text.startswith(f"before\n\n{begin}\n\n![") and text.endswith(f"{end}\n\nafter\n")
-    assert "old" not in text and "results/tiny-docs/answer.png" in text
+    assert "stale" not in text and "results/tiny-docs/answer.png" in text
     for sentences in answers(read_evidence(place), short=True).values():
         for sentence in sentences:
             assert sentence in text

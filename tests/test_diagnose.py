@@ -523,4 +523,4 @@ def test_the_plateau_rule_can_be_moved():
     assert diagnose.plateau(history, 30, window=3).verdict == "none"
     found = diagnose.plateau(history, 30, window=1, least_gain=0.02)
     assert (found.verdict, found.since) == ("plateau", 3)
-    assert "2.0% over 1 epochs" in found.threshold
+    assert "2.0% over 1 epoch" in found.threshold
