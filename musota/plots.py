@@ -119,7 +119,7 @@ def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> F
     left.yaxis.set_major_formatter(_THOUSANDS)
     left.yaxis.set_major_locator(MaxNLocator(8))  # few decades: round numbers, not powers of ten
     left.minorticks_off()
-    right.set(ylabel="valid top-1 accuracy (%)", title="Accuracy", ylim=(0, None))
+    right.set(ylabel="valid top-1 accuracy (%)", title="Accuracy")
     for axis in (left, right):
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -373,7 +373,8 @@ def _draw_sweep(axis, sweeps: Mapping[str, Mapping[float, Sequence[float]]]) -> 
     styles = [_STYLES["optimized"], _STYLES["baseline"], _OTHER]
     lowest = min(np.mean(values) for losses in sweeps.values() for values in losses.values())
     ceiling, beyond = lowest + SWEEP_NATS, set()
-    for (label, losses), (colour, line, marker) in zip(sweeps.items(), styles, strict=False):
+    named = zip(sweeps.items(), styles, strict=False)
+    for place, ((label, losses), (colour, line, marker)) in enumerate(named):
         rates = sorted(losses)
         means = [float(np.mean(losses[rate])) for rate in rates]
         style = {"color": colour, "linestyle": line, "marker": marker}
@@ -389,15 +390,16 @@ def _draw_sweep(axis, sweeps: Mapping[str, Mapping[float, Sequence[float]]]) -> 
         axis.plot(rates[best], means[best], "o", color=colour, markersize=15, fillstyle="none")
         text = f"PPL {np.exp(means[best]):,.0f} at {rates[best]:.2g}"
         side = "left" if best == 0 else "right" if best == len(rates) - 1 else "center"
-        axis.annotate(text, (rates[best], means[best]), (0, -17), textcoords="offset points",
-                      ha=side, fontsize=8)  # fmt: skip
+        below = (0, -17 - 11 * place)  # the other model's best may be close by
+        axis.annotate(text, (rates[best], means[best]), below, textcoords="offset points",
+                      ha=side, fontsize=8, color=colour)  # fmt: skip
     axis.set(
         xscale="log",
         xlabel="learning rate (log)",
         ylabel="valid loss (nats/token)",
-        title="Each model at each rate, the same budget (ring: its best)",
+        title="Each model at each rate (ring: its best)",
     )
-    axis.margins(y=0.15)
+    axis.margins(y=0.2)
     axis.grid(color="0.9")
     axis.legend(fontsize=9)
 
