@@ -758,9 +758,8 @@ def weak_spots(
             )
             next_step = "give attention a residual path that the gate does not scale, and width"
         saw = f"disabling both attentions costs {cost}, they hold {share:.1%} of the parameters"
-        found.append(
-            Finding("Context", "idle" if idle else "used", saw, rule, conclusion, next_step)
-        )
+        context = Finding("Context", "idle" if idle else "used", saw, rule, conclusion, next_step)
+        found.insert(0, context)  # the first thing to know
     costs = {block: effects[block] for block in blocks}
     idle = [block for block, cost in costs.items() if cost.high < RELEVANT]
     most = max(costs, key=lambda block: costs[block].mean)
