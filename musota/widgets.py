@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ class Explorer:
         self.chosen = ipywidgets.SelectMultiple(
             options=list(self.runs),
             value=list(first.values())[::-1][:6],
-            rows=min(6, len(self.runs)),
+            rows=max(2, min(6, len(self.runs))),
             description="runs",
             layout={"width": "420px"},
             **wide,
@@ -101,9 +102,10 @@ class Explorer:
             100 * diagnose.PLATEAU_GAIN, min=0.1, max=10, step=0.1, description="… gain under %",
             **slider,
         )  # fmt: skip
-        self.log_x = ipywidgets.Checkbox(False, description="x logarithmic", indent=False)
-        self.log_y = ipywidgets.Checkbox(True, description="y logarithmic", indent=False)
-        self.show_rungs = ipywidgets.Checkbox(bool(rungs), description="rungs", indent=False)
+        tick = {"indent": False, "layout": {"width": "auto"}}
+        self.log_x = ipywidgets.Checkbox(False, description="x logarithmic", **tick)
+        self.log_y = ipywidgets.Checkbox(True, description="y logarithmic", **tick)
+        self.show_rungs = ipywidgets.Checkbox(bool(rungs), description="rungs", **tick)
         self.button = ipywidgets.Button(description="Save as PNG", icon="download")
         self.image, self.text = _picture(), ipywidgets.HTML()
         self.saved = ipywidgets.HTML()
@@ -168,7 +170,7 @@ class Explorer:
             return frame.step / per_epoch if unit == "epochs" else frame[unit]
 
         x, y = on_axis(table), table[column]
-        smooth = self.smoothing.value
+        smooth = 0 if column == "learning_rate" else self.smoothing.value  # that has no noise
         ends = on_axis(history)
         span = None
         if plateau.since:
@@ -268,41 +270,49 @@ def block_view(
     """
     probes.require_blocks(model)
     path, layout, L = Path(path), model.config.layout, model.config.n_layer
-    most, said = min(12, model.config.max_seq_len), ipywidgets.HTML()
+    most = min(12, model.config.max_seq_len)
 
-    def draw(sentence: str, layer: int) -> Figure:
+    def draw(sentence: str, layer: int) -> tuple[Figure, str]:
         ids = tokenizer.encode(sentence)
         if not len(ids):
             raise MusotaError("The sentence is empty: type a few words.")
-        said.value = f"the first {most} of {len(ids)} tokens" if len(ids) > most else ""
+        note = f"the first {most} of {len(ids)} tokens" if len(ids) > most else ""
         ids = ids[:most]
         inside = probes.look_inside(model, torch.from_numpy(ids))
         tokens = [tokenizer.decode([int(token)]).strip() or "␣" for token in ids]
         cells, gate = inside["cells"].numpy(), inside["gate"].numpy()
-        return plots.block_view(cells, gate, tokens, layout, layer)
+        return plots.block_view(cells, gate, tokens, layout, layer), note
 
-    save_figure(draw(sentence, L), path, about)
+    figure, note = draw(sentence, L)
+    save_figure(figure, path, about)
     if not has_front_end():
         print("Nobody can type here: this is the block view of the sentence given.")
         display(Image(data=path.read_bytes()))
         return
     typed = ipywidgets.Text(sentence, description="sentence", continuous_update=False,
-                            layout={"width": "600px", **_FITTING})  # fmt: skip
+                            layout={"width": "480px", **_FITTING})  # fmt: skip
     layer = ipywidgets.IntSlider(L, 0, L, description="after layer", continuous_update=False)
     button = ipywidgets.Button(description="Save as PNG", icon="download")
-    image = _picture(path.read_bytes())
+    image, said, saved = _picture(path.read_bytes()), ipywidgets.HTML(note), ipywidgets.HTML()
+    one_at_a_time = threading.Lock()  # newer kernels may handle two controls at once
 
-    def redraw(_) -> None:
-        try:
-            image.value = figure_png(draw(typed.value, layer.value), about)
-        except MusotaError as error:
-            said.value = str(error)
+    def redraw(_) -> bool:
+        saved.value = ""
+        with one_at_a_time:
+            try:
+                figure, note = draw(typed.value, layer.value)
+                image.value, said.value = figure_png(figure, about), note
+            except MusotaError as error:
+                said.value = str(error)
+                return False
+        return True
 
     def save(_) -> None:
-        said.value = _save(image.value, path, copy)
+        if redraw(_):  # what the controls say, should the picture still be on its way
+            saved.value = _save(image.value, path, copy)
 
     typed.observe(redraw, "value")
     layer.observe(redraw, "value")
     button.on_click(save)
     controls = ipywidgets.HBox([typed, layer, button], layout=_WRAPPED)
-    display(ipywidgets.VBox([controls, image, said], layout=_FITTING))
+    display(ipywidgets.VBox([controls, image, said, saved], layout=_FITTING))

@@ -169,7 +169,7 @@ def test_the_block_view_follows_the_sentence_and_the_layer(corpus, runs, tmp_pat
     model = next(run for run in runs if run.name == "optimized").load_model()
     path = tmp_path / "blocks.png"
     widgets.block_view(model, corpus.tokenizer, "Return a list of names", path, "about")
-    controls, image, said = watched[0].children
+    controls, image, said, saved = watched[0].children
     typed, layer, button = controls.children
     first = image.value
     assert first == path.read_bytes()
@@ -178,11 +178,11 @@ def test_the_block_view_follows_the_sentence_and_the_layer(corpus, runs, tmp_pat
     typed.value = "A string"
     assert len({first, second, image.value}) == 3
     button.click()
-    assert path.read_bytes() == image.value and "saved" in said.value
+    assert path.read_bytes() == image.value and "saved" in saved.value
     typed.value = ""
     assert "type a few words" in said.value
     typed.value = "word " * 100
-    assert _size(image.value)
+    assert _size(image.value) and "the first 12 of" in said.value and not saved.value
 
 
 def test_a_dense_model_has_no_block_view(corpus, runs, tmp_path):
