@@ -241,7 +241,7 @@ def test_an_unknown_parameter_is_an_error(text_folder, tmp_path):
         (["run", "--corpus", "wikitext"], "Unknown corpus 'wikitext': did you mean 'wikitext-2'?"),
         (["run", "-p", "sed", "1"], "Unknown notebook parameter 'sed': did you mean 'seed'?"),
         (["run", "--only", "9"], "Unknown notebook number '09'"),
-        (["run", "-p", "seed", "-3"], "seed must be a whole number of at least 0, not -3."),
+        (["run", "-p", "seed", "-3"], "seed must be a whole number from 0 to 2147483647, not -3."),
         (["train", "optimised"], "Unknown experiment 'optimised': did you mean 'optimized'?"),
         (["train", "optimized", "--save-to", "/dev/null/x"], "cannot be made"),
     ],
