@@ -87,19 +87,22 @@ def drill(corpus: str, kills: int, seed: int = 0) -> list[str]:
     duration, expected = time.monotonic() - started, ended(root / "undisturbed")
     results = []
     for number in range(kills):
-        folder = root / f"round-{number}"
-        if number % 2:
-            child = train_in_a_child(corpus, folder, kill_at_write=chance.randint(1, 12))
-        else:
-            child = train_in_a_child(corpus, folder)
-            time.sleep(chance.uniform(0.1, 1.0) * duration)
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        was_killed = os.WIFSIGNALED(status)
+        folder, was_killed = root / f"round-{number}", False
+        while not was_killed:  # until the kill comes before the end
+            shutil.rmtree(folder, ignore_errors=True)
+            if number % 2:
+                child = train_in_a_child(corpus, folder, kill_at_write=chance.randint(1, 12))
+            else:
+                child = train_in_a_child(corpus, folder)
+                time.sleep(chance.uniform(0.1, 1.0) * duration)
+                os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            was_killed = os.WIFSIGNALED(status)
+            duration *= 1 if was_killed else 0.9
         _, status = os.waitpid(train_in_a_child(corpus, folder), 0)
         outcome = "failed" if status else "same" if ended(folder) == expected else "differs"
         results.append(outcome)
-        print(f"round {number}: {'killed' if was_killed else 'ended before'}, then {outcome}")
+        print(f"round {number}: killed, then {outcome}", flush=True)
         shutil.rmtree(folder)
     shutil.rmtree(root)
     return results
