@@ -625,7 +625,7 @@ class _Trainer:
             return
         epoch = self.step // self.steps_per_epoch
         with self.accelerator.autocast():
-            nats, hits = score(self.model, self.corpus.valid)
+            nats, hits = self._score_valid()
             samples, health = self._samples(), self._health()
         words, bytes = self.corpus.words["valid"], self.corpus.bytes["valid"]
         measured = _metrics(nats, hits, words, bytes)
@@ -657,6 +657,15 @@ class _Trainer:
         self._calm_down()
         self._checkpoint()
         self._write_summary()
+
+    def _score_valid(self) -> tuple[Tensor, Tensor]:
+        """`score` of valid; where its batches do not fit the memory, one window at a time."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return score(self.model, self.corpus.valid)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._event("out of memory in validation: one window at a time")
+        return score(self.model, self.corpus.valid, batch_size=1)
 
     def _samples(self) -> list[dict]:
         """Continuations of the first lines of valid that are long enough for a prompt."""

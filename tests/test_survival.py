@@ -343,6 +343,23 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(
         torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-4)
 
 
+def test_validation_out_of_memory_goes_on_a_window_at_a_time(
+    finished, short, tmp_path, monkeypatch
+):
+    score = training_room.score
+
+    def limited(model, tokens, stride=None, batch_size=None):
+        if batch_size is None and len(tokens) == len(short.valid):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return score(model, tokens, stride, batch_size)
+
+    monkeypatch.setattr(training_room, "score", limited)
+    run = musota.train(EXPERIMENT, short, tmp_path)
+    assert _events(run) == ["out of memory in validation: one window at a time"] * 2
+    assert list(run.history.valid_loss) == pytest.approx(list(finished.history.valid_loss))
+    assert run.summary["weights_sha256"] == finished.summary["weights_sha256"]
+
+
 def test_the_smaller_micro_batch_is_remembered(short, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         _too_large(patch, sequences=4)
