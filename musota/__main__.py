@@ -1,4 +1,4 @@
-"""The command line: python -m musota run | train | bench | report."""
+"""The command line: python -m musota run | train | evidence | bench | report."""
 
 from __future__ import annotations
 

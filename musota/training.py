@@ -228,9 +228,7 @@ def train(
 def _check_arguments(experiment, corpus, seed, micro_batch, stop_at) -> None:
     for value, kind in ((experiment, Experiment), (corpus, Corpus)):
         if not isinstance(value, kind):
-            raise MusotaError(
-                f"train needs an {Experiment.__name__} and a {Corpus.__name__}, not {value!r:.80}."
-            )
+            raise MusotaError(f"train needs an Experiment and a Corpus, not {value!r:.80}.")
     check_seed(seed)
     if micro_batch is not None and (
         isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1
