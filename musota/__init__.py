@@ -3,17 +3,20 @@
 from importlib import import_module
 
 _HOMES = {
-    "musota.config": (
-        "DenseConfig Experiment MuConfig MusotaError TrainConfig experiments match_width profiles "
-        "scaled twin"
-    ),
-    "musota.data": "Corpus load_corpus",
-    "musota.layout": "BlockLayout",
-    "musota.lm": "CausalLM build_model load_model",
-    "musota.report": "read_evidence write_report",
-    "musota.runs": "Run load_runs",
-    "musota.training": "evaluate train",
-    "musota.workbook": "Workbook",
+    "musota.data.corpus": "Corpus load_corpus",
+    "musota.errors": "MusotaError",
+    "musota.models.base": "CausalLM build_model",
+    "musota.models.sharing": "load_model",
+    "musota.plan.config": "DenseConfig Experiment MuConfig TrainConfig",
+    "musota.plan.layout": "BlockLayout",
+    "musota.plan.profiles": "match_width profiles scaled twin",
+    "musota.plan.registry": "experiments",
+    "musota.training.evaluate": "evaluate",
+    "musota.training.runs": "Run load_runs",
+    "musota.training.trainer": "train",
+    "musota.workbook.evidence": "read_evidence",
+    "musota.workbook.pages": "write_report",
+    "musota.workbook.session": "Workbook",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = list(_HOME_OF)

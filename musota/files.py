@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from musota.config import MusotaError
+from musota.errors import MusotaError
 
 SEAL = "sha256"
 
@@ -75,3 +75,15 @@ def jsonable(value):
 
 def _dump(data) -> str:
     return json.dumps(jsonable(data), indent=1, ensure_ascii=False) + "\n"
+
+
+def cache_folder() -> Path:
+    folder = Path(os.environ.get("MUSOTA_CACHE", Path.home() / ".cache" / "musota"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MusotaError(
+            f"The cache folder {folder} cannot be made ({error.strerror}): set MUSOTA_CACHE to a "
+            "folder that can be written."
+        ) from None
+    return folder

@@ -34,10 +34,10 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory) -> Path:
     """Real English, on every machine: docstrings of the standard library's top-level modules."""
-    from musota.data import _docstrings
+    from musota.data.sources import docstrings
 
     library = Path(sysconfig.get_paths()["stdlib"])
-    documents = [text for path in sorted(library.glob("*.py")) for text in _docstrings(path)]
+    documents = [text for path in sorted(library.glob("*.py")) for text in docstrings(path)]
     folder = tmp_path_factory.mktemp("texts") / "docs"
     folder.mkdir()
     cuts = {"train": (0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1)}
@@ -50,7 +50,7 @@ def text_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def corpus(text_folder):
     """A small corpus at the size of the `tiny` profile."""
-    from musota.config import profiles
-    from musota.data import load_corpus
+    from musota.data.corpus import load_corpus
+    from musota.plan.profiles import profiles
 
     return load_corpus(str(text_folder), 512).limited(profiles["tiny"])

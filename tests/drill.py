@@ -36,12 +36,12 @@ def train_in_a_child(corpus: str, folder: Path, kill_at_write: int = 0) -> int:
         import torch
 
         import musota
-        from musota import training
+        from musota.training import trainer
 
         torch.set_num_threads(1)
         if kill_at_write:
             _die_inside_write(kill_at_write)
-        training.CHECKPOINT_SECONDS = 0.2  # many checkpoints inside an epoch
+        trainer.CHECKPOINT_SECONDS = 0.2  # many checkpoints inside an epoch
         profile = replace(musota.profiles["tiny"], train_tokens=5_000, valid_tokens=1_500)
         text = musota.load_corpus(corpus, profile.vocab_size).limited(profile)
         experiment = musota.scaled(musota.experiments["optimized"], profile)

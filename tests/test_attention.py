@@ -2,8 +2,8 @@ import pytest
 import torch
 from conftest import LargestTensor
 
-from musota import attention
-from musota.attention import attend_with_library, causal_attention, entropy
+from musota.models import attention
+from musota.models.attention import attend_with_library, causal_attention, entropy
 
 WAYS = {"tiled": causal_attention, "library": attend_with_library}
 

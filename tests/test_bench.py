@@ -5,12 +5,12 @@ import torch
 from click.testing import CliRunner
 
 import musota
-from musota import bench
-from musota.__main__ import cli
-from musota.config import MusotaError
+from musota.errors import MusotaError
 from musota.files import write_json
-from musota.report import write_bench_report
-from musota.tables import bench_table, scaling_table
+from musota.workbook import bench
+from musota.workbook.cli import cli
+from musota.workbook.pages import write_bench_report
+from musota.workbook.tables import bench_table, scaling_table
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 300, "max_seq_len": 24, "n_layer": 2}
@@ -31,7 +31,7 @@ def test_twenty_training_steps_agree_with_the_literal_version(config):
 
 def test_a_wrong_step_does_not_agree(monkeypatch):
     """What the test above is worth: a gate that ignores the entropy is found out."""
-    from musota.mu import CrossAttention
+    from musota.models.musota import CrossAttention
 
     forward = CrossAttention.forward
     monkeypatch.setattr(

@@ -8,12 +8,16 @@ import pytest
 from click.testing import CliRunner
 
 import musota
-from musota import campaign, diagnose, report
-from musota.__main__ import cli
-from musota.config import find_experiment, profiles
-from musota.evidence import answers, read_evidence
-from musota.intervals import Interval, seed_interval
-from musota.tables import PUBLISHED, model_table
+from musota.plan.profiles import profiles
+from musota.plan.registry import find_experiment
+from musota.rules import plan
+from musota.rules.stats import Interval, seed_interval
+from musota.rules.verdicts import weak_spots
+from musota.studies import campaign
+from musota.workbook import pages
+from musota.workbook.cli import cli
+from musota.workbook.evidence import answers, read_evidence
+from musota.workbook.tables import PUBLISHED, model_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -162,14 +166,14 @@ def test_the_model_table_averages_losses_and_tells_their_spread(carried_out):
 
 def test_goals_are_judged_by_the_interval_over_seeds():
     def verdict(*ppls):
-        return diagnose.broke_through(ppls, "it", None).verdict
+        return plan.broke_through(ppls, "it", None).verdict
 
     assert verdict(90, 91, 92) == "< 100"
     assert verdict(150, 151, 152) == "< 200"
     assert verdict(250, 251, 252) == "≥ 200"
     assert verdict(190, 199, 208) == "undecided"
     assert verdict(199) == "< 200"  # one seed: no interval
-    finding = diagnose.broke_through([150.0], "it", "the vocabulary is small")
+    finding = plan.broke_through([150.0], "it", "the vocabulary is small")
     assert "the vocabulary is small" in finding.conclusion
 
 
@@ -185,16 +189,14 @@ def test_weak_spots_name_what_earns_its_parameters_and_what_does_not():
         "C": Interval(0.02, 0.01, 0.03),
     }
     ledger = {"block attention": 5, "cross attention": 20, "gate": 5, "affinity tables": 70}
-    found = {f.rule: f for f in diagnose.weak_spots(effects, ledger, ("A", "B", "C"))}
+    found = {f.rule: f for f in weak_spots(effects, ledger, ("A", "B", "C"))}
     verdicts = [found[name.capitalize()].verdict for name in ledger]
     assert verdicts == ["idle", "used", "undecided", "idle"]
     assert "70.0% of the parameters" in found["Affinity tables"].saw
     assert found["Affinity tables"].next_step and not found["Cross attention"].next_step
     assert found["Context"].verdict == "used" and "25.0% of the param" in found["Context"].saw
     effects["both attentions"] = Interval(0.01, 0.0, 0.02)
-    (context,) = (
-        f for f in diagnose.weak_spots(effects, ledger, ("A", "B", "C")) if f.rule == "Context"
-    )
+    (context,) = (f for f in weak_spots(effects, ledger, ("A", "B", "C")) if f.rule == "Context")
     assert context.verdict == "idle" and "bigram" in context.conclusion and context.next_step
     blocks = found["Semantic blocks"]
     assert blocks.verdict == "idle" and "2 of 3" in blocks.conclusion and "(B)" in blocks.saw
@@ -208,20 +210,20 @@ def test_the_front_page_gets_what_is_recorded_and_keeps_the_rest(carried_out, tm
     place = tmp_path / "results" / "tiny-docs"
     place.parent.mkdir()
     shutil.copytree(folder, place)
-    page, (begin, end) = tmp_path / "README.md", report.FRONT_MARKS
+    page, (begin, end) = tmp_path / "README.md", pages.FRONT_MARKS
     page.write_text(f"before\n\n{begin}\nstale\n{end}\n\nafter\n")
-    report.write_front_page(page, [place])
+    pages.write_front_page(page, [place])
     text = page.read_text()
     assert text.startswith(f"before\n\n{begin}\n\n![") and text.endswith(f"{end}\n\nafter\n")
     assert "stale" not in text and "results/tiny-docs/answer.png" in text
     for sentences in answers(read_evidence(place), short=True).values():
         for sentence in sentences:
             assert sentence in text
-    report.write_front_page(page, [place])
+    pages.write_front_page(page, [place])
     assert page.read_text() == text
     page.write_text("no marks")
     with pytest.raises(musota.MusotaError, match="not one line"):
-        report.write_front_page(page, [place])
+        pages.write_front_page(page, [place])
 
 
 def test_every_number_kept_with_the_workbook_follows_from_its_records(tmp_path):
@@ -231,5 +233,5 @@ def test_every_number_kept_with_the_workbook_follows_from_its_records(tmp_path):
     written = musota.write_report(copy)
     assert written.read_text() == (kept / "README.md").read_text()
     shutil.copy(ROOT / "README.md", tmp_path)
-    report.write_front_page(tmp_path / "README.md", [copy])
+    pages.write_front_page(tmp_path / "README.md", [copy])
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()

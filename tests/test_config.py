@@ -3,7 +3,9 @@ import dataclasses
 import pytest
 
 import musota
-from musota.config import MusotaError, _warmup_share, find_experiment, find_profile
+from musota.errors import MusotaError
+from musota.plan.profiles import _warmup_share, find_profile
+from musota.plan.registry import find_experiment
 
 
 def test_the_four_experiments_are_the_plans():

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from musota import data
-from musota.config import MusotaError, Profile
-from musota.data import TextTokenizer, load_corpus, window_starts
+from musota.data import sources
+from musota.data.corpus import load_corpus, window_starts
+from musota.data.tokenizer import TextTokenizer
+from musota.errors import MusotaError
+from musota.files import write_whole
+from musota.plan.profiles import Profile
 
 ODD = [
     "",
@@ -169,8 +172,8 @@ def test_a_local_copy_is_preferred_to_the_hub(tmp_path):
 
 
 def test_auto_falls_back_on_python_docs_and_says_so(monkeypatch, text_folder):
-    texts = data._read_folder(text_folder)
-    monkeypatch.setattr(data, "_python_docs", lambda: texts)
+    texts = sources._read_folder(text_folder)
+    monkeypatch.setattr(sources, "_python_docs", lambda: texts)
     corpus = load_corpus("auto", 300)
     assert corpus.name == "python-docs"
     assert "instead of wikitext-2, because HF_HUB_OFFLINE is set" in corpus.source
@@ -185,12 +188,12 @@ def test_python_docs_are_split_by_document_without_repeats(monkeypatch, tmp_path
         body = f'"""Module {number} {words}"""\n\ndef f():\n    """Same everywhere {words}"""\n'
         (package / f"m{number}.py").write_text(body + 'def g():\n    """short"""\n')
     (package / "tests" / "t.py").write_text(f'"""Test {words}"""\n')
-    monkeypatch.setattr(data, "DOCS_PACKAGES", ())
-    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(package)})
-    texts = data._collect_docs()
+    monkeypatch.setattr(sources, "DOCS_PACKAGES", ())
+    monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: {"stdlib": str(package)})
+    texts = sources._collect_docs()
     documents = {split: text.strip().split("\n\n") for split, text in texts.items()}
     assert sum(map(len, documents.values())) == 201  # 200 modules and the repeated one once
-    assert [len(documents[s]) for s in data.SPLITS] == [181, 10, 10]
+    assert [len(documents[s]) for s in sources.SPLITS] == [181, 10, 10]
     assert "Test word" not in str(documents) and "short" not in str(documents)
     assert documents["train"] != sorted(documents["train"])
 
@@ -210,7 +213,7 @@ def test_the_datasets_cache_is_enough_without_a_hub(tmp_path):
     """A cache as `datasets` keeps it, made by it and put where WikiText's would be."""
     code = f"""
 import json, pathlib, datasets, pandas, musota
-from musota import data
+from musota.data import sources
 source = pathlib.Path({str(tmp_path)!r})
 files = {{}}
 for split in ("train", "validation", "test"):
@@ -220,7 +223,7 @@ datasets.load_dataset("parquet", data_files=files)
 kept = next(source.rglob("dataset_info.json")).parent
 place = source / "datasets" / "Salesforce___wikitext" / "wikitext-2-v1" / "0.0.0"
 place.mkdir(parents=True)
-place = kept.rename(place / data.HUB_REVISION)
+place = kept.rename(place / sources.HUB_REVISION)
 info = json.loads((place / "dataset_info.json").read_text())
 info.update(dataset_name="wikitext", config_name="wikitext-2-v1")
 (place / "dataset_info.json").write_text(json.dumps(info))
@@ -266,7 +269,7 @@ def test_cached_files_are_written_whole(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        data.write_whole(tmp_path / "file", fails)
+        write_whole(tmp_path / "file", fails)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -282,21 +285,21 @@ def test_encoding_is_one_to_one_with_the_texts_lines(tokenizer):
 
 def test_a_text_in_pieces_gives_the_tokens_of_the_whole(text_folder, monkeypatch, tmp_path):
     whole = load_corpus(str(text_folder), 400)
-    monkeypatch.setattr(data, "PIECE", 500)
+    monkeypatch.setattr(sources, "PIECE", 500)
     monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path))
-    pieces = list(data._read_file(text_folder / "train.txt"))
+    pieces = list(sources._read_file(text_folder / "train.txt"))
     assert len(pieces) > 100 and all(piece.endswith("\n") for piece in pieces[:-1])
     in_pieces = load_corpus(str(text_folder), 400)
     assert in_pieces.fingerprint == whole.fingerprint
     assert (in_pieces.words, in_pieces.bytes) == (whole.words, whole.bytes)
-    for split in data.SPLITS:
+    for split in sources.SPLITS:
         text = (text_folder / f"{split}.txt").read_text("utf-8")
         assert in_pieces.tokenizer.encode(text).tolist() == in_pieces.split(split).tolist()
 
 
 MEASURE = r"""
 import sys, re, torch, musota
-from musota.data import load_corpus
+from musota.data.corpus import load_corpus
 corpus = load_corpus(sys.argv[1], 1000)
 status = open("/proc/self/status").read()
 print(len(corpus.train), re.search(r"VmHWM:\s+(\d+)", status)[1])

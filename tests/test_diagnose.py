@@ -4,28 +4,31 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from musota import diagnose
+from musota.plan import suspects
+from musota.plan.suspects import MISSED
+from musota.rules import curves, findings, plan, stats, verdicts
+from musota.rules.verdicts import root_cause_advice, root_causes
 
 
 @pytest.mark.parametrize(
     ("ppl", "letter"), [(120, "A"), (250, "A"), (250.1, "B"), (350, "B"), (350.1, "C"), (900, "C")]
 )
 def test_scenarios(ppl, letter):
-    assert diagnose.scenario(ppl, 0.3).verdict == letter
+    assert plan.scenario(ppl, 0.3).verdict == letter
 
 
 def test_ppl_decides_the_scenario_and_a_contradicting_accuracy_is_mentioned():
-    assert "though the accuracy is under" in diagnose.scenario(240, 0.29).conclusion
-    assert "though" not in diagnose.scenario(240, 0.31).conclusion
-    assert "over that scenario's 20%–30%" in diagnose.scenario(300, 0.31).conclusion
-    assert "though" not in diagnose.scenario(400, 0.24).conclusion
-    assert "though the accuracy is over" in diagnose.scenario(400, 0.26).conclusion
+    assert "though the accuracy is under" in plan.scenario(240, 0.29).conclusion
+    assert "though" not in plan.scenario(240, 0.31).conclusion
+    assert "over that scenario's 20%–30%" in plan.scenario(300, 0.31).conclusion
+    assert "though" not in plan.scenario(400, 0.24).conclusion
+    assert "though the accuracy is over" in plan.scenario(400, 0.26).conclusion
 
 
 def test_in_scenario_b_the_baseline_decides_what_comes_next():
-    assert "50 epochs or more" in diagnose.scenario(300, 0.25, baseline_ppl=301).next_step
-    assert "simplify" in diagnose.scenario(300, 0.25, baseline_ppl=299).next_step
-    assert "train the baseline" in diagnose.scenario(300, 0.25).next_step
+    assert "50 epochs or more" in plan.scenario(300, 0.25, baseline_ppl=301).next_step
+    assert "simplify" in plan.scenario(300, 0.25, baseline_ppl=299).next_step
+    assert "train the baseline" in plan.scenario(300, 0.25).next_step
 
 
 @pytest.mark.parametrize(
@@ -33,14 +36,14 @@ def test_in_scenario_b_the_baseline_decides_what_comes_next():
     [(199.9, "validated"), (200, "compare"), (300, "compare"), (300.1, "redesign")],
 )
 def test_bottom_line(ppl, verdict):
-    assert diagnose.bottom_line(ppl).verdict == verdict
+    assert plan.bottom_line(ppl).verdict == verdict
 
 
 def test_the_bottom_line_mentions_the_stretch_goal_and_the_plans_contradiction():
-    assert "stretch" in diagnose.bottom_line(99).conclusion
-    assert "stretch" not in diagnose.bottom_line(101).conclusion
-    assert "scenario B" in diagnose.bottom_line(340).conclusion
-    assert "scenario B" not in diagnose.bottom_line(351).conclusion
+    assert "stretch" in plan.bottom_line(99).conclusion
+    assert "stretch" not in plan.bottom_line(101).conclusion
+    assert "scenario B" in plan.bottom_line(340).conclusion
+    assert "scenario B" not in plan.bottom_line(351).conclusion
 
 
 @pytest.mark.parametrize(
@@ -49,14 +52,14 @@ def test_the_bottom_line_mentions_the_stretch_goal_and_the_plans_contradiction()
      (251, "neither")],
 )  # fmt: skip
 def test_expectations(ppl, verdict):
-    assert diagnose.expectation(ppl, 0.4).verdict == verdict
-    assert ("exceeded" in diagnose.expectation(ppl, 0.4).conclusion) == (ppl < 120)
+    assert plan.expectation(ppl, 0.4).verdict == verdict
+    assert ("exceeded" in plan.expectation(ppl, 0.4).conclusion) == (ppl < 120)
 
 
 def test_an_expectation_met_by_ppl_but_not_by_accuracy_says_so():
-    assert "not by accuracy" in diagnose.expectation(150, 0.34).conclusion
-    assert "not by accuracy" not in diagnose.expectation(150, 0.36).conclusion
-    assert "not by accuracy" in diagnose.expectation(240, 0.24).conclusion
+    assert "not by accuracy" in plan.expectation(150, 0.34).conclusion
+    assert "not by accuracy" not in plan.expectation(150, 0.36).conclusion
+    assert "not by accuracy" in plan.expectation(240, 0.24).conclusion
 
 
 def _history(ppl):
@@ -65,7 +68,7 @@ def _history(ppl):
 
 def test_phases_of_a_run_that_stalls_in_the_middle():
     ppl = [*np.linspace(900, 400, 10), *np.full(10, 399.0), *np.linspace(390, 300, 10)]
-    first, second, third = diagnose.phases(_history(ppl), 30)
+    first, second, third = curves.phases(_history(ppl), 30)
     assert [f.verdict for f in (first, second, third)] == ["improving", "stalled", "improving"]
     assert [f.rule for f in (first, second, third)] == [
         "Epochs 1–10",
@@ -78,14 +81,14 @@ def test_phases_of_a_run_that_stalls_in_the_middle():
 def test_a_phase_improves_from_one_percent_on():
     base = [500.0] * 10
     (_, just), (_, not_quite) = (
-        diagnose.phases(_history([*base, *[ppl] * 10]), 30) for ppl in (494.9, 495.1)
+        curves.phases(_history([*base, *[ppl] * 10]), 30) for ppl in (494.9, 495.1)
     )
     assert (just.verdict, not_quite.verdict) == ("improving", "stalled")
 
 
 def test_phases_of_unfinished_and_short_runs():
-    assert len(diagnose.phases(_history([500, 400, 300]), 30)) == 1
-    short = diagnose.phases(_history([500, 400, 399.9]), 3)
+    assert len(curves.phases(_history([500, 400, 300]), 30)) == 1
+    short = curves.phases(_history([500, 400, 399.9]), 3)
     assert [f.rule for f in short] == ["Epoch 1", "Epoch 2", "Epoch 3"]
     assert [f.verdict for f in short] == ["too early to say", "improving", "stalled"]
 
@@ -97,39 +100,39 @@ def test_phases_of_unfinished_and_short_runs():
      (None, "helps", "keep")],
 )  # fmt: skip
 def test_option_three(ppl, comparison, verdict):
-    compared = comparison and diagnose.Finding("", comparison, "", "", "the architecture …")
-    finding = diagnose.option_three(ppl, compared)
+    compared = comparison and findings.Finding("", comparison, "", "", "the architecture …")
+    finding = plan.option_three(ppl, compared)
     assert finding.verdict == verdict and "provisional" not in finding.sentence
     if compared:
-        one_seed = diagnose.Finding("", comparison, "", "", "provisional, seeds not measured: …")
-        assert "provisional" in diagnose.option_three(ppl, one_seed).sentence
+        one_seed = findings.Finding("", comparison, "", "", "provisional, seeds not measured: …")
+        assert "provisional" in plan.option_three(ppl, one_seed).sentence
 
 
 def test_the_plans_thresholds_apply_to_its_own_setting_only():
-    assert diagnose.plan_does_not_apply("wikitext-2", 50_000, "full") is None
+    assert plan.plan_does_not_apply("wikitext-2", 50_000, "full") is None
     for setting, word in [
         (("python-docs", 50_000, "full"), "python-docs"),
         (("wikitext-2", 8192, "full"), "8,192"),
         (("wikitext-2", 50_000, "full", False), "not spent its full budget"),
         (("wikitext-2", 50_000, "study"), "study"),
     ]:
-        assert word in diagnose.plan_does_not_apply(*setting)
-        assert diagnose.not_applicable("Scenario", word).verdict == "not applicable"
+        assert word in plan.plan_does_not_apply(*setting)
+        assert findings.not_applicable("Scenario", word).verdict == "not applicable"
 
 
 def test_the_ladder_names_the_rungs_on_either_side():
     rungs = {"uniform": 8192, "unigram": 800, "bigram": 200, "trigram": 170}
-    assert diagnose.on_the_ladder(300, rungs).verdict == "unigram"
-    assert "not yet the bigram (200)" in diagnose.on_the_ladder(200, rungs).conclusion
-    assert diagnose.on_the_ladder(199.9, rungs).verdict == "bigram"
-    assert "better than every rung" in diagnose.on_the_ladder(100, rungs).conclusion
-    assert diagnose.on_the_ladder(9000, rungs).verdict == "none"
+    assert plan.on_the_ladder(300, rungs).verdict == "unigram"
+    assert "not yet the bigram (200)" in plan.on_the_ladder(200, rungs).conclusion
+    assert plan.on_the_ladder(199.9, rungs).verdict == "bigram"
+    assert "better than every rung" in plan.on_the_ladder(100, rungs).conclusion
+    assert plan.on_the_ladder(9000, rungs).verdict == "none"
 
 
 def test_the_plans_own_test_is_shown_as_reported():
-    assert diagnose.plans_own_test(403).verdict == "above"
-    assert diagnose.plans_own_test(402).verdict == "below"
-    assert "reported" in diagnose.plans_own_test(403).rule
+    assert plan.plans_own_test(403).verdict == "above"
+    assert plan.plans_own_test(402).verdict == "below"
+    assert "reported" in plan.plans_own_test(403).rule
 
 
 def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
@@ -139,7 +142,7 @@ def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
     for trial in range(200):
         difference = generator.normal(0.02, 0.1, 60)  # nats a token, by block
         b = generator.normal(5, 0.5, 60)
-        interval = diagnose.paired_bootstrap(
+        interval = stats.paired_bootstrap(
             (b + difference) * tokens, b * tokens, tokens, resamples=400, seed=trial
         )
         assert interval.mean == pytest.approx(difference.mean())
@@ -148,11 +151,11 @@ def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
 
 
 def test_the_seed_interval_is_students():
-    interval = diagnose.seed_interval([0.1, 0.2, 0.3])
+    interval = stats.seed_interval([0.1, 0.2, 0.3])
     assert interval.mean == pytest.approx(0.2)
     assert interval.high - 0.2 == pytest.approx(4.303 * 0.1 / np.sqrt(3))
     with pytest.raises(ValueError, match="at least two"):
-        diagnose.seed_interval([0.1])
+        stats.seed_interval([0.1])
 
 
 def _summary(loss, blocks=40, noise=0.01, seed=0):
@@ -166,10 +169,10 @@ def _summary(loss, blocks=40, noise=0.01, seed=0):
 
 
 def test_one_seed_gives_a_provisional_verdict():
-    finding, text, seeds = diagnose.helps_or_hurts({0: _summary(5.0)}, {0: _summary(5.2, seed=1)})
+    finding, text, seeds = verdicts.helps_or_hurts({0: _summary(5.0)}, {0: _summary(5.2, seed=1)})
     assert finding.verdict == "helps" and text.high < 0 and seeds is None
     assert finding.conclusion.startswith("provisional, seeds not measured")
-    finding, *_ = diagnose.helps_or_hurts({0: _summary(5.2)}, {0: _summary(5.0, seed=1)})
+    finding, *_ = verdicts.helps_or_hurts({0: _summary(5.2)}, {0: _summary(5.0, seed=1)})
     assert finding.verdict == "hurts"
 
 
@@ -177,25 +180,25 @@ def test_several_seeds_decide_or_leave_it_open():
     def runs(losses):
         return {k: _summary(loss, seed=k) for k, loss in enumerate(losses)}
 
-    finding, _, seeds = diagnose.helps_or_hurts(runs([5.0, 5.01, 4.99]), runs([5.2, 5.21, 5.2]))
+    finding, _, seeds = verdicts.helps_or_hurts(runs([5.0, 5.01, 4.99]), runs([5.2, 5.21, 5.2]))
     assert finding.verdict == "helps" and seeds.high < 0
     assert "provisional" not in finding.conclusion
     # The texts agree that it is better on average, the seeds do not.
-    finding, text, seeds = diagnose.helps_or_hurts(runs([5.0, 5.3, 4.9]), runs([5.1, 5.1, 5.1]))
+    finding, text, seeds = verdicts.helps_or_hurts(runs([5.0, 5.3, 4.9]), runs([5.1, 5.1, 5.1]))
     assert text.side == -1 and seeds.side == 0 and finding.verdict == "undecided"
 
 
 def test_too_little_text_or_unlike_texts_decide_nothing():
     few = {0: _summary(5.0, blocks=5)}, {0: _summary(6.0, blocks=5, seed=1)}
-    assert diagnose.helps_or_hurts(*few)[0].verdict == "undecided"
+    assert verdicts.helps_or_hurts(*few)[0].verdict == "undecided"
     with pytest.raises(ValueError, match="different texts"):
-        diagnose.helps_or_hurts({0: _summary(5.0)}, {0: _summary(5.0, blocks=39)})
+        verdicts.helps_or_hurts({0: _summary(5.0)}, {0: _summary(5.0, blocks=39)})
     with pytest.raises(ValueError, match="no seed in common"):
-        diagnose.helps_or_hurts({0: _summary(5.0)}, {1: _summary(5.0)})
+        verdicts.helps_or_hurts({0: _summary(5.0)}, {1: _summary(5.0)})
 
 
 def test_findings_read_as_sentences():
-    for finding in (diagnose.scenario(300, 0.2), diagnose.bottom_line(90)):
+    for finding in (plan.scenario(300, 0.2), plan.bottom_line(90)):
         assert all(dataclasses.asdict(finding)[k] for k in ("rule", "verdict", "saw", "threshold"))
         assert finding.sentence.count("(") == finding.sentence.count(")")
 
@@ -220,7 +223,7 @@ def _epochs(losses, blocks=30, noise=0.0, seed=0):
 
 def _plateau(losses, planned_epochs=30, **drawn):
     history, nats, tokens = _epochs(losses, **drawn)
-    return diagnose.plateau(history, planned_epochs, nats, tokens)
+    return curves.plateau(history, planned_epochs, nats, tokens)
 
 
 def test_a_clean_plateau_is_dated():
@@ -251,7 +254,7 @@ def test_a_slow_but_certain_improvement_is_no_plateau():
     # The same curve where the text cannot tell it from noise, or nothing is known of the text.
     doubtful = [_plateau(losses, noise=0.02, seed=seed).verdict for seed in range(5)]
     assert "plateau" in doubtful and "slow" not in doubtful
-    unknown = diagnose.plateau(_epochs(losses, noise=0.0001)[0], 30)
+    unknown = curves.plateau(_epochs(losses, noise=0.0001)[0], 30)
     assert unknown.verdict == "plateau" and "no interval" in unknown.saw
 
 
@@ -286,15 +289,15 @@ def _steps(curve, noise=0.1, n=250, seed=0):
 )
 @pytest.mark.parametrize("seed", range(5))
 def test_oscillation(curve, verdict, seed):
-    found = diagnose.oscillation(_steps(curve, seed=seed), warmup_steps=400)
+    found = curves.oscillation(_steps(curve, seed=seed), warmup_steps=400)
     assert found.verdict == verdict, found.sentence
     assert ("5e-5" in found.next_step) == (verdict != "none")
 
 
 def test_warm_up_is_not_taken_for_an_oscillation():
     wild = _steps(lambda x: 6 + np.where(x < 0.3, np.sin(2 * np.pi * 20 * x), 0))
-    assert diagnose.oscillation(wild, warmup_steps=3200).verdict == "none"
-    assert diagnose.oscillation(wild.head(40), warmup_steps=0).verdict == "too early"
+    assert curves.oscillation(wild, warmup_steps=3200).verdict == "none"
+    assert curves.oscillation(wild.head(40), warmup_steps=0).verdict == "too early"
 
 
 # --- health statistics ---
@@ -315,7 +318,7 @@ HEALTHY = {
 
 def _health(grad_norms=(0.5, 2.0, 0.5), first=None, **last):
     epochs = [{**HEALTHY, **(first or {})}, {**HEALTHY, "epoch": 2, **last}]
-    found = diagnose.health(epochs, grad_norms, grad_clip=1.0, d_model=64, length=96)
+    found = curves.health(epochs, grad_norms, grad_clip=1.0, d_model=64, length=96)
     return {finding.rule: finding for finding in found}
 
 
@@ -324,7 +327,7 @@ def test_a_healthy_run_is_called_healthy():
     assert verdicts == {"good", "small"}
     assert "33%" in _health()["Clipped steps"].saw
     assert "5.0e-04 (embedding)" in _health()["Update of a step ÷ weights"].saw
-    assert diagnose.health([], [], 1.0, 64, 96) == []
+    assert curves.health([], [], 1.0, 64, 96) == []
 
 
 @pytest.mark.parametrize(
@@ -355,7 +358,7 @@ def test_each_statistic_out_of_its_band_is_named(changes, rule, verdict):
 
 def test_a_dense_model_has_no_gate_to_read():
     epoch = {key: value for key, value in HEALTHY.items() if not key.startswith("gate")}
-    rules = [finding.rule for finding in diagnose.health([epoch], [0.5], 1.0, 64, 96)]
+    rules = [finding.rule for finding in curves.health([epoch], [0.5], 1.0, 64, 96)]
     assert "Gate" not in rules and len(rules) == 6
 
 
@@ -363,7 +366,7 @@ def test_a_dense_model_has_no_gate_to_read():
 
 
 def test_students_quantiles_are_those_of_the_tables():
-    from musota.intervals import _t95
+    from musota.rules.stats import _t95
 
     tables = {1: 12.706, 2: 4.303, 10: 2.228, 11: 2.201, 14: 2.145, 20: 2.086, 60: 2.000}
     for freedom, quantile in tables.items():
@@ -371,7 +374,7 @@ def test_students_quantiles_are_those_of_the_tables():
 
 
 def test_pooled_contrasts_equal_the_textbooks_two_way_table():
-    from musota.intervals import pooled_contrasts
+    from musota.rules.stats import pooled_contrasts
 
     losses = {"a": {0: 6.0, 1: 6.1}, "b": {0: 5.8, 1: 5.93}, "c": {0: 6.2, 1: 6.28}}
     (effect,) = pooled_contrasts(losses, [{"a": -1, "b": 1}])
@@ -393,7 +396,7 @@ def test_pooled_contrasts_equal_the_textbooks_two_way_table():
 
 
 def test_pooled_intervals_cover_the_truth_as_often_as_they_say():
-    from musota.intervals import pooled_contrasts
+    from musota.rules.stats import pooled_contrasts
 
     generator, covered = np.random.default_rng(0), 0
     for _ in range(400):
@@ -408,7 +411,7 @@ def test_pooled_intervals_cover_the_truth_as_often_as_they_say():
 
 
 def _suspect(after, confidence="50 %"):
-    return diagnose.Suspect(f"too {after}", confidence, "base", after, f"mend {after}")
+    return suspects.Suspect(f"too {after}", confidence, "base", after, f"mend {after}")
 
 
 def test_root_causes_are_judged_and_ranked():
@@ -419,7 +422,7 @@ def test_root_causes_are_judged_and_ranked():
     }
     losses["big"][0] += 0.006
     suspects = [_suspect(name) for name in ("worse", "wild", "none", "small", "big")]
-    causes = diagnose.root_causes(suspects, losses, vocab_size=50_000)
+    causes = root_causes(suspects, losses, vocab_size=50_000)
     assert [cause.suspect.after for cause in causes] == ["big", "small", "none", "worse", "wild"]
     verdicts = {cause.suspect.after: cause.verdict for cause in causes}
     assert verdicts == {
@@ -434,13 +437,13 @@ def test_root_causes_are_judged_and_ranked():
             losses.items(), np.random.default_rng(0).normal(0, 0.3, (6, 3)), strict=True
         )
     }
-    found = diagnose.root_causes(suspects[2:4], noisy, vocab_size=50_000)
+    found = root_causes(suspects[2:4], noisy, vocab_size=50_000)
     assert {cause.verdict for cause in found} == {"undecided"}
 
 
 def test_a_diverged_cell_does_not_widen_the_intervals_of_the_others():
     losses = {"base": {0: 6.0, 1: 6.1}, "big": {0: 5.5, 1: 5.601}, "wild": {0: 11.0, 1: 19.0}}
-    causes = diagnose.root_causes([_suspect("big"), _suspect("wild")], losses, 50_000)
+    causes = root_causes([_suspect("big"), _suspect("wild")], losses, 50_000)
     assert causes[0].verdict == "cause" and causes[0].effect.high < -0.48
 
 
@@ -451,16 +454,16 @@ def test_the_advice_names_the_guilty_in_order_and_the_plans_confidence():
     }  # fmt: skip
     suspects = [
         _suspect("rate", "60 %"), _suspect("epochs", "70 %"), _suspect("blocks", "unknown"),
-        _suspect("steps", diagnose.MISSED),
+        _suspect("steps", MISSED),
     ]  # fmt: skip
-    advice = diagnose.root_cause_advice(diagnose.root_causes(suspects, losses, 50_000))
+    advice = root_cause_advice(root_causes(suspects, losses, 50_000))
     assert "largest measured gain: too epochs, -0.800" in advice
     assert "guilty: too epochs, 70 %." in advice
     assert "not guilty: too blocks, unknown; too rate, 60 %." in advice.lower()
     assert "though the plan does not name it: too steps." in advice
     assert "In this order: mend epochs, then mend steps;" in advice
-    none = diagnose.root_causes(suspects[:1], losses, 50_000)
-    assert diagnose.root_cause_advice(none).startswith("No suspect was found guilty.")
+    none = root_causes(suspects[:1], losses, 50_000)
+    assert root_cause_advice(none).startswith("No suspect was found guilty.")
 
 
 @pytest.mark.parametrize(
@@ -473,7 +476,7 @@ def test_the_advice_names_the_guilty_in_order_and_the_plans_confidence():
     ],
 )
 def test_a_sweep_says_where_its_best_is(losses, verdict, next_step):
-    found = diagnose.best_rate(losses, own=1e-4 if 1e-5 not in losses else 1e-5, model="MU-SOTA")
+    found = verdicts.best_rate(losses, own=1e-4 if 1e-5 not in losses else 1e-5, model="MU-SOTA")
     assert found.verdict == verdict
     assert found.next_step.startswith(next_step) and bool(found.next_step) == bool(next_step)
 
@@ -495,32 +498,32 @@ def test_annealing_counts_only_what_the_held_rate_does_not_bring(decayed, held, 
         arm: before + tokens * (gain + generator.normal(0, 0.02, 40))
         for arm, gain in {"decayed": decayed, "held": held}.items()
     }
-    found, intervals = diagnose.annealing(before, **after, tokens=tokens)
+    found, intervals = verdicts.annealing(before, **after, tokens=tokens)
     assert found.verdict == verdict and bool(found.next_step) == (verdict == "noise")
     assert intervals["falling − held"].mean == pytest.approx(decayed - held, abs=0.02)
 
 
 def test_data_halving_gives_nats_per_doubling():
     losses = {n: {s: 6 - 0.2 * np.log2(n / 1000) + 0.1 * s for s in (0, 1)} for n in (1, 2, 4)}
-    found, slope = diagnose.data_halving(losses)
+    found, slope = verdicts.data_halving(losses)
     assert found.verdict == "data-starved" and slope.mean == pytest.approx(-0.2)
     flat = {n: {s: 6 + 0.1 * s + 0.001 * (n == 2) for s in (0, 1)} for n in (1, 2, 4)}
-    assert diagnose.data_halving(flat)[0].verdict == "not data-starved"
+    assert verdicts.data_halving(flat)[0].verdict == "not data-starved"
     one_seed = {n: {0: row[0]} for n, row in losses.items()}
-    found, slope = diagnose.data_halving(one_seed)
+    found, slope = verdicts.data_halving(one_seed)
     assert found.verdict == "undecided" and "no interval" in found.saw
 
 
 def test_ablation_effects_are_paired_over_blocks_of_text():
     nats = {"none": [600.0, 700.0, 500.0], "gate": [610.0, 710.0, 510.0]}
-    effects = diagnose.ablation_effects(nats, [100, 100, 100])
+    effects = verdicts.ablation_effects(nats, [100, 100, 100])
     assert list(effects) == ["gate"]
     assert (effects["gate"].low, effects["gate"].high) == pytest.approx((0.1, 0.1))
 
 
 def test_the_plateau_rule_can_be_moved():
     history = _epochs([7.0, 6.5, 6.2, 6.19, 6.185], noise=0.01)[0]
-    assert diagnose.plateau(history, 30, window=3).verdict == "none"
-    found = diagnose.plateau(history, 30, window=1, least_gain=0.02)
+    assert curves.plateau(history, 30, window=3).verdict == "none"
+    found = curves.plateau(history, 30, window=1, least_gain=0.02)
     assert (found.verdict, found.since) == ("plateau", 3)
     assert "2.0% over 1 epoch" in found.threshold

@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import musota
-from musota.config import MusotaError, find_experiment, find_profile, grid_profiles
+from musota.errors import MusotaError
+from musota.plan.profiles import find_profile, grid_profiles
+from musota.plan.registry import find_experiment
 
 settings.register_profile(
     "garbage", max_examples=60, deadline=None,
@@ -207,7 +209,7 @@ def test_a_damaged_cache_is_made_anew(name, text_folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"ppl": 3, "fingerprint": ""}', "\0"])
 def test_damaged_rungs_are_named(content, tmp_path):
-    from musota.evidence import read_rungs
+    from musota.workbook.evidence import read_rungs
 
     (tmp_path / "ladder.json").write_text(content)
     with pytest.raises(MusotaError, match=r"ladder.json is damaged"):

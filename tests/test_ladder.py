@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from musota.ladder import RUNGS, ladder_nats, measure_ladder
+from musota.studies.ngrams import RUNGS, ladder_nats, measure_ladder
 
 V = 20
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from musota.layout import Block, BlockLayout
+from musota.plan.layout import Block, BlockLayout
 
 LAYOUTS = [(8, 16), (6, 8), (8, 8)]
 

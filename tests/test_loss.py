@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from conftest import LargestTensor
 
-from musota import loss as loss_room
-from musota.loss import linear_cross_entropy, score_tokens
+from musota.models import loss as loss_room
+from musota.models.loss import linear_cross_entropy, score_tokens
 
 
 def _problem(tokens, bias, seed=0):

@@ -4,9 +4,11 @@ from dataclasses import replace
 import pytest
 
 import musota
-from musota.config import MusotaError, Profile, TrainConfig
-from musota.mirror import Mirror
-from musota.workbook import Workbook
+from musota.errors import MusotaError
+from musota.plan.config import TrainConfig
+from musota.plan.profiles import Profile
+from musota.training.mirror import Mirror
+from musota.workbook.session import Workbook
 
 EXPERIMENT = musota.Experiment(
     musota.DenseConfig(vocab_size=512, max_seq_len=24, n_layer=1, d_model=16, n_head=2),

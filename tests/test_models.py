@@ -7,12 +7,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import musota
-from musota import mu
-from musota.attention import causal_attention
-from musota.bench import Literal
-from musota.config import MusotaError
-from musota.lm import Dropout, effective_rank
-from musota.mu import BlockAttention, CrossAttention
+from musota.errors import MusotaError
+from musota.models import musota as mu
+from musota.models.attention import causal_attention
+from musota.models.base import Dropout
+from musota.models.health import effective_rank
+from musota.models.literal import Literal
+from musota.models.musota import BlockAttention, CrossAttention
 
 SMALL = {"vocab_size": 60, "max_seq_len": 12, "n_layer": 2}
 CONFIGS = {

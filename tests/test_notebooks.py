@@ -8,8 +8,8 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from musota.config import experiments
-from musota.workbook import PARAMETERS
+from musota.plan.registry import experiments
+from musota.workbook.session import PARAMETERS
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [

@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 
 import musota
-from musota import plots
-from musota.config import TrainConfig
-from musota.diagnose import Cause, Suspect
-from musota.evidence import Evidence, verdict_lines
-from musota.intervals import Interval
-from musota.layout import BlockLayout
-from musota.report import save_figure
-from musota.tables import comparison_table, ledger_table
+from musota.plan import registry
+from musota.plan.config import TrainConfig
+from musota.plan.layout import BlockLayout
+from musota.plan.suspects import Suspect
+from musota.rules.stats import Interval
+from musota.rules.verdicts import Cause
+from musota.workbook import figures
+from musota.workbook.evidence import Evidence, verdict_lines
+from musota.workbook.pages import save_figure
+from musota.workbook.tables import comparison_table, ledger_table
 
 MODELS = {
     "optimized": musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1),
@@ -32,7 +34,7 @@ ABLATED = {
 }
 CELLS = np.random.default_rng(0).normal(size=(7, 3, 64))
 GATE = np.random.default_rng(1).random((6, 3, 16))
-CURVE = plots.Curve(
+CURVE = figures.Curve(
     "optimized", "MU-SOTA optimized, seed 0", np.arange(1.0, 7), np.linspace(300, 200, 6),
     np.linspace(310, 190, 6), (4.0, 6.0), ((3.0, "learning rate halved"),),
 )  # fmt: skip
@@ -68,22 +70,22 @@ def _figures(evidence):
     layouts = {"8×8": BlockLayout.standard(8, 16), "6×6": BlockLayout.standard(6, 8)}
     finding, intervals = evidence.compare()
     return {
-        "curves": plots.curves(runs, evidence.rungs, reported=True),
-        "training": plots.training_curve(runs[0]),
-        "ledgers": plots.ledgers(ledgers),
-        "layouts": plots.layouts(layouts),
-        "causality": plots.causality(np.triu(np.random.default_rng(0).random((8, 8)))),
-        "zipf": plots.zipf(np.array([90, 40, 30, 5, 1, 0])),
-        "ladder": plots.ladder(evidence.rungs, comparable=False),
-        "difference": plots.difference(intervals, finding.conclusion),
-        "sizes": plots.ppl_against_parameters(runs),
-        "root causes": plots.root_causes(CAUSES, 0.05),
-        "sweep": plots.rate_sweep({"MU-SOTA": SWEEP, "dense": {1e-3: [6.1], 1e-2: [5.8]}}),
-        "halving": plots.data_halving({1000: {0: 6.2, 1: 6.3}, 2000: {0: 6.0, 1: 6.1}}),
-        "gap": plots.clean_gap(runs),
-        "ablations": plots.ablations(ABLATED, 200.0, layouts["8×8"]),
-        "blocks": plots.block_view(CELLS, GATE, ["The", "king", "was"], layouts["8×8"], 5),
-        "explored": plots.explored([CURVE], evidence.rungs, ("epoch", "perplexity")),
+        "curves": figures.curves(runs, evidence.rungs, reported=True),
+        "training": figures.training_curve(runs[0]),
+        "ledgers": figures.ledgers(ledgers),
+        "layouts": figures.layouts(layouts),
+        "causality": figures.causality(np.triu(np.random.default_rng(0).random((8, 8)))),
+        "zipf": figures.zipf(np.array([90, 40, 30, 5, 1, 0])),
+        "ladder": figures.ladder(evidence.rungs, comparable=False),
+        "difference": figures.difference(intervals, finding.conclusion),
+        "sizes": figures.ppl_against_parameters(runs),
+        "root causes": figures.root_causes(CAUSES, 0.05),
+        "sweep": figures.rate_sweep({"MU-SOTA": SWEEP, "dense": {1e-3: [6.1], 1e-2: [5.8]}}),
+        "halving": figures.data_halving({1000: {0: 6.2, 1: 6.3}, 2000: {0: 6.0, 1: 6.1}}),
+        "gap": figures.clean_gap(runs),
+        "ablations": figures.ablations(ABLATED, 200.0, layouts["8×8"]),
+        "blocks": figures.block_view(CELLS, GATE, ["The", "king", "was"], layouts["8×8"], 5),
+        "explored": figures.explored([CURVE], evidence.rungs, ("epoch", "perplexity")),
     }
 
 
@@ -97,7 +99,7 @@ def test_figures_are_not_empty_and_say_what_they_show(evidence):
 
 
 def test_the_explorers_figure_shades_the_plateau_and_marks_events(evidence):
-    figure = plots.explored([CURVE], evidence.rungs, ("epoch", "perplexity"), log_y=True)
+    figure = figures.explored([CURVE], evidence.rungs, ("epoch", "perplexity"), log_y=True)
     (axis,) = figure.axes
     (band,) = axis.patches
     assert (band.get_x(), band.get_x() + band.get_width()) == (4.0, 6.0)
@@ -108,7 +110,7 @@ def test_the_explorers_figure_shades_the_plateau_and_marks_events(evidence):
 
 
 def test_the_root_cause_figure_tells_verdicts_apart_without_colour(evidence):
-    axis = plots.root_causes(CAUSES, 0.05).axes[0]
+    axis = figures.root_causes(CAUSES, 0.05).axes[0]
     marks = {(line.get_marker(), line.get_fillstyle()) for line in axis.lines[:-4]}
     assert {("o", "full"), ("D", "left")} <= marks
     written = [text.get_text() for text in axis.texts]
@@ -117,14 +119,14 @@ def test_the_root_cause_figure_tells_verdicts_apart_without_colour(evidence):
 
 
 def test_a_sweep_keeps_what_fails_off_the_scale():
-    axis = plots.rate_sweep({"MU-SOTA": SWEEP}).axes[0]
+    axis = figures.rate_sweep({"MU-SOTA": SWEEP}).axes[0]
     assert max(line.get_ydata().max() for line in axis.lines) < 8.5
     written = " ".join(text.get_text() for text in axis.texts)
     assert "off the scale" in written and "at 0.01" in written
 
 
 def test_curves_draw_every_run_rung_and_the_reported_result(evidence):
-    figure = plots.curves(evidence.runs, evidence.rungs, reported=True)
+    figure = figures.curves(evidence.runs, evidence.rungs, reported=True)
     left = figure.axes[0]
     drawn = {tuple(np.round(line.get_ydata(), 6)) for line in left.lines}  # exp rounds by machine
     for run in evidence.runs:
@@ -132,12 +134,12 @@ def test_curves_draw_every_run_rung_and_the_reported_result(evidence):
     labels = " ".join(text.get_text() for text in [*left.texts, *left.get_legend().texts])
     for word in ("unigram", "bigram", "trigram", "reported: 402", "dense baseline, seed 0"):
         assert word in labels
-    without = plots.curves(evidence.runs, evidence.rungs, reported=False)
+    without = figures.curves(evidence.runs, evidence.rungs, reported=False)
     assert "reported" not in str([t.get_text() for t in without.axes[0].get_legend().texts])
 
 
 def test_a_saved_figure_carries_its_line_about_what_was_measured(evidence, tmp_path):
-    figure = plots.curves(evidence.runs, evidence.rungs, reported=False)
+    figure = figures.curves(evidence.runs, evidence.rungs, reported=False)
     save_figure(figure, tmp_path / "curves.png", evidence.footer)
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert figure.get_supxlabel() == evidence.footer
@@ -147,7 +149,7 @@ def test_a_saved_figure_carries_its_line_about_what_was_measured(evidence, tmp_p
 def test_tables_hold_the_recorded_numbers(evidence):
     table = comparison_table(evidence.runs).set_index("model")
     for run in evidence.runs:
-        row = table.loc[plots.LABELS[run.name]]
+        row = table.loc[registry.LABELS[run.name]]
         assert row["valid PPL"] == f"{run.summary['ppl']:.1f}"
         assert row["parameters"] == f"{run.experiment.model.n_parameters:,}"
     ledger = ledger_table(evidence.runs)

@@ -6,10 +6,16 @@ import torch
 import torch.nn.functional as F
 
 import musota
-from musota import probes
-from musota import training as training_room
-from musota.config import MusotaError, Profile, experiments, grid_profiles, scaled, twin
-from musota.training import score
+from musota.errors import MusotaError
+from musota.models.base import score
+from musota.plan.profiles import Profile, grid_profiles, scaled, twin
+from musota.plan.registry import experiments
+from musota.plan.suspects import grid as make_grid
+from musota.studies import grid as grid_room
+from musota.studies import probes
+from musota.studies.cells import run_cells
+from musota.training import schedule, trainer
+from musota.training import trainer as training_room
 
 MODEL = musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=2)
 
@@ -149,18 +155,18 @@ def test_annealing_goes_on_from_a_checkpoint_and_leaves_it_alone(short, tmp_path
     run = musota.train(EXPERIMENT, short, tmp_path / "run", stop_at=0.5)
     assert not run.finished and len(run.history) == 1
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    rates, one_step = [], training_room._Trainer._one_step
+    rates, one_step = [], trainer._Trainer._one_step
 
     def watched(trainer):
         one_step(trainer)
         rates.append((trainer.step, trainer.optimizer.param_groups[0]["lr"]))
 
-    monkeypatch.setattr(training_room._Trainer, "_one_step", watched)
-    nats = training_room.anneal(run, short, share=0.5)
+    monkeypatch.setattr(trainer._Trainer, "_one_step", watched)
+    nats = trainer.anneal(run, short, share=0.5)
     assert {path: path.read_bytes() for path in before} == before
     step, half = rates[0][0] - 1, len(rates) // 2
     assert half == math.ceil(0.5 * step)
-    rate = training_room.learning_rate_at(step, EXPERIMENT.training, 2 * step)
+    rate = schedule.learning_rate_at(step, EXPERIMENT.training, 2 * step)
     expected = [(step + n, rate * (1 - n / half)) for n in range(1, half + 1)]
     assert [s for s, _ in rates[:half]] == [s for s, _ in expected]
     assert [r for _, r in rates[:half]] == pytest.approx([r for _, r in expected])
@@ -176,7 +182,7 @@ def test_annealing_goes_on_from_a_checkpoint_and_leaves_it_alone(short, tmp_path
 def test_a_finished_run_cannot_be_annealed(short, tmp_path):
     run = musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path / "run")
     with pytest.raises(MusotaError, match="is finished, its rate is 0"):
-        training_room.anneal(run, short)
+        trainer.anneal(run, short)
 
 
 def test_a_run_stopped_early_goes_on_as_if_nothing_had_been(short, tmp_path):
@@ -190,7 +196,7 @@ def test_a_run_stopped_early_goes_on_as_if_nothing_had_been(short, tmp_path):
 
 
 def test_each_cell_changes_what_it_says_and_nothing_else():
-    cells, suspects, seeds = probes.grid("quick")
+    cells, suspects, seeds = make_grid("quick")
     original = experiments["original"].fields()
 
     def changed(cell):
@@ -215,18 +221,18 @@ def test_each_cell_changes_what_it_says_and_nothing_else():
 
 
 def test_larger_profiles_also_put_one_change_back_and_tiny_has_two_cells():
-    cells, suspects, seeds = probes.grid("study")
+    cells, suspects, seeds = make_grid("study")
     optimized = experiments["optimized"]
     assert cells["without_epochs"].experiment == optimized.with_(epochs=10)
     assert cells["without_learning_rate"].experiment == optimized.with_(learning_rate=3e-4)
     assert len(seeds) == 3 and sum(s.name.startswith("from optimized") for s in suspects) == 6
-    assert probes.grid("full")[0] == cells
-    assert len(probes.grid("tiny")[0]) == 2
+    assert make_grid("full")[0] == cells
+    assert len(make_grid("tiny")[0]) == 2
 
 
 @pytest.mark.parametrize("profile", grid_profiles.values(), ids=lambda profile: profile.name)
 def test_every_cell_scales_and_halved_text_is_read_in_as_many_steps(profile):
-    cells, _, _ = probes.grid("study")
+    cells, _, _ = make_grid("study")
     small = {name: scaled(cell.experiment, profile).training for name, cell in cells.items()}
     assert small["epochs"].epochs == 3 * small["original"].epochs
     for name, share in (("original_half", 2), ("original_quarter", 4)):
@@ -241,13 +247,13 @@ def test_every_cell_scales_and_halved_text_is_read_in_as_many_steps(profile):
 TINY = Profile("small", 512, 4000, 1200, 1 / 12, 1 / 8, 1 / 10, 1 / 4, 30.0, 1)
 
 
-@pytest.fixture(scope="module")
-def grid(short, tmp_path_factory):
+@pytest.fixture(scope="module", name="grid")
+def _grid(short, tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid")
-    cells, suspects, _ = probes.grid("quick")
+    cells, suspects, _ = make_grid("quick")
     some = ("original", "original_half", "original_rate_x3", "dense", "dense_rate_x3")
     cells = {name: cells[name] for name in some}
-    runs = probes.run_cells(cells, (0, 1), TINY, short, folder, keep=("original",), workers=2)
+    runs = run_cells(cells, (0, 1), TINY, short, folder, keep=("original",), workers=2)
     return cells, suspects, folder, runs
 
 
@@ -259,7 +265,7 @@ def test_a_grid_trains_every_cell_and_never_twice(grid, short, capsys):
     written = {path: path.read_bytes() for path in folder.glob("*/*.json*")}
     (folder / "dense-seed1" / "summary.json").unlink()  # as if it had been interrupted
     capsys.readouterr()
-    again = probes.run_cells(cells, (0, 1), TINY, short, folder)
+    again = run_cells(cells, (0, 1), TINY, short, folder)
     assert "9 of 10 runs are here already." in capsys.readouterr().out
     before = runs["dense"][1].summary["ppl"]  # of a process with one thread: rounded otherwise
     assert again["dense"][1].summary["ppl"] == pytest.approx(before, rel=1e-4)
@@ -274,29 +280,29 @@ def test_half_the_text_is_half_the_text_in_as_many_steps(grid):
     tokens = [run.config["corpus"]["tokens"]["train"] for run in (whole, half)]
     assert tokens[1] == pytest.approx(tokens[0] / 2, rel=0.1)
     assert half.steps.step.max() == pytest.approx(whole.steps.step.max(), rel=0.15)
-    assert probes.data_losses(runs, "original").keys() == set(tokens)
+    assert grid_room.data_losses(runs, "original").keys() == set(tokens)
 
 
 def test_a_grid_is_judged_as_far_as_it_has_been_trained(grid):
     _, suspects, _, runs = grid
-    causes = {cause.suspect.after: cause for cause in probes.judge(runs, suspects)}
-    names = [cause.suspect.name for cause in probes.judge(runs, suspects)]
+    causes = {cause.suspect.after: cause for cause in grid_room.judge(runs, suspects)}
+    names = [cause.suspect.name for cause in grid_room.judge(runs, suspects)]
     assert "architecture (→ dense twin), each at its best rate (at an edge)" in names
     assert len(names) == 4
     assert next(c for c in causes.values() if "edge" in c.suspect.name).verdict == "undecided"
     raised = causes["original_rate_x3"]
-    losses = probes.valid_losses(runs)
+    losses = grid_room.valid_losses(runs)
     means = {cell: sum(by_seed.values()) / 2 for cell, by_seed in losses.items()}
     assert raised.effect.mean == pytest.approx(means["original_rate_x3"] - means["original"])
     assert raised.here == "learning_rate 0.009 → 0.027"
-    assert [*probes.sweep_losses(runs, "original")] == pytest.approx([0.009, 0.027])
-    assert sorted(probes.sweep_losses(runs, "dense")) == pytest.approx([0.009, 0.027])
+    assert [*grid_room.sweep_losses(runs, "original")] == pytest.approx([0.009, 0.027])
+    assert sorted(grid_room.sweep_losses(runs, "dense")) == pytest.approx([0.009, 0.027])
 
 
 def test_a_diverged_cell_is_remembered_and_no_cause(grid, short, monkeypatch):
     cells, suspects, folder, _ = grid
     cells = {name: cells[name] for name in ("original",)}
-    cells["original_rate_x10"] = probes.grid("quick")[0]["original_rate_x10"]
+    cells["original_rate_x10"] = make_grid("quick")[0]["original_rate_x10"]
     monkeypatch.setattr(training_room, "score", lambda *_: 1 / 0)  # nothing that has ended
     losses = training_room.CausalLM.forward
 
@@ -305,10 +311,10 @@ def test_a_diverged_cell_is_remembered_and_no_cause(grid, short, monkeypatch):
         return logits, loss * math.inf
 
     monkeypatch.setattr(training_room.CausalLM, "forward", explode)
-    runs = probes.run_cells(cells, (0, 1), TINY, short, folder, workers=1)
+    runs = run_cells(cells, (0, 1), TINY, short, folder, workers=1)
     assert runs["original_rate_x10"][1].diverged and not runs["original"][0].diverged
     records = (folder / "original_rate_x10-seed0" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(records[-1])["event"] == "diverged"
-    runs = probes.run_cells(cells, (0, 1), TINY, short, folder, workers=1)
-    (cause,) = probes.judge(runs, suspects)
+    runs = run_cells(cells, (0, 1), TINY, short, folder, workers=1)
+    (cause,) = grid_room.judge(runs, suspects)
     assert (cause.effect, cause.verdict, cause.ppl_after) == (None, "not a cause", math.inf)

@@ -13,11 +13,15 @@ from drill import drill
 from filelock import FileLock
 
 import musota
-from musota import lm as lm_room
-from musota import runs as runs_room
-from musota import training as training_room
-from musota.config import MusotaError, Profile, TrainConfig
-from musota.training import Diverged
+from musota.errors import MusotaError
+from musota.models import base
+from musota.models import sharing as lm_room
+from musota.plan.config import TrainConfig
+from musota.plan.profiles import Profile
+from musota.training import runs, schedule, trainer
+from musota.training import runs as runs_room
+from musota.training import trainer as training_room
+from musota.training.trainer import Diverged
 
 EXPERIMENT = musota.Experiment(
     musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1, dropout=0.0),
@@ -67,13 +71,13 @@ def test_killed_runs_end_as_if_nothing_had_been(text_folder):
 def test_checkpoints_come_by_the_clock_too_and_two_are_kept(short, tmp_path, monkeypatch):
     monkeypatch.setattr(training_room, "CHECKPOINT_SECONDS", 0)
     seen = []
-    save = runs_room.RunFolder.save_checkpoint
+    save = runs.RunFolder.save_checkpoint
 
     def watched(folder, tensors, state):
         save(folder, tensors, state)
         seen.append((state["step"], len([*folder.checkpoints.glob("step-*")])))
 
-    monkeypatch.setattr(runs_room.RunFolder, "save_checkpoint", watched)
+    monkeypatch.setattr(runs.RunFolder, "save_checkpoint", watched)
     run = musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path)
     assert [step for step, _ in seen] == list(range(1, run.history.step[0] + 1))
     assert max(kept for _, kept in seen) == 2
@@ -225,17 +229,15 @@ def _full(monkeypatch, is_full):
 def test_a_full_disk_is_told_and_made_good_later(finished, short, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training_room, "CHECKPOINT_SECONDS", 0)
     seen = []
-    monkeypatch.setattr(
-        training_room._Trainer, "_say", lambda trainer, text: seen.append(trainer.step)
-    )
+    monkeypatch.setattr(trainer._Trainer, "_say", lambda trainer, text: seen.append(trainer.step))
     full = {"now": False}
-    step = training_room._Trainer._one_step
+    step = trainer._Trainer._one_step
 
     def one_step(trainer):
         step(trainer)
         full["now"] = 4 <= trainer.step <= trainer.steps_per_epoch + 2
 
-    monkeypatch.setattr(training_room._Trainer, "_one_step", one_step)
+    monkeypatch.setattr(trainer._Trainer, "_one_step", one_step)
     _full(monkeypatch, lambda: full["now"])
     run = musota.train(EXPERIMENT, short, tmp_path)
     out = capsys.readouterr().out
@@ -250,13 +252,13 @@ def test_an_end_that_cannot_be_saved_is_an_error_and_goes_on_later(
 ):
     with monkeypatch.context() as patch:
         full = {"now": False}
-        step = training_room._Trainer._one_step
+        step = trainer._Trainer._one_step
 
         def one_step(trainer):
             step(trainer)
             full["now"] = trainer.step > trainer.steps_per_epoch
 
-        patch.setattr(training_room._Trainer, "_one_step", one_step)
+        patch.setattr(trainer._Trainer, "_one_step", one_step)
         _full(patch, lambda: full["now"])
         with pytest.raises(MusotaError, match="end of the run could not be saved .* No space"):
             musota.train(EXPERIMENT, short, tmp_path)
@@ -269,7 +271,7 @@ def test_an_end_that_cannot_be_saved_is_an_error_and_goes_on_later(
 @pytest.mark.parametrize("watched", [False, True])
 def test_a_folder_that_vanishes_does_not_stop_training(finished, short, tmp_path, watched):
     place, steps = tmp_path / "disk" / "run", []
-    step = training_room._Trainer._one_step
+    step = trainer._Trainer._one_step
 
     def one_step(trainer):
         step(trainer)
@@ -278,7 +280,7 @@ def test_a_folder_that_vanishes_does_not_stop_training(finished, short, tmp_path
             shutil.move(tmp_path / "disk", tmp_path / "away")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_room._Trainer, "_one_step", one_step)
+        patch.setattr(trainer._Trainer, "_one_step", one_step)
         with pytest.raises(MusotaError, match="end of the run could not be saved"):
             musota.train(
                 EXPERIMENT, short, place, auto_remedy=watched,
@@ -298,7 +300,7 @@ def test_no_room_for_the_first_file_gets_one_sentence(short, tmp_path, monkeypat
 
 
 def test_a_line_lost_to_a_full_disk_is_made_good_before_the_end(short, tmp_path, monkeypatch):
-    append, lost = runs_room.RunFolder.append, []
+    append, lost = runs.RunFolder.append, []
 
     def losing(folder, record):
         before = folder.path / "metrics.jsonl"
@@ -308,7 +310,7 @@ def test_a_line_lost_to_a_full_disk_is_made_good_before_the_end(short, tmp_path,
             before.write_bytes(kept)
             lost.append(record)
 
-    monkeypatch.setattr(runs_room.RunFolder, "append", losing)
+    monkeypatch.setattr(runs.RunFolder, "append", losing)
     musota.train(EXPERIMENT, short, tmp_path)
     assert lost and list(musota.Run(tmp_path).history.epoch) == [1, 2]
 
@@ -346,7 +348,7 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(
 def test_validation_out_of_memory_goes_on_a_window_at_a_time(
     finished, short, tmp_path, monkeypatch
 ):
-    score = training_room.score
+    score = base.score
 
     def limited(model, tokens, stride=None, batch_size=None):
         if batch_size is None and len(tokens) == len(short.valid):
@@ -396,7 +398,7 @@ def test_where_one_sequence_is_too_long_160_tokens_are_another_experiment(
 
 def _spoil(monkeypatch, steps, value=math.nan):
     """Let the loss of some steps be multiplied by `value`, as often as `steps` holds the step."""
-    left, one_step = list(steps), training_room._Trainer._one_step
+    left, one_step = list(steps), trainer._Trainer._one_step
     forward = training_room.CausalLM.forward
     now = {"bad": False}
 
@@ -410,7 +412,7 @@ def _spoil(monkeypatch, steps, value=math.nan):
         logits, loss = forward(model, ids, targets)
         return logits, loss * value if loss is not None and now["bad"] else loss
 
-    monkeypatch.setattr(training_room._Trainer, "_one_step", step)
+    monkeypatch.setattr(trainer._Trainer, "_one_step", step)
     monkeypatch.setattr(training_room.CausalLM, "forward", spoiled)
 
 
@@ -436,7 +438,7 @@ def test_a_remedy_goes_back_at_half_the_rate_twice_at_most(short, tmp_path, monk
     steps = run.steps.set_index("step").learning_rate
     total = 2 * epoch
     for step in steps.index:
-        planned = training_room.learning_rate_at(step, EXPERIMENT.training, total)
+        planned = schedule.learning_rate_at(step, EXPERIMENT.training, total)
         assert steps[step] == pytest.approx(planned * (1 if step <= epoch else 0.25))
     assert list(steps.index) == sorted(set(steps.index))  # no line doubled
     monkeypatch.undo()
@@ -452,7 +454,7 @@ def test_a_bad_loss_in_the_first_epoch_goes_back_to_the_start(short, tmp_path, m
 
 
 def test_an_oscillating_loss_halves_the_rate_once_it_is_seen(short, tmp_path, monkeypatch):
-    from musota.diagnose import Finding
+    from musota.rules.findings import Finding
 
     seen = []
 

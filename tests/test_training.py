@@ -16,11 +16,15 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import musota
-from musota import training as training_room
-from musota.config import MusotaError, TrainConfig
-from musota.data import Corpus, TextTokenizer
-from musota.runs import read_metrics
-from musota.training import learning_rate_at, score
+from musota.data.corpus import Corpus, window_starts
+from musota.data.tokenizer import TextTokenizer
+from musota.errors import MusotaError
+from musota.models.base import score
+from musota.plan.config import TrainConfig
+from musota.training import machine, trainer
+from musota.training import trainer as training_room
+from musota.training.runs import read_metrics
+from musota.training.schedule import learning_rate_at
 
 MODEL = musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1)
 EXPERIMENT = musota.Experiment(
@@ -34,7 +38,7 @@ CLOCKS |= {"metrics_bytes"}  # as many as the digits of seconds
 @pytest.fixture(scope="module")
 def short(corpus):
     """The first tokens of the corpus: runs of a second."""
-    from musota.config import Profile
+    from musota.plan.profiles import Profile
 
     return corpus.limited(Profile("short", 512, 4000, 1200))
 
@@ -151,7 +155,7 @@ def test_between_two_log_lines_nothing_waits_for_a_value(short, tmp_path, monkey
     trainer = training_room._Trainer(
         EXPERIMENT, short, tmp_path, True, 0, "run", None, {"micro_batch": 16}
     )
-    trainer.progress = training_room.progress_bar(1, 0)
+    trainer.progress = machine.progress_bar(1, 0)
     trainer._one_step()  # the first step is logged
     looked = []
 
@@ -208,7 +212,7 @@ def test_a_run_equals_the_plain_loop(short, tmp_path):
     losses, norms, step = [], [], 0
     total = 2 * math.ceil(((len(short.train) - 24) // 24) / 16)
     for epoch in range(2):
-        for batch in musota.data.window_starts(len(short.train), 24, 0, epoch).split(16):
+        for batch in window_starts(len(short.train), 24, 0, epoch).split(16):
             step += 1
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, EXPERIMENT.training, total)
@@ -228,9 +232,10 @@ def test_mixed_precision_learns_the_same_to_rounding(text_folder, tmp_path):
     """What a GPU does, on a CPU: bf16 autocast; in a process of its own, where it is set once."""
     code = f"""
 import numpy, musota
-from musota import training
-from musota.config import Profile
-training.precision_for_device = lambda: "bf16"
+from musota.training import machine
+from musota.training import trainer
+from musota.plan.profiles import Profile
+trainer.precision_for_device = lambda: "bf16"
 corpus = musota.load_corpus({str(text_folder)!r}, 512).limited(Profile("short", 512, 4000, 1200))
 experiment = musota.Experiment(
     musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1, dropout=0.0),
@@ -242,7 +247,7 @@ print(*run.history.valid_loss)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
-    from musota.config import Profile
+    from musota.plan.profiles import Profile
 
     corpus = musota.load_corpus(str(text_folder), 512).limited(Profile("short", 512, 4000, 1200))
     plain = musota.train(EXPERIMENT.with_(dropout=0.0), corpus, tmp_path / "plain")
@@ -394,14 +399,14 @@ def test_what_a_run_leaves_behind(finished):
 
 def _interrupt_after(monkeypatch, steps):
     """Ctrl-C in the middle of step `steps`."""
-    original = training_room._Trainer._one_step
+    original = trainer._Trainer._one_step
 
     def one_step(trainer):
         if trainer.step + 1 == steps:
             os.kill(os.getpid(), signal.SIGINT)
         original(trainer)
 
-    monkeypatch.setattr(training_room._Trainer, "_one_step", one_step)
+    monkeypatch.setattr(trainer._Trainer, "_one_step", one_step)
 
 
 @pytest.mark.parametrize("where", [3, 10, 14, 18])  # in an epoch, at its end, early and late
@@ -428,9 +433,9 @@ def test_lines_written_after_the_checkpoint_are_not_doubled(finished, short, tmp
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 14)
         patch.setattr(
-            training_room._Trainer,
+            trainer._Trainer,
             "_checkpoint",
-            lambda t, save=training_room._Trainer._checkpoint: save(t) if t.step < 14 else None,
+            lambda t, save=trainer._Trainer._checkpoint: save(t) if t.step < 14 else None,
         )
         musota.train(EXPERIMENT, short, folder, name="finished")
     with (folder / "metrics.jsonl").open("a") as file:
@@ -446,7 +451,7 @@ def test_a_finished_run_is_loaded_and_only_fresh_trains_again(finished, short, m
         raise AssertionError("trained again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_room._Trainer, "_one_step", forbidden)
+        patch.setattr(trainer._Trainer, "_one_step", forbidden)
         loaded = musota.train(EXPERIMENT, short, finished.path, name="finished")
         assert loaded.summary == finished.summary
         with pytest.raises(AssertionError, match="trained again"):

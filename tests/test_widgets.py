@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 import musota
-from musota import widgets
-from musota.config import MusotaError, TrainConfig
+from musota.errors import MusotaError
+from musota.plan.config import TrainConfig
+from musota.workbook import widgets
 
 MODEL = musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=2)
 DENSE = musota.DenseConfig(vocab_size=512, max_seq_len=24, n_layer=1, d_model=32, n_head=2)

@@ -1,0 +1,218 @@
+"""Corpora, the byte-level BPE tokenizer, and the windows a model is trained on.
+
+Nothing is read stale: tokenizers and tokens are cached under names made of hashes of what they were
+made from (`$MUSOTA_CACHE`, else `~/.cache/musota`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from musota.data.sources import PIECE, RECIPE, SPLITS, content_hash, read_texts
+from musota.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer
+from musota.errors import MusotaError
+from musota.files import cache_folder, write_whole
+from musota.plan.profiles import Profile
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenized corpus. Splits are 1-D int32 tensors; counts are of the text behind them."""
+
+    name: str
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+    words: dict[str, int]  # by split; line ends count as words, as in the published counts
+    bytes: dict[str, int]  # by split; UTF-8
+    tokenizer: TextTokenizer
+    fingerprint: str
+    source: str  # where the text came from, for people
+
+    def split(self, name: str) -> Tensor:
+        return getattr(self, name)
+
+    def statistics(self) -> pd.DataFrame:
+        """One row a split: words, tokens, tokens per word, share of `<unk>`, bytes."""
+        rows = {}
+        for name in SPLITS:
+            tokens, words = self.split(name), self.words[name]
+            rows[name] = {
+                "words and line ends": words,
+                "tokens": len(tokens),
+                "tokens per word": len(tokens) / words,
+                "unk rate": int((tokens == self.tokenizer.unknown).sum()) / words,
+                "bytes": self.bytes[name],
+            }
+        return pd.DataFrame(rows).T.astype(
+            {"words and line ends": int, "tokens": int, "bytes": int}
+        )
+
+    def limited(self, profile: Profile) -> Corpus:
+        """The corpus cut to a profile's token counts, each split at its last line end that fits.
+
+        Test is cut like valid. Raises MusotaError if a split has no line end within its limit.
+        """
+        limits = (profile.train_tokens, profile.valid_tokens, profile.valid_tokens)
+        splits, words, sizes = {}, {}, {}
+        for name, limit in zip(SPLITS, limits, strict=True):
+            tokens = self.split(name)
+            if limit is None or len(tokens) <= limit:
+                splits[name], words[name], sizes[name] = (
+                    tokens,
+                    self.words[name],
+                    self.bytes[name],
+                )
+                continue
+            ends = (tokens[:limit] == self.tokenizer.line_end).nonzero()
+            if not len(ends):
+                raise MusotaError(
+                    f"The first {limit} tokens of {name} hold no line end to cut at: break the "
+                    "text into lines."
+                )
+            splits[name] = tokens[: int(ends[-1]) + 1]
+            text = self.tokenizer.decode(splits[name])
+            words[name], sizes[name] = _count(text)
+        fingerprint = _fingerprint(splits)
+        return replace(self, **splits, words=words, bytes=sizes, fingerprint=fingerprint)
+
+
+def load_corpus(
+    name: str = "auto", vocab_size: int = 50_000, data_dir: str | os.PathLike | None = None
+) -> Corpus:
+    """Read, tokenize (or fetch from the cache) and count a corpus.
+
+    `name` is `wikitext-2`, `wikitext-2-raw`, `wikitext-103`, `wikitext-103-raw`, `python-docs`, the
+    path of a folder with train.txt, valid.txt and test.txt, or `auto`: wikitext-2 where it can be
+    had, else python-docs. `data_dir` (default `$MUSOTA_DATA_DIR`) may hold local copies in folders
+    named like the corpora. Raises MusotaError saying what is wrong and what to do.
+    """
+    if not isinstance(name, (str, os.PathLike)):
+        raise MusotaError(f"corpus must be a name or the path of a folder, not {name!r}.")
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise MusotaError(f"vocab_size must be a whole number, not {vocab_size!r}.")
+    if vocab_size < SMALLEST_VOCABULARY:
+        TextTokenizer.train([], vocab_size)  # the one sentence about small vocabularies
+    name = os.fspath(name)
+    name, source, texts = read_texts(name, data_dir or os.environ.get("MUSOTA_DATA_DIR"))
+    keys, counts = {}, {}
+    for split in SPLITS:
+        keys[split], counts[split], blank = _survey(texts[split]())
+        if blank:
+            raise MusotaError(f"The {split} text of {name} is empty: put text into it.")
+    tokenizer_key = content_hash(
+        RECIPE, metadata.version("tokenizers"), str(vocab_size), keys["train"]
+    )
+    tokenizer_path = _cached(
+        f"tokenizer-{tokenizer_key}.json",
+        lambda path: TextTokenizer.train(texts["train"](), vocab_size).save(path),
+    )
+    tokenizer = TextTokenizer.load(tokenizer_path)
+
+    tokens = {}
+    for split in SPLITS:
+        encoded = _encoded(tokenizer, texts[split](), counts[split][1], split)
+        name_of_file = f"tokens-{content_hash(tokenizer_key, keys[split])}.bin"
+        path = _cached(name_of_file, partial(_write_arrays, encoded))
+        # Mapped from the disk: WikiText-103 needs no room of its own in memory.
+        length = path.stat().st_size // 4
+        tokens[split] = torch.from_file(str(path), size=length, dtype=torch.int32)
+    return Corpus(
+        name=name,
+        **tokens,
+        words={split: counts[split][0] for split in SPLITS},
+        bytes={split: counts[split][1] for split in SPLITS},
+        tokenizer=tokenizer,
+        fingerprint=_fingerprint(tokens),
+        source=source,
+    )
+
+
+def window_starts(n_tokens: int, length: int, seed: int, epoch: int) -> Tensor:
+    """Where this epoch's training windows begin, in the order they are taken; (windows,) int64.
+
+    Windows of `length` inputs and their targets tile the stream from a random offset below
+    `length`; offset and order depend on (seed, epoch) alone, their number on neither. Raises
+    MusotaError if the stream is too short for one.
+    """
+    count = (n_tokens - length) // length
+    if count < 1:
+        raise MusotaError(
+            f"The training text has {n_tokens} tokens, too few for windows of {length}: use more "
+            "text or a shorter max_seq_len."
+        )
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    offset = int(torch.randint(length, (1,), generator=generator))
+    return offset + length * torch.randperm(count, generator=generator)
+
+
+def _cached(name: str, write: Callable[[Path], object]) -> Path:
+    """A file of the cache; made by `write(path)` if it is not there as it was made."""
+    path = cache_folder() / name
+    seal = path.with_suffix(".sha256")
+    if not (path.exists() and seal.exists() and seal.read_bytes() == _file_hash(path)):
+        write_whole(path, write)
+        write_whole(seal, lambda target: target.write_bytes(_file_hash(path)))
+    return path
+
+
+def _file_hash(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest().encode()
+
+
+def _write_arrays(arrays: Iterable[np.ndarray], path: Path) -> None:
+    with path.open("wb") as file:
+        for array in arrays:
+            file.write(array.tobytes())
+
+
+def _encoded(
+    tokenizer: TextTokenizer, pieces: Iterable[str], size: int, what: str
+) -> Iterator[np.ndarray]:
+    """Token ids of each piece; many lines at once, on all cores. Longer work shows its progress."""
+    bar = tqdm(
+        total=size, desc=f"tokenizing {what}", unit="B", unit_scale=True, delay=5, mininterval=5
+    )
+    with bar:
+        for piece in pieces:
+            yield tokenizer.encode(piece)
+            bar.update(len(piece.encode()))
+
+
+def _survey(pieces: Iterable[str]) -> tuple[str, tuple[int, int], bool]:
+    """A hash of a text, its words and bytes (see `_count`), and whether it is all white space."""
+    digest, words, size, blank = hashlib.sha256(), 0, 0, True
+    for piece in pieces:
+        digest.update(piece.encode())
+        blank = blank and not piece.strip()
+        more = _count(piece)
+        words, size = words + more[0], size + more[1]
+    return digest.hexdigest(), (words, size), blank
+
+
+def _fingerprint(splits: dict[str, Tensor]) -> str:
+    """A hash of the tokens themselves: the same wherever and however they were made."""
+    digest = hashlib.sha256()
+    for name in SPLITS:
+        digest.update(f"{name} {len(splits[name])} ".encode())
+        for part in splits[name].split(PIECE):
+            digest.update(part.numpy())
+    return digest.hexdigest()[:16]
+
+
+def _count(text: str) -> tuple[int, int]:
+    """Words (line ends counted as words) and UTF-8 bytes of a text."""
+    return len(text.split()) + text.count("\n"), len(text.encode())

@@ -1,0 +1,224 @@
+"""Where texts come from."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+from musota.errors import MusotaError, nearest_name
+from musota.files import cache_folder, write_whole
+
+SPLITS = ("train", "valid", "test")
+
+
+HUB_REPOSITORY = "Salesforce/wikitext"
+
+
+HUB_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
+
+
+HUB_CONFIGS = {
+    name: f"{name}-v1"
+    for name in ("wikitext-2", "wikitext-2-raw", "wikitext-103", "wikitext-103-raw")
+}
+
+
+HUB_TIMEOUT = 5  # seconds
+
+
+DOCS_PACKAGES = ("numpy", "pandas", "matplotlib", "torch")
+
+
+PIECE = 2**20  # characters of text, or tokens, that are looked at together
+
+
+RECIPE = "1"  # raise when the same text should give other tokens or another python-docs
+
+
+def content_hash(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode()
+        digest.update(str(len(data)).encode() + b":" + data)
+    return digest.hexdigest()[:16]
+
+
+# A text is a function: it gives the text in pieces of about a megabyte that end at line ends.
+Text = Callable[[], Iterator[str]]
+
+
+def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, Text]]:
+    """(corpus name, where it came from, text by split)."""
+    if name == "auto":
+        try:
+            return read_texts("wikitext-2", data_dir)
+        except HubUnreachable as error:
+            docs = read_texts("python-docs", data_dir)
+            return (docs[0], f"{docs[1]}; instead of wikitext-2, because {error.reason}", docs[2])
+    if name == "python-docs":
+        return name, "docstrings of the Python libraries installed here", _python_docs()
+    local = Path(data_dir or "") / name
+    if name in HUB_CONFIGS:
+        if data_dir and _is_folder(local):
+            return name, "local copy", _read_folder(local)
+        return (name, *_read_hub(name))
+    if _is_folder(Path(name)):
+        return Path(name).resolve().name, "local folder", _read_folder(Path(name))
+    if data_dir and _is_folder(local):
+        return local.name, "local folder", _read_folder(local)
+    if os.sep in name or "/" in name:
+        raise MusotaError(
+            f"There is no folder {name}: give one with train.txt, valid.txt and test.txt."
+        )
+    raise nearest_name("corpus", name, ["auto", *HUB_CONFIGS, "python-docs"])
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _read_folder(folder: Path) -> dict[str, Text]:
+    for split in SPLITS:
+        if not (folder / f"{split}.txt").exists():
+            raise MusotaError(
+                f"The folder {folder} has no {split}.txt: it needs train.txt, valid.txt and "
+                "test.txt."
+            )
+    return {split: partial(_read_file, folder / f"{split}.txt") for split in SPLITS}
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    """A file in pieces. Raises MusotaError where it cannot be read or is not UTF-8."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from _in_pieces(file)
+    except UnicodeDecodeError:
+        try:
+            path.read_bytes().decode()  # whole, for the place in the file
+        except UnicodeDecodeError as error:
+            place = f"{path} is not UTF-8 (byte {error.start})"
+        raise MusotaError(f"{place}: convert it, for example with iconv.") from None
+    except OSError as error:
+        raise MusotaError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _in_pieces(lines: Iterable[str]) -> Iterator[str]:
+    """Lines joined, without white space before line ends: local and hub WikiText differ in it."""
+    piece, held = [], 0
+    for line in lines:
+        end = "\n" if line.endswith("\n") else ""
+        piece.append(line.rstrip() + end)
+        held += len(piece[-1])
+        if held >= PIECE and end:
+            yield "".join(piece)
+            piece, held = [], 0
+    yield "".join(piece)
+
+
+class HubUnreachable(MusotaError):
+    """The corpus is neither here nor to be had from the hub."""
+
+    def __init__(self, name: str, reason: str):
+        self.reason = reason
+        super().__init__(
+            f"{name} is not on this machine and {reason}. Three ways on: put train.txt, valid.txt "
+            f"and test.txt into $MUSOTA_DATA_DIR/{name}/, copy a Hugging Face datasets cache that "
+            "has it here, or use the corpus python-docs, which needs no download."
+        )
+
+
+def _read_hub(name: str) -> tuple[str, dict[str, Text]]:
+    """From the Hugging Face datasets cache or the hub; HubUnreachable within seconds otherwise."""
+    import datasets
+
+    config = HUB_CONFIGS[name]
+    reason = _hub_trouble()
+    was_offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = was_offline or reason is not None
+    try:
+        rows = datasets.load_dataset(HUB_REPOSITORY, config, revision=HUB_REVISION)
+    except Exception as error:  # the hub's client raises many types; none may end in a traceback
+        reason = reason or f"the Hugging Face hub failed ({type(error).__name__}: {error})"
+        raise HubUnreachable(name, reason) from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline
+
+    def read(split: str) -> Iterator[str]:
+        batches = rows[split].iter(batch_size=10_000)
+        lines = (line.removesuffix("\n") + "\n" for batch in batches for line in batch["text"])
+        return _in_pieces(lines)
+
+    hub_splits = zip(SPLITS, ("train", "validation", "test"), strict=True)
+    source = "the Hugging Face cache" if reason else "the Hugging Face hub"
+    return source, {split: partial(read, hub_split) for split, hub_split in hub_splits}
+
+
+def _hub_trouble() -> str | None:
+    """Why the hub cannot be asked just now, or None. Answers within HUB_TIMEOUT or so."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        HfApi().dataset_info(HUB_REPOSITORY, revision=HUB_REVISION, timeout=HUB_TIMEOUT)
+    except Exception as error:  # whatever it is, the hub is of no use now
+        return f"the Hugging Face hub does not answer ({type(error).__name__})"
+    return None
+
+
+def _python_docs() -> dict[str, Text]:
+    """Docstrings of the standard library and four big packages, split 90/5/5 by docstring."""
+    versions = [f"{name} {metadata.version(name)}" for name in DOCS_PACKAGES]
+    key = content_hash(RECIPE, sys.version, *versions)
+    paths = {split: cache_folder() / f"python-docs-{key}-{split}.txt" for split in SPLITS}
+    if not all(path.exists() for path in paths.values()):
+        for split, text in _collect_docs().items():
+            write_whole(paths[split], lambda target, text=text: target.write_text(text, "utf-8"))
+    return {split: partial(_read_file, path) for split, path in paths.items()}
+
+
+def _collect_docs() -> dict[str, str]:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    roots = [library]
+    for name in DOCS_PACKAGES:
+        roots += map(Path, importlib.util.find_spec(name).submodule_search_locations)
+    files = [
+        path
+        for root in roots
+        for path in sorted(root.rglob("*.py"))
+        if not {"site-packages", "test", "tests", "__pycache__"}
+        & set(path.parts[len(root.parts) :])
+    ]
+    with ProcessPoolExecutor() as pool:
+        found = pool.map(docstrings, files, chunksize=32)
+        documents = {document for documents in found for document in documents}
+    ordered = sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
+    first, second = round(0.90 * len(ordered)), round(0.95 * len(ordered))
+    parts = ordered[:first], ordered[first:second], ordered[second:]
+    return {split: "\n\n".join(part) + "\n" for split, part in zip(SPLITS, parts, strict=True)}
+
+
+def docstrings(path: Path) -> list[str]:
+    """Docstrings of a source file, parsed and not run; those under 20 words are left out."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return []  # files for other Python versions, templates
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = (node for node in ast.walk(tree) if isinstance(node, kinds))
+    found = (ast.get_docstring(node) or "" for node in nodes)
+    # Escapes in a docstring can spell characters that UTF-8 has no bytes for.
+    cleaned = (text.encode(errors="replace").decode().strip() for text in found)
+    return [text for text in cleaned if len(text.split()) >= 20]

@@ -1,0 +1,85 @@
+"""Byte-level BPE, trained on the train split alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from musota.errors import MusotaError
+
+UNKNOWN, LINE_END = "<unk>", "<|endoftext|>"
+
+
+SMALLEST_VOCABULARY = 256 + 2  # every byte, and the two special tokens
+
+
+class TextTokenizer:
+    """Byte-level BPE over lines. `decode(encode(text)) == text` for any text.
+
+    Every line end becomes `<|endoftext|>`; a literal `<unk>` in the text is one token.
+    """
+
+    def __init__(self, backend: Tokenizer):
+        self.backend = backend
+        # Special tokens stand for line ends only: the same characters in a text are just text.
+        backend.encode_special_tokens = True
+        self.line_end = backend.token_to_id(LINE_END)
+        self.unknown = backend.token_to_id(UNKNOWN)
+
+    @classmethod
+    def train(cls, pieces: Iterable[str], vocab_size: int) -> TextTokenizer:
+        """BPE merges learned on `text`. Raises MusotaError for a vocabulary under 258."""
+        if vocab_size < SMALLEST_VOCABULARY:
+            raise MusotaError(
+                f"vocab_size={vocab_size} is below the {SMALLEST_VOCABULARY} that 256 bytes and "
+                "two special tokens need: raise it."
+            )
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[UNKNOWN, LINE_END],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        lines = (line for piece in pieces for line in piece.split("\n"))
+        backend.train_from_iterator(lines, trainer)
+        # The trainer makes both tokens special; `<unk>` shall be found in texts, line ends not.
+        described = json.loads(backend.to_str())
+        for token in described["added_tokens"]:
+            token["special"] = token["content"] == LINE_END
+        return cls(Tokenizer.from_str(json.dumps(described)))
+
+    @property
+    def size(self) -> int:
+        """Tokens really in use; BPE may run out of merges before `vocab_size`."""
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, int32."""
+        lines = self.backend.encode_batch_fast(text.split("\n"))
+        end = [self.line_end]
+        ids = [part for line in lines for part in (line.ids, end)][:-1]
+        return np.concatenate([np.asarray(part, dtype=np.int32) for part in ids])
+
+    def decode(self, ids) -> str:
+        """The text of token ids (any 1-D sequence of whole numbers)."""
+        ids = np.asarray(ids, dtype=np.int64)
+        lines = np.split(ids, np.flatnonzero(ids == self.line_end))
+        pieces = [lines[0], *(line[1:] for line in lines[1:])]
+        decode = self.backend.decode
+        return "\n".join(decode(piece.tolist(), skip_special_tokens=False) for piece in pieces)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> TextTokenizer:
+        """Read what `save` wrote."""
+        return cls(Tokenizer.from_file(str(path)))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write `tokenizer.json`."""
+        self.backend.save(str(path))

@@ -1,0 +1,124 @@
+"""Causal attention of very narrow heads, and its entropy, without ever holding all weights.
+
+MU-SOTA's heads are 2, 3 or 8 cells wide, which no library kernel is made for. On a CPU the weights
+are computed tile by tile, small enough to stay in the cache, and again in the backward pass (as in
+FlashAttention, Dao et al. 2022); tiles that lie in the future are skipped.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE_ROWS = 96  # queries of a tile
+
+
+TILE_SIZE = 2**19  # weights of a tile, of several heads: 2 MB
+
+
+COLUMNS = 16  # products are fastest with a multiple of so many columns; zeros fill them up
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of G heads side by side, (G, T, c) each, and the entropy of its weights (G, T).
+
+    Scores are q · k: scale q beforehand. The entropy, in nats, is None unless asked for.
+    """
+    attend = _TiledAttention.apply if q.device.type == "cpu" else attend_with_library
+    return attend(q, k, v, with_entropy)
+
+
+def attend_with_library(q: Tensor, k: Tensor, v: Tensor, with_entropy: bool):
+    """`causal_attention` as a GPU does it: torch's fused kernel, or all weights for the entropy."""
+    if with_entropy:
+        future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
+        weights = (q @ k.mT).float().masked_fill(future, float("-inf")).softmax(-1)  # (G, T, T)
+        return weights.to(v.dtype) @ v, entropy(weights)
+    # The kernels ask for widths in multiples of 8; zeros and the true scale change nothing.
+    wide_q, wide_k, wide_v = (F.pad(x, (0, -x.shape[-1] % 8))[None] for x in (q, k, v))
+    y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, is_causal=True, scale=1.0)
+    return y[0, ..., : v.shape[-1]], None
+
+
+def largest_score(q: Tensor, k: Tensor) -> Tensor:
+    """The largest |q · k| of a query and a key not after it; shapes as in `causal_attention`."""
+    return (q @ k.mT).tril().abs().amax()
+
+
+def entropy(weights: Tensor) -> Tensor:
+    """−Σ p log p over the last dimension, in nats, with a finite gradient where p = 0."""
+    smallest = torch.finfo(weights.dtype).tiny
+    return -(weights * weights.clamp_min(smallest).log()).sum(-1)
+
+
+class _TiledAttention(torch.autograd.Function):
+    """The entropy is log Σ exp(score) − Σ p·score, and Σ p·score = q · Σ p·k: the keys stand beside
+    the values, so that one product with the weights serves both, forwards and backwards."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx, q, k, v, with_entropy):
+        width = v.shape[-1]
+        values = torch.cat([v, k], -1) if with_entropy else v
+        padded = _widen(values)
+        out = torch.empty_like(padded)
+        log_total = q.new_empty(*q.shape[:2], 1)
+        for rows, keys, scores in _tiles(q, k):
+            highest = scores.amax(-1, keepdim=True) if with_entropy else None
+            weights = torch.softmax(scores, -1, out=scores)
+            if with_entropy:  # the largest weight is at least 1/T: its logarithm is accurate
+                log_total[rows] = highest - weights.amax(-1, keepdim=True).log()
+            out[rows] = torch.bmm(weights, padded[keys])
+        out = out[..., : values.shape[-1]].contiguous()
+        ctx.save_for_backward(q, k, values, out)
+        ctx.with_entropy = with_entropy
+        if not with_entropy:
+            return out, None
+        return out[..., :width], log_total[..., 0] - (q * out[..., width:]).sum(-1)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad_out, grad_entropy):
+        q, k, values, out = ctx.saved_tensors
+        width = q.shape[-1]
+        upstream = grad_out
+        if ctx.with_entropy:  # d entropy / d score = −p (score − Σ p·score)
+            upstream = torch.cat([grad_out, -grad_entropy[..., None] * q], -1)
+        # d loss / d score = p (upstream · values − upstream · out): one product gives the bracket.
+        shift = -(upstream * out).sum(-1, keepdim=True)
+        upstream = torch.cat([upstream, shift], -1)
+        values = torch.cat([values, torch.ones_like(shift)], -1)
+        q_wide, k_wide, grad_wide = _widen(q), _widen(k), _widen(grad_out)
+        grad_q, grad_k, grad_v = (torch.zeros_like(q_wide) for _ in range(3))
+        for rows, keys, scores in _tiles(q, k):
+            weights = torch.softmax(scores, -1, out=scores)
+            grad_v[keys] += torch.bmm(weights.mT, grad_wide[rows])
+            grad_scores = torch.bmm(upstream[rows], values[keys].mT).mul_(weights)
+            grad_q[rows] = torch.bmm(grad_scores, k_wide[keys])
+            grad_k[keys] += torch.bmm(grad_scores.mT, q_wide[rows])
+        return *(grad[..., :width] for grad in (grad_q, grad_k, grad_v)), None
+
+
+def _tiles(q: Tensor, k: Tensor):
+    """(which rows of q, which of k, their scores with the future at −∞), tile by tile.
+
+    The scores stand in a buffer that the next tile overwrites.
+    """
+    G, T, _ = q.shape
+    for start in range(0, T, TILE_ROWS):
+        end = min(start + TILE_ROWS, T)
+        future = q.new_full((end - start, end), float("-inf")).triu(1 + start)
+        heads = max(1, TILE_SIZE // future.numel())
+        buffer = q.new_empty(min(heads, G), *future.shape)
+        for first in range(0, G, heads):
+            some = slice(first, first + heads)
+            rows, keys = (some, slice(start, end)), (some, slice(end))
+            scores = torch.baddbmm(future, q[rows], k[keys].mT, out=buffer[: G - first])
+            yield rows, keys, scores
+
+
+def _widen(x: Tensor) -> Tensor:
+    return F.pad(x, (0, -x.shape[-1] % COLUMNS))

@@ -1,0 +1,105 @@
+"""The baseline: a GPT-2 style dense transformer (Radford et al. 2019) of the same parameter count.
+
+Dropout sits where MU-SOTA has it (embeddings' sum, attention output, feed-forward's hidden layer),
+so that the two are regularised alike.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from musota.models.attention import causal_attention, largest_score
+from musota.models.base import CausalLM, Dropout
+from musota.plan.config import DenseConfig
+
+
+class DenseLayer(nn.Module):
+    def __init__(self, config: DenseConfig):
+        super().__init__()
+        d = config.d_model
+        self.n_head = config.n_head
+        self.norm_attention = nn.LayerNorm(d)
+        self.attention_in = nn.Linear(d, 3 * d)
+        self.attention_out = nn.Linear(d, d)
+        self.norm_feed_forward = nn.LayerNorm(d)
+        self.feed_forward_up = nn.Linear(d, 4 * d)
+        self.feed_forward_down = nn.Linear(4 * d, d)
+        self.dropout = Dropout(config.dropout)
+        for layer in self.children():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        for residual in (self.attention_out, self.feed_forward_down):
+            nn.init.normal_(residual.weight, std=0.02 * (2 * config.n_layer) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.attention_in(self.norm_attention(x)).view(B, T, 3, self.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, T, C/h)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = self.attention_out(y.transpose(1, 2).reshape(B, T, C))
+        x = x + self.dropout(y)
+        hidden = F.gelu(self.feed_forward_up(self.norm_feed_forward(x)))
+        return x + self.feed_forward_down(self.dropout(hidden))
+
+
+class DenseTransformer(CausalLM):
+    """Pre-norm, learned positions, GELU, biases, embeddings tied to the output layer."""
+
+    decayed_groups = frozenset({"attention", "feed-forward"})
+
+    def __init__(self, config: DenseConfig):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.max_seq_len, config.d_model)
+        self.layers = nn.ModuleList(DenseLayer(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.d_model)
+        self.dropout = Dropout(config.dropout)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.positions.weight, std=0.02)
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        place = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.dropout(self.embedding(input_ids) + self.positions(place))  # (B, T, C)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+    def watch(self, seen: dict[str, list[Tensor]]) -> list:
+        def look(layer: DenseLayer, qkv: Tensor) -> None:
+            q, k, v = qkv.unflatten(-1, (3, layer.n_head, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
+            q = q * q.shape[-1] ** -0.5  # (B·h, T, C/h)
+            seen["largest_score"].append(largest_score(q, k))
+            seen["attention_entropy"].append(causal_attention(q, k, v, True)[1].mean())
+
+        return [
+            layer.attention_in.register_forward_hook(
+                lambda _, __, qkv, layer=layer: look(layer, qkv)
+            )
+            for layer in self.layers
+        ]
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self.embedding.weight
+
+    @property
+    def output_bias(self) -> None:
+        return None
+
+    def ledger_group(self, name: str) -> str:
+        groups = {
+            "embedding": "embedding (also output)",
+            "positions": "positions",
+            "norm": "norms",
+            "norm_attention": "norms",
+            "attention_in": "attention",
+            "attention_out": "attention",
+            "norm_feed_forward": "norms",
+            "feed_forward_up": "feed-forward",
+            "feed_forward_down": "feed-forward",
+        }
+        parts = name.split(".")
+        return groups[parts[2] if parts[0] == "layers" else parts[0]]

@@ -1,0 +1,214 @@
+"""MU-SOTA: a token is a matrix of semantic blocks; each block attends alone, then all together.
+
+The arithmetic runs on vectors of d cells stored block by block (see `layout`). Blocks of one size
+are computed together; only a layout of unequal blocks needs one pass per size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from musota.models.attention import causal_attention, largest_score
+from musota.models.base import CausalLM, Dropout
+from musota.plan.config import HEADS_PER_BLOCK, MuConfig
+
+
+class BlockAttention(nn.Module):
+    """Causal self-attention inside each of `n_block` blocks of `size` cells, all at once.
+
+    Block n has its own query, key, value and output maps (size × size, with biases).
+    """
+
+    def __init__(self, n_block: int, size: int):
+        super().__init__()
+        self.n_block, self.size = n_block, size
+        # Like n_block times nn.MultiheadAttention: rows are outputs, in the order q, k, v.
+        self.in_weight = nn.Parameter(torch.empty(n_block, 3 * size, size))
+        self.in_bias = nn.Parameter(torch.zeros(n_block, 1, 3 * size))
+        self.out_weight = nn.Parameter(torch.empty(n_block, size, size))
+        self.out_bias = nn.Parameter(torch.zeros(n_block, 1, size))
+        for block in range(n_block):  # Xavier on the fan of each map by itself
+            for one_map in (*self.in_weight[block].chunk(3), self.out_weight[block]):
+                nn.init.xavier_uniform_(one_map)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, n·c) to scaled queries, keys and values, (n·B·h, T, c/h) each."""
+        B, T, _ = x.shape
+        n, c = self.n_block, self.size
+        x = x.view(B * T, n, c).transpose(0, 1)  # (n, B·T, c): blocks are a batch
+        qkv = torch.baddbmm(self.in_bias, x, self.in_weight.mT)  # (n, B·T, 3c)
+        return _heads(qkv.view(n * B, T, 3 * c), HEADS_PER_BLOCK)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, n·c) to the same; c cells a block, h heads of c/h cells."""
+        B, T, _ = x.shape
+        n, c, h = self.n_block, self.size, HEADS_PER_BLOCK
+        y, _ = causal_attention(*self.heads(x))  # (n·B·h, T, c/h)
+        y = y.view(n * B, h, T, c // h).transpose(1, 2).reshape(n, B * T, c)
+        y = torch.baddbmm(self.out_bias, y, self.out_weight.mT)  # (n, B·T, c)
+        return y.transpose(0, 1).reshape(B, T, n * c)
+
+
+class CrossAttention(nn.Module):
+    """Causal attention over all cells; also tells how spread out each token's attention was."""
+
+    def __init__(self, d_model: int, n_head: int):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.out = nn.Linear(d_model, d_model)
+        for one_map in (*self.qkv.weight.data.chunk(3), self.out.weight.data):
+            nn.init.xavier_uniform_(one_map)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.out.bias)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) to scaled queries, keys and values, (B·h, T, C/h) each."""
+        return _heads(self.qkv(x), self.n_head)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, C) to the attended (B, T, C) and the entropy in nats, mean over heads (B, T)."""
+        B, T, C = x.shape
+        h = self.n_head
+        y, spread = causal_attention(*self.heads(x), with_entropy=True)  # (B·h, T, C/h)
+        y = y.view(B, h, T, C // h).transpose(1, 2).reshape(B, T, C)
+        return self.out(y), spread.view(B, h, T).mean(1)
+
+
+def _heads(qkv: Tensor, h: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Projections (B, T, 3C) to scaled queries, keys and values of h heads, (B·h, T, C/h) each."""
+    B, T, _ = qkv.shape
+    q, k, v = qkv.view(B, T, 3, h, -1).permute(2, 0, 3, 1, 4).reshape(3, B * h, T, -1)
+    return q * q.shape[-1] ** -0.5, k, v
+
+
+class Gate(nn.Module):
+    """How much of its new value each block takes: one sensitivity per token and block."""
+
+    def __init__(self, n_block: int):
+        super().__init__()
+        self.up = _linear(n_block + 1, 2 * n_block)
+        self.down = _linear(2 * n_block, n_block)
+        self.beta = nn.Parameter(torch.full((n_block,), 0.5))
+
+    def forward(self, affinity: Tensor, attention_entropy: Tensor) -> Tensor:
+        """Affinity (B, T, N) and entropy (B, T) to sensitivities (B, T, N) in (0, β)."""
+        features = torch.cat([affinity, attention_entropy.unsqueeze(-1).to(affinity)], -1)
+        return self.beta * self.down(F.gelu(self.up(features))).sigmoid()
+
+
+class MuLayer(nn.Module):
+    def __init__(self, config: MuConfig):
+        super().__init__()
+        d, layout = config.d_model, config.layout
+        self.block_attention = nn.ModuleList(BlockAttention(n, c) for n, c in layout.groups)
+        self.cells_per_group = [n * c for n, c in layout.groups]
+        self.cross_attention = CrossAttention(d, config.n_head)
+        self.norm_attention = nn.LayerNorm(d)
+        self.feed_forward_up = _linear(d, 4 * d)
+        self.feed_forward_down = _linear(4 * d, d)
+        self.norm_feed_forward = nn.LayerNorm(d)
+        self.gate = Gate(config.n_block)
+        self.dropout = Dropout(config.dropout)
+        # Row n marks the cells of block n: spreads a block's sensitivity over its cells.
+        block_of_cell = [block for block, size in enumerate(layout.sizes) for _ in range(size)]
+        spread = torch.eye(config.n_block)[:, block_of_cell]
+        self.register_buffer("spread", spread, persistent=False)  # (N, C)
+
+    def forward(self, x: Tensor, affinity: Tensor) -> Tensor:
+        """Cells (B, T, C) and the tokens' affinities (B, T, N) to new cells (B, T, C)."""
+        groups = x.split(self.cells_per_group, -1)
+        attended = [
+            attend(cells) for attend, cells in zip(self.block_attention, groups, strict=True)
+        ]
+        y = self.dropout(torch.cat(attended, -1))
+        across, attention_entropy = self.cross_attention(y)
+        z = self.norm_attention(y + self.dropout(across))
+        hidden = self.dropout(F.gelu(self.feed_forward_up(z)))
+        z = self.norm_feed_forward(z + self.feed_forward_down(hidden))
+        sensitivity = self.gate(affinity, attention_entropy)  # (B, T, N)
+        return x + (sensitivity @ self.spread.to(sensitivity)) * (z - x)
+
+
+class MuSota(CausalLM):
+    """The model of DESIGN section 2. Its config fixes layout, depth and vocabulary."""
+
+    decayed_groups = frozenset({"block attention", "cross attention", "feed-forward", "output"})
+
+    def __init__(self, config: MuConfig):
+        super().__init__(config)
+        d, L, N = config.d_model, config.n_layer, config.n_block
+        self.embedding = nn.Embedding(config.vocab_size, d)
+        self.positions = nn.Embedding(config.max_seq_len, d)
+        # The tables of all layers side by side, so that one look-up serves them all.
+        self.affinity = nn.Embedding(config.vocab_size, L * N)
+        self.layers = nn.ModuleList(MuLayer(config) for _ in range(L))
+        self.norm = nn.LayerNorm(d)
+        self.output = _linear(d, config.vocab_size)
+        self.dropout = Dropout(config.dropout)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.positions.weight, std=0.02)
+        nn.init.normal_(self.affinity.weight, std=0.1)
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        B, T = input_ids.shape
+        place = torch.arange(T, device=input_ids.device)
+        x = self.dropout(self.embedding(input_ids) + self.positions(place))  # (B, T, C)
+        affinities = self.affinity(input_ids).view(B, T, self.config.n_layer, -1)  # (B, T, L, N)
+        for layer, affinity in zip(self.layers, affinities.unbind(2), strict=True):
+            x = layer(x, affinity)
+        return self.norm(x)
+
+    def watch(self, seen: dict[str, list[Tensor]]) -> list:
+        def look(module, inputs, _):
+            seen["largest_score"].append(largest_score(*module.heads(*inputs)[:2]))
+
+        hooks = []
+        for layer in self.layers:
+            attentions = (*layer.block_attention, layer.cross_attention)
+            hooks += [attention.register_forward_hook(look) for attention in attentions]
+            hooks += [
+                layer.cross_attention.register_forward_hook(
+                    lambda _, __, out: seen["attention_entropy"].append(out[1].mean())
+                ),
+                layer.gate.register_forward_hook(lambda _, __, out: seen["gate"].append(out)),
+                layer.gate.down.register_forward_hook(
+                    lambda _, __, out: seen["gate_open"].append(out.sigmoid())
+                ),
+            ]
+        return hooks
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self.output.weight
+
+    @property
+    def output_bias(self) -> Tensor:
+        return self.output.bias
+
+    def ledger_group(self, name: str) -> str:
+        groups = {
+            "embedding": "embedding",
+            "positions": "positions",
+            "affinity": "affinity tables",
+            "norm": "norms",
+            "output": "output",
+            "block_attention": "block attention",
+            "cross_attention": "cross attention",
+            "norm_attention": "norms",
+            "feed_forward_up": "feed-forward",
+            "feed_forward_down": "feed-forward",
+            "norm_feed_forward": "norms",
+            "gate": "gate",
+        }
+        parts = name.split(".")
+        return groups[parts[2] if parts[0] == "layers" else parts[0]]
+
+
+def _linear(n_in: int, n_out: int) -> nn.Linear:
+    layer = nn.Linear(n_in, n_out)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,1 @@
+"""What is to be trained: configurations, experiments, profiles, suspects. Plain arithmetic."""

@@ -1,0 +1,149 @@
+"""Profiles scale an experiment, never its rules; a twin matches its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from musota.errors import nearest_name
+from musota.plan.config import DenseConfig, Experiment, MuConfig, TrainConfig
+
+# The plan counts "16,733 training sequences" of 128 tokens; its warm-up shares follow from that.
+PLAN_TRAIN_TOKENS = 16_733 * 128
+
+
+def match_width(target: int, config: DenseConfig) -> DenseConfig:
+    """`config` at the even d_model whose parameter count is nearest `target`.
+
+    Heads: the divisor of d_model whose head size is nearest 16 (the larger head on a tie).
+    """
+
+    def at(width: int) -> DenseConfig:
+        divisors = [n for n in range(1, width + 1) if width % n == 0]
+        n_head = min(divisors, key=lambda n: (abs(width / n - 16), n))
+        return dataclasses.replace(config, d_model=width, n_head=n_head)
+
+    width = 2
+    while at(width).n_parameters < target:
+        width += 2
+    return min((at(max(2, width - 2)), at(width)), key=lambda c: abs(c.n_parameters - target))
+
+
+def twin(experiment: Experiment) -> Experiment:
+    """The dense experiment of the same parameter count, depth, sequence length and training."""
+    model = experiment.model
+    shared = {
+        name: getattr(model, name) for name in ("vocab_size", "max_seq_len", "n_layer", "dropout")
+    }
+    dense = match_width(model.n_parameters, DenseConfig(**shared))
+    return dataclasses.replace(experiment, model=dense)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How far an experiment is scaled down. Factors multiply; `None` leaves the plan's value.
+
+    Token limits cut the corpus, at a line end, so that a run's length is known beforehand.
+    """
+
+    name: str
+    vocab_size: int | None = None
+    train_tokens: int | None = None
+    valid_tokens: int | None = None
+    layers: float = 1.0
+    sequence: float = 1.0
+    epochs: float = 1.0
+    accumulation: float = 1.0
+    learning_rate: float = 1.0
+    fewest_epochs: int = 3
+
+
+profiles: dict[str, Profile] = {
+    profile.name: profile
+    for profile in (
+        Profile("full"),
+        Profile("study", 8192, 330_000, 40_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 30.0),
+        Profile("quick", 8192, 100_000, 20_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 30.0),
+        Profile("tiny", 512, 12_000, 3_000, 1 / 6, 1 / 4, 1 / 10, 1 / 8, 30.0),
+    )
+}
+
+
+# The grid of notebook 06 trains dozens of runs, so each is smaller still; `full` stays what it is.
+grid_profiles: dict[str, Profile] = {
+    profile.name: profile
+    for profile in (
+        profiles["full"],
+        Profile("study", 8192, 100_000, 40_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 10.0, 1),
+        Profile("quick", 2048, 40_000, 12_000, 1 / 6, 1 / 2, 1 / 10, 1 / 4, 10.0, 1),
+        Profile("tiny", 512, 6_000, 3_000, 1 / 12, 1 / 4, 1 / 10, 1 / 4, 10.0, 1),
+    )
+}
+
+
+def find_profile(name: str, grid: bool = False) -> Profile:
+    """A profile by name, with `grid` at the size of notebook 06.
+
+    `auto` is `full` where a CUDA device is at hand, else `quick`.
+    """
+    if name == "auto":
+        import torch
+
+        name = "full" if torch.cuda.is_available() else "quick"
+    if not isinstance(name, str) or name not in profiles:
+        raise nearest_name("profile", name, ["auto", *profiles])
+    return (grid_profiles if grid else profiles)[name]
+
+
+def _warmup_share(training: TrainConfig, max_seq_len: int) -> float:
+    """Warm-up as a share of all optimizer steps, with the plan's own count of training tokens."""
+    steps = training.epochs * PLAN_TRAIN_TOKENS / (training.sequences_per_step * max_seq_len)
+    return training.warmup_steps / steps
+
+
+def scaled(experiment: Experiment, profile: Profile | str) -> Experiment:
+    """`experiment` at a profile's size: the same rules, smaller numbers.
+
+    The profile's fewest epochs remain, warm-up keeps its share of the steps, and a dense model is
+    matched anew to the MU-SOTA layout it is the twin of. `full` returns the experiment itself.
+    """
+    if isinstance(profile, str):
+        profile = find_profile(profile)
+    if profile.name == "full":
+        return experiment
+    model, training = experiment.model, experiment.training
+    sizes = {
+        "vocab_size": profile.vocab_size,
+        "max_seq_len": round(model.max_seq_len * profile.sequence),
+        "n_layer": max(1, round(model.n_layer * profile.layers)),
+    }
+    if isinstance(model, DenseConfig):
+        new_model = match_width(
+            dataclasses.replace(_sibling(model), **sizes).n_parameters,
+            dataclasses.replace(model, **sizes),
+        )
+    else:
+        new_model = dataclasses.replace(model, **sizes)
+    epochs = max(profile.fewest_epochs, round(training.epochs * profile.epochs))
+    accumulation = max(1, round(training.accumulation_steps * profile.accumulation))
+    tokens_per_step = training.batch_size * accumulation * new_model.max_seq_len
+    steps = epochs * profile.train_tokens / tokens_per_step
+    new_training = dataclasses.replace(
+        training,
+        epochs=epochs,
+        accumulation_steps=accumulation,
+        learning_rate=training.learning_rate * profile.learning_rate,
+        warmup_steps=round(_warmup_share(training, model.max_seq_len) * steps),
+    )
+    return Experiment(new_model, new_training)
+
+
+def _sibling(model: DenseConfig) -> MuConfig:
+    """The MU-SOTA layout nearest in size to a dense model: the one it is the twin of."""
+    shape = {"vocab_size": model.vocab_size, "max_seq_len": model.max_seq_len}
+    layouts = [
+        MuConfig(n_layer=model.n_layer, **shape),
+        MuConfig(n_layer=model.n_layer, matrix_size=6, n_block=8, n_head=6, **shape),
+        MuConfig(n_layer=model.n_layer, n_block=8, **shape),
+    ]
+    return min(layouts, key=lambda layout: abs(layout.n_parameters - model.n_parameters))

@@ -1,0 +1,161 @@
+"""Many runs, in as many processes as there are cores."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from musota.data.corpus import Corpus
+from musota.data.sources import SPLITS
+from musota.errors import MusotaError
+from musota.plan.config import Experiment
+from musota.plan.profiles import Profile, scaled
+from musota.plan.suspects import Cell
+from musota.training.runs import Run
+from musota.training.trainer import Diverged, train
+
+
+def run_cells(
+    cells: Mapping[str, Cell],
+    seeds: Sequence[int],
+    profile: Profile,
+    corpus: Corpus,
+    folder: str | os.PathLike,
+    fresh: bool = False,
+    keep: Container[str] = (),
+    workers: int | None = None,
+    each: Callable[[], object] | None = None,
+    quiet: bool = True,
+) -> dict[str, dict[int, Run]]:
+    """Train every cell with every seed, scaled by `profile`; what has finished is loaded.
+
+    Returns runs by cell and seed; some may have diverged. On a CPU one process a
+    core (`workers`) trains a run each with one thread: small models gain little from a second. On
+    a GPU runs follow each other, and show their progress unless `quiet`. Checkpoints of finished
+    runs are removed, but for the cells to `keep`: a grid of full-size ones would fill the disk.
+    `each` is called after every run. Raises MusotaError if a process dies.
+    """
+    parts = {
+        share: corpus.limited(Profile("part", train_tokens=round(share * len(corpus.train))))
+        for share in {cell.share for cell in cells.values()}
+    }
+    if workers is None and torch.cuda.is_available():
+        workers = 1
+    jobs = {
+        (name, seed): _Job(
+            scaled(cell.experiment, profile), cell.share,
+            Path(folder) / f"{name}-seed{seed}", seed, name, profile.name, fresh,
+            keep=name in keep, quiet=quiet or workers != 1,
+        )
+        for seed in seeds
+        for name, cell in cells.items()
+    }  # fmt: skip
+    left = {key: job for key, job in jobs.items() if not job.settled}
+    _take_parts(parts)
+    runs = {name: dict.fromkeys(seeds) for name in cells}
+    for name, seed in jobs.keys() - left.keys():  # `train` makes sure that they are the same
+        runs[name][seed] = _run_job(jobs[name, seed])
+    if len(left) < len(jobs):
+        print(f"{len(jobs) - len(left)} of {len(jobs)} runs are here already.")
+    if workers is None:
+        # A process takes seconds to start: worth it for many runs, or for long ones.
+        worth = len(left) if len(corpus.train) > 50_000 else max(1, len(left) // 4)
+        workers = min(worth, os.cpu_count() or 1)
+    if workers > 1 and len(left) > 1:  # silent until the first has ended
+        print(f"{len(left)} runs to train, {workers} at a time.", flush=True)
+    started = time.perf_counter()
+    for done, (job, run) in enumerate(_each(list(left.values()), parts, workers), start=1):
+        runs[job.name][job.seed] = run
+        minutes = (time.perf_counter() - started) / done * (len(left) - done) / 60
+        said = "diverged"
+        if run.finished:
+            rate = f"{run.summary['tokens_per_second']:,.0f} tokens/s"
+            said = f"valid PPL {run.summary['ppl']:,.1f}, {rate}"
+        count = f"[{len(jobs) - len(left) + done}/{len(jobs)}]"
+        print(f"{count} {job.name}, seed {job.seed}: {said}, {minutes:.1f} min left", flush=True)
+        if each:
+            each()
+    return runs
+
+
+@dataclass(frozen=True)
+class _Job:
+    experiment: Experiment
+    share: float
+    path: Path
+    seed: int
+    name: str
+    profile: str
+    fresh: bool
+    keep: bool
+    quiet: bool
+
+    @property
+    def settled(self) -> bool:
+        if self.fresh or not (self.path / "config.json").exists():
+            return False
+        return Run(self.path).finished or Run(self.path).diverged
+
+
+_parts: dict[float, Corpus] = {}  # of this process: sent once, not with every job
+
+
+def _take_parts(parts: Mapping[float, Corpus], threads: int | None = None) -> None:
+    _parts.clear()
+    _parts.update(parts)
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _run_job(job: _Job) -> Run:
+    if job.settled and Run(job.path).diverged:
+        return Run(job.path)
+    with _silence() if job.quiet else nullcontext(), suppress(Diverged):
+        train(
+            job.experiment, _parts[job.share], job.path, not job.fresh, job.seed,
+            name=job.name, profile=job.profile,
+        )  # fmt: skip
+    if not job.keep:
+        shutil.rmtree(job.path / "checkpoints", ignore_errors=True)
+    return Run(job.path)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def _each(jobs: list[_Job], parts, workers: int) -> Iterator[tuple[_Job, Run]]:
+    """Every job with its run, in the order in which they end."""
+    if workers == 1 or len(jobs) < 2:
+        yield from ((job, _run_job(job)) for job in jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    sent = {  # copies: what is mapped from the disk cannot be handed to another process
+        share: replace(part, **{split: part.split(split).clone() for split in SPLITS})
+        for share, part in parts.items()
+    }
+    pool = ProcessPoolExecutor(workers, spawn, initializer=_take_parts, initargs=(sent, 1))
+    try:
+        waiting = {pool.submit(_run_job, job): job for job in jobs}
+        for ended in as_completed(waiting):
+            yield waiting[ended], ended.result()
+    except BrokenProcessPool:
+        raise MusotaError(
+            "A training process was killed, perhaps for want of memory: run the cell again, it "
+            "goes on from there, with workers=1 if it happens again."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)

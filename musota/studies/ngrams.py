@@ -1,0 +1,99 @@
+"""The rungs a perplexity is read against: uniform, unigram, Kneser–Ney bigram and trigram.
+
+Counted on the train split and scored on the same tokens as the models (every one but the first).
+Vectorised: n-grams are whole numbers, counted by sorting and looked up by bisection.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from musota.data.corpus import Corpus
+
+RUNGS = ("uniform", "unigram", "bigram", "trigram")
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Counts of n-grams; `context` numbers the (n−1)-gram each begins with."""
+
+    keys: np.ndarray  # context · vocabulary + last token, ascending
+    counts: np.ndarray
+    vocabulary: int
+
+    @classmethod
+    def count(cls, contexts: np.ndarray, tokens: np.ndarray, vocabulary: int) -> _Table:
+        return cls(*np.unique(contexts * vocabulary + tokens, return_counts=True), vocabulary)
+
+    def find(self, contexts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Row of each n-gram, −1 where it was never seen (or its context was not)."""
+        wanted = contexts * self.vocabulary + tokens
+        rows = np.searchsorted(self.keys, wanted)
+        rows[rows == len(self.keys)] = 0
+        return np.where((self.keys[rows] == wanted) & (contexts >= 0), rows, -1)
+
+    def smoothed(self, counts, contexts, tokens, n_context: int, lower: np.ndarray) -> np.ndarray:
+        """Interpolated absolute discounting of `counts` (one per key) over the `lower` order.
+
+        p(w|c) = max(count(cw) − D, 0)/count(c·) + D·kinds(c)/count(c·) · lower(w), with
+        D = n₁/(n₁ + 2n₂) and kinds(c) the number of different tokens after c (Ney et al. 1994).
+        """
+        once, twice = (counts == 1).sum(), (counts == 2).sum()
+        discount = once / (once + 2 * twice) if twice else 0.5
+        owner = self.keys // self.vocabulary
+        total = np.bincount(owner, counts, n_context)
+        kinds = np.bincount(owner[counts > 0], minlength=n_context)
+        rows = self.find(contexts, tokens)
+        own = np.where(rows >= 0, np.maximum(counts[rows] - discount, 0), 0.0)
+        seen = (contexts >= 0) & (total[contexts] > 0)
+        safe_total = np.where(seen, total[contexts], 1.0)
+        weight = discount * kinds[contexts] / safe_total
+        return np.where(seen, own / safe_total + weight * lower, lower)
+
+
+def ladder_nats(train: np.ndarray, tokens: np.ndarray, vocabulary: int) -> dict[str, np.ndarray]:
+    """Nats of tokens 1 … n−1 under each rung, (n−1,) each.
+
+    Unigram: relative frequencies with one count added to every token of the vocabulary (Laplace).
+    Bigram and trigram: interpolated Kneser–Ney (Chen & Goodman 1999, section 4.1.6), one discount
+    an order, lower orders counted by the number of different tokens that precede them.
+    """
+    V = vocabulary
+    train, tokens = np.asarray(train, np.int64), np.asarray(tokens, np.int64)
+    first, second, third = tokens[:-2], tokens[1:-1], tokens[2:]
+    unigram = (np.bincount(train, minlength=V) + 1) / (len(train) + V)
+
+    pairs = _Table.count(train[:-1], train[1:], V)
+    pair_numbers = np.searchsorted(pairs.keys, train[:-2] * V + train[1:-1])
+    triples = _Table.count(pair_numbers, train[2:], V)
+    # How many different tokens come before w, and before the pair (v, w).
+    before_one = np.bincount(pairs.keys % V, minlength=V)
+    last_pairs = (pairs.keys[triples.keys // V] % V) * V + triples.keys % V
+    before_pair = np.bincount(np.searchsorted(pairs.keys, last_pairs), minlength=len(pairs.keys))
+
+    singles = _Table(np.arange(V), before_one, V)
+    no_context = np.zeros(len(tokens) - 1, np.int64)
+    following = tokens[1:]
+    base = singles.smoothed(before_one, no_context, following, 1, np.full(len(following), 1 / V))
+    bigram = pairs.smoothed(pairs.counts, tokens[:-1], following, V, base)
+    # Trigram: pairs weigh by what precedes them, triples by how often they occur. The very first
+    # prediction has one token of context, so it is the bigram's.
+    middle = pairs.smoothed(before_pair, second, third, V, base[1:])
+    pair_contexts = pairs.find(first, second)
+    top = triples.smoothed(triples.counts, pair_contexts, third, len(pairs.keys), middle)
+    trigram = np.concatenate([bigram[:1], top])
+    return {
+        "uniform": np.full(len(following), math.log(V)),
+        "unigram": -np.log(unigram[following]),
+        "bigram": -np.log(bigram),
+        "trigram": -np.log(trigram),
+    }
+
+
+def measure_ladder(corpus: Corpus, split: str = "valid") -> dict[str, float]:
+    """Perplexity of each rung on a split of the corpus, over the tokens its tokenizer has."""
+    nats = ladder_nats(corpus.train.numpy(), corpus.split(split).numpy(), corpus.tokenizer.size)
+    return {rung: math.exp(nats[rung].mean()) for rung in RUNGS}

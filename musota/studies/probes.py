@@ -1,0 +1,141 @@
+"""Experiments that look into one model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from musota.data.corpus import Corpus
+from musota.errors import MusotaError
+from musota.models.base import CausalLM, score
+from musota.models.musota import MuSota
+from musota.plan.config import Experiment
+from musota.training.evaluate import blocks_of
+from musota.training.runs import Run
+from musota.training.trainer import anneal, train
+
+
+@torch.no_grad()
+def look_inside(model: MuSota, ids: Tensor) -> dict[str, Tensor]:
+    """What MU-SOTA makes of (T,) tokens: `cells` (L + 1, T, d), embeddings first, in cell order,
+    and `gate` (L, T, N), each block's sensitivity. Raises MusotaError for another model."""
+    require_blocks(model)
+    cells, seen = [], defaultdict(list)
+    hooks = model.watch(seen)
+    hooks += [
+        layer.register_forward_pre_hook(lambda _, inputs: cells.append(inputs[0][0]))
+        for layer in model.layers
+    ]
+    hooks.append(model.norm.register_forward_pre_hook(lambda _, inputs: cells.append(inputs[0][0])))
+    was_training = model.training
+    model.eval()
+    with _removed_after(hooks):
+        model.hidden_states(ids[None].long().to(model.device))
+    model.train(was_training)
+    return {"cells": torch.stack(cells).cpu(), "gate": torch.stack(seen["gate"])[:, 0].cpu()}
+
+
+def ablations(model: MuSota, tokens: Tensor) -> dict[str, Tensor]:
+    """Nats of every token (see `score`) with nothing changed (`none`), and with a part disabled.
+
+    `block attention`: a token attends to itself alone inside the blocks · `cross attention`: its
+    contribution is left out · `both attentions`: no token sees another · `gate`: held at its mean
+    over tokens, for each layer and block · `affinity tables`: zeros · and the name of each semantic
+    block: its cells are zero throughout.
+    Raises MusotaError for a model without blocks.
+    """
+    require_blocks(model)
+    nats = {"none": score(model, tokens)[0]}
+    for name, hooks in _disabled_parts(model, tokens).items():
+        with _removed_after(hooks()):
+            nats[name] = score(model, tokens)[0]
+    return nats
+
+
+def measure_ablations(run: Run, corpus: Corpus) -> dict:
+    """`ablations` of a run's best model on valid, by blocks of text: `tokens` and, by part, `nats`.
+
+    Raises MusotaError for a run without blocks or without its checkpoint.
+    """
+    return _by_blocks(ablations(run.load_model(), corpus.valid))
+
+
+def measure_annealing(experiment: Experiment, corpus: Corpus, seed: int = 0) -> dict:
+    """Train `experiment` half-way, then `anneal` it; `tokens` and, by arm, `nats` by block."""
+    with TemporaryDirectory() as folder:
+        run = train(experiment, corpus, folder, seed=seed, stop_at=0.5)
+        return _by_blocks(anneal(run, corpus))
+
+
+def _by_blocks(nats: Mapping[str, Tensor]) -> dict:
+    blocks = {name: blocks_of(values) for name, values in nats.items()}
+    tokens = next(iter(blocks.values()))[1]
+    return {"tokens": tokens, "nats": {name: sums for name, (sums, _) in blocks.items()}}
+
+
+def _disabled_parts(model: MuSota, tokens: Tensor) -> dict:
+    """By name, functions that disable a part through hooks and return those."""
+
+    def replace(modules, new) -> list:
+        return [module.register_forward_hook(new) for module in modules]
+
+    def own_value(attention, inputs, _):
+        B, T, C = inputs[0].shape
+        alone = inputs[0].reshape(B * T, 1, C)  # every token a sequence of its own
+        return type(attention).forward(attention, alone).view(B, T, C)
+
+    def mean_gate() -> list:
+        sums = {}
+
+        def add(gate, _, out):
+            total, count = sums.get(gate, (0, 0))
+            sums[gate] = total + out.sum((0, 1)), count + out.shape[0] * out.shape[1]
+
+        gates = [layer.gate for layer in model.layers]
+        with _removed_after(replace(gates, add)):
+            score(model, tokens)
+        return replace(gates, lambda gate, _, out: (sums[gate][0] / sums[gate][1]).expand_as(out))
+
+    def without(block: int) -> list:
+        kept = 1 - model.layers[0].spread[block]  # 0 at the block's cells
+        places = [model.dropout, *model.layers, model.norm]  # whatever hands cells on
+        return replace(places, lambda _, __, out: out * kept)
+
+    block_attentions = [one for layer in model.layers for one in layer.block_attention]
+    cross_attentions = [layer.cross_attention for layer in model.layers]
+
+    def alone() -> list:
+        return replace(block_attentions, own_value)
+
+    def no_cross() -> list:
+        return replace(cross_attentions, lambda _, __, out: (torch.zeros_like(out[0]), out[1]))
+
+    parts = {
+        "block attention": alone,
+        "cross attention": no_cross,
+        "both attentions": lambda: [*alone(), *no_cross()],
+        "gate": mean_gate,
+        "affinity tables": lambda: replace([model.affinity], lambda _, __, out: out * 0),
+    }
+    names = model.config.layout.names
+    return parts | {name: lambda n=n: without(n) for n, name in enumerate(names)}
+
+
+def require_blocks(model: CausalLM) -> None:
+    """Raises MusotaError for a dense model."""
+    if not isinstance(model, MuSota):
+        raise MusotaError("Only MU-SOTA has semantic blocks and gates: choose a run of it.")
+
+
+@contextmanager
+def _removed_after(hooks: list) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

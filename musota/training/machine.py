@@ -1,0 +1,136 @@
+"""The machine: precision, memory, progress, interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+HEADLESS = "MUSOTA_HEADLESS"  # set where progress goes to a log and not to a screen
+
+
+def precision_for_device() -> str:
+    """What pays here: bf16 on GPUs that really have it, fp16 on older ones, else full precision."""
+    if not torch.cuda.is_available():
+        return "no"
+    # is_bf16_supported() says yes on a T4, which only emulates it.
+    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+
+
+def about_machine(used: torch.device | None = None) -> dict:
+    """What a measurement was taken on (`used`, by default the best device here), and when."""
+    threads = torch.get_num_threads()
+    device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    if torch.cuda.is_available() and (used is None or used.type == "cuda"):
+        device = torch.cuda.get_device_name()
+    versions = {package: metadata.version(package) for package in ("torch", "tokenizers")}
+    return {
+        "device": device,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator keep what one step frees for the next (Linux with glibc; else nothing).
+
+    By default every large tensor is handed back to the system and asked for again page by page,
+    which costs a tenth of a training step on a CPU and more. Holds for the whole process.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on a GPU since the run began, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # rusage would count what the parent process held at the start
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere else
+
+
+class Interruption:
+    """Turns the first Ctrl-C into a wish, so that no step is cut in two; a second one is obeyed."""
+
+    def __init__(self, processes: int):
+        self.alone = processes == 1  # several could not agree on the step to stop at
+
+    def __enter__(self):
+        self.asked = False
+        self.main = self.alone and threading.current_thread() is threading.main_thread()
+        if self.main:
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_):
+        if self.main:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class _Lines:
+    """A file for tqdm that turns each redrawing of the bar into a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def has_front_end() -> bool:
+    """Whether a person sees this notebook while it runs, as far as a kernel can know."""
+    if "IPython" not in sys.modules or os.environ.get(HEADLESS):
+        return False
+    if not hasattr(sys.modules["IPython"].get_ipython(), "kernel"):
+        return False
+    import psutil  # ipykernel brings it
+
+    with contextlib.suppress(psutil.Error):
+        started_by = " ".join(psutil.Process().parent().cmdline())
+        return not any(name in started_by for name in ("papermill", "nbconvert", "nbclient"))
+    return True
+
+
+def progress_bar(total_tokens: int, done: int = 0, shown: bool = True) -> tqdm:
+    """Tokens done, tokens/s and time left: a live bar for people, a line every 10 s for logs."""
+    live = sys.stderr.isatty() or has_front_end()
+    return tqdm(
+        total=total_tokens,
+        initial=done,
+        disable=not shown,
+        unit=" tokens",
+        unit_scale=True,
+        mininterval=1 if live else 10,
+        maxinterval=float("inf"),
+        file=None if live else _Lines(),
+        ncols=None if live else 120,
+        dynamic_ncols=live,
+    )

@@ -1,0 +1,362 @@
+"""A run's folder: what was asked for, what was measured, and the checkpoints.
+
+config.json    experiment, seed, corpus, choices of the trainer     (written once)
+metrics.jsonl  one JSON a line: kind step | epoch | event           (append-only)
+summary.json   the best epoch, the test score, where and how long   (rewritten whole)
+checkpoints/   step-*.safetensors to resume from, best/ to use      (not committed)
+
+Damage shows: config and summary carry a hash of themselves, the summary those of metrics.jsonl and
+best/, a checkpoint has its own in its name and all of metrics.jsonl inside. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from musota.errors import MusotaError
+from musota.files import jsonable, read_sealed, sha256, write_sealed, write_whole
+from musota.models.base import CausalLM
+from musota.models.sharing import load_model
+from musota.plan.config import Experiment
+
+# A run may be continued only by the same of these.
+IDENTITY = ("experiment", "seed", "corpus")
+
+
+# What every record of a kind holds at least.
+RECORDED = {
+    "step": {"step", "loss", "learning_rate", "grad_norm", "tokens", "seconds"},
+    "epoch": {"epoch", "step", "tokens", "seconds", "valid_loss", "ppl", "accuracy", "samples"},
+    "event": {"step", "event"},
+}
+
+
+class Run:
+    """A run folder, read. Raises MusotaError if it holds no readable run."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.config = read_sealed(self.path / "config.json")
+        try:
+            self.experiment = Experiment.from_dict(self.config["experiment"])
+            self.name, self.seed = self.config["name"], self.config["seed"]
+        except (KeyError, MusotaError) as error:
+            raise MusotaError(
+                f"{self.path / 'config.json'} does not describe a run: {error}"
+            ) from None
+
+    @cached_property
+    def summary(self) -> dict:
+        """The numbers of summary.json; empty before the first epoch has ended."""
+        path = self.path / "summary.json"
+        return read_sealed(path) if path.exists() else {}
+
+    @property
+    def finished(self) -> bool:
+        return self.summary.get("finished", False)
+
+    @cached_property
+    def records(self) -> list[dict]:
+        path, expected = self.path / "metrics.jsonl", self.summary.get("metrics_sha256")
+        data = path.read_bytes() if path.exists() else b""
+        # Of a run under way the summary vouches for what was there when its last epoch ended.
+        known = data if self.finished else data[: self.summary.get("metrics_bytes", 0)]
+        if expected and expected != sha256(known):
+            raise MusotaError(f"{path} is damaged or was changed by hand: restore it.")
+        return read_metrics(data, path)
+
+    @cached_property
+    def history(self) -> pd.DataFrame:
+        """One row an epoch: epoch, step, tokens, seconds, train_loss, valid_loss, ppl, …"""
+        rows = [r for r in self.records if r["kind"] == "epoch"]
+        hidden = ["kind", "samples", "valid_block_nats", "health"]
+        return pd.DataFrame(rows).drop(columns=hidden, errors="ignore")
+
+    @cached_property
+    def valid_block_nats(self) -> list[list[float]] | None:
+        """Total nats by epoch and block of valid text; None for runs that did not keep them."""
+        epochs = [r for r in self.records if r["kind"] == "epoch"]
+        kept = [r["valid_block_nats"] for r in epochs if "valid_block_nats" in r]
+        return kept if len(kept) == len(epochs) else None
+
+    @cached_property
+    def health(self) -> list[dict]:
+        """The health statistics of each epoch that kept them, with `epoch` and `valid_loss`."""
+        epochs = [r for r in self.records if r["kind"] == "epoch" and "health" in r]
+        return [{"epoch": r["epoch"], "valid_loss": r["valid_loss"], **r["health"]} for r in epochs]
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """One row a logging interval: step, loss, learning_rate, grad_norm, tokens, seconds."""
+        return steps_table(self.records)
+
+    @cached_property
+    def events(self) -> list[tuple[int, str]]:
+        """(step, what happened) of everything out of the ordinary."""
+        return [(r["step"], r["event"]) for r in self.records if r["kind"] == "event"]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended because its loss was no longer a number."""
+        return not self.finished and any(event == "diverged" for _, event in self.events)
+
+    @cached_property
+    def samples(self) -> pd.DataFrame:
+        """One row a sample: epoch, prompt, text."""
+        epochs = [r for r in self.records if r["kind"] == "epoch"]
+        rows = [{"epoch": r["epoch"], **sample} for r in epochs for sample in r["samples"]]
+        return pd.DataFrame(rows, columns=["epoch", "prompt", "text"])
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the checkpoint of the best epoch is here; committed runs come without."""
+        return (self.path / "checkpoints" / "best" / "model.safetensors").exists()
+
+    def load_model(self) -> CausalLM:
+        """The model of the best epoch. Raises MusotaError where it was not kept, or is damaged."""
+        folder = self.path / "checkpoints" / "best"
+        for name, expected in self.summary.get("best_files", {}).items():
+            path = folder / name
+            if path.exists() and sha256(path.read_bytes()) != expected:
+                raise MusotaError(f"{path} is damaged: train the run again with fresh=True.")
+        return load_model(folder)
+
+    def __repr__(self) -> str:
+        ppl = f", valid PPL {self.summary['ppl']:.1f}" if self.summary else ""
+        return f"Run({self.name}, seed {self.seed}{ppl}, {self.path})"
+
+
+class RunFolder:
+    """The trainer's side of a run folder: writes it, and guards it against another experiment.
+
+    What cannot be written (a full disk) is told and tried again with the next checkpoint: `trouble`
+    says what is still unsaved. One of several processes writes, the others only read.
+    """
+
+    def __init__(self, path: str | os.PathLike, identity: dict, writes: bool = True):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.identity, self.writes = identity, writes
+        self.metrics = b""  # of metrics.jsonl, as it should be
+        self.trouble = ""
+        self.lock = FileLock(self.checkpoints / ".lock")
+
+    @property
+    def finished(self) -> bool:
+        """Whether this very run stands here finished. Raises MusotaError for another's folder."""
+        if not (self.path / "config.json").exists():
+            return False
+        self._refuse_other(read_sealed(self.path / "config.json"))
+        return Run(self.path).finished
+
+    def prepare(self, fresh: bool) -> None:
+        """Make the folder and lock it, empty of an earlier run if `fresh`.
+
+        Raises MusotaError if it cannot be written or another process trains in it.
+        """
+        if not self.writes:
+            return
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+            if fresh:
+                self._clear()
+        except Timeout:
+            raise MusotaError(
+                f"Another process is training in {self.path}: wait for it, or use another folder."
+            ) from None
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _clear(self) -> None:
+        """Remove what a run writes, and nothing else."""
+        shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
+        for path in self.checkpoints.glob("step-*"):
+            path.unlink(missing_ok=True)
+        for name in ("config.json", "metrics.jsonl", "summary.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _refuse_other(self, found: dict) -> None:
+        wanted = _flat({key: self.identity[key] for key in IDENTITY})
+        present = _flat({key: found.get(key) for key in IDENTITY})
+        for key in sorted(wanted.keys() | present.keys()):
+            if wanted.get(key) != present.get(key) and key != "corpus.source":
+                raise MusotaError(
+                    f"The folder {self.path} belongs to another run: its {key} is "
+                    f"{present.get(key)!r}, not {wanted.get(key)!r}. Use another folder, or start "
+                    "over there with fresh=True (--fresh)."
+                )
+
+    def attempt(self, write: Callable[[], object]) -> bool:
+        """Write something; False, and a sentence, where that fails."""
+        if not self.writes:
+            return True
+        try:
+            write()
+        except OSError as error:
+            if not self.trouble:
+                print(
+                    f"\nNot saved: {self.path}: {error.strerror or error}. Training goes on, and "
+                    "saving is tried again with every checkpoint.",
+                    flush=True,
+                )
+            self.trouble = error.strerror or str(error)
+            return False
+        return True
+
+    def append(self, record: dict) -> None:
+        """A line for metrics.jsonl."""
+        line = (json.dumps(jsonable(record), ensure_ascii=False) + "\n").encode()
+        before, self.metrics = len(self.metrics), self.metrics + line
+        path = self.path / "metrics.jsonl"
+
+        def write() -> None:
+            if (path.stat().st_size if path.exists() else 0) == before:
+                with path.open("ab") as file:
+                    file.write(line)
+            else:  # an earlier line could not be written
+                self.write_metrics()
+
+        self.attempt(write)
+
+    def write_metrics(self) -> None:
+        """metrics.jsonl as it should be, where it is not."""
+        path = self.path / "metrics.jsonl"
+        if (path.read_bytes() if path.exists() else b"") != self.metrics:
+            write_whole(path, lambda target: target.write_bytes(self.metrics))
+
+    def write_config(self, choices: dict) -> None:
+        """Raises MusotaError where it cannot be written."""
+        path = self.path / "config.json"
+        if self.writes and not path.exists():
+            try:
+                write_sealed(path, {**self.identity, **choices})
+            except OSError as error:
+                raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> MusotaError:
+        return MusotaError(
+            f"The run folder {self.path} cannot be written ({error.strerror}): make room there, or "
+            "choose another results folder."
+        )
+
+    def forget_summary(self) -> None:
+        """Remove the summary of epochs that this run has not come to."""
+        self.attempt(lambda: (self.path / "summary.json").unlink(missing_ok=True))
+
+    def save_checkpoint(self, tensors: Mapping[str, Tensor], state: dict) -> bool:
+        """Write what to resume from, metrics.jsonl included, and keep the last two."""
+
+        def write() -> None:
+            self.write_metrics()
+            about = {"metrics": self.metrics.decode(), "identity": self._fingerprint}
+            described = json.dumps({**jsonable(state), **about})
+            data = save(dict(tensors), {"state": described})
+            name = f"step-{state['step']:09d}-{sha256(data)[:16]}.safetensors"
+            write_whole(self.checkpoints / name, lambda target: target.write_bytes(data))
+            for old in self._newest_first()[2:]:
+                if old.name != name:
+                    old.unlink()
+
+        return self.attempt(write)
+
+    @property
+    def _fingerprint(self) -> str:
+        """A hash of what a run is, whatever its corpus was read from."""
+        flat = _flat({key: self.identity[key] for key in IDENTITY})
+        flat.pop("corpus.source", None)
+        return sha256(json.dumps(jsonable(flat), sort_keys=True).encode())
+
+    def _newest_first(self) -> list[Path]:
+        found = self.checkpoints.glob("step-*.safetensors")
+        return sorted(found, key=lambda path: (path.name[:14], path.stat().st_mtime), reverse=True)
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
+        """Tensors and state to resume from, with metrics.jsonl as it was; None to start anew.
+
+        A damaged checkpoint is named and set aside, and the one before it taken. Raises MusotaError
+        if all are, or if one is another run's.
+        """
+        found, damaged = self._newest_first(), []
+        for path in found:
+            data = path.read_bytes()
+            if sha256(data)[:16] != path.stem.rsplit("-", 1)[1]:
+                print(f"The checkpoint {path} is damaged and is skipped.")
+                damaged.append(path)
+                continue
+            with safe_open(path, "pt") as file:
+                state = json.loads(file.metadata()["state"])
+            if state.pop("identity", None) != self._fingerprint:
+                raise MusotaError(
+                    f"The checkpoint {path} belongs to another run: use another folder, or start "
+                    "over there with fresh=True (--fresh)."
+                )
+            self.metrics = state.pop("metrics").encode()
+            metrics = self.path / "metrics.jsonl"
+            if not (metrics.read_bytes() if metrics.exists() else b"").startswith(self.metrics):
+                print(f"{metrics} was damaged: it is restored from the checkpoint.")
+            self.attempt(self.write_metrics)
+            for bad in damaged:  # out of the way: they must not count among the two that are kept
+                self.attempt(lambda bad=bad: bad.rename(bad.with_suffix(".damaged")))
+            return load(data), state
+        if found:
+            raise MusotaError(
+                f"No checkpoint in {self.checkpoints} can be read any more: start over with "
+                "fresh=True (--fresh)."
+            )
+        if self.writes:
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            self.forget_summary()
+        return None
+
+
+def load_runs(folder: str | os.PathLike) -> list[Run]:
+    """Every run in a results folder that has finished at least one epoch, by name and seed."""
+    runs = [Run(path.parent) for path in sorted(Path(folder).glob("*/config.json"))]
+    return [run for run in runs if run.summary]
+
+
+def steps_table(records: list[dict]) -> pd.DataFrame:
+    """One row a logged step of the records of a metrics.jsonl."""
+    rows = [record for record in records if record["kind"] == "step"]
+    return pd.DataFrame(rows).drop(columns="kind", errors="ignore")
+
+
+def read_metrics(data: bytes, path: Path) -> list[dict]:
+    """The records of the bytes of a metrics.jsonl. A half-written last line is left out.
+
+    Raises MusotaError for damage anywhere else, naming `path`.
+    """
+    records = []
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line end is half
+        try:
+            records.append(json.loads(line))
+            if not RECORDED[records[-1]["kind"]] <= records[-1].keys():
+                raise ValueError("a record without its fields")
+        except (ValueError, KeyError, TypeError):
+            raise MusotaError(
+                f"Line {number} of {path} is damaged: delete that line, or train the run again."
+            ) from None
+    return records
+
+
+def _flat(data: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,1 @@
+"""What people see: records, tables, pictures, pages, widgets, the command line."""

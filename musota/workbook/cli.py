@@ -1,0 +1,302 @@
+"""The command line: python -m musota run | train | evidence | bench | report."""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from musota.errors import MusotaError, nearest_name
+from musota.plan.profiles import profiles
+
+ROOT = Path(__file__).resolve().parents[2]
+# A backend inherited from a notebook would break scripts that are started from one.
+os.environ["MPLBACKEND"] = "Agg"
+
+profile_option = click.option(
+    "--profile", default="quick", show_default=True, help=f"auto, {', '.join(profiles)}."
+)
+corpus_option = click.option(
+    "--corpus",
+    default="auto",
+    show_default=True,
+    help="auto, wikitext-2, wikitext-2-raw, wikitext-103, wikitext-103-raw, python-docs, or a "
+    "folder with train.txt, valid.txt and test.txt.",
+)
+seed_option = click.option("--seed", default=0, show_default=True)
+fresh_option = click.option("--fresh", is_flag=True, help="Train again what is already trained.")
+save_to_option = click.option(
+    "--save-to", default="", help="Folder for results [default: results/]."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli():
+    """Train MU-SOTA and its dense twin, compare them, and report what was measured."""
+
+
+@cli.command()
+@profile_option
+@corpus_option
+@seed_option
+@fresh_option
+@save_to_option
+@click.option("--only", default="", help="Numbers of notebooks, for example 02,04.")
+@click.option(
+    "-p",
+    "parameters",
+    nargs=2,
+    multiple=True,
+    metavar="NAME VALUE",
+    help="A parameter of the notebooks; may be repeated.",
+)
+def run(profile, corpus, seed, fresh, save_to, only, parameters):
+    """Run the notebooks in order; then print the comparison, the verdict and the report's place.
+
+    Stops at the first failure. The same command goes on from there: finished training runs are
+    loaded, unfinished ones continued.
+    """
+    from musota.workbook.session import PARAMETERS, Workbook
+
+    values = {
+        "profile": profile,
+        "corpus": corpus,
+        "seed": seed,
+        "fresh": fresh,
+        "save_to": save_to,
+    }
+    for name, text in parameters:
+        if name not in PARAMETERS:
+            raise nearest_name("notebook parameter", name, PARAMETERS)
+        values[name] = _literal(text)
+    notebooks = _chosen_notebooks(only)
+    book = Workbook(**values)  # answers bad parameters before any kernel starts
+    executed = book.home / "executed"
+    executed.mkdir(exist_ok=True)
+    started = time.perf_counter()
+    for number, notebook in enumerate(notebooks, start=1):
+        _execute(notebook, executed / notebook.name, values, f"[{number}/{len(notebooks)}]")
+    _tell_end(book, time.perf_counter() - started)
+
+
+def _chosen_notebooks(only: str) -> list[Path]:
+    found = {
+        path.name[:2]: path for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    }
+    if not only:
+        return list(found.values())
+    wanted = [part.strip().zfill(2) for part in only.split(",")]
+    for number in wanted:
+        if number not in found:
+            raise nearest_name("notebook number", number, found)
+    return [found[number] for number in sorted(set(wanted))]
+
+
+def _execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None:
+    """One notebook through papermill, its progress relayed line by line."""
+    import papermill
+
+    os.environ["MUSOTA_HEADLESS"] = "1"  # inherited by the kernel
+    started = time.perf_counter()
+    click.echo(f"{prefix} {notebook.stem} …")
+    relay = _Relay()
+    try:
+        papermill.execute_notebook(
+            notebook,
+            output,
+            parameters,
+            kernel_name="python3",
+            cwd=os.getcwd(),
+            progress_bar=False,
+            log_output=False,
+            stdout_file=relay,
+            stderr_file=relay,
+            iopub_timeout=60,
+            extra_arguments=["--log-level=ERROR"],
+            start_timeout=120,
+        )
+    except papermill.PapermillExecutionError as error:
+        raise MusotaError(
+            f"{notebook.stem} stopped in cell {error.cell_index}: {error.ename}: {error.evalue}\n"
+            f"The executed notebook is {output}. The same command goes on from here."
+        ) from None
+    click.echo(f"{prefix} {notebook.stem} done in {time.perf_counter() - started:.0f} s")
+
+
+class _Relay:
+    """Passes the progress lines of a notebook's output on to this command's own output."""
+
+    def write(self, text: str) -> None:
+        for line in text.splitlines():
+            if "tokens/s" in line:
+                click.echo(f"      {line.strip()}")
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+
+def _tell_end(book, seconds: float) -> None:
+    from musota.workbook.evidence import read_evidence, verdict_lines
+    from musota.workbook.pages import write_report
+    from musota.workbook.tables import comparison_table
+
+    write_report(book.folder)
+    path = (book.home if book.push() else book.folder) / "README.md"
+    evidence = read_evidence(book.folder)
+    if evidence.runs:
+        columns = ["model", "seed", "parameters", "valid PPL", "valid word PPL", "valid accuracy"]
+        click.echo("\n" + comparison_table(evidence.runs)[columns].to_string(index=False) + "\n")
+    for line in verdict_lines(evidence):
+        click.echo(f"- {line}")
+    click.echo(f"\nDone in {seconds / 60:.1f} minutes. The report: {path}")
+
+
+@cli.command()
+@click.argument("experiment")
+@profile_option
+@corpus_option
+@seed_option
+@fresh_option
+@save_to_option
+@click.option(
+    "--compile/--no-compile",
+    default=None,
+    help="Use torch.compile [default: in long runs on a GPU].",
+)
+@click.option("--auto-remedy", is_flag=True, help="Let the plan's remedies apply themselves.")
+def train(experiment, profile, corpus, seed, fresh, save_to, compile, auto_remedy):
+    """Train one EXPERIMENT: original, optimized, baseline, simplified or simplified_twin.
+
+    Or tuned and tuned_baseline: optimized and baseline at the best rate of the recorded sweeps.
+    """
+    from musota.plan.registry import TUNED, find_experiment
+    from musota.workbook.session import Workbook
+
+    if int(os.environ.get("RANK", 0)):  # of several processes one speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if experiment not in TUNED:
+        find_experiment(experiment)  # a wrong name is answered before the corpus is read
+    book = Workbook(profile, corpus, seed, fresh, save_to)
+    finished = book.train(experiment, compile=compile, auto_remedy=auto_remedy)
+    click.echo(f"{finished}")
+    if not finished.finished:
+        sys.exit(130)
+
+
+@cli.command()
+@profile_option
+@corpus_option
+@seed_option
+@fresh_option
+@save_to_option
+@click.option(
+    "--seeds", default=3, show_default=True, help="How many, from --seed on.",
+    type=click.IntRange(1, 100),
+)  # fmt: skip
+@click.option("--only", default="models,sweep,tuned,grid", show_default=True, help="Parts to do.")
+def evidence(profile, corpus, seed, fresh, save_to, seeds, only):
+    """Carry the plan out with several seeds, then write the report.
+
+    The five models; both large ones over a sweep of learning rates; both again at their own best
+    rate (tuned); the root-cause grid. The same command goes on where it was stopped.
+    """
+    from musota.workbook.pages import write_report
+    from musota.workbook.session import PARTS, Workbook
+
+    chosen = [part.strip() for part in only.split(",")]
+    for part in chosen:
+        if part not in (*PARTS, "grid"):
+            raise nearest_name("part", part, (*PARTS, "grid"))
+    book = Workbook(profile, corpus, seed, fresh, save_to)
+    for part in chosen:
+        click.echo(f"--- {part} ---")
+        if part == "grid":
+            Workbook(profile, corpus, seed, fresh, save_to, grid=True).run_grid()
+        else:
+            book.carry_out(part, seeds)
+    for name, ppl in book.ladder.items():  # measured once, and in the report
+        click.echo(f"rung {name}: {ppl:,.1f}")
+    click.echo(f"The report: {write_report(book.folder)}")
+    book.push()
+
+
+@cli.command()
+@click.option("--device", default=None, help="cpu or cuda [default: cuda if there is one].")
+@click.option(
+    "--json",
+    "file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the numbers here.",
+)
+@click.option(
+    "--repeats", default=7, show_default=True, help="Rounds in which all take turns.",
+    type=click.IntRange(1, 1000),
+)  # fmt: skip
+@click.option("--scaling/--no-scaling", default=True, help="Also other shapes.  [default: yes]")
+def bench(device, file, repeats, scaling):
+    """Measure our training step against the literal version of the same model on this machine.
+
+    About a quarter of an hour on two CPU cores, five minutes without the scaling part.
+    """
+    from musota.files import write_json
+    from musota.workbook.bench import SCALING, run_bench
+    from musota.workbook.tables import bench_table, scaling_table
+
+    if file:  # a folder that cannot be made is told before the minutes, not after
+        file.parent.mkdir(parents=True, exist_ok=True)
+    axes = SCALING if scaling else {}
+    result = run_bench(device, repeats=repeats, scaling=axes, say=lambda line: click.echo(line))
+    if file:
+        write_json(file, result)
+    click.echo("\n" + bench_table(result).to_string(index=False))
+    for kind, difference in result["agreement"].items():
+        click.echo(f"{kind}: ours and literal differ by {difference:.1e} in the loss, 20 steps")
+    if scaling:
+        click.echo("\n" + scaling_table(result).to_string(index=False))
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False))
+def report(folders):
+    """Write README.md and figures of results FOLDERS anew from their records [default: all].
+
+    Without FOLDERS also the measured part of the workbook's own README.
+    """
+    from musota.workbook.pages import write_bench_report, write_front_page, write_report
+    from musota.workbook.session import COMMITTED
+
+    everything = not folders
+    if everything:
+        folders = sorted(path.parent.parent for path in (ROOT / "results").glob("*/*/config.json"))
+        folders += (ROOT / "results").glob("bench")
+    for folder in dict.fromkeys(folders):
+        is_bench = Path(folder).name == "bench"
+        click.echo(f"{write_bench_report(folder) if is_bench else write_report(folder)}")
+    if everything:
+        kept = [path for name in COMMITTED if (path := ROOT / "results" / name).exists()]
+        write_front_page(ROOT / "README.md", kept)
+        click.echo(f"{ROOT / 'README.md'}")
+
+
+def _literal(text: str):
+    """A value from the command line: a Python literal if it is one, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def main() -> None:
+    try:
+        cli()
+    except MusotaError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""What a notebook needs at hand: checked parameters, the corpus, scaled experiments, results."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from musota.data.corpus import Corpus, load_corpus
+from musota.errors import MusotaError, check_seed, nearest_name
+from musota.files import cache_folder, sha256, write_json
+from musota.plan.config import Experiment
+from musota.plan.profiles import Profile, find_profile, scaled, twin
+from musota.plan.registry import TUNED, find_experiment
+from musota.plan.suspects import Cell, Suspect, grid
+from musota.rules.findings import Finding
+from musota.studies import campaign
+from musota.studies.cells import run_cells
+from musota.studies.ngrams import measure_ladder
+from musota.studies.probes import measure_ablations
+from musota.training.machine import about_machine
+from musota.training.mirror import Mirror
+from musota.training.runs import Run
+from musota.training.trainer import train
+from musota.workbook.evidence import GRID_FOLDER, Evidence, footer, read_evidence, read_rungs
+from musota.workbook.pages import save_figure
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to")
+
+
+PARTS = ("models", "sweep", "tuned")  # of the plan carried out with several seeds
+
+
+COMMITTED = ("full", "study")  # results that come with the repository, best first
+
+
+def results_folder(profile: str, corpus: str, save_to: str | os.PathLike = "") -> Path:
+    """Where results of a profile and corpus belong: WikiText-2 under the profile's bare name."""
+    name = profile if corpus == "wikitext-2" else f"{profile}-{corpus}"
+    return Path(save_to or ROOT / "results") / name
+
+
+class Workbook:
+    """One notebook's session. Raises MusotaError for a parameter it does not know or cannot use.
+
+    With `grid` it works at the size of the root-cause grid, in a folder of its own.
+    """
+
+    def __init__(
+        self,
+        profile: str = "auto",
+        corpus: str = "auto",
+        seed: int = 0,
+        fresh: bool = False,
+        save_to: str = "",
+        grid: bool = False,
+    ):
+        _plain_errors()
+        _refuse_unknown_parameters()
+        self.profile: Profile = find_profile(profile, grid)
+        check_seed(seed)
+        if not isinstance(fresh, bool):
+            raise MusotaError(f"fresh must be True or False, not {fresh!r}.")
+        if not isinstance(save_to, (str, os.PathLike)) or "\0" in str(save_to):
+            raise MusotaError(f"save_to must be the path of a folder, not {save_to!r}.")
+        self.seed, self.fresh = seed, fresh
+        self.whole_corpus = load_corpus(corpus, self.profile.vocab_size or 50_000)
+        self.corpus: Corpus = self.whole_corpus.limited(self.profile)
+        # Where results belong, and where they are worked on: a Drive loses writes, a disk does not.
+        self.home = results_folder(self.profile.name, self.corpus.name, save_to)
+        self.folder, self.mirror = self.home, None
+        if save_to:
+            key = sha256(str(Path(save_to).resolve()).encode())[:12]
+            work = cache_folder() / "work" / key / self.home.name
+            self.folder = work
+        if grid:
+            self.folder /= GRID_FOLDER
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if save_to:
+                self.mirror = Mirror(work, self.home)
+                self.mirror.pull()
+        except OSError as error:
+            raise MusotaError(
+                f"The results folder {self.home} cannot be made ({error.strerror}): set save_to to "
+                "a folder that can be written."
+            ) from None
+        print(self.about)
+
+    @property
+    def about(self) -> str:
+        """Corpus and profile in two lines, for every output and figure."""
+        corpus = self.corpus
+        return (
+            f"corpus {corpus.name} ({corpus.source}), {len(corpus.train):,} training and "
+            f"{len(corpus.valid):,} validation tokens, vocabulary {corpus.tokenizer.size:,}\n"
+            f"profile {self.profile.name}, {about_machine()['device']}, results in {self.home}"
+        )
+
+    @property
+    def footer(self) -> str:
+        return footer(self.corpus.name, self.corpus.tokenizer.size, self.profile.name)
+
+    def experiment(self, name: str) -> Experiment:
+        """One of the plan's experiments, `<name>_twin` or a tuned model, at this profile's size."""
+        if name in TUNED:
+            kept = results_folder(self.profile.name, self.corpus.name)
+            return scaled(campaign.tuned(name, self.profile, self.folder, kept), self.profile)
+        if name.endswith("_twin"):
+            return twin(self.experiment(name.removesuffix("_twin")))
+        return scaled(find_experiment(name), self.profile)
+
+    def train(self, name: str, **choices) -> Run:
+        """Train an experiment here, go on with it, or load it if it has finished.
+
+        `choices` are passed to `musota.train`. Whoever watches the notebook sees live curves.
+        """
+        from musota.workbook.widgets import live_view
+
+        choices.setdefault("watch", live_view())
+        folder = self.folder / f"{name}-seed{self.seed}"
+        if self.mirror:
+            choices["copy"] = self.mirror.part(folder).push
+        return train(
+            self.experiment(name),
+            self.corpus,
+            folder,
+            resume=not self.fresh,
+            seed=self.seed,
+            name=name,
+            profile=self.profile.name,
+            **choices,
+        )
+
+    def run_grid(self) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
+        """Train the root-cause grid of this profile, or go on with it (see `grid`)."""
+        cells, suspects, seeds = grid(self.profile.name)
+        place = self.profile, self.corpus, self.folder, self.fresh
+        longest = "epochs" if "epochs" in cells else "original"  # to look inside afterwards
+        seeds = [self.seed + n for n in seeds]
+        try:
+            return run_cells(cells, seeds, *place, keep=(longest,), each=self.push), suspects
+        finally:
+            self.push()
+
+    def carry_out(self, part: str, seeds: int) -> None:
+        """Train one of `PARTS` of the plan with `seeds` seeds, or go on with it."""
+        place = self.profile, self.corpus, self.folder
+        how = {"fresh": self.fresh, "each": self.push, "quiet": False}
+        if part == "sweep":
+            campaign.run_sweeps(*place, self.seed, **how)
+        else:
+            cells = campaign.models()
+            if part == "tuned":
+                cells = {name: Cell(campaign.tuned(name, *place[::2])) for name in TUNED}
+            run_cells(cells, range(self.seed, self.seed + seeds), *place, keep=cells, **how)
+            looked = "tuned" if part == "tuned" else "optimized"
+            run = Run(self.folder / f"{looked}-seed{self.seed}")
+            if run.has_model:
+                self.kept(f"ablations_{looked}", measure_ablations, run, self.corpus)
+
+    def push(self) -> bool:
+        """Copy what is new to where results belong; False, and a sentence, where that fails."""
+        try:
+            if self.mirror:
+                self.mirror.push()
+        except OSError as error:
+            print(f"Not copied to {self.home}: {error.strerror}. It stands in {self.folder}.")
+            return False
+        return True
+
+    def kept(self, name: str, measure: Callable[..., dict], *arguments) -> dict:
+        """What `measure(*arguments)` returns, measured once and kept in `<name>.json`."""
+        path, fingerprint = self.folder / f"{name}.json", self.corpus.fingerprint
+        if path.exists() and not self.fresh:
+            recorded = json.loads(path.read_text(encoding="utf-8"))
+            if recorded.pop("fingerprint") == fingerprint:
+                return recorded
+        measured = measure(*arguments)
+        write_json(path, {"fingerprint": fingerprint, **measured})
+        self.push()
+        return measured
+
+    def show_blocks(self, run: Run, sentence: str) -> None:
+        """The matrices and gates of a sentence, to be changed by the reader (see `widgets`)."""
+        from musota.workbook.widgets import block_view
+
+        if not run.has_model:
+            print("This run is kept without its checkpoint: train it here to look inside.")
+            return
+        model, path = run.load_model(), run.path / "blocks.png"
+        about = f"{self.corpus.name} · profile {self.profile.name}"
+        block_view(model, self.corpus.tokenizer, sentence, path, about, self.push)
+
+    @property
+    def recorded(self) -> Evidence:
+        """The runs of this folder on this corpus, with the rungs."""
+        return dataclasses.replace(
+            read_evidence(self.folder, self.corpus.fingerprint), rungs=self.ladder
+        )
+
+    def evidence(self, *names: str) -> Evidence:
+        """Recorded runs with these names: of this folder, else those that come with the repository.
+
+        The second are taken only where this folder has not all of the names; `.note` says so, or
+        what is missing, in one sentence.
+        """
+        own = self.recorded.only(*names)
+        missing = [name for name in names if name not in own.names]
+        if not missing:
+            return own
+        wanted = f"{', '.join(missing)} not yet trained in {self.home}"
+        for profile in COMMITTED:
+            kept = read_evidence(ROOT / "results" / profile).only(*names)
+            if all(name in kept.names for name in names):
+                note = f"{wanted}: here is profile {profile} as kept with the workbook."
+                return dataclasses.replace(kept, note=note)
+        return dataclasses.replace(own, note=f"{wanted}: run the notebook that trains it first.")
+
+    @cached_property
+    def ladder(self) -> dict[str, float]:
+        """Perplexity of the measured rungs on valid; kept in ladder.json."""
+        fingerprint = self.corpus.fingerprint
+        rungs = read_rungs(self.folder, fingerprint)
+        if not rungs:
+            rungs = measure_ladder(self.corpus)
+            write_json(self.folder / "ladder.json", {"fingerprint": fingerprint, "ppl": rungs})
+        return rungs
+
+    def record(self, name: str, findings: Sequence[Finding], **numbers) -> None:
+        """Write `<name>.json` beside the results: what this notebook found.
+
+        Raises MusotaError if results could not be copied to where they belong.
+        """
+        found = [dataclasses.asdict(finding) for finding in findings]
+        write_json(self.folder / f"{name}.json", {**numbers, "findings": found})
+        if not self.push():
+            raise MusotaError(
+                f"The results could not be copied to {self.home}: make room there, or mount it "
+                "again, and repeat this cell."
+            )
+        print(f"written: {self.home / name}.json")
+
+    def show(
+        self, figure: Figure, name: str, run: Run | None = None, about: str | None = None
+    ) -> None:
+        """Save a figure as `<name>.png` beside the results (or in a run's folder) and show it.
+
+        `about` is the line under it, by default this corpus and profile.
+        """
+        path = (run.path if run else self.folder) / f"{name}.png"
+        save_figure(figure, path, self.footer if about is None else about)
+        from IPython.display import Image, display
+
+        display(Image(data=path.read_bytes()))
+
+    def scaling_table(self, *names: str) -> pd.DataFrame:
+        """Every scaled value beside the plan's, for the experiments named."""
+        columns = {}
+        for name in names:
+            for column, experiment in (
+                ("plan", find_experiment(name)),
+                (f"profile {self.profile.name}", self.experiment(name)),
+            ):
+                size = {"parameters": experiment.model.n_parameters}
+                columns[name, column] = experiment.fields() | size
+        return pd.DataFrame(columns).map(lambda value: "" if pd.isna(value) else f"{value:,.10g}")
+
+
+def tell(findings: Finding | Sequence[Finding]) -> None:
+    """Show findings as a list of sentences."""
+    findings = [findings] if isinstance(findings, Finding) else findings
+    from IPython.display import Markdown, display
+
+    display(Markdown("\n".join(f"- {finding.sentence}" for finding in findings)))
+
+
+def _refuse_unknown_parameters() -> None:
+    """Papermill only warns of parameters a notebook does not have; here they are an error."""
+    try:
+        cells = get_ipython().user_ns["In"]
+    except NameError:
+        return  # not in a notebook
+    for source in cells:
+        if source.startswith("# Parameters\n"):  # the cell papermill injects
+            for statement in ast.parse(source).body:
+                name = statement.targets[0].id
+                if name not in PARAMETERS:
+                    raise nearest_name("notebook parameter", name, PARAMETERS)
+
+
+def _plain_errors() -> None:
+    """In a notebook, show a MusotaError as its sentence instead of a traceback."""
+    try:
+        shell = get_ipython()
+    except NameError:
+        return
+
+    def show(shell, kind, error, _, tb_offset=None):
+        shell._showtraceback(kind, error, [f"{kind.__name__}: {error}"])
+
+    shell.set_custom_exc((MusotaError,), show)
