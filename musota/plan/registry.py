@@ -64,3 +64,13 @@ STYLES = {  # colour, line style, marker
 
 
 OTHER_STYLE = ("#000000", ":", "x")
+
+
+def title_of(name: str) -> str:
+    """What people read for a row's name."""
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def style_of(name: str) -> tuple[str, str, str]:
+    """Colour, line style and marker of a row."""
+    return STYLES.get(name, OTHER_STYLE)
