@@ -1,41 +1,48 @@
-"""Configuration: frozen dataclasses."""
+"""What an experiment is: frozen dataclasses for the models, the training, and both together.
+
+Everything here is plain arithmetic on names and numbers, so it imports in milliseconds.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from musota.errors import MusotaError, nearest_name
 from musota.plan.layout import BlockLayout
 
-# Each semantic block attends with two heads, whatever its size (DESIGN section 2).
+# Each semantic block attends with two heads, whatever its size.
 HEADS_PER_BLOCK = 2
-
-
-LARGEST_MATRIX = 64
-
-
 LARGEST_MODEL = 20_000_000_000  # parameters; what is larger is a slip of the keyboard
+# What a field may be, where it is not "a whole number from 1 on" or "a number from 0 on".
+BOUNDS = {"dropout": (0, 0.99), "warmup_steps": (0, math.inf), "matrix_size": (1, 64)}
+ABOVE_ZERO = ("learning_rate", "grad_clip")
 
 
-LARGEST_DROPOUT = 0.99
+def _check_fields(config) -> None:
+    """Raises MusotaError for the first field whose value is not allowed."""
+    for field in dataclasses.fields(config):
+        name, value, whole = field.name, getattr(config, field.name), field.type == "int"
+        low, high = BOUNDS.get(name, (1 if whole else 0, math.inf))
+        allowed = f"a {'whole ' if whole else 'finite '}number of at least {low}"
+        allowed += f", at most {high}" if high < math.inf else ""
+        if name in ABOVE_ZERO:
+            allowed = "a finite number above 0"
+        fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not fits or not low <= value <= high or value == math.inf or (
+            name in ABOVE_ZERO and not value
+        ):  # fmt: skip
+            raise MusotaError(f"{name} must be {allowed}, not {value!r}.")
 
 
-def _require_positive(config, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise MusotaError(f"{name} must be a whole number of at least 1, not {value!r}.")
-
-
-def _require_dropout(config) -> None:
-    dropout = config.dropout
-    is_number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
-    if not is_number or not 0 <= dropout <= LARGEST_DROPOUT:
-        raise MusotaError(f"dropout must lie in [0, {LARGEST_DROPOUT}], not {config.dropout!r}.")
-
-
-def _require_sane_size(config) -> None:
+def _check_model(config) -> None:
+    """Raises MusotaError for bad fields, heads that do not divide, or an absurd size."""
+    _check_fields(config)
+    if config.d_model % config.n_head:
+        raise MusotaError(
+            f"n_head={config.n_head} does not divide d_model={config.d_model}: choose a divisor."
+        )
     if config.n_parameters > LARGEST_MODEL:
         raise MusotaError(
             f"A model of {config.n_parameters:,} parameters (vocab_size={config.vocab_size:,}, "
@@ -61,33 +68,17 @@ class MuConfig:
     n_block: int = 16
 
     def __post_init__(self):
-        _require_positive(self, "vocab_size", "max_seq_len", "n_layer", "n_head", "matrix_size")
-        _require_positive(self, "n_block")
-        _require_dropout(self)
-        if self.d_model % self.n_head:
-            raise MusotaError(
-                f"n_head={self.n_head} does not divide the {self.d_model} cells of a "
-                f"{self.matrix_size}×{self.matrix_size} matrix: choose a divisor."
-            )
-        if self.matrix_size > LARGEST_MATRIX or self.n_block > self.d_model:
-            raise MusotaError(
-                f"matrix_size={self.matrix_size} with n_block={self.n_block} is beyond what this "
-                f"model is made for: at most {LARGEST_MATRIX}, and a cell for each block."
-            )
+        _check_model(self)
         for block in self.layout.blocks:
             if block.size % HEADS_PER_BLOCK:
                 raise MusotaError(
                     f"Block {block.name} has {block.size} cells, which {HEADS_PER_BLOCK} heads do "
                     "not divide: choose another n_block."
                 )
-        _require_sane_size(self)
 
     @property
     def layout(self) -> BlockLayout:
-        try:
-            return BlockLayout.standard(self.matrix_size, self.n_block)
-        except ValueError as error:
-            raise MusotaError(str(error)) from None
+        return BlockLayout.standard(self.matrix_size, self.n_block)
 
     @property
     def d_model(self) -> int:
@@ -98,7 +89,7 @@ class MuConfig:
     def n_parameters(self) -> int:
         """Parameters by hand; a test holds the built model to it."""
         vocab, d, blocks = self.vocab_size, self.d_model, self.n_block
-        block_attention = sum(4 * (block.size**2 + block.size) for block in self.layout.blocks)
+        block_attention = sum(4 * (size**2 + size) for size in self.layout.sizes)
         cross_attention = 4 * (d * d + d)
         feed_forward = 8 * d * d + 5 * d
         gate = (blocks + 1) * 2 * blocks + 2 * blocks + 2 * blocks * blocks + blocks + blocks
@@ -109,7 +100,7 @@ class MuConfig:
     def flops_per_token(self) -> int:
         """Floating-point operations of a training step per token, by hand (see `_step_flops`)."""
         d, blocks = self.d_model, self.n_block
-        block_maps = sum(4 * block.size**2 for block in self.layout.blocks)
+        block_maps = sum(4 * size**2 for size in self.layout.sizes)
         gate = (blocks + 1) * 2 * blocks + 2 * blocks * blocks
         # Maps of both attentions and of the feed-forward; each attention's scores and averages.
         layer = block_maps + 4 * d * d + 8 * d * d + gate + 2 * (2 * d * self.max_seq_len)
@@ -128,13 +119,7 @@ class DenseConfig:
     d_model: int = 208
 
     def __post_init__(self):
-        _require_positive(self, "vocab_size", "max_seq_len", "n_layer", "n_head", "d_model")
-        _require_dropout(self)
-        if self.d_model % self.n_head:
-            raise MusotaError(
-                f"n_head={self.n_head} does not divide d_model={self.d_model}: choose a divisor."
-            )
-        _require_sane_size(self)
+        _check_model(self)
 
     @property
     def n_parameters(self) -> int:
@@ -157,6 +142,7 @@ def _step_flops(multiplications: int) -> int:
 
 
 ModelConfig = MuConfig | DenseConfig
+KINDS = {"mu": MuConfig, "dense": DenseConfig}  # as records name them
 
 
 @dataclass(frozen=True)
@@ -172,14 +158,7 @@ class TrainConfig:
     grad_clip: float = 1.0
 
     def __post_init__(self):
-        _require_positive(self, "epochs", "batch_size", "accumulation_steps")
-        for name in ("learning_rate", "weight_decay", "grad_clip", "warmup_steps"):
-            value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not 0 <= value < float("inf"):
-                raise MusotaError(f"{name} must be a finite number of at least 0, not {value!r}.")
-        if not self.learning_rate or not self.grad_clip:
-            raise MusotaError("learning_rate and grad_clip must be above 0.")
+        _check_fields(self)
 
     @property
     def sequences_per_step(self) -> int:
@@ -188,39 +167,58 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A model and how to train it."""
+    """A model and how to train it. Experiments are equal when both are, whatever they are called.
+
+    A dense model remembers whose twin it is, so that a profile can match its scaled twin anew.
+    """
 
     model: ModelConfig
     training: TrainConfig
+    twin_of: ModelConfig | None = dataclasses.field(default=None, compare=False)
 
     def with_(self, **changes) -> Experiment:
         """A copy with fields of the model or of the training changed, by name."""
-        model_fields = {field.name for field in dataclasses.fields(self.model)}
-        training_fields = {field.name for field in dataclasses.fields(self.training)}
-        for name in changes:
-            if name not in model_fields | training_fields:
-                raise nearest_name("experiment field", name, sorted(model_fields | training_fields))
-        model = {name: value for name, value in changes.items() if name in model_fields}
-        training = {name: value for name, value in changes.items() if name in training_fields}
+        parts = {"model": {}, "training": {}}
+        for name, value in changes.items():
+            for part, changed in parts.items():
+                if name in dataclasses.asdict(getattr(self, part)):
+                    changed[name] = value
+                    break
+            else:
+                raise nearest_name("experiment field", name, sorted(self.fields()))
         return Experiment(
-            dataclasses.replace(self.model, **model), dataclasses.replace(self.training, **training)
+            dataclasses.replace(self.model, **parts["model"]),
+            dataclasses.replace(self.training, **parts["training"]),
+            None if parts["model"] else self.twin_of,  # another model is no longer a twin
         )
-
-    def to_dict(self) -> dict:
-        kind = "mu" if isinstance(self.model, MuConfig) else "dense"
-        model = {"kind": kind, **dataclasses.asdict(self.model)}
-        return {"model": model, "training": dataclasses.asdict(self.training)}
 
     def fields(self) -> dict:
         """Every field of model and training by name."""
         return dataclasses.asdict(self.model) | dataclasses.asdict(self.training)
 
+    def to_dict(self) -> dict:
+        """For JSON; `from_dict` is the inverse."""
+        described = {"model": describe(self.model), "training": dataclasses.asdict(self.training)}
+        return described | ({"twin_of": describe(self.twin_of)} if self.twin_of else {})
+
     @classmethod
     def from_dict(cls, data: dict) -> Experiment:
-        """The inverse of `to_dict`. Raises MusotaError for fields or kinds it does not know."""
+        """Raises MusotaError for fields or kinds it does not know; missing ones take defaults."""
         try:
-            model = dict(data["model"])
-            config_class = {"mu": MuConfig, "dense": DenseConfig}[model.pop("kind")]
-            return cls(config_class(**model), TrainConfig(**data["training"]))
-        except (KeyError, TypeError) as error:
+            other = data.get("twin_of")
+            training = TrainConfig(**data["training"])
+            return cls(model_config(data["model"]), training, other and model_config(other))
+        except (AttributeError, KeyError, TypeError) as error:
             raise MusotaError(f"Not the description of an experiment: {error}.") from None
+
+
+def describe(model: ModelConfig) -> dict:
+    """A model's configuration for JSON; `model_config` is the inverse."""
+    kind = next(kind for kind, config_class in KINDS.items() if type(model) is config_class)
+    return {"kind": kind, **dataclasses.asdict(model)}
+
+
+def model_config(described: dict) -> ModelConfig:
+    """Raises KeyError or TypeError for a kind or field it does not know."""
+    fields = dict(described)
+    return KINDS[fields.pop("kind")](**fields)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from musota.errors import nearest_name
-from musota.plan.config import DenseConfig, Experiment, MuConfig, TrainConfig
+from musota.plan.config import DenseConfig, Experiment, TrainConfig
 
 # The plan counts "16,733 training sequences" of 128 tokens; its warm-up shares follow from that.
 PLAN_TRAIN_TOKENS = 16_733 * 128
@@ -36,7 +36,7 @@ def twin(experiment: Experiment) -> Experiment:
         name: getattr(model, name) for name in ("vocab_size", "max_seq_len", "n_layer", "dropout")
     }
     dense = match_width(model.n_parameters, DenseConfig(**shared))
-    return dataclasses.replace(experiment, model=dense)
+    return Experiment(dense, experiment.training, twin_of=model)
 
 
 @dataclass(frozen=True)
@@ -105,25 +105,21 @@ def scaled(experiment: Experiment, profile: Profile | str) -> Experiment:
     """`experiment` at a profile's size: the same rules, smaller numbers.
 
     The profile's fewest epochs remain, warm-up keeps its share of the steps, and a dense model is
-    matched anew to the MU-SOTA layout it is the twin of. `full` returns the experiment itself.
+    matched anew to the model whose twin it is. `full` returns the experiment itself.
     """
     if isinstance(profile, str):
         profile = find_profile(profile)
     if profile.name == "full":
         return experiment
+    if experiment.twin_of:
+        return twin(scaled(Experiment(experiment.twin_of, experiment.training), profile))
     model, training = experiment.model, experiment.training
     sizes = {
         "vocab_size": profile.vocab_size,
         "max_seq_len": round(model.max_seq_len * profile.sequence),
         "n_layer": max(1, round(model.n_layer * profile.layers)),
     }
-    if isinstance(model, DenseConfig):
-        new_model = match_width(
-            dataclasses.replace(_sibling(model), **sizes).n_parameters,
-            dataclasses.replace(model, **sizes),
-        )
-    else:
-        new_model = dataclasses.replace(model, **sizes)
+    new_model = dataclasses.replace(model, **sizes)
     epochs = max(profile.fewest_epochs, round(training.epochs * profile.epochs))
     accumulation = max(1, round(training.accumulation_steps * profile.accumulation))
     tokens_per_step = training.batch_size * accumulation * new_model.max_seq_len
@@ -136,14 +132,3 @@ def scaled(experiment: Experiment, profile: Profile | str) -> Experiment:
         warmup_steps=round(_warmup_share(training, model.max_seq_len) * steps),
     )
     return Experiment(new_model, new_training)
-
-
-def _sibling(model: DenseConfig) -> MuConfig:
-    """The MU-SOTA layout nearest in size to a dense model: the one it is the twin of."""
-    shape = {"vocab_size": model.vocab_size, "max_seq_len": model.max_seq_len}
-    layouts = [
-        MuConfig(n_layer=model.n_layer, **shape),
-        MuConfig(n_layer=model.n_layer, matrix_size=6, n_block=8, n_head=6, **shape),
-        MuConfig(n_layer=model.n_layer, n_block=8, **shape),
-    ]
-    return min(layouts, key=lambda layout: abs(layout.n_parameters - model.n_parameters))

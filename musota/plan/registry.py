@@ -1,76 +1,87 @@
-"""The experiments: what each is, how it is called and drawn."""
+"""The one table of experiments: what each is, whose twin, tuned from what, its title and style."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from musota.errors import nearest_name
-from musota.plan.config import DenseConfig, Experiment, MuConfig, TrainConfig
+from musota.plan.config import Experiment, MuConfig, TrainConfig
 from musota.plan.profiles import twin
 
-_optimized = Experiment(MuConfig(), TrainConfig())
+
+@dataclass(frozen=True)
+class Row:
+    """An experiment as people meet it: in tables, pictures and on the command line.
+
+    It is an `experiment`, or the dense twin of another row; a row `tuned_from` another trains at
+    the best rate of a recorded sweep, so only results can say what it is.
+    """
+
+    title: str
+    style: tuple[str, str, str]  # colour, line style, marker
+    experiment: Experiment | None = None
+    twin_of: str = ""
+    tuned_from: str = ""
 
 
-experiments: dict[str, Experiment] = {
-    "original": Experiment(
-        MuConfig(max_seq_len=128),
-        TrainConfig(
-            epochs=10, learning_rate=3e-4, warmup_steps=500, batch_size=6, accumulation_steps=4
-        ),
+_first_run = TrainConfig(
+    epochs=10, learning_rate=3e-4, warmup_steps=500, batch_size=6, accumulation_steps=4
+)
+_small = MuConfig(n_layer=8, matrix_size=6, n_block=8, n_head=6)
+registry: dict[str, Row] = {
+    "original": Row(
+        "MU-SOTA original",
+        ("#E69F00", "-.", "v"),
+        Experiment(MuConfig(max_seq_len=128), _first_run),
     ),
-    "optimized": _optimized,
-    "baseline": Experiment(DenseConfig(), TrainConfig()),
-    "simplified": Experiment(
-        MuConfig(n_layer=8, matrix_size=6, n_block=8, n_head=6), TrainConfig()
+    "optimized": Row(
+        "MU-SOTA optimized", ("#0072B2", "-", "o"), Experiment(MuConfig(), TrainConfig())
+    ),
+    "baseline": Row("dense baseline", ("#D55E00", "--", "s"), twin_of="optimized"),
+    "simplified": Row(
+        "MU-SOTA simplified", ("#56B4E9", "-", "^"), Experiment(_small, TrainConfig())
+    ),
+    "simplified_twin": Row(
+        "dense twin of simplified", ("#CC79A7", "--", "D"), twin_of="simplified"
+    ),
+    "tuned": Row("MU-SOTA, its best rate", ("#000080", "-", "*"), tuned_from="optimized"),
+    "tuned_baseline": Row(
+        "dense, its best rate", ("#8B2500", "--", "p"), tuned_from="baseline", twin_of="tuned"
     ),
 }
-
-
-# These train at the best rate of a sweep (see `campaign`), so only results can say what they are.
-TUNED = {"tuned": "optimized", "tuned_baseline": "baseline"}  # and what each is tuned from
 
 
 def find_experiment(name: str) -> Experiment:
-    """One of `experiments`, or `<name>_twin` for its dense twin. Raises MusotaError if unknown."""
-    if name in experiments:
-        return experiments[name]
-    if name.endswith("_twin") and name.removesuffix("_twin") in experiments:
-        return twin(experiments[name.removesuffix("_twin")])
-    raise nearest_name("experiment", name, [*experiments, "simplified_twin", *TUNED])
+    """A row's experiment at full size, or that of `<row>_twin`.
+
+    Raises MusotaError for an unknown name, and for a tuned row.
+    """
+    row = registry.get(name)
+    if row and row.experiment:
+        return row.experiment
+    other = row.twin_of if row else name.removesuffix("_twin")
+    if (row and row.tuned_from) or other not in registry or other == name:
+        known = [name for name, row in registry.items() if not row.tuned_from]
+        raise nearest_name("experiment", name, known)
+    return twin(find_experiment(other))
 
 
-LABELS = {
-    "original": "MU-SOTA original",
-    "optimized": "MU-SOTA optimized",
-    "baseline": "dense baseline",
-    "simplified": "MU-SOTA simplified",
-    "simplified_twin": "dense twin of simplified",
-    "tuned": "MU-SOTA, its best rate",
-    "tuned_baseline": "dense, its best rate",
-    "epochs": "original, more epochs",
-    "dense": "dense twin of original",
-}
-
-
-STYLES = {  # colour, line style, marker
-    "original": ("#E69F00", "-.", "v"),
-    "optimized": ("#0072B2", "-", "o"),
-    "baseline": ("#D55E00", "--", "s"),
-    "simplified": ("#56B4E9", "-", "^"),
-    "simplified_twin": ("#CC79A7", "--", "D"),
-    "tuned": ("#000080", "-", "*"),
-    "tuned_baseline": ("#8B2500", "--", "p"),
-    "epochs": ("#009E73", "-", "P"),
-    "dense": ("#D55E00", ":", "X"),
-}
-
-
-OTHER_STYLE = ("#000000", ":", "x")
+PUBLIC = ("original", "optimized", "baseline", "simplified")
+experiments: dict[str, Experiment] = {name: find_experiment(name) for name in PUBLIC}
+TUNED = {name: row.tuned_from for name, row in registry.items() if row.tuned_from}
+PAIRS = {row.twin_of: name for name, row in registry.items() if row.twin_of}  # and its twin
 
 
 def title_of(name: str) -> str:
     """What people read for a row's name."""
-    return LABELS.get(name, name.replace("_", " "))
+    return registry[name].title if name in registry else name.replace("_", " ")
 
 
 def style_of(name: str) -> tuple[str, str, str]:
     """Colour, line style and marker of a row."""
-    return STYLES.get(name, OTHER_STYLE)
+    return registry[name].style if name in registry else ("#000000", ":", "x")
+
+
+LABELS = {name: row.title for name, row in registry.items()}
+STYLES = {name: row.style for name, row in registry.items()}
+OTHER_STYLE = ("#000000", ":", "x")

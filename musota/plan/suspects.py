@@ -1,4 +1,4 @@
-"""The suspected causes, and the cells of the grid that decide on them."""
+"""The root-cause grid: a row a suspect, and the cells (small trainings) that decide on it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from musota.plan.profiles import twin
 from musota.plan.registry import experiments
 
 MISSED = "not in the plan"
+SWEEP = (1 / 10, 1 / 3, 1, 3, 10, 30, 100)  # wide enough for MU-SOTA and for the dense twin
 
 
 @dataclass(frozen=True)
@@ -31,37 +32,48 @@ class Cell:
     share: float = 1.0
 
 
-SWEEP = (1 / 10, 1 / 3, 1, 3, 10, 30, 100)  # wide enough for MU-SOTA and for the dense twin
-
-
-# What the plan changes from `original` to `optimized`: fields, suspicion, its confidence, advice.
-_PLAN = {
-    "epochs": (("epochs",), "too few epochs (10 → 30)", "70 %", "train longer"),
+# What the plan itself changes, a cell each: suspicion, its confidence, advice, fields.
+PLANNED = {
+    "epochs": ("too few epochs (10 → 30)", "70 %", "train longer", ("epochs",)),
     "learning_rate": (
-        ("learning_rate",),
         "learning rate too high (3e-4 → 1e-4)",
         "60 %",
         "lower the learning rate",
+        ("learning_rate",),
     ),
     "warmup": (
-        ("warmup_steps",),
         "warm-up too short (500 → 2,000 steps)",
         "50 %",
         "lengthen warm-up",
+        ("warmup_steps",),
     ),
     "sequence": (
-        ("max_seq_len", "batch_size", "accumulation_steps"),
         "sequences too short (128 → 192, batch 24 → 32)",
         "40 %",
         "train on longer sequences",
+        ("max_seq_len", "batch_size", "accumulation_steps"),
     ),
 }
-
-
-_DATA = ("too little data (half → all, same steps)", "30 %", "get more text")
-
-
-_TWIN = ("architecture (→ dense twin)", "unknown", "compare with the twin at its own best rate")
+# What it only wonders about, or did not think of; with the changes from `original`.
+OTHERS = {
+    "blocks_8": ("16 blocks (→ 8 of 2×4)", "unknown", "use fewer blocks", {"n_block": 8}),
+    "layers_8": ("12 layers (→ 8)", "unknown", "use fewer layers", {"n_layer": 8}),
+    "matrix_6": (
+        "8×8 matrix (→ 6×6, 8 blocks)",
+        "unknown",
+        "use the smaller matrix",
+        {"matrix_size": 6, "n_block": 8, "n_head": 6},
+    ),
+    "small_steps": (
+        "too many tokens a step (÷ 3)",
+        MISSED,
+        "take smaller steps",
+        {"batch_size": 2, "warmup_steps": 1500},
+    ),
+}
+DATA = ("too little data (half → all, same steps)", "30 %")
+TWIN = ("architecture (→ dense twin)", "unknown")
+MORE_TEXT, COMPARE = "get more text", "compare with the twin at its own best rate"
 
 
 def rate_sweep(
@@ -95,41 +107,26 @@ def grid(profile: str) -> tuple[dict[str, Cell], list[Suspect], range]:
     """
     original, optimized = experiments["original"], experiments["optimized"]
     cells, suspects = {"original": Cell(original)}, []
-    for key, (fields, name, confidence, advice) in _PLAN.items():
-        cells[key] = Cell(original.with_(**{f: optimized.fields()[f] for f in fields}))
+    mended = {
+        key: (*about, {field: optimized.fields()[field] for field in fields})
+        for key, (*about, fields) in PLANNED.items()
+    }
+    for key, (name, confidence, advice, changes) in (mended | OTHERS).items():
+        cells[key] = Cell(original.with_(**changes))
         suspects.append(Suspect(name, confidence, "original", key, advice))
     if profile == "tiny":
         only = suspects[1]
         return {name: cells[name] for name in (only.before, only.after)}, [only], range(2)
     rates = [factor for factor in SWEEP if factor != 1 / 3]  # which is the plan's own 1e-4
-    cells |= rate_sweep("original", original, rates)
-    cells |= rate_sweep("dense", twin(original)) | data_shares("original", original)
-    steps = {"batch_size": 2, "warmup_steps": 3 * original.training.warmup_steps}
-    others = {
-        "blocks_8": ({"n_block": 8}, "16 blocks (→ 8 of 2×4)", "unknown", "use fewer blocks"),
-        "layers_8": ({"n_layer": 8}, "12 layers (→ 8)", "unknown", "use fewer layers"),
-        "matrix_6": (
-            {"matrix_size": 6, "n_block": 8, "n_head": 6},
-            "8×8 matrix (→ 6×6, 8 blocks)",
-            "unknown",
-            "use the smaller matrix",
-        ),
-        "small_steps": (steps, "too many tokens a step (÷ 3)", MISSED, "take smaller steps"),
-    }
-    for key, (changes, *about, advice) in others.items():
-        cells[key] = Cell(original.with_(**changes))
-        suspects.append(Suspect(*about, "original", key, advice))
+    cells |= rate_sweep("original", original, rates) | data_shares("original", original)
+    cells |= rate_sweep("dense", twin(original))
     suspects += [
-        Suspect(*_DATA[:2], "original_half", "original", _DATA[2]),
-        Suspect(*_TWIN[:2], "original", "dense", _TWIN[2]),
-        *(
-            Suspect(
-                f"learning rate too low (× {factor})", MISSED, "original",
-                f"original_rate_x{factor}", "raise the learning rate",
-            )
-            for factor in SWEEP[3:]
-        ),
-    ]  # fmt: skip
+        Suspect(*DATA, "original_half", "original", MORE_TEXT),
+        Suspect(*TWIN, "original", "dense", COMPARE),
+    ]
+    for factor in SWEEP[3:]:
+        name, after = f"learning rate too low (× {factor})", f"original_rate_x{factor}"
+        suspects.append(Suspect(name, MISSED, "original", after, "raise the learning rate"))
     if profile == "quick":
         return cells, suspects, range(2)
     cells |= {
@@ -138,11 +135,11 @@ def grid(profile: str) -> tuple[dict[str, Cell], list[Suspect], range]:
         "optimized_dense": Cell(twin(optimized)),
     }
     back = "from optimized: "
-    for key, (fields, name, confidence, advice) in _PLAN.items():
+    for key, (name, confidence, advice, fields) in PLANNED.items():
         cells[f"without_{key}"] = Cell(optimized.with_(**{f: original.fields()[f] for f in fields}))
         suspects.append(Suspect(back + name, confidence, f"without_{key}", "optimized", advice))
     suspects += [
-        Suspect(back + _DATA[0], _DATA[1], "optimized_half", "optimized", _DATA[2]),
-        Suspect(back + _TWIN[0], _TWIN[1], "optimized", "optimized_dense", _TWIN[2]),
+        Suspect(back + DATA[0], DATA[1], "optimized_half", "optimized", MORE_TEXT),
+        Suspect(back + TWIN[0], TWIN[1], "optimized", "optimized_dense", COMPARE),
     ]
     return cells, suspects, range(3)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from musota.plan.suspects import _TWIN, Suspect
+from musota.plan.suspects import TWIN, Suspect
 from musota.rules.verdicts import Cause, root_causes
 from musota.training.runs import Run
 
@@ -66,9 +66,9 @@ def judge(runs: Mapping[str, Mapping[int, Run]], suspects: Sequence[Suspect]) ->
             rate = min(swept, key=lambda rate: sum(losses[swept[rate]].values()))
             best.append(swept[rate])
             at_edge |= rate in (min(swept), max(swept))
-    fair = Suspect("", _TWIN[1], *best, "prefer the dense transformer") if len(best) == 2 else None
+    fair = Suspect("", TWIN[1], *best, "prefer the dense transformer") if len(best) == 2 else None
     if fair:
-        name = f"{_TWIN[0]}, each at its best rate" + (" (at an edge)" if at_edge else "")
+        name = f"{TWIN[0]}, each at its best rate" + (" (at an edge)" if at_edge else "")
         fair = replace(fair, name=name)
         suspects = [*suspects, fair]
     known = [s for s in suspects if s.before in losses and s.after in losses]
