@@ -12,10 +12,11 @@ _HOMES = {
     "musota.plan.profiles": "match_width profiles scaled twin",
     "musota.plan.registry": "experiments",
     "musota.training.evaluate": "evaluate",
-    "musota.training.runs": "Run load_runs",
+    "musota.training.runs": "Run",
     "musota.training.trainer": "train",
     "musota.workbook.evidence": "read_evidence",
     "musota.workbook.pages": "write_report",
+    "musota.workbook.records": "load_runs",
     "musota.workbook.session": "Workbook",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -1,68 +1,56 @@
-"""The plan carried out with several seeds: five models, learning-rate sweeps, both models tuned.
+"""The plan carried out with several seeds: its models, learning-rate sweeps, both models tuned.
 
-Every part is a set of cells for `probes.run_cells`: what has finished is loaded, the rest trained.
+Every part is a set of cells for `run_cells`: what has finished is loaded, the rest trained.
 """
 
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from musota.errors import MusotaError
 from musota.plan.config import Experiment
-from musota.plan.profiles import Profile
-from musota.plan.registry import TUNED, find_experiment
+from musota.plan.profiles import Profile, scaled
+from musota.plan.registry import TUNED, find_experiment, registry
 from musota.plan.suspects import Cell
 from musota.studies.cells import run_cells
-from musota.studies.grid import sweep_losses
 from musota.training.runs import Run
 
-MODELS = ("original", "optimized", "baseline", "simplified", "simplified_twin")
-
-
-SWEEP_FOLDER = "sweep"  # of a results folder
-
-
 SWEEP_EPOCHS = 5  # of the plan's 30, with warm-up's share of the steps kept
-
-
 # About a factor of 3 apart. A sweep starts with the middle six and is widened where it must be.
 LADDER = tuple(float(f"{mantissa}e{power}") for power in range(-6, 1) for mantissa in (1, 3))
-
-
 FIRST_RATES = LADDER[4:10]  # 1e-4 … 3e-2
 
 
 def models() -> dict[str, Cell]:
-    """The plan's four experiments and the simplified model's twin."""
-    return {name: Cell(find_experiment(name)) for name in MODELS}
+    """Every row of the registry that needs no sweep."""
+    return {name: Cell(find_experiment(name)) for name in registry if name not in TUNED}
 
 
-def sweep(name: str, profile: Profile, rates=FIRST_RATES) -> dict[str, Cell]:
+def sweep(name: str, profile: Profile, rates=None) -> dict[str, Cell]:
     """Short runs of an experiment at `rates`, which are what the scaled model trains with."""
     experiment = find_experiment(name)
     share = SWEEP_EPOCHS / experiment.training.epochs
-    short = {
-        "epochs": SWEEP_EPOCHS,
-        "warmup_steps": round(share * experiment.training.warmup_steps),
-    }
+    warmup = round(share * experiment.training.warmup_steps)
+    short = experiment.with_(epochs=SWEEP_EPOCHS, warmup_steps=warmup)
     return {
-        f"{name}_rate_{rate:g}": Cell(
-            experiment.with_(learning_rate=rate / profile.learning_rate, **short)
-        )
-        for rate in rates
+        f"{name}_rate_{rate:g}": Cell(short.with_(learning_rate=rate / profile.learning_rate))
+        for rate in rates or FIRST_RATES
     }
 
 
-def read_sweep(folder: str | os.PathLike, name: str) -> dict[float, list[float]]:
-    """Valid losses by learning rate, as recorded in a results folder; empty if nothing is."""
-    runs = {}
-    for path in sorted((Path(folder) / SWEEP_FOLDER).glob(f"{name}_rate_*/config.json")):
-        run = Run(path.parent)  # also one that diverged before its first epoch's end
-        if run.finished or run.diverged:
-            runs.setdefault(run.name, {})[run.seed] = run
-    return sweep_losses(runs, next(iter(runs))) if runs else {}
+def swept(runs: Iterable[Run], name: str, profile: Profile) -> dict[float, list[float]]:
+    """Valid losses (inf: diverged) of every seed by learning rate, of the runs that differ from
+    the sweep's in nothing else; empty if there are none."""
+    (cell,) = sweep(name, profile, [1e-3]).values()
+    base, found = scaled(cell.experiment, profile), {}
+    for run in runs:
+        rate = run.experiment.training.learning_rate
+        if (run.finished or run.diverged) and base.with_(learning_rate=rate) == run.experiment:
+            loss = math.inf if run.diverged else run.summary["valid_loss"]
+            found.setdefault(rate, []).append(loss)
+    return dict(sorted(found.items()))
 
 
 def best_of(losses: dict[float, list[float]]) -> float:
@@ -72,14 +60,15 @@ def best_of(losses: dict[float, list[float]]) -> float:
 
 def run_sweeps(profile: Profile, corpus, folder: Path, seed: int, **how) -> None:
     """Sweep both models over the same rates until the best of each lies between two others."""
-    rates = list(FIRST_RATES)
+    rates, runs = list(FIRST_RATES), []
     while rates:
         cells = {}
         for name in TUNED.values():
             cells |= sweep(name, profile, rates)
-        run_cells(cells, [seed], profile, corpus, folder / SWEEP_FOLDER, **how)
-        swept = [read_sweep(folder, name) for name in TUNED.values()]
-        rates = sorted({rate for losses in swept for rate in _wider(losses)})
+        done = run_cells(cells, [seed], profile, corpus, folder, **how)
+        runs += [run for by_seed in done.values() for run in by_seed.values()]
+        losses = [swept(runs, name, profile) for name in TUNED.values()]
+        rates = sorted({rate for of_one in losses for rate in _wider(of_one)})
 
 
 def _wider(losses: dict[float, list[float]]) -> list[float]:
@@ -90,16 +79,15 @@ def _wider(losses: dict[float, list[float]]) -> list[float]:
     return [LADDER[place]] if beyond and 0 <= place < len(LADDER) else []
 
 
-def tuned(name: str, profile: Profile, *folders: str | os.PathLike) -> Experiment:
-    """`tuned` or `tuned_baseline` at full size: its model at the best rate of the recorded sweep.
+def tuned(name: str, profile: Profile, losses: dict[float, list[float]]) -> Experiment:
+    """A tuned row at full size: its model at the best rate of the recorded sweep.
 
-    The first of the results folders with a sweep decides. Raises MusotaError where there is none.
+    Raises MusotaError where `losses` (see `swept`) is empty.
     """
-    origin = TUNED[name]
-    losses = next((found for folder in folders if (found := read_sweep(folder, origin))), {})
     if not losses:
         raise MusotaError(
-            f"{name} trains at the best learning rate of a sweep, and {folders[0]} holds none: run "
+            f"{name} trains at the best learning rate of a sweep, and none is recorded: run "
             f"`python -m musota evidence --profile {profile.name} --only sweep` first."
         )
-    return find_experiment(origin).with_(learning_rate=best_of(losses) / profile.learning_rate)
+    rate = best_of(losses) / profile.learning_rate
+    return find_experiment(TUNED[name]).with_(learning_rate=rate)

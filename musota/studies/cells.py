@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
@@ -33,12 +33,14 @@ def run_cells(
     corpus: Corpus,
     folder: str | os.PathLike,
     fresh: bool = False,
+    known: Iterable[Run] = (),
     keep: Container[str] = (),
     workers: int | None = None,
     each: Callable[[], object] | None = None,
     quiet: bool = True,
 ) -> dict[str, dict[int, Run]]:
-    """Train every cell with every seed, scaled by `profile`; what has finished is loaded.
+    """Train every cell with every seed, scaled by `profile`; what has finished is loaded, from its
+    folder or from among `known` runs.
 
     Returns runs by cell and seed; some may have diverged. On a CPU one process a
     core (`workers`) trains a run each with one thread: small models gain little from a second. On
@@ -52,22 +54,24 @@ def run_cells(
     }
     if workers is None and torch.cuda.is_available():
         workers = 1
-    jobs = {
-        (name, seed): _Job(
-            scaled(cell.experiment, profile), cell.share,
-            Path(folder) / f"{name}-seed{seed}", seed, name, profile.name, fresh,
-            keep=name in keep, quiet=quiet or workers != 1,
-        )
-        for seed in seeds
-        for name, cell in cells.items()
-    }  # fmt: skip
-    left = {key: job for key, job in jobs.items() if not job.settled}
-    _take_parts(parts)
-    runs = {name: dict.fromkeys(seeds) for name in cells}
-    for name, seed in jobs.keys() - left.keys():  # `train` makes sure that they are the same
-        runs[name][seed] = _run_job(jobs[name, seed])
-    if len(left) < len(jobs):
-        print(f"{len(jobs) - len(left)} of {len(jobs)} runs are here already.")
+    recorded = {} if fresh else {r.identity: r for r in known if r.finished or r.diverged}
+    runs, left = {name: {} for name in cells}, []
+    for seed in seeds:
+        for name, cell in cells.items():
+            job = _Job(
+                scaled(cell.experiment, profile), cell.share,
+                Path(folder) / f"{name}-seed{seed}", seed, name, profile.name, fresh,
+                keep=name in keep, quiet=quiet or workers != 1,
+            )  # fmt: skip
+            identity = job.experiment, parts[cell.share].fingerprint, seed
+            run = recorded.get(identity) or job.recorded
+            if run and run.identity == identity:
+                runs[name][seed] = run
+            else:
+                left.append(job)
+    total = len(cells) * len(seeds)
+    if len(left) < total:
+        print(f"{total - len(left)} of {total} runs are here already.")
     if workers is None:
         # A process takes seconds to start: worth it for many runs, or for long ones.
         worth = len(left) if len(corpus.train) > 50_000 else max(1, len(left) // 4)
@@ -75,18 +79,18 @@ def run_cells(
     if workers > 1 and len(left) > 1:  # silent until the first has ended
         print(f"{len(left)} runs to train, {workers} at a time.", flush=True)
     started = time.perf_counter()
-    for done, (job, run) in enumerate(_each(list(left.values()), parts, workers), start=1):
+    for done, (job, run) in enumerate(_each(left, parts, workers), start=1):
         runs[job.name][job.seed] = run
         minutes = (time.perf_counter() - started) / done * (len(left) - done) / 60
         said = "diverged"
         if run.finished:
             rate = f"{run.summary['tokens_per_second']:,.0f} tokens/s"
             said = f"valid PPL {run.summary['ppl']:,.1f}, {rate}"
-        count = f"[{len(jobs) - len(left) + done}/{len(jobs)}]"
+        count = f"[{total - len(left) + done}/{total}]"
         print(f"{count} {job.name}, seed {job.seed}: {said}, {minutes:.1f} min left", flush=True)
         if each:
             each()
-    return runs
+    return {name: dict(sorted(by_seed.items())) for name, by_seed in runs.items()}
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,12 @@ class _Job:
     quiet: bool
 
     @property
-    def settled(self) -> bool:
+    def recorded(self) -> Run | None:
+        """The run in the job's folder, if it has ended one way or the other."""
         if self.fresh or not (self.path / "config.json").exists():
-            return False
-        return Run(self.path).finished or Run(self.path).diverged
+            return None
+        run = Run(self.path)
+        return run if run.finished or run.diverged else None
 
 
 _parts: dict[float, Corpus] = {}  # of this process: sent once, not with every job
@@ -119,8 +125,6 @@ def _take_parts(parts: Mapping[float, Corpus], threads: int | None = None) -> No
 
 
 def _run_job(job: _Job) -> Run:
-    if job.settled and Run(job.path).diverged:
-        return Run(job.path)
     with _silence() if job.quiet else nullcontext(), suppress(Diverged):
         train(
             job.experiment, _parts[job.share], job.path, not job.fresh, job.seed,
@@ -140,6 +144,7 @@ def _silence() -> Iterator[None]:
 def _each(jobs: list[_Job], parts, workers: int) -> Iterator[tuple[_Job, Run]]:
     """Every job with its run, in the order in which they end."""
     if workers == 1 or len(jobs) < 2:
+        _take_parts(parts)
         yield from ((job, _run_job(job)) for job in jobs)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang

@@ -29,10 +29,13 @@ def _sweep(runs: Mapping[str, Mapping[int, Run]], name: str) -> dict[float, str]
     ones = {cell: next(iter(runs[cell].values())) for cell in valid_losses(runs)}
     if name not in ones:
         return {}
-    base, text = ones[name].experiment, ones[name].config["corpus"]
-    found = {run.experiment.training.learning_rate: cell for cell, run in ones.items()
-             if run.experiment.with_(learning_rate=base.training.learning_rate) == base
-             and run.config["corpus"] == text}  # fmt: skip
+    base = ones[name]
+    found = {}
+    for cell, run in ones.items():
+        rate = run.experiment.training.learning_rate
+        alike = base.experiment.with_(learning_rate=rate) == run.experiment
+        if alike and run.fingerprint == base.fingerprint:
+            found[rate] = cell
     return dict(sorted(found.items()))
 
 

@@ -30,10 +30,6 @@ from musota.models.base import CausalLM
 from musota.models.sharing import load_model
 from musota.plan.config import Experiment
 
-# A run may be continued only by the same of these.
-IDENTITY = ("experiment", "seed", "corpus")
-
-
 # What every record of a kind holds at least.
 RECORDED = {
     "step": {"step", "loss", "learning_rate", "grad_norm", "tokens", "seconds"},
@@ -43,18 +39,38 @@ RECORDED = {
 
 
 class Run:
-    """A run folder, read. Raises MusotaError if it holds no readable run."""
+    """A recorded run, read from its folder. Raises MusotaError if that holds no readable run."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.config = read_sealed(self.path / "config.json")
+        self._describe(read_sealed(self.path / "config.json"))
+
+    @classmethod
+    def from_records(
+        cls, path: str | os.PathLike, config: dict, summary: dict, records: list[dict]
+    ) -> Run:
+        """A run whose folder has been packed: what its files held."""
+        run = cls.__new__(cls)
+        run.path = Path(path)
+        run._describe(config)
+        run.summary, run.records = summary, records  # in place of what would be read
+        return run
+
+    def _describe(self, config: dict) -> None:
         try:
-            self.experiment = Experiment.from_dict(self.config["experiment"])
-            self.name, self.seed = self.config["name"], self.config["seed"]
-        except (KeyError, MusotaError) as error:
+            self.config = config
+            self.experiment = Experiment.from_dict(config["experiment"])
+            self.name, self.seed = config["name"], config["seed"]
+            self.fingerprint = config["corpus"]["fingerprint"]
+        except (KeyError, TypeError, MusotaError) as error:
             raise MusotaError(
                 f"{self.path / 'config.json'} does not describe a run: {error}"
             ) from None
+
+    @property
+    def identity(self) -> tuple[Experiment, str, int]:
+        """What a run is, whatever it is called: experiment, corpus, seed."""
+        return self.experiment, self.fingerprint, self.seed
 
     @cached_property
     def summary(self) -> dict:
@@ -187,13 +203,13 @@ class RunFolder:
         for name in ("config.json", "metrics.jsonl", "summary.json"):
             (self.path / name).unlink(missing_ok=True)
 
-    def _refuse_other(self, found: dict) -> None:
-        wanted = _flat({key: self.identity[key] for key in IDENTITY})
-        present = _flat({key: found.get(key) for key in IDENTITY})
+    def _refuse_other(self, found: dict, what: str = "folder", path: Path | None = None) -> None:
+        """Raises MusotaError, naming what differs, where `found` describes another run."""
+        wanted, present = _compared(self.identity), _compared(found)
         for key in sorted(wanted.keys() | present.keys()):
-            if wanted.get(key) != present.get(key) and key != "corpus.source":
+            if wanted.get(key) != present.get(key):
                 raise MusotaError(
-                    f"The folder {self.path} belongs to another run: its {key} is "
+                    f"The {what} {path or self.path} belongs to another run: its {key} is "
                     f"{present.get(key)!r}, not {wanted.get(key)!r}. Use another folder, or start "
                     "over there with fresh=True (--fresh)."
                 )
@@ -260,7 +276,7 @@ class RunFolder:
 
         def write() -> None:
             self.write_metrics()
-            about = {"metrics": self.metrics.decode(), "identity": self._fingerprint}
+            about = {"metrics": self.metrics.decode(), "identity": self.identity}
             described = json.dumps({**jsonable(state), **about})
             data = save(dict(tensors), {"state": described})
             name = f"step-{state['step']:09d}-{sha256(data)[:16]}.safetensors"
@@ -270,13 +286,6 @@ class RunFolder:
                     old.unlink()
 
         return self.attempt(write)
-
-    @property
-    def _fingerprint(self) -> str:
-        """A hash of what a run is, whatever its corpus was read from."""
-        flat = _flat({key: self.identity[key] for key in IDENTITY})
-        flat.pop("corpus.source", None)
-        return sha256(json.dumps(jsonable(flat), sort_keys=True).encode())
 
     def _newest_first(self) -> list[Path]:
         found = self.checkpoints.glob("step-*.safetensors")
@@ -297,11 +306,7 @@ class RunFolder:
                 continue
             with safe_open(path, "pt") as file:
                 state = json.loads(file.metadata()["state"])
-            if state.pop("identity", None) != self._fingerprint:
-                raise MusotaError(
-                    f"The checkpoint {path} belongs to another run: use another folder, or start "
-                    "over there with fresh=True (--fresh)."
-                )
+            self._refuse_other(state.pop("identity"), "checkpoint", path)
             self.metrics = state.pop("metrics").encode()
             metrics = self.path / "metrics.jsonl"
             if not (metrics.read_bytes() if metrics.exists() else b"").startswith(self.metrics):
@@ -319,12 +324,6 @@ class RunFolder:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             self.forget_summary()
         return None
-
-
-def load_runs(folder: str | os.PathLike) -> list[Run]:
-    """Every run in a results folder that has finished at least one epoch, by name and seed."""
-    runs = [Run(path.parent) for path in sorted(Path(folder).glob("*/config.json"))]
-    return [run for run in runs if run.summary]
 
 
 def steps_table(records: list[dict]) -> pd.DataFrame:
@@ -352,11 +351,10 @@ def read_metrics(data: bytes, path: Path) -> list[dict]:
     return records
 
 
-def _flat(data: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in data.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def _compared(described: dict) -> dict:
+    """What a run is, by field: of model and training, with defaults where a record is older than
+    a field, the seed, and the corpus by its fingerprint."""
+    experiment = Experiment.from_dict(described["experiment"])
+    corpus = {"corpus.fingerprint": described["corpus"]["fingerprint"]}
+    kind = {"model": type(experiment.model).__name__}
+    return experiment.fields() | kind | {"seed": described["seed"]} | corpus

@@ -12,26 +12,42 @@ import click
 
 from musota.errors import MusotaError, nearest_name
 from musota.plan.profiles import profiles
+from musota.plan.registry import TUNED, find_experiment, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 # A backend inherited from a notebook would break scripts that are started from one.
 os.environ["MPLBACKEND"] = "Agg"
 
-profile_option = click.option(
-    "--profile", default="quick", show_default=True, help=f"auto, {', '.join(profiles)}."
+TRAIN_HELP = (
+    f"Train one EXPERIMENT: {', '.join(name for name in registry if name not in TUNED)}. "
+    f"Or {', '.join(TUNED)}: at the best rate of the recorded sweeps."
 )
-corpus_option = click.option(
-    "--corpus",
-    default="auto",
-    show_default=True,
-    help="auto, wikitext-2, wikitext-2-raw, wikitext-103, wikitext-103-raw, python-docs, or a "
-    "folder with train.txt, valid.txt and test.txt.",
-)
-seed_option = click.option("--seed", default=0, show_default=True)
-fresh_option = click.option("--fresh", is_flag=True, help="Train again what is already trained.")
-save_to_option = click.option(
-    "--save-to", default="", help="Folder for results [default: results/]."
-)
+
+
+def experiment_options(command):
+    """The options of every command that trains."""
+    for option in reversed(
+        [
+            click.option(
+                "--profile",
+                default="quick",
+                show_default=True,
+                help=f"auto, {', '.join(profiles)}.",
+            ),
+            click.option(
+                "--corpus",
+                default="auto",
+                show_default=True,
+                help="auto, wikitext-2, wikitext-2-raw, wikitext-103, wikitext-103-raw, "
+                "python-docs, or a folder with train.txt, valid.txt and test.txt.",
+            ),
+            click.option("--seed", default=0, show_default=True),
+            click.option("--fresh", is_flag=True, help="Train again what is already trained."),
+            click.option("--save-to", default="", help="Folder for results [default: results/]."),
+        ]
+    ):
+        command = option(command)
+    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -40,21 +56,13 @@ def cli():
 
 
 @cli.command()
-@profile_option
-@corpus_option
-@seed_option
-@fresh_option
-@save_to_option
+@experiment_options
 @click.option("--only", default="", help="Numbers of notebooks, for example 02,04.")
 @click.option(
-    "-p",
-    "parameters",
-    nargs=2,
-    multiple=True,
-    metavar="NAME VALUE",
+    "-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE",
     help="A parameter of the notebooks; may be repeated.",
-)
-def run(profile, corpus, seed, fresh, save_to, only, parameters):
+)  # fmt: skip
+def run(only, parameters, **values):
     """Run the notebooks in order; then print the comparison, the verdict and the report's place.
 
     Stops at the first failure. The same command goes on from there: finished training runs are
@@ -62,13 +70,6 @@ def run(profile, corpus, seed, fresh, save_to, only, parameters):
     """
     from musota.workbook.session import PARAMETERS, Workbook
 
-    values = {
-        "profile": profile,
-        "corpus": corpus,
-        "seed": seed,
-        "fresh": fresh,
-        "save_to": save_to,
-    }
     for name, text in parameters:
         if name not in PARAMETERS:
             raise nearest_name("notebook parameter", name, PARAMETERS)
@@ -155,50 +156,36 @@ def _tell_end(book, seconds: float) -> None:
     click.echo(f"\nDone in {seconds / 60:.1f} minutes. The report: {path}")
 
 
-@cli.command()
+@cli.command(help=TRAIN_HELP)
 @click.argument("experiment")
-@profile_option
-@corpus_option
-@seed_option
-@fresh_option
-@save_to_option
+@experiment_options
 @click.option(
     "--compile/--no-compile",
     default=None,
     help="Use torch.compile [default: in long runs on a GPU].",
 )
 @click.option("--auto-remedy", is_flag=True, help="Let the plan's remedies apply themselves.")
-def train(experiment, profile, corpus, seed, fresh, save_to, compile, auto_remedy):
-    """Train one EXPERIMENT: original, optimized, baseline, simplified or simplified_twin.
-
-    Or tuned and tuned_baseline: optimized and baseline at the best rate of the recorded sweeps.
-    """
-    from musota.plan.registry import TUNED, find_experiment
+def train(experiment, compile, auto_remedy, **parameters):
     from musota.workbook.session import Workbook
 
     if int(os.environ.get("RANK", 0)):  # of several processes one speaks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if experiment not in TUNED:
         find_experiment(experiment)  # a wrong name is answered before the corpus is read
-    book = Workbook(profile, corpus, seed, fresh, save_to)
-    finished = book.train(experiment, compile=compile, auto_remedy=auto_remedy)
+    finished = Workbook(**parameters).train(experiment, compile=compile, auto_remedy=auto_remedy)
     click.echo(f"{finished}")
     if not finished.finished:
         sys.exit(130)
 
 
 @cli.command()
-@profile_option
-@corpus_option
-@seed_option
-@fresh_option
-@save_to_option
+@experiment_options
 @click.option(
     "--seeds", default=3, show_default=True, help="How many, from --seed on.",
     type=click.IntRange(1, 100),
 )  # fmt: skip
 @click.option("--only", default="models,sweep,tuned,grid", show_default=True, help="Parts to do.")
-def evidence(profile, corpus, seed, fresh, save_to, seeds, only):
+def evidence(seeds, only, **parameters):
     """Carry the plan out with several seeds, then write the report.
 
     The five models; both large ones over a sweep of learning rates; both again at their own best
@@ -211,11 +198,11 @@ def evidence(profile, corpus, seed, fresh, save_to, seeds, only):
     for part in chosen:
         if part not in (*PARTS, "grid"):
             raise nearest_name("part", part, (*PARTS, "grid"))
-    book = Workbook(profile, corpus, seed, fresh, save_to)
+    book = Workbook(**parameters)
     for part in chosen:
         click.echo(f"--- {part} ---")
         if part == "grid":
-            Workbook(profile, corpus, seed, fresh, save_to, grid=True).run_grid()
+            Workbook(**parameters, grid=True).run_grid()
         else:
             book.carry_out(part, seeds)
     for name, ppl in book.ladder.items():  # measured once, and in the report
@@ -260,25 +247,32 @@ def bench(device, file, repeats, scaling):
 
 
 @cli.command()
-@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False))
-def report(folders):
+@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--pack", is_flag=True, help="First pack run folders and probes into a few files.")
+def report(folders, pack):
     """Write README.md and figures of results FOLDERS anew from their records [default: all].
 
     Without FOLDERS also the measured part of the workbook's own README.
     """
-    from musota.workbook.pages import write_bench_report, write_front_page, write_report
+    from musota.workbook import pages, records
     from musota.workbook.session import COMMITTED
 
     everything = not folders
     if everything:
-        folders = sorted(path.parent.parent for path in (ROOT / "results").glob("*/*/config.json"))
-        folders += (ROOT / "results").glob("bench")
-    for folder in dict.fromkeys(folders):
-        is_bench = Path(folder).name == "bench"
-        click.echo(f"{write_bench_report(folder) if is_bench else write_report(folder)}")
+        found = [
+            *(ROOT / "results").glob("*/SHA256SUMS"),
+            *(ROOT / "results").glob("*/*/config.json"),
+        ]
+        folders = {p.parent if p.name == "SHA256SUMS" else p.parent.parent for p in found}
+        folders = [*sorted(folders), *(ROOT / "results").glob("bench")]
+    for folder in folders:
+        is_bench = folder.name == "bench"
+        if pack and not is_bench:
+            records.pack(folder)
+        click.echo(f"{(pages.write_bench_report if is_bench else pages.write_report)(folder)}")
     if everything:
         kept = [path for name in COMMITTED if (path := ROOT / "results" / name).exists()]
-        write_front_page(ROOT / "README.md", kept)
+        pages.write_front_page(ROOT / "README.md", kept)
         click.echo(f"{ROOT / 'README.md'}")
 
 
@@ -296,7 +290,3 @@ def main() -> None:
     except MusotaError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from musota.errors import MusotaError
-from musota.plan.config import MuConfig
-from musota.plan.registry import LABELS, TUNED
+from musota.plan.config import Experiment, MuConfig
+from musota.plan.profiles import grid_profiles, profiles, scaled
+from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
 from musota.plan.suspects import Suspect, grid
 from musota.rules import curves, plan, verdicts
 from musota.rules.findings import Finding, not_applicable
 from musota.rules.stats import Interval
-from musota.studies.campaign import MODELS, read_sweep
+from musota.studies.campaign import swept, tuned
 from musota.studies.grid import judge
-from musota.training.runs import Run, load_runs
+from musota.training.runs import Run
+from musota.workbook.records import labelled, read_probes, read_runs
 
-ORDER = (*MODELS, *TUNED)
-
-
-GRID_FOLDER = "root_causes"  # of a results folder
-
-
-ABLATED = ("tuned", "optimized")  # looked into: the first that was
-
-
-PAIRS = {  # a model and its dense twin
-    "optimized": "baseline",
-    "tuned": "tuned_baseline",
-    "simplified": "simplified_twin",
-}
+GRID, SWEEP = "root_causes", "sweep"  # parts of a results folder
+ABLATED = (*TUNED, *registry)  # looked into: the first that was
 
 
 def footer(corpus: str, vocabulary: int, profile: str | None) -> str:
@@ -47,65 +37,81 @@ def footer(corpus: str, vocabulary: int, profile: str | None) -> str:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Finished and unfinished runs on one corpus, with the rungs measured on the same tokens."""
+    """The runs of a results folder on one corpus, with what else was measured on it.
+
+    Each run's `name` is a row of the registry where it is that row's experiment, so runs of equal
+    name differ in seed alone (see `records.labelled`).
+    """
 
     folder: Path
     runs: tuple[Run, ...]
-    rungs: Mapping[str, float]
+    probes: Mapping[str, dict] = field(default_factory=dict)
+    sweep_runs: tuple[Run, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)  # rows that are another bit for bit
+    left_out: Mapping[str, str] = field(default_factory=dict)  # why, by path
     note: str = ""  # why these runs and not others, in one sentence
 
     def only(self, *names: str) -> Evidence:
-        return dataclasses.replace(self, runs=tuple(r for r in self.runs if r.name in names))
+        wanted = {self.aliases.get(name, name) for name in names}
+        return dataclasses.replace(self, runs=tuple(r for r in self.runs if r.name in wanted))
 
     @property
     def names(self) -> set[str]:
-        return {run.name for run in self.runs}
+        """The rows that have runs, aliases among them."""
+        own = {run.name for run in self.runs}
+        return own | {alias for alias, name in self.aliases.items() if name in own}
+
+    def seeds(self, name: str) -> dict[int, Run]:
+        """The finished runs of a row, by seed."""
+        name = self.aliases.get(name, name)
+        return {run.seed: run for run in self.runs if run.name == name and run.finished}
 
     def best(self, name: str) -> Run | None:
-        """The run of a name with the lowest seed: the one shown where one stands for all."""
+        """The run of a row with the lowest seed: the one shown where one stands for all."""
+        name = self.aliases.get(name, name)
         return next((run for run in self.runs if run.name == name), None)
 
     @property
     def footer(self) -> str:
         if not self.runs:
             return ""
-        run = self.runs[0]
-        corpus = run.config["corpus"]
-        return footer(corpus["name"], corpus["vocabulary_in_use"], run.config["profile"])
+        corpus, profile = self.runs[0].config["corpus"], self.runs[0].config["profile"]
+        return footer(corpus["name"], corpus["vocabulary_in_use"], profile)
 
     @property
     def plan_does_not_apply(self) -> str | None:
-        if not self.runs:
-            return "there are no runs"
-        return _reason(self.runs[0])
+        return plan_reason(self.runs[0]) if self.runs else "there are no runs"
+
+    @cached_property
+    def rungs(self) -> dict[str, float]:
+        """Perplexities of the rungs measured on the same tokens; empty if none were."""
+        return read_rungs(self.probes, self.runs[0].fingerprint if self.runs else None)
 
     @property
     def sweeps(self) -> dict[str, dict[float, list[float]]]:
         """Valid losses by learning rate of both large models, where sweeps are recorded."""
-        swept = {name: read_sweep(self.folder, name) for name in TUNED.values()}
-        return {LABELS[name]: losses for name, losses in swept.items() if losses}
+        profile = profiles.get(self.runs[0].config["profile"]) if self.runs else None
+        found = {name: swept(self.sweep_runs, name, profile) for name in TUNED.values() if profile}
+        return {title_of(name): losses for name, losses in found.items() if losses}
 
     @property
     def ablated(self) -> tuple[Run, dict[str, Interval]] | None:
         """The run that was looked into, and what disabling each of its parts costs."""
         for name in ABLATED:
-            path, run = self.folder / f"ablations_{name}.json", self.best(name)
-            if run and path.exists():
-                recorded = json.loads(path.read_text(encoding="utf-8"))
+            run, recorded = self.best(name), self.probes.get(f"ablations_{name}")
+            if run and recorded:
                 return run, verdicts.ablation_effects(recorded["nats"], recorded["tokens"])
         return None
 
     def goal(self, name: str) -> Finding | None:
-        """The plan's goals against the seeds of a model; None without a finished one."""
-        ppls = [run.summary["ppl"] for run in self.runs if run.name == name and run.finished]
-        if not ppls:
-            return None
-        return plan.broke_through(ppls, LABELS[name], self.plan_does_not_apply)
+        """The plan's goals against the seeds of a row; None without a finished one."""
+        ppls = [run.summary["ppl"] for run in self.seeds(name).values()]
+        return plan.broke_through(ppls, title_of(name), self.plan_does_not_apply) if ppls else None
 
     def compare(self, name: str = "optimized") -> tuple[Finding, dict[str, Interval]] | None:
-        """The verdict on a model against its dense twin and its intervals; None without both."""
+        """The verdict on a row against its dense twin and its intervals; None without both."""
         sides = [
-            {run.seed: run.summary for run in self.runs if run.name == side and run.finished}
+            {seed: run.summary for seed, run in self.seeds(side).items()}
             for side in (name, PAIRS[name])
         ]
         if not sides[0].keys() & sides[1].keys():
@@ -115,7 +121,7 @@ class Evidence:
             rates = "each at its own best learning rate"
             if tries := [len(losses) for losses in self.sweeps.values()]:  # not where it was tuned
                 rates = f"each at its own best of {min(tries)} learning rates"
-        finding, text, seeds = verdicts.helps_or_hurts(*sides, LABELS[name], rates)
+        finding, text, seeds = verdicts.helps_or_hurts(*sides, title_of(name), rates)
         intervals = {"over blocks of text\n(these trained models)": text}
         if seeds:
             intervals["over seeds\n(training again)"] = seeds
@@ -123,45 +129,82 @@ class Evidence:
 
 
 def read_evidence(folder: str | os.PathLike, fingerprint: str | None = None) -> Evidence:
-    """The runs of a results folder in the plan's order, with the rungs recorded beside them.
+    """The runs of a results folder in the registry's order, with what was measured beside them.
 
     Runs on another corpus than `fingerprint` (default: that of the first run) are left out.
     """
     folder = Path(folder)
-    runs = load_runs(folder)
+    runs, left_out = read_runs(folder)
     if fingerprint is None and runs:
-        fingerprint = runs[0].config["corpus"]["fingerprint"]
-    runs = [run for run in runs if run.config["corpus"]["fingerprint"] == fingerprint]
-    place = {name: index for index, name in enumerate(ORDER)}
-    runs.sort(key=lambda run: (place.get(run.name, len(ORDER)), run.name, run.seed))
-    return Evidence(folder, tuple(runs), read_rungs(folder, fingerprint))
+        fingerprint = runs[0].fingerprint
+    for run in runs:
+        if run.fingerprint != fingerprint or not run.summary:
+            reason = "diverged" if run.fingerprint == fingerprint else "another corpus"
+            left_out[run.path.relative_to(folder).as_posix()] = reason
+    runs = [run for run in runs if run.fingerprint == fingerprint and run.summary]
+    sweep_runs = [run for run in read_runs(folder, SWEEP)[0] if run.fingerprint == fingerprint]
+    roles, aliases = _roles(runs, sweep_runs)
+    place = {name: index for index, name in enumerate(registry)}
+    runs = labelled(runs, roles)
+    runs.sort(key=lambda run: (place.get(run.name, len(place)), run.name, run.seed))
+    return Evidence(
+        folder, tuple(runs), read_probes(folder), tuple(sweep_runs), aliases, left_out
+    )  # fmt: skip
 
 
-def read_rungs(folder: Path, fingerprint: str | None) -> dict[str, float]:
-    """The rungs recorded in a results folder; empty if there are none, or of another corpus."""
-    path = folder / "ladder.json"
-    if not path.exists():
+def _roles(runs: list[Run], sweep_runs: Iterable[Run]) -> tuple[dict[str, Experiment], dict]:
+    """What each row of the registry is at the size of these runs, and which rows are the same.
+
+    The first of two equal rows is the one that is shown; the second is its alias.
+    """
+    profile = profiles.get(runs[0].config["profile"]) if runs else None
+    roles: dict[str, Experiment] = {}
+    aliases: dict[str, str] = {}
+    for name in registry if profile else ():
+        if name in TUNED:
+            losses = swept(sweep_runs, TUNED[name], profile)
+            if not losses:
+                continue
+            experiment = scaled(tuned(name, profile, losses), profile)
+        else:
+            experiment = scaled(find_experiment(name), profile)
+        if same := next((other for other, e in roles.items() if e == experiment), None):
+            aliases[name] = same
+        roles[name] = experiment
+    return roles, aliases
+
+
+def read_rungs(probes: Mapping[str, dict], fingerprint: str | None) -> dict[str, float]:
+    """The rungs among recorded probes; empty if there are none, or of another corpus.
+
+    Raises MusotaError where they are damaged.
+    """
+    recorded = probes.get("ladder")
+    if recorded is None:
         return {}
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
         rungs = {name: float(ppl) for name, ppl in recorded["ppl"].items()}
         return rungs if recorded["fingerprint"] == fingerprint else {}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise MusotaError(f"{path} is damaged: delete it, and it is measured anew.") from None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise MusotaError("ladder.json is damaged: delete it, and it is measured anew.") from None
 
 
 def read_grid(folder: Path) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
-    """The recorded runs of a root-cause grid by cell and seed, and its suspects."""
-    runs: dict[str, dict[int, Run]] = {}
-    for path in sorted(folder.glob("*/config.json")):
-        run = Run(path.parent)
-        runs.setdefault(run.name, {})[run.seed] = run
-    profile = next(iter(runs["original"].values())).config["profile"] if runs else "quick"
+    """The recorded runs of a results folder's root-cause grid by cell and seed, and its suspects:
+    a run belongs to the cell whose experiment it is."""
+    recorded, _ = read_runs(folder, GRID)
+    profile = recorded[0].config["profile"] if recorded else "quick"
     cells, suspects, _ = grid(profile)
-    return {name: by_seed for name, by_seed in runs.items() if name in cells}, suspects
+    named = {scaled(cell.experiment, grid_profiles[profile]): name for name, cell in cells.items()}
+    runs: dict[str, dict[int, Run]] = {}
+    for run in recorded:
+        if run.experiment in named:
+            runs.setdefault(named[run.experiment], {})[run.seed] = run
+    return runs, suspects
 
 
-def _reason(run: Run) -> str | None:
+def plan_reason(run: Run) -> str | None:
+    """Why the plan's thresholds say nothing about a run, or None where they do."""
     corpus, vocab_size = run.config["corpus"]["name"], run.experiment.model.vocab_size
     return plan.plan_does_not_apply(corpus, vocab_size, run.config["profile"], run.finished)
 
@@ -174,23 +217,21 @@ def run_findings(
     The plan's rules judge MU-SOTA; of a dense model only rungs and the curve are told.
     """
     ppl, accuracy = run.summary["ppl"], run.summary["accuracy"]
-    reason = _reason(run)
-    findings, judged = [], isinstance(run.experiment.model, MuConfig)
+    found, reason = [], plan_reason(run)
+    judged = isinstance(run.experiment.model, MuConfig)
     if judged and reason:
-        findings = [not_applicable("Scenario, bottom line, expectation", reason)]
+        found = [not_applicable("Scenario, bottom line, expectation", reason)]
     elif judged:
-        findings = [
+        found = [
             plan.scenario(ppl, accuracy, baseline.summary["ppl"] if baseline else None),
             plan.bottom_line(ppl),
             plan.expectation(ppl, accuracy),
         ]
     if rungs:
-        findings.append(plan.on_the_ladder(ppl, rungs))
-    training, steps = run.experiment.training, run.steps
-    findings += curves.phases(run.history, training.epochs)
-    findings.append(plateau_of(run))
-    findings.append(curves.oscillation(steps, training.warmup_steps))
-    return findings
+        found.append(plan.on_the_ladder(ppl, rungs))
+    found.append(plateau_of(run))
+    found.append(curves.oscillation(run.steps, run.experiment.training.warmup_steps))
+    return found
 
 
 def plateau_of(run: Run, **rule) -> Finding:
@@ -207,17 +248,16 @@ def verdict_lines(evidence: Evidence) -> list[str]:
 
 def rule_lines(evidence: Evidence) -> list[str]:
     """What the plan's rules say of the optimized model."""
-    lines = []
     reason = evidence.plan_does_not_apply
     optimized, baseline = evidence.best("optimized"), evidence.best("baseline")
+    found = []
     if baseline and not reason:
-        lines.append(plan.plans_own_test(baseline.summary["ppl"]).sentence)
+        found.append(plan.plans_own_test(baseline.summary["ppl"]))
     if optimized:
-        lines += [f.sentence for f in run_findings(optimized, evidence.rungs, baseline)]
-        compared = evidence.compare()
-        ppl = None if reason else optimized.summary["ppl"]
-        lines.append(plan.option_three(ppl, compared[0] if compared else None).sentence)
-    return lines
+        compared, ppl = evidence.compare(), None if reason else optimized.summary["ppl"]
+        found += run_findings(optimized, evidence.rungs, baseline)
+        found.append(plan.option_three(ppl, compared[0] if compared else None))
+    return [finding.sentence for finding in found]
 
 
 def answers(evidence: Evidence, short: bool = False) -> dict[str, list[str]]:
@@ -227,13 +267,12 @@ def answers(evidence: Evidence, short: bool = False) -> dict[str, list[str]]:
     """
     goals = [evidence.goal(name) for name in ("original", "optimized", "tuned")]
     compared = [evidence.compare(name) for name in PAIRS]
-    sweeps = []
+    sweeps, lost = [], []
     if optimized := evidence.best("optimized"):
         own = optimized.experiment.training.learning_rate
         sweeps = [verdicts.best_rate(losses, own, n) for n, losses in evidence.sweeps.items()]
-    runs, suspects = read_grid(evidence.folder / GRID_FOLDER)
+    runs, suspects = read_grid(evidence.folder)
     causes = judge(runs, suspects) if runs else []
-    lost = []
     if looked := evidence.ablated:
         run, effects = looked
         ledger, layout = run.summary["parameter_ledger"], run.experiment.model.layout

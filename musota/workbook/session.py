@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -21,6 +20,7 @@ from musota.plan.profiles import Profile, find_profile, scaled, twin
 from musota.plan.registry import TUNED, find_experiment
 from musota.plan.suspects import Cell, Suspect, grid
 from musota.rules.findings import Finding
+from musota.rules.plan import plan_does_not_apply
 from musota.studies import campaign
 from musota.studies.cells import run_cells
 from musota.studies.ngrams import measure_ladder
@@ -29,25 +29,24 @@ from musota.training.machine import about_machine
 from musota.training.mirror import Mirror
 from musota.training.runs import Run
 from musota.training.trainer import train
-from musota.workbook.evidence import GRID_FOLDER, Evidence, footer, read_evidence, read_rungs
+from musota.workbook.evidence import GRID, SWEEP, Evidence, footer, read_evidence, read_rungs
 from musota.workbook.pages import save_figure
+from musota.workbook.records import read_probes, read_runs
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to")
-
-
 PARTS = ("models", "sweep", "tuned")  # of the plan carried out with several seeds
-
-
 COMMITTED = ("full", "study")  # results that come with the repository, best first
 
 
-def results_folder(profile: str, corpus: str, save_to: str | os.PathLike = "") -> Path:
-    """Where results of a profile and corpus belong: WikiText-2 under the profile's bare name."""
-    name = profile if corpus == "wikitext-2" else f"{profile}-{corpus}"
-    return Path(save_to or ROOT / "results") / name
+def results_folder(profile: str, corpus: Corpus, save_to: str | os.PathLike = "") -> Path:
+    """Where results of a profile and corpus belong: WikiText-2 under the profile's bare name, any
+    other text under a name that ends in its fingerprint, whatever the text is called now."""
+    base = Path(save_to or ROOT / "results").expanduser()
+    if corpus.label == "wikitext-2":
+        return base / profile
+    same_text = sorted(base.glob(f"{profile}-*-{corpus.text_hash[:8]}"))
+    return same_text[0] if same_text else base / f"{profile}-{corpus.label}"
 
 
 class Workbook:
@@ -77,14 +76,11 @@ class Workbook:
         self.whole_corpus = load_corpus(corpus, self.profile.vocab_size or 50_000)
         self.corpus: Corpus = self.whole_corpus.limited(self.profile)
         # Where results belong, and where they are worked on: a Drive loses writes, a disk does not.
-        self.home = results_folder(self.profile.name, self.corpus.name, save_to)
-        self.folder, self.mirror = self.home, None
+        self.home = work = results_folder(self.profile.name, self.corpus, save_to)
         if save_to:
-            key = sha256(str(Path(save_to).resolve()).encode())[:12]
+            key = sha256(str(Path(save_to).expanduser().resolve()).encode())[:12]
             work = cache_folder() / "work" / key / self.home.name
-            self.folder = work
-        if grid:
-            self.folder /= GRID_FOLDER
+        self.mirror, self.folder = None, work / GRID if grid else work
         try:
             self.home.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +92,7 @@ class Workbook:
                 f"The results folder {self.home} cannot be made ({error.strerror}): set save_to to "
                 "a folder that can be written."
             ) from None
+        self.root, self.part = work, GRID if grid else ""
         print(self.about)
 
     @property
@@ -112,14 +109,25 @@ class Workbook:
     def footer(self) -> str:
         return footer(self.corpus.name, self.corpus.tokenizer.size, self.profile.name)
 
+    @property
+    def plan_does_not_apply(self) -> str | None:
+        """Why the plan's thresholds say nothing of what is trained here; None where they do."""
+        vocab_size = self.profile.vocab_size or 50_000
+        return plan_does_not_apply(self.corpus.name, vocab_size, self.profile.name)
+
     def experiment(self, name: str) -> Experiment:
-        """One of the plan's experiments, `<name>_twin` or a tuned model, at this profile's size."""
+        """A row of the registry, or `<row>_twin`, at this profile's size."""
         if name in TUNED:
-            kept = results_folder(self.profile.name, self.corpus.name)
-            return scaled(campaign.tuned(name, self.profile, self.folder, kept), self.profile)
+            kept = results_folder(self.profile.name, self.corpus)
+            losses = self._swept(self.root, name) or self._swept(kept, name)
+            return scaled(campaign.tuned(name, self.profile, losses), self.profile)
         if name.endswith("_twin"):
             return twin(self.experiment(name.removesuffix("_twin")))
         return scaled(find_experiment(name), self.profile)
+
+    def _swept(self, folder: Path, name: str) -> dict[float, list[float]]:
+        runs = [r for r in read_runs(folder, SWEEP)[0] if r.fingerprint == self.corpus.fingerprint]
+        return campaign.swept(runs, TUNED[name], self.profile)
 
     def train(self, name: str, **choices) -> Run:
         """Train an experiment here, go on with it, or load it if it has finished.
@@ -128,47 +136,59 @@ class Workbook:
         """
         from musota.workbook.widgets import live_view
 
+        experiment, folder = self.experiment(name), self.folder / f"{name}-seed{self.seed}"
+        wanted = experiment, self.corpus.fingerprint, self.seed
+        same = [run for run in self.known if run.finished and run.identity == wanted]
+        if same and not self.fresh and not (folder / "config.json").exists():
+            print(f"{same[0].path}: finished before, loaded as it is.")
+            return same[0]
         choices.setdefault("watch", live_view())
-        folder = self.folder / f"{name}-seed{self.seed}"
         if self.mirror:
             choices["copy"] = self.mirror.part(folder).push
+        resume, profile = not self.fresh, self.profile.name
         return train(
-            self.experiment(name),
-            self.corpus,
-            folder,
-            resume=not self.fresh,
-            seed=self.seed,
-            name=name,
-            profile=self.profile.name,
+            experiment, self.corpus, folder, resume, self.seed, name=name, profile=profile,
             **choices,
-        )
+        )  # fmt: skip
+
+    @property
+    def known(self) -> list[Run]:
+        """What is recorded in this folder, packed or not."""
+        return read_runs(self.root, self.part)[0]
 
     def run_grid(self) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
-        """Train the root-cause grid of this profile, or go on with it (see `grid`)."""
+        """Train the root-cause grid of this profile, or go on with it (see `suspects.grid`)."""
         cells, suspects, seeds = grid(self.profile.name)
-        place = self.profile, self.corpus, self.folder, self.fresh
         longest = "epochs" if "epochs" in cells else "original"  # to look inside afterwards
         seeds = [self.seed + n for n in seeds]
         try:
-            return run_cells(cells, seeds, *place, keep=(longest,), each=self.push), suspects
+            return self._run_cells(cells, seeds, keep=(longest,), quiet=True), suspects
         finally:
             self.push()
 
+    def _run_cells(self, cells: dict[str, Cell], seeds: Sequence[int], **how):
+        how = {"fresh": self.fresh, "known": self.known, "each": self.push} | how
+        return run_cells(cells, seeds, self.profile, self.corpus, self.folder, **how)
+
     def carry_out(self, part: str, seeds: int) -> None:
         """Train one of `PARTS` of the plan with `seeds` seeds, or go on with it."""
-        place = self.profile, self.corpus, self.folder
-        how = {"fresh": self.fresh, "each": self.push, "quiet": False}
         if part == "sweep":
-            campaign.run_sweeps(*place, self.seed, **how)
-        else:
-            cells = campaign.models()
-            if part == "tuned":
-                cells = {name: Cell(campaign.tuned(name, *place[::2])) for name in TUNED}
-            run_cells(cells, range(self.seed, self.seed + seeds), *place, keep=cells, **how)
-            looked = "tuned" if part == "tuned" else "optimized"
-            run = Run(self.folder / f"{looked}-seed{self.seed}")
-            if run.has_model:
-                self.kept(f"ablations_{looked}", measure_ablations, run, self.corpus)
+            known = read_runs(self.root, SWEEP)[0]
+            how = {"fresh": self.fresh, "known": known, "each": self.push, "quiet": False}
+            folder = self.folder / SWEEP
+            campaign.run_sweeps(self.profile, self.corpus, folder, self.seed, **how)
+            return
+        cells = campaign.models()
+        if part == "tuned":
+            losses = {name: self._swept(self.root, name) for name in TUNED}
+            cells = {n: Cell(campaign.tuned(n, self.profile, losses[n])) for n in TUNED}
+        seeds = range(self.seed, self.seed + seeds)
+        runs = self._run_cells(cells, seeds, keep=cells, quiet=False)
+        looked = "tuned" if part == "tuned" else "optimized"
+        if runs[looked][self.seed].has_model:
+            self.kept(
+                f"ablations_{looked}", measure_ablations, runs[looked][self.seed], self.corpus
+            )
 
     def push(self) -> bool:
         """Copy what is new to where results belong; False, and a sentence, where that fails."""
@@ -181,16 +201,22 @@ class Workbook:
         return True
 
     def kept(self, name: str, measure: Callable[..., dict], *arguments) -> dict:
-        """What `measure(*arguments)` returns, measured once and kept in `<name>.json`."""
-        path, fingerprint = self.folder / f"{name}.json", self.corpus.fingerprint
-        if path.exists() and not self.fresh:
-            recorded = json.loads(path.read_text(encoding="utf-8"))
-            if recorded.pop("fingerprint") == fingerprint:
-                return recorded
+        """What `measure(*arguments)` returns, measured once and kept as the probe `name`."""
+        fingerprint = self.corpus.fingerprint
+        recorded = self.probes.get(name, {})
+        if recorded.get("fingerprint") == fingerprint and not self.fresh:
+            return recorded
         measured = measure(*arguments)
-        write_json(path, {"fingerprint": fingerprint, **measured})
+        write_json(self.folder / f"{name}.json", {"fingerprint": fingerprint, **measured})
         self.push()
         return measured
+
+    @property
+    def probes(self) -> dict[str, dict]:
+        """What is recorded here besides runs, by name."""
+        found = read_probes(self.root)
+        start = f"{self.part}/" if self.part else ""
+        return {name.removeprefix(start): v for name, v in found.items() if name.startswith(start)}
 
     def show_blocks(self, run: Run, sentence: str) -> None:
         """The matrices and gates of a sentence, to be changed by the reader (see `widgets`)."""
@@ -206,9 +232,8 @@ class Workbook:
     @property
     def recorded(self) -> Evidence:
         """The runs of this folder on this corpus, with the rungs."""
-        return dataclasses.replace(
-            read_evidence(self.folder, self.corpus.fingerprint), rungs=self.ladder
-        )
+        self.ladder  # noqa: B018  measured, if it was not
+        return read_evidence(self.folder, self.corpus.fingerprint)
 
     def evidence(self, *names: str) -> Evidence:
         """Recorded runs with these names: of this folder, else those that come with the repository.
@@ -230,12 +255,12 @@ class Workbook:
 
     @cached_property
     def ladder(self) -> dict[str, float]:
-        """Perplexity of the measured rungs on valid; kept in ladder.json."""
+        """Perplexity of the measured rungs on valid, measured once."""
         fingerprint = self.corpus.fingerprint
-        rungs = read_rungs(self.folder, fingerprint)
-        if not rungs:
-            rungs = measure_ladder(self.corpus)
-            write_json(self.folder / "ladder.json", {"fingerprint": fingerprint, "ppl": rungs})
+        if rungs := read_rungs(self.probes, fingerprint):
+            return rungs
+        rungs = measure_ladder(self.corpus)
+        write_json(self.folder / "ladder.json", {"fingerprint": fingerprint, "ppl": rungs})
         return rungs
 
     def record(self, name: str, findings: Sequence[Finding], **numbers) -> None:
@@ -260,6 +285,7 @@ class Workbook:
         `about` is the line under it, by default this corpus and profile.
         """
         path = (run.path if run else self.folder) / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)  # a packed run's has none
         save_figure(figure, path, self.footer if about is None else about)
         from IPython.display import Image, display
 

@@ -1,0 +1,227 @@
+"""Recorded runs and probes, from run folders and from the packed files of committed results.
+
+runs.jsonl     a run a line: path, config, summary, events
+epochs.jsonl   an epoch a line, with the path of its run
+steps.parquet  the logged steps of every run, float32
+probes.json    what was measured besides runs: rungs, ablations, findings; by name
+SHA256SUMS     of these four
+
+Where a run stands both in a folder and packed, the folder counts. What a run is called never
+decides anything: runs are the same by experiment, corpus fingerprint and seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import pandas as pd
+
+from musota.errors import MusotaError
+from musota.files import jsonable, sha256, write_whole
+from musota.plan.config import Experiment
+from musota.training.runs import Run
+
+PACKED = ("runs.jsonl", "epochs.jsonl", "steps.parquet", "probes.json")
+SUMS = "SHA256SUMS"
+
+
+def read_runs(folder: str | os.PathLike, part: str = "") -> tuple[list[Run], dict[str, str]]:
+    """The runs of a results folder, or of a `part` (sub-folder) of it, by path and in no other
+    order; and why the rest was left out, by path: no run, damaged, no epoch yet.
+
+    Raises MusotaError for packed records that are damaged, and for two runs equal in all that a
+    run is (experiment, corpus, seed).
+    """
+    folder, left_out = Path(folder), {}
+    found = {path: run for path, run in _packed(folder).items() if _part_of(path) == part}
+    for place in sorted(p for p in (folder / part).glob("*/") if any(p.glob("*.json*"))):
+        path = place.relative_to(folder).as_posix()
+        if not (place / "metrics.jsonl").exists() and not (place / "summary.json").exists():
+            if (place / "config.json").exists():  # of a saved model, or of a run not begun
+                left_out[path] = "no recorded run"
+            continue
+        try:
+            found[path] = Run(place)
+            found[path].records  # noqa: B018  damage is seen here, not in the middle of a page
+        except MusotaError as error:
+            found.pop(path, None)
+            left_out[path] = f"damaged: {error}"
+    for path in [path for path, run in found.items() if not (run.summary or run.diverged)]:
+        del found[path]
+        left_out[path] = "no epoch has ended yet"
+    _refuse_doubles(found)
+    return [found[path] for path in sorted(found)], left_out
+
+
+def load_runs(folder: str | os.PathLike) -> list[Run]:
+    """Every run in a results folder that has finished at least one epoch, by path: run folders
+    and committed records alike. What is left out is named in the output."""
+    runs, left_out = read_runs(folder)
+    for path, reason in left_out.items():
+        print(f"{Path(folder) / path} is left out: {reason}")
+    return [run for run in runs if run.summary]
+
+
+def _refuse_doubles(found: Mapping[str, Run]) -> None:
+    seen: dict[tuple, str] = {}
+    for path, run in found.items():
+        other = seen.setdefault(run.identity, path)
+        if other != path:
+            raise MusotaError(
+                f"{other} and {path} hold the same run (experiment, corpus and seed are equal): "
+                "delete one of them."
+            )
+
+
+def labelled(runs: Iterable[Run], roles: Mapping[str, Experiment]) -> list[Run]:
+    """Copies of `runs`, named by what they are: equal names differ in seed alone.
+
+    A run is called after the first of `roles` whose experiment it is, else as it was recorded;
+    another experiment of the same name is told apart by the fields that differ.
+    """
+    names: dict[tuple, str] = {}  # by experiment and corpus
+    owners: dict[str, Experiment] = {}
+    copies = []
+    for run in runs:
+        key = run.experiment, run.fingerprint
+        if key not in names:
+            role = next((name for name, e in roles.items() if e == run.experiment), run.name)
+            name = role
+            if role in owners:
+                name = ",".join([role, *_differences(owners[role], run)])
+            owners.setdefault(name, run.experiment)
+            names[key] = name
+        copied = copy.copy(run)
+        copied.name = names[key]
+        copies.append(copied)
+    return copies
+
+
+def _differences(first: Experiment, run: Run) -> list[str]:
+    before, after = first.fields(), run.experiment.fields()
+    changed = [f"{k}={v:.9g}" for k, v in after.items() if before.get(k) != v]
+    return changed or [f"corpus={run.fingerprint[:8]}"]
+
+
+def read_probes(folder: str | os.PathLike) -> dict[str, dict]:
+    """What was measured besides runs, by name (`part/name` in a part). Raises MusotaError for
+    damage."""
+    folder, probes = Path(folder), {}
+    _packed(folder)  # makes sure that nothing is damaged
+    for path in [folder / "probes.json", *_probe_files(folder)]:
+        if not path.exists():
+            continue
+        try:
+            data = json.loads(path.read_bytes())
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            probes |= data if name == "probes" else {name: data}
+        except (ValueError, TypeError):
+            raise MusotaError(f"{path} is damaged: delete it, and it is measured anew.") from None
+    return probes
+
+
+def pack(folder: str | os.PathLike) -> list[Path]:
+    """Write the packed files of a results folder and remove what they hold now: probes, and run
+    folders without checkpoints. Nothing is removed before all is written. Returns the files."""
+    folder = Path(folder)
+    runs = {}
+    for part in _parts(folder):
+        runs |= {r.path.relative_to(folder).as_posix(): r for r in read_runs(folder, part)[0]}
+    lines, epochs, steps = [], [], [pd.DataFrame({"run": []})]
+    for path, run in runs.items():
+        kinds = {"step": [], "epoch": [], "event": []}
+        for record in run.records:
+            kinds[record["kind"]].append({k: v for k, v in record.items() if k != "kind"})
+        about = {"config": run.config, "summary": run.summary, "events": kinds["event"]}
+        lines.append({"run": path, **about})
+        epochs += [{"run": path, **record} for record in kinds["epoch"]]
+        steps.append(pd.DataFrame(kinds["step"]).assign(run=path))
+    table, buffer = pd.concat(steps, ignore_index=True), io.BytesIO()
+    whole = {"run": "category", "step": "int32", "tokens": "int64"}
+    kinds = dict.fromkeys(table, "float32") | {k: v for k, v in whole.items() if k in table}
+    table.astype(kinds).to_parquet(buffer, index=False, compression="zstd")
+    probes = (json.dumps(read_probes(folder), ensure_ascii=False, indent=1) + "\n").encode()
+    written = _lines(lines), _lines(epochs), buffer.getvalue(), probes
+    contents = dict(zip(PACKED, written, strict=True))
+    sums = "".join(f"{sha256(data)}  {name}\n" for name, data in contents.items())
+    no_longer_needed = _probe_files(folder)
+    for name, data in {**contents, SUMS: sums.encode()}.items():
+        write_whole(folder / name, lambda target, data=data: target.write_bytes(data))
+    for path in no_longer_needed:
+        path.unlink()
+    for run in runs.values():
+        if run.path.exists() and not (run.path / "checkpoints").exists():
+            shutil.rmtree(run.path)
+    return [folder / name for name in contents]
+
+
+def _parts(folder: Path) -> list[str]:
+    """The folder itself and every sub-folder with runs."""
+    here = [p.parent.relative_to(folder).as_posix() for p in folder.glob("**/metrics.jsonl")]
+    return sorted({_part_of(path) for path in [*_packed(folder), *here]})
+
+
+def _probe_files(folder: Path) -> list[Path]:
+    """The JSON files of the folder and its parts that belong to no run or saved model."""
+    files = sorted([*folder.glob("*.json"), *folder.glob("*/*.json")])
+    return [
+        path
+        for path in files
+        if path.name != "probes.json" and not (path.parent / "config.json").exists()
+    ]
+
+
+def _lines(records: list[dict]) -> bytes:
+    return "".join(json.dumps(jsonable(r), ensure_ascii=False) + "\n" for r in records).encode()
+
+
+def _part_of(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _packed(folder: Path) -> dict[str, Run]:
+    """The packed runs of a results folder by path. Raises MusotaError where a file is damaged."""
+    path = folder / SUMS
+    return _unpacked(folder.resolve(), path.read_bytes()) if path.exists() else {}
+
+
+@lru_cache(maxsize=8)
+def _unpacked(folder: Path, sums: bytes) -> dict[str, Run]:
+    contents = {}
+    for line in sums.decode().splitlines():
+        expected, name = line.split(maxsplit=1)
+        contents[name] = data = (folder / name).read_bytes() if (folder / name).exists() else b""
+        if sha256(data) != expected:
+            raise MusotaError(
+                f"{folder / name} is missing, damaged or was changed by hand: restore it from git."
+            )
+    records: dict[str, list[dict]] = {}
+    table = pd.read_parquet(io.BytesIO(contents["steps.parquet"]))
+    for path, steps in table.groupby("run", observed=True, sort=False):
+        rows = steps.drop(columns="run").assign(kind="step").to_dict("records")
+        records[path] = rows
+    for line in contents["epochs.jsonl"].splitlines():
+        epoch = json.loads(line)
+        records.setdefault(epoch.pop("run"), []).append({"kind": "epoch", **epoch})
+    runs = {}
+    for line in contents["runs.jsonl"].splitlines():
+        about = json.loads(line)
+        path, events = about["run"], [{"kind": "event", **e} for e in about["events"]]
+        own = records.get(path, []) + events
+        runs[path] = Run.from_records(folder / path, about["config"], about["summary"], own)
+    return runs
+
+
+def identical(
+    experiment: Experiment, fingerprint: str, seed: int, runs: Iterable[Run]
+) -> Run | None:
+    """The finished run among `runs` that is this one, whatever it is called."""
+    wanted = experiment, fingerprint, seed
+    return next((run for run in runs if run.finished and run.identity == wanted), None)
