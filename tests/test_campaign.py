@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 import musota
 from musota.plan.profiles import profiles
-from musota.plan.registry import find_experiment
+from musota.plan.registry import TUNED, find_experiment
 from musota.rules import plan
 from musota.rules.stats import Interval, seed_interval
 from musota.rules.verdicts import weak_spots
@@ -52,11 +52,13 @@ def _sweep_with(monkeypatch, tmp_path, best):
             tried.setdefault(model, []).append(float(rate))
             assert cell.experiment.training.learning_rate == pytest.approx(float(rate))
 
-    def losses(folder, model):
+        return {}
+
+    def losses(runs, model, profile):
         return {rate: [abs(math.log(rate / best[model]))] for rate in sorted(tried[model])}
 
     monkeypatch.setattr(campaign, "run_cells", pretend)
-    monkeypatch.setattr(campaign, "read_sweep", losses)
+    monkeypatch.setattr(campaign, "swept", losses)
     campaign.run_sweeps(profiles["full"], None, tmp_path, 0)
     return {model: sorted(rates) for model, rates in tried.items()}
 
@@ -72,9 +74,9 @@ def test_a_best_at_an_edge_widens_the_sweep_for_both_alike(monkeypatch, tmp_path
     assert tried == dict.fromkeys(("optimized", "baseline"), wider)
 
 
-def test_without_a_sweep_nothing_is_tuned(tmp_path):
+def test_without_a_sweep_nothing_is_tuned():
     with pytest.raises(musota.MusotaError, match="--only sweep"):
-        campaign.tuned("tuned", profiles["tiny"], tmp_path)
+        campaign.tuned("tuned", profiles["tiny"], {})
 
 
 def test_an_unknown_part_is_named():
@@ -100,8 +102,8 @@ def carried_out(text_folder, tmp_path_factory):
 def test_both_models_are_tuned_to_their_own_best_rate(carried_out):
     folder, _, output = carried_out
     evidence = read_evidence(folder)
-    for tuned, origin in campaign.TUNED.items():
-        losses = campaign.read_sweep(folder, origin)
+    for tuned, origin in TUNED.items():
+        losses = campaign.swept(evidence.sweep_runs, origin, profiles["tiny"])
         assert len(losses) == 3
         best = min(losses, key=losses.get)
         runs = [run for run in evidence.runs if run.name == tuned]

@@ -98,8 +98,14 @@ def test_the_full_profile_changes_nothing():
         (lambda: musota.DenseConfig(n_head=12), "n_head=12 does not divide d_model=208"),
         (lambda: musota.MuConfig(vocab_size=0), "vocab_size must be a whole number"),
         (lambda: musota.MuConfig(n_layer=1.5), "n_layer must be a whole number"),
-        (lambda: musota.DenseConfig(dropout=1.0), "dropout must be a finite number of at least 0, at most 0.99"),
-        (lambda: musota.TrainConfig(learning_rate=0), "learning_rate must be a finite number above 0"),
+        (
+            lambda: musota.DenseConfig(dropout=1.0),
+            "dropout must be a finite number of at least 0, at most 0.99",
+        ),
+        (
+            lambda: musota.TrainConfig(learning_rate=0),
+            "learning_rate must be a finite number above 0",
+        ),
         (lambda: musota.TrainConfig(learning_rate=float("nan")), "learning_rate must be a finite"),
         (lambda: musota.TrainConfig(epochs=0), "epochs must be a whole number"),
     ],

@@ -1,4 +1,5 @@
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from musota.data.corpus import load_corpus, window_starts
 from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError
 from musota.files import write_whole
-from musota.plan.profiles import Profile
+from musota.plan.profiles import Profile, profiles
 
 ODD = [
     "",
@@ -173,7 +174,7 @@ def test_a_local_copy_is_preferred_to_the_hub(tmp_path):
 
 def test_auto_falls_back_on_python_docs_and_says_so(monkeypatch, text_folder):
     texts = sources._read_folder(text_folder)
-    monkeypatch.setattr(sources, "_python_docs", lambda: texts)
+    monkeypatch.setitem(sources.SOURCES, "python-docs", lambda: ("docstrings", texts))
     corpus = load_corpus("auto", 300)
     assert corpus.name == "python-docs"
     assert "instead of wikitext-2, because HF_HUB_OFFLINE is set" in corpus.source
@@ -332,3 +333,26 @@ def test_memory_does_not_grow_with_the_text(text_folder, tmp_path):
     # Eighteen megabytes of text more, and their tokens: with the file's pages, which can be dropped
     # at any time, under twice the text. Held whole they would be ten times that.
     assert peaks[20] - peaks[2] < 40_000
+
+
+def test_wikitext_is_recognised_by_its_content_and_by_nothing_else(
+    text_folder, tmp_path, monkeypatch
+):
+    posing = tmp_path / "wikitext-2"
+    shutil.copytree(text_folder, posing)
+    other = load_corpus(str(posing), 300)
+    assert other.name == "wikitext-2 (another text)" and other.label.endswith(other.text_hash[:8])
+    monkeypatch.setitem(sources.KNOWN_TEXTS, "wikitext-2", other.text_hash)
+    for folder in (posing, text_folder):  # wherever it lies
+        assert load_corpus(str(folder), 300).label == "wikitext-2"
+
+
+def test_two_texts_never_share_a_label_and_one_text_keeps_its_hash(text_folder, tmp_path):
+    changed = tmp_path / text_folder.name
+    shutil.copytree(text_folder, changed)
+    with (changed / "train.txt").open("a") as file:
+        file.write("One more line.\n")
+    here, there = (load_corpus(str(folder), 300) for folder in (text_folder, changed))
+    assert here.name == there.name and here.label != there.label
+    assert here.limited(profiles["tiny"]).text_hash == here.text_hash
+    assert load_corpus(str(text_folder), 400).text_hash == here.text_hash  # another vocabulary

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from musota.data.sources import PIECE, RECIPE, SPLITS, content_hash, read_texts
+from musota.data.sources import (
+    KNOWN_TEXTS,
+    PIECE,
+    RECIPE,
+    SPLITS,
+    content_hash,
+    read_texts,
+    recognised,
+)
 from musota.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer
 from musota.errors import MusotaError
 from musota.files import cache_folder, write_whole
@@ -38,8 +47,17 @@ class Corpus:
     words: dict[str, int]  # by split; line ends count as words, as in the published counts
     bytes: dict[str, int]  # by split; UTF-8
     tokenizer: TextTokenizer
-    fingerprint: str
+    fingerprint: str  # of the tokens: what a run was trained on
+    text_hash: str  # of the whole text behind it, whatever its vocabulary or cut
     source: str  # where the text came from, for people
+
+    @property
+    def label(self) -> str:
+        """A name for folders: two texts never share one, unless both are WikiText-2."""
+        if self.name in KNOWN_TEXTS:
+            return self.name
+        plain = re.sub(r"[^\w.-]+", "-", self.name).strip("-")[:60]
+        return f"{plain}-{self.text_hash[:8]}"
 
     def split(self, name: str) -> Tensor:
         return getattr(self, name)
@@ -69,12 +87,8 @@ class Corpus:
         splits, words, sizes = {}, {}, {}
         for name, limit in zip(SPLITS, limits, strict=True):
             tokens = self.split(name)
+            splits[name], words[name], sizes[name] = tokens, self.words[name], self.bytes[name]
             if limit is None or len(tokens) <= limit:
-                splits[name], words[name], sizes[name] = (
-                    tokens,
-                    self.words[name],
-                    self.bytes[name],
-                )
                 continue
             ends = (tokens[:limit] == self.tokenizer.line_end).nonzero()
             if not len(ends):
@@ -129,13 +143,15 @@ def load_corpus(
         # Mapped from the disk: WikiText-103 needs no room of its own in memory.
         length = path.stat().st_size // 4
         tokens[split] = torch.from_file(str(path), size=length, dtype=torch.int32)
+    text_hash = content_hash(*keys.values())
     return Corpus(
-        name=name,
+        name=recognised(name, source, text_hash),
         **tokens,
         words={split: counts[split][0] for split in SPLITS},
         bytes={split: counts[split][1] for split in SPLITS},
         tokenizer=tokenizer,
         fingerprint=_fingerprint(tokens),
+        text_hash=text_hash,
         source=source,
     )
 

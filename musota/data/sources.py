@@ -1,4 +1,4 @@
-"""Where texts come from."""
+"""Where texts come from: a table, corpus name -> how to read it, and folders of one's own."""
 
 from __future__ import annotations
 
@@ -18,30 +18,15 @@ from musota.errors import MusotaError, nearest_name
 from musota.files import cache_folder, write_whole
 
 SPLITS = ("train", "valid", "test")
-
-
 HUB_REPOSITORY = "Salesforce/wikitext"
-
-
 HUB_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
-
-
-HUB_CONFIGS = {
-    name: f"{name}-v1"
-    for name in ("wikitext-2", "wikitext-2-raw", "wikitext-103", "wikitext-103-raw")
-}
-
-
 HUB_TIMEOUT = 5  # seconds
-
-
 DOCS_PACKAGES = ("numpy", "pandas", "matplotlib", "torch")
-
-
 PIECE = 2**20  # characters of text, or tokens, that are looked at together
-
-
+LOCAL = "local copy"
 RECIPE = "1"  # raise when the same text should give other tokens or another python-docs
+# Texts that are recognised wherever they lie (see `Corpus.text_hash`).
+KNOWN_TEXTS = {"wikitext-2": "db03aa7174452ad8"}
 
 
 def content_hash(*parts: str) -> str:
@@ -64,22 +49,32 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, Text]]:
         except HubUnreachable as error:
             docs = read_texts("python-docs", data_dir)
             return (docs[0], f"{docs[1]}; instead of wikitext-2, because {error.reason}", docs[2])
-    if name == "python-docs":
-        return name, "docstrings of the Python libraries installed here", _python_docs()
-    local = Path(data_dir or "") / name
-    if name in HUB_CONFIGS:
-        if data_dir and _is_folder(local):
-            return name, "local copy", _read_folder(local)
-        return (name, *_read_hub(name))
-    if _is_folder(Path(name)):
-        return Path(name).resolve().name, "local folder", _read_folder(Path(name))
-    if data_dir and _is_folder(local):
-        return local.name, "local folder", _read_folder(local)
+    local = Path(data_dir) / name if data_dir else None
+    if name in SOURCES:
+        if local and _is_folder(local):
+            return name, LOCAL, _read_folder(local)
+        return (name, *SOURCES[name]())
+    for folder in filter(None, (Path(name), local)):
+        if _is_folder(folder):
+            return folder.resolve().name, "local folder", _read_folder(folder)
     if os.sep in name or "/" in name:
         raise MusotaError(
             f"There is no folder {name}: give one with train.txt, valid.txt and test.txt."
         )
-    raise nearest_name("corpus", name, ["auto", *HUB_CONFIGS, "python-docs"])
+    raise nearest_name("corpus", name, ["auto", *SOURCES])
+
+
+def recognised(name: str, source: str, text_hash: str) -> str:
+    """What a text is by its content: nobody's folder makes a text WikiText-2, or hides that it is.
+
+    What comes from the hub's pinned revision is what it is called.
+    """
+    for known, its_hash in KNOWN_TEXTS.items():
+        if text_hash == its_hash:
+            return known
+        if name == known and source.startswith("local"):
+            return f"{name} (another text)"
+    return name
 
 
 def _is_folder(path: Path) -> bool:
@@ -143,7 +138,7 @@ def _read_hub(name: str) -> tuple[str, dict[str, Text]]:
     """From the Hugging Face datasets cache or the hub; HubUnreachable within seconds otherwise."""
     import datasets
 
-    config = HUB_CONFIGS[name]
+    config = f"{name}-v1"
     reason = _hub_trouble()
     was_offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = was_offline or reason is not None
@@ -178,7 +173,7 @@ def _hub_trouble() -> str | None:
     return None
 
 
-def _python_docs() -> dict[str, Text]:
+def _python_docs() -> tuple[str, dict[str, Text]]:
     """Docstrings of the standard library and four big packages, split 90/5/5 by docstring."""
     versions = [f"{name} {metadata.version(name)}" for name in DOCS_PACKAGES]
     key = content_hash(RECIPE, sys.version, *versions)
@@ -186,7 +181,8 @@ def _python_docs() -> dict[str, Text]:
     if not all(path.exists() for path in paths.values()):
         for split, text in _collect_docs().items():
             write_whole(paths[split], lambda target, text=text: target.write_text(text, "utf-8"))
-    return {split: partial(_read_file, path) for split, path in paths.items()}
+    texts = {split: partial(_read_file, path) for split, path in paths.items()}
+    return "docstrings of the Python libraries installed here", texts
 
 
 def _collect_docs() -> dict[str, str]:
@@ -222,3 +218,13 @@ def docstrings(path: Path) -> list[str]:
     # Escapes in a docstring can spell characters that UTF-8 has no bytes for.
     cleaned = (text.encode(errors="replace").decode().strip() for text in found)
     return [text for text in cleaned if len(text.split()) >= 20]
+
+
+# Adding a corpus is a row here: what reads it returns (where it came from, text by split).
+SOURCES: dict[str, Callable[[], tuple[str, dict[str, Text]]]] = {
+    **{
+        name: partial(_read_hub, name)
+        for name in ("wikitext-2", "wikitext-2-raw", "wikitext-103", "wikitext-103-raw")
+    },
+    "python-docs": _python_docs,
+}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from musota.plan.suspects import MISSED, Suspect
 from musota.rules.findings import Finding
 from musota.rules.stats import (
     MIN_BLOCKS,
@@ -92,7 +92,7 @@ def helps_or_hurts(
 class Cause:
     """What mending a suspect does: the effect in nats (None: it diverges), and the verdict."""
 
-    suspect: Suspect
+    suspect: Any  # of musota.plan.suspects: name, confidence, before, after, advice
     effect: Interval | None
     ppl_before: float
     ppl_after: float
@@ -101,7 +101,7 @@ class Cause:
 
 
 def root_causes(
-    suspects: Sequence[Suspect], losses: Mapping[str, Mapping[int, float]], vocab_size: int
+    suspects: Sequence, losses: Mapping[str, Mapping[int, float]], vocab_size: int
 ) -> list[Cause]:
     """Each suspect judged, the largest gain first.
 
@@ -135,39 +135,16 @@ def root_causes(
 
 
 def root_cause_advice(causes: Sequence[Cause]) -> str:
-    """One paragraph: what holds the model back, what does not, what to do, in ranked order."""
-    by_verdict = {
-        verdict: [cause for cause in causes if cause.verdict == verdict]
-        for verdict in ("cause", "not a cause", "undecided")
-    }
-
-    def names(verdict: str, planned: bool) -> str:
-        return "; ".join(
-            f"{cause.suspect.name}, {cause.suspect.confidence}" if planned else cause.suspect.name
-            for cause in by_verdict[verdict]
-            if (cause.suspect.confidence != MISSED) == planned
-        )
-
-    guilty = by_verdict["cause"]
-    said = ["No suspect was found guilty."]
-    if guilty:
-        first = guilty[0]
-        said = [
-            f"The largest measured gain: {first.suspect.name}, {first.effect} (PPL "
-            f"{first.ppl_before:,.0f} → {first.ppl_after:,.0f})."
-        ]
-    for verdict, label in (
-        ("cause", "Of the plan's suspects (with its confidence) guilty"),
-        ("not a cause", "not guilty"),
-        ("undecided", "undecided"),
-    ):
-        said.append(f"{label}: {names(verdict, True) or 'none'}.".capitalize())
-    if missed := names("cause", False):
-        said.append(f"Guilty, though the plan does not name it: {missed}.")
-    if guilty:
-        advice = list(dict.fromkeys(cause.suspect.advice for cause in guilty))
-        said.append(f"In this order: {', then '.join(advice)}; measure again after each.")
-    return " ".join(said)
+    """One line: the largest certain gain, and what to change, in the order of what it brings."""
+    guilty = [cause for cause in causes if cause.verdict == "cause"]
+    if not guilty:
+        return "No suspect was found guilty."
+    first = guilty[0]
+    advice = list(dict.fromkeys(cause.suspect.advice for cause in guilty))
+    return (
+        f"Largest certain gain: {first.suspect.name}, {first.effect}. In this order: "
+        f"{', then '.join(advice)}; measure again after each."
+    )
 
 
 def best_rate(losses: Mapping[float, Sequence[float]], own: float, model: str) -> Finding:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from musota.errors import MusotaError
 from musota.plan.config import Experiment, MuConfig
-from musota.plan.profiles import grid_profiles, profiles, scaled
+from musota.plan.profiles import grid_profiles, profiles, scaled, twin
 from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
 from musota.plan.suspects import Suspect, grid
 from musota.rules import curves, plan, verdicts
@@ -60,6 +60,11 @@ class Evidence:
         """The rows that have runs, aliases among them."""
         own = {run.name for run in self.runs}
         return own | {alias for alias, name in self.aliases.items() if name in own}
+
+    def title(self, name: str) -> str:
+        """What people read for a row, with the rows that are the same bit for bit."""
+        also = [title_of(alias) for alias, other in self.aliases.items() if other == name]
+        return title_of(name) + (f" (also: {', '.join(also)})" if also else "")
 
     def seeds(self, name: str) -> dict[int, Run]:
         """The finished runs of a row, by seed."""
@@ -110,12 +115,10 @@ class Evidence:
 
     def compare(self, name: str = "optimized") -> tuple[Finding, dict[str, Interval]] | None:
         """The verdict on a row against its dense twin and its intervals; None without both."""
-        sides = [
-            {seed: run.summary for seed, run in self.seeds(side).items()}
-            for side in (name, PAIRS[name])
-        ]
-        if not sides[0].keys() & sides[1].keys():
+        own, other = self.seeds(name), self.seeds(PAIRS[name])
+        if not own.keys() & other.keys() or not _are_twins(self.best(name), self.best(PAIRS[name])):
             return None
+        sides = [{seed: run.summary for seed, run in runs.items()} for runs in (own, other)]
         rates = "at the one learning rate both were given"
         if name in TUNED:
             rates = "each at its own best learning rate"
@@ -126,6 +129,12 @@ class Evidence:
         if seeds:
             intervals["over seeds\n(training again)"] = seeds
         return finding, intervals
+
+
+def _are_twins(run: Run, other: Run) -> bool:
+    """Whether the second is the first's dense twin, both at whatever learning rate."""
+    expected = twin(run.experiment).with_(learning_rate=other.experiment.training.learning_rate)
+    return expected == other.experiment
 
 
 def read_evidence(folder: str | os.PathLike, fingerprint: str | None = None) -> Evidence:

@@ -1,15 +1,16 @@
-"""Records -> tables, ready to print."""
+"""Records -> tables, ready to print. A table is a list of columns: heading, value, format."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from musota.plan.profiles import PLAN_TRAIN_TOKENS
-from musota.plan.registry import LABELS, experiments
+from musota.plan.registry import experiments, title_of
 from musota.rules.stats import seed_interval
 from musota.rules.verdicts import Cause
 from musota.training.runs import Run
@@ -17,6 +18,8 @@ from musota.training.schedule import learning_rate_at
 from musota.workbook import figures
 from musota.workbook.evidence import Evidence, health_of
 
+NONE = "–"  # where a figure has no meaning
+LARGEST = 1e9  # of a perplexity that says anything
 # On the whole of WikiText-2, test split, without dynamic evaluation; hundreds of epochs each.
 PUBLISHED = (
     ("tuned LSTM (Melis et al. 2018)", "10 M", 69.1),
@@ -79,174 +82,190 @@ def overlooked_facts() -> list[str]:
     ]
 
 
-def comparison_table(runs) -> pd.DataFrame:
+Columns = Sequence[tuple[str, Callable, str]]
+
+
+def _table(rows: Iterable, columns: Columns) -> pd.DataFrame:
+    """A row for each of `rows`: under each heading its value in its format."""
+    return pd.DataFrame(
+        [{heading: _shown(value(row), form) for heading, value, form in columns} for row in rows]
+    )
+
+
+def _shown(value, form: str) -> str:
+    """Text as it is, None as nothing, what has no meaning as a dash."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return format(value, form) if abs(value) < LARGEST or form == "," else NONE
+
+
+def _of(key: str, divisor: float = 1) -> Callable[[Run], float | None]:
+    def value(run: Run) -> float | None:
+        found = run.summary.get(key)
+        return found / divisor if found is not None and divisor != 1 else found
+
+    return value
+
+
+_RUN: Columns = (
+    ("model", lambda run: title_of(run.name), ""),
+    ("seed", lambda run: run.seed, ""),
+    ("parameters", _of("parameters"), ","),
+    ("MFLOP/token", _of("flops_per_token", 1e6), ".1f"),
+    ("minutes", lambda run: run.summary["seconds"] / 60 if run.finished else "unfinished", ".1f"),
+    ("tokens/s", _of("tokens_per_second"), ",.0f"),
+    ("peak memory (MB)", _of("peak_memory_bytes", 1e6), ",.0f"),
+    ("best epoch", lambda r: f"{r.summary['best_epoch']} of {r.experiment.training.epochs}", ""),
+    ("valid PPL", _of("ppl"), ".1f"),
+    ("valid word PPL", _of("word_ppl"), ".1f"),
+    ("valid bits/byte", _of("bits_per_byte"), ".3f"),
+    ("valid accuracy", _of("accuracy"), ".1%"),
+    ("test PPL", _of("test_ppl"), ".1f"),
+    ("test word PPL", _of("test_word_ppl"), ".1f"),
+)
+
+
+def comparison_table(runs: Iterable[Run]) -> pd.DataFrame:
     """One row a run, every number measured; best valid epoch, test once with its weights."""
-    rows = []
-    for run in runs:
-        s = run.summary
-        rows.append(
-            {
-                "model": LABELS.get(run.name, run.name),
-                "seed": run.seed,
-                "parameters": f"{s['parameters']:,}",
-                "MFLOP/token": f"{s['flops_per_token'] / 1e6:.1f}",
-                "minutes": f"{s['seconds'] / 60:.1f}" if run.finished else "unfinished",
-                "tokens/s": f"{s['tokens_per_second']:,.0f}" if run.finished else "",
-                "peak memory (MB)": f"{s['peak_memory_bytes'] / 1e6:,.0f}",
-                "best epoch": f"{s['best_epoch']} of {run.experiment.training.epochs}",
-                "valid PPL": f"{s['ppl']:.1f}",
-                "valid word PPL": f"{s['word_ppl']:.1f}",
-                "valid bits/byte": f"{s['bits_per_byte']:.3f}",
-                "valid accuracy": f"{s['accuracy']:.1%}",
-                "test PPL": f"{s['test_ppl']:.1f}" if run.finished else "",
-                "test word PPL": f"{s['test_word_ppl']:.1f}" if run.finished else "",
-            }
-        )
-    return pd.DataFrame(rows)
+    return _table(runs, _RUN)
+
+
+def _mean(key: str) -> Callable[[Sequence[Run]], float]:
+    return lambda seeds: float(np.mean([run.summary[key] for run in seeds]))
+
+
+def _mean_ppl(key: str) -> Callable[[Sequence[Run]], float]:
+    return lambda seeds: math.exp(np.mean([math.log(run.summary[key]) for run in seeds]))
+
+
+def ppl_with_spread(seeds: Sequence[Run]) -> str:
+    """Valid PPL (exp of the mean loss), with Student's interval over seeds where there are more."""
+    shown = f"{_mean_ppl('ppl')(seeds):,.1f}"
+    if len(seeds) < 2:
+        return shown
+    interval = seed_interval([run.summary["valid_loss"] for run in seeds])
+    return f"{shown} [{math.exp(interval.low):,.1f}, {math.exp(interval.high):,.1f}]"
+
+
+_MODEL: Columns = (
+    ("seeds", lambda seeds: str(len(seeds)), ""),
+    ("learning rate", lambda seeds: seeds[0].experiment.training.learning_rate, ".3g"),
+    ("parameters", lambda seeds: seeds[0].summary["parameters"], ","),
+    ("MFLOP/token", lambda seeds: seeds[0].summary["flops_per_token"] / 1e6, ".1f"),
+    ("valid PPL [95 % over seeds]", ppl_with_spread, ""),
+    ("valid word PPL", _mean_ppl("word_ppl"), ",.1f"),
+    ("valid bits/byte", _mean("bits_per_byte"), ".3f"),
+    ("valid accuracy", _mean("accuracy"), ".1%"),
+    ("test PPL", _mean_ppl("test_ppl"), ",.1f"),
+    ("test word PPL", _mean_ppl("test_word_ppl"), ",.1f"),
+)
 
 
 def model_table(evidence: Evidence, published: bool = True) -> pd.DataFrame:
     """One row a model, means over its seeds; then the measured rungs, then published models.
 
-    A PPL is exp of the mean loss, its interval Student's over seeds. Word PPL and bits/byte of the
-    rungs follow from the same tokens, words and bytes. Published PPLs are reported, on the test
-    split of the whole corpus.
+    Word PPL and bits/byte of the rungs follow from the same tokens, words and bytes. Published PPLs
+    are reported, on the test split of the whole corpus.
     """
-    rows = []
-    for name, group in figures.by_name([run for run in evidence.runs if run.finished]).items():
-        first = group[0].summary
-        mean = {key: _mean_ppl(group, key) for key in _PPLS}
-        spread = ""
-        if len(group) > 1:
-            interval = seed_interval([run.summary["valid_loss"] for run in group])
-            spread = f" [{math.exp(interval.low):,.1f}, {math.exp(interval.high):,.1f}]"
-        averages = {
-            key: sum(run.summary[key] for run in group) / len(group)
-            for key in ("bits_per_byte", "accuracy")
-        }
-        rows.append(
-            {
-                "model (measured)": LABELS.get(name, name),
-                "seeds": str(len(group)),
-                "learning rate": f"{group[0].experiment.training.learning_rate:.3g}",
-                "parameters": f"{first['parameters']:,}",
-                "MFLOP/token": f"{first['flops_per_token'] / 1e6:.1f}",
-                "valid PPL [95 % over seeds]": f"{mean['ppl']:,.1f}{spread}",
-                "valid word PPL": f"{mean['word_ppl']:,.1f}",
-                "valid bits/byte": f"{averages['bits_per_byte']:.3f}",
-                "valid accuracy": f"{averages['accuracy']:.1%}",
-                "test PPL": f"{mean['test_ppl']:,.1f}",
-                "test word PPL": f"{mean['test_word_ppl']:,.1f}",
-            }
-        )
+    groups = figures.by_name([run for run in evidence.runs if run.finished])
+    name = ("model (measured)", lambda seeds: evidence.title(seeds[0].name), "")
+    tables = [_table(groups.values(), (name, *_MODEL))]
     if evidence.runs:
         s = evidence.runs[0].summary
         words = math.log(s["word_ppl"]) / s["valid_loss"]  # tokens a word
         bits = s["bits_per_byte"] / s["valid_loss"]
-        rows += [
-            {
-                "model (measured)": f"rung: {name}",
-                "valid PPL [95 % over seeds]": f"{ppl:,.1f}",
-                "valid word PPL": f"{ppl**words:,.1f}",
-                "valid bits/byte": f"{bits * math.log(ppl):.3f}",
-            }
-            for name, ppl in evidence.rungs.items()
-        ]
+        columns = (
+            (name[0], lambda rung: f"rung: {rung[0]}", ""),
+            ("valid PPL [95 % over seeds]", lambda rung: rung[1], ",.1f"),
+            ("valid word PPL", lambda rung: rung[1] ** words, ",.1f"),
+            ("valid bits/byte", lambda rung: bits * math.log(rung[1]), ".3f"),
+        )
+        tables.append(_table(evidence.rungs.items(), columns))
     if published:
-        rows += [
-            {"model (measured)": f"reported: {name}", "parameters": size, "test word PPL": f"{ppl}"}
-            for name, size, ppl in PUBLISHED
-        ]
-    return pd.DataFrame(rows).fillna("")
+        columns = (
+            (name[0], lambda row: f"reported: {row[0]}", ""),
+            ("parameters", lambda row: row[1], ""),
+            ("test word PPL", lambda row: row[2], ""),
+        )
+        tables.append(_table(PUBLISHED, columns))
+    return pd.concat(tables, ignore_index=True).fillna("")
 
 
-_PPLS = ("ppl", "word_ppl", "test_ppl", "test_word_ppl")
-
-
-def _mean_ppl(runs: Sequence[Run], key: str) -> float:
-    return math.exp(sum(math.log(run.summary[key]) for run in runs) / len(runs))
-
-
-def ledger_table(runs) -> pd.DataFrame:
+def ledger_table(runs: Iterable[Run]) -> pd.DataFrame:
     """Parameters by group, one column a model."""
-    ledgers = {LABELS.get(run.name, run.name): run.summary["parameter_ledger"] for run in runs}
+    ledgers = {title_of(run.name): run.summary["parameter_ledger"] for run in runs}
     table = pd.DataFrame(ledgers).fillna(0).astype(int)
     table.loc["total"] = table.sum()
-    return table.map(lambda count: f"{count:,}" if count else "–")
+    return table.map(lambda count: f"{count:,}" if count else NONE)
 
 
-def causes_table(causes: Sequence[Cause]) -> pd.DataFrame:
+_CAUSE: Columns = (
+    ("suspect", lambda cause: cause.suspect.name, ""),
+    ("the plan's confidence (reported)", lambda cause: cause.suspect.confidence, ""),
+    ("changed here", lambda cause: cause.here, ""),
+    ("effect of mending it", lambda cause: str(cause.effect or "diverges"), ""),
+    (
+        "PPL",
+        lambda cause: (
+            f"{cause.ppl_before:,.1f} → "
+            + (f"{cause.ppl_after:,.1f}" if cause.effect else "diverges")
+        ),
+        "",
+    ),
+    ("verdict", lambda cause: cause.verdict, ""),
+)
+
+
+def causes_table(causes: Iterable[Cause]) -> pd.DataFrame:
     """Root causes in ranked order: suspect, the plan's confidence, effect, PPL, verdict."""
-    rows = [
-        {
-            "suspect": cause.suspect.name,
-            "the plan's confidence (reported)": cause.suspect.confidence,
-            "changed here": cause.here,
-            "effect of mending it": str(cause.effect or "diverges"),
-            "PPL": f"{cause.ppl_before:,.1f} → "
-            + (f"{cause.ppl_after:,.1f}" if cause.effect else "diverges"),
-            "verdict": cause.verdict,
-        }
-        for cause in causes
-    ]
-    return pd.DataFrame(rows)
+    return _table(causes, _CAUSE)
 
 
 def health_table(run: Run) -> pd.DataFrame:
     """The health statistics of a run: value, band, meaning; empty where none were kept."""
     columns = {"rule": "statistic", "saw": "value", "threshold": "band", "conclusion": "meaning"}
     found = [dataclasses.asdict(finding) for finding in health_of(run)]
-    table = pd.DataFrame(found, columns=[*columns])
-    return table.rename(columns=columns)
+    return pd.DataFrame(found, columns=[*columns]).rename(columns=columns)
+
+
+def _ratio(row: Mapping) -> str:
+    low, high = row["tokens_per_s_ratio_range"]
+    return f"{row['tokens_per_s_ratio']:.2f}× ({low:.2f}–{high:.2f})"
 
 
 def bench_table(result: Mapping) -> pd.DataFrame:
     """Ours against each literal version, a row each, ready to print."""
-    rows = []
-    for row in result["rows"]:
-        low, high = row["tokens_per_s_ratio_range"]
-        rows.append(
-            {
-                "model": figures.BENCH_NAMES[row["model"]],
-                "against": row["against"],
-                "tokens/s": f"{row['tokens_per_s']:,.0f}",
-                "theirs": f"{row['against_tokens_per_s']:,.0f}",
-                "ratio (all rounds)": f"{row['tokens_per_s_ratio']:.2f}× ({low:.2f}–{high:.2f})",
-                "ms/step": f"{row['ms_per_step']:,.1f}",
-                "peak memory": f"{row['memory_bytes'] / 2**20:,.0f} MiB",
-                "of theirs": f"{row['memory_ratio']:.0%}",
-                "of the matmul rate": f"{row['share_of_matmul_rate']:.0%}",
-            }
-        )
-    return pd.DataFrame(rows)
+    columns = (
+        ("model", lambda row: figures.BENCH_NAMES[row["model"]], ""),
+        ("against", lambda row: row["against"], ""),
+        ("tokens/s", lambda row: row["tokens_per_s"], ",.0f"),
+        ("theirs", lambda row: row["against_tokens_per_s"], ",.0f"),
+        ("ratio (all rounds)", _ratio, ""),
+        ("ms/step", lambda row: row["ms_per_step"], ",.1f"),
+        ("peak memory", lambda row: f"{row['memory_bytes'] / 2**20:,.0f} MiB", ""),
+        ("of theirs", lambda row: row["memory_ratio"], ".0%"),
+        ("of the matmul rate", lambda row: row["share_of_matmul_rate"], ".0%"),
+    )
+    return _table(result["rows"], columns)
+
+
+def _as_the_arithmetic_says(point: Mapping) -> str:
+    off = point["time_per_token"] / point["arithmetic"]
+    return "as it says" if 1 / BENCH_TOLERANCE < off < BENCH_TOLERANCE else f"{off:.2f} × it"
 
 
 def scaling_table(result: Mapping) -> pd.DataFrame:
     """How the time a token takes grows, beside what the arithmetic says."""
-    rows = []
-    for point in result["scaling"]:
-        off = point["time_per_token"] / point["arithmetic"]
-        name = "as it says" if 1 / BENCH_TOLERANCE < off < BENCH_TOLERANCE else f"{off:.2f} × it"
-        rows.append(
-            {
-                "model": figures.BENCH_NAMES[point["model"]],
-                "changed": f"{point['axis']} {point['value']:,}",
-                "batch": point["batch"],
-                "tokens/s": f"{point['tokens_per_s']:,.0f}",
-                "time per token": f"{point['time_per_token']:.2f}",
-                "arithmetic": f"{point['arithmetic']:.2f}",
-                "measured": name,
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def profile_table(result: Mapping) -> pd.DataFrame:
-    columns = []
-    for kind, shares in result["profile"].items():
-        lines = [f"{share:.0%} {name.removeprefix('aten::')}" for name, share in shares.items()]
-        columns.append(pd.Series(lines, name=figures.BENCH_NAMES[kind]))
-    return pd.concat(columns, axis=1).fillna("")
+    columns = (
+        ("model", lambda point: figures.BENCH_NAMES[point["model"]], ""),
+        ("changed", lambda point: f"{point['axis']} {point['value']:,}", ""),
+        ("batch", lambda point: point["batch"], ""),
+        ("tokens/s", lambda point: point["tokens_per_s"], ",.0f"),
+        ("time per token", lambda point: point["time_per_token"], ".2f"),
+        ("arithmetic", lambda point: point["arithmetic"], ".2f"),
+        ("measured", _as_the_arithmetic_says, ""),
+    )
+    return _table(result["scaling"], columns)
 
 
 def markdown(table: pd.DataFrame) -> str:

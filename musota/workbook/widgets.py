@@ -161,7 +161,7 @@ class Explorer:
         )
         self.image.value = figure_png(figure, self.about)
         sentences = [f"{figures.label_of(run)}: {found[run].sentence}" for run in chosen]
-        evidence = Evidence(self.path.parent, tuple(chosen), self.rungs)
+        evidence = Evidence(self.path.parent, tuple(chosen))
         sentences += [pair[0].sentence for name in PAIRS if (pair := evidence.compare(name))]
         self.sentence = "\n".join(sentences or ["Choose a run."])
         self.text.value = "<br>".join(sentences or ["Choose a run."])
