@@ -11,7 +11,7 @@ from musota.plan.layout import BlockLayout
 from musota.plan.suspects import Suspect
 from musota.rules.stats import Interval
 from musota.rules.verdicts import Cause
-from musota.workbook import figures
+from musota.workbook import figures, pictures
 from musota.workbook.evidence import read_evidence, verdict_lines
 from musota.workbook.pages import save_figure
 from musota.workbook.tables import comparison_table, ledger_table
@@ -72,11 +72,11 @@ def _figures(evidence):
     return {
         "curves": figures.curves(runs, evidence.rungs, reported=True),
         "training": figures.training_curve(runs[0]),
-        "ledgers": figures.ledgers(ledgers),
-        "layouts": figures.layouts(layouts),
-        "causality": figures.causality(np.triu(np.random.default_rng(0).random((8, 8)))),
-        "zipf": figures.zipf(np.array([90, 40, 30, 5, 1, 0])),
-        "ladder": figures.ladder(evidence.rungs, comparable=False),
+        "ledgers": pictures.ledgers(ledgers),
+        "layouts": pictures.layouts(layouts),
+        "causality": pictures.causality(np.triu(np.random.default_rng(0).random((8, 8)))),
+        "zipf": pictures.zipf(np.array([90, 40, 30, 5, 1, 0])),
+        "ladder": pictures.ladder(evidence.rungs, comparable=False),
         "difference": figures.difference(intervals, finding.conclusion),
         "sizes": figures.ppl_against_parameters(runs),
         "root causes": figures.root_causes(CAUSES, 0.05),
@@ -84,7 +84,7 @@ def _figures(evidence):
         "halving": figures.data_halving({1000: {0: 6.2, 1: 6.3}, 2000: {0: 6.0, 1: 6.1}}),
         "gap": figures.clean_gap(runs),
         "ablations": figures.ablations(ABLATED, 200.0, layouts["8×8"]),
-        "blocks": figures.block_view(CELLS, GATE, ["The", "king", "was"], layouts["8×8"], 5),
+        "blocks": pictures.block_view(CELLS, GATE, ["The", "king", "was"], layouts["8×8"], 5),
         "explored": figures.explored([CURVE], evidence.rungs, ("epoch", "perplexity")),
     }
 

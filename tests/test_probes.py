@@ -7,15 +7,15 @@ import torch.nn.functional as F
 
 import musota
 from musota.errors import MusotaError
-from musota.models.base import score
+from musota.models.base import CausalLM, score
 from musota.plan.profiles import Profile, grid_profiles, scaled, twin
 from musota.plan.registry import experiments
 from musota.plan.suspects import grid as make_grid
 from musota.studies import grid as grid_room
 from musota.studies import probes
 from musota.studies.cells import run_cells
+from musota.training import evaluate as evaluate_room
 from musota.training import schedule, trainer
-from musota.training import trainer as training_room
 
 MODEL = musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=2)
 
@@ -155,14 +155,14 @@ def test_annealing_goes_on_from_a_checkpoint_and_leaves_it_alone(short, tmp_path
     run = musota.train(EXPERIMENT, short, tmp_path / "run", stop_at=0.5)
     assert not run.finished and len(run.history) == 1
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    rates, one_step = [], trainer._Trainer._one_step
+    rates, one_step = [], trainer.Trainer.one_step
 
     def watched(trainer):
         one_step(trainer)
         rates.append((trainer.step, trainer.optimizer.param_groups[0]["lr"]))
 
-    monkeypatch.setattr(trainer._Trainer, "_one_step", watched)
-    nats = trainer.anneal(run, short, share=0.5)
+    monkeypatch.setattr(trainer.Trainer, "one_step", watched)
+    nats = probes.anneal(run, short, share=0.5)
     assert {path: path.read_bytes() for path in before} == before
     step, half = rates[0][0] - 1, len(rates) // 2
     assert half == math.ceil(0.5 * step)
@@ -182,7 +182,7 @@ def test_annealing_goes_on_from_a_checkpoint_and_leaves_it_alone(short, tmp_path
 def test_a_finished_run_cannot_be_annealed(short, tmp_path):
     run = musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path / "run")
     with pytest.raises(MusotaError, match="is finished, its rate is 0"):
-        trainer.anneal(run, short)
+        probes.anneal(run, short)
 
 
 def test_a_run_stopped_early_goes_on_as_if_nothing_had_been(short, tmp_path):
@@ -303,14 +303,14 @@ def test_a_diverged_cell_is_remembered_and_no_cause(grid, short, monkeypatch):
     cells, suspects, folder, _ = grid
     cells = {name: cells[name] for name in ("original",)}
     cells["original_rate_x10"] = make_grid("quick")[0]["original_rate_x10"]
-    monkeypatch.setattr(training_room, "score", lambda *_: 1 / 0)  # nothing that has ended
-    losses = training_room.CausalLM.forward
+    monkeypatch.setattr(evaluate_room, "score", lambda *_: 1 / 0)  # nothing that has ended
+    losses = CausalLM.forward
 
     def explode(model, *batch):
         logits, loss = losses(model, *batch)
         return logits, loss * math.inf
 
-    monkeypatch.setattr(training_room.CausalLM, "forward", explode)
+    monkeypatch.setattr(CausalLM, "forward", explode)
     runs = run_cells(cells, (0, 1), TINY, short, folder, workers=1)
     assert runs["original_rate_x10"][1].diverged and not runs["original"][0].diverged
     records = (folder / "original_rate_x10-seed0" / "metrics.jsonl").read_text().splitlines()

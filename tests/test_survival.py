@@ -16,9 +16,11 @@ import musota
 from musota.errors import MusotaError
 from musota.models import base
 from musota.models import sharing as lm_room
+from musota.models.base import CausalLM
 from musota.plan.config import TrainConfig
 from musota.plan.profiles import Profile
-from musota.training import runs, schedule, trainer
+from musota.training import evaluate as evaluate_room
+from musota.training import remedies, runs, schedule, trainer
 from musota.training import runs as runs_room
 from musota.training import trainer as training_room
 from musota.training.trainer import Diverged
@@ -229,15 +231,15 @@ def _full(monkeypatch, is_full):
 def test_a_full_disk_is_told_and_made_good_later(finished, short, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training_room, "CHECKPOINT_SECONDS", 0)
     seen = []
-    monkeypatch.setattr(trainer._Trainer, "_say", lambda trainer, text: seen.append(trainer.step))
+    monkeypatch.setattr(trainer.Trainer, "say", lambda trainer, text: seen.append(trainer.step))
     full = {"now": False}
-    step = trainer._Trainer._one_step
+    step = trainer.Trainer.one_step
 
     def one_step(trainer):
         step(trainer)
         full["now"] = 4 <= trainer.step <= trainer.steps_per_epoch + 2
 
-    monkeypatch.setattr(trainer._Trainer, "_one_step", one_step)
+    monkeypatch.setattr(trainer.Trainer, "one_step", one_step)
     _full(monkeypatch, lambda: full["now"])
     run = musota.train(EXPERIMENT, short, tmp_path)
     out = capsys.readouterr().out
@@ -252,13 +254,13 @@ def test_an_end_that_cannot_be_saved_is_an_error_and_goes_on_later(
 ):
     with monkeypatch.context() as patch:
         full = {"now": False}
-        step = trainer._Trainer._one_step
+        step = trainer.Trainer.one_step
 
         def one_step(trainer):
             step(trainer)
             full["now"] = trainer.step > trainer.steps_per_epoch
 
-        patch.setattr(trainer._Trainer, "_one_step", one_step)
+        patch.setattr(trainer.Trainer, "one_step", one_step)
         _full(patch, lambda: full["now"])
         with pytest.raises(MusotaError, match="end of the run could not be saved .* No space"):
             musota.train(EXPERIMENT, short, tmp_path)
@@ -271,7 +273,7 @@ def test_an_end_that_cannot_be_saved_is_an_error_and_goes_on_later(
 @pytest.mark.parametrize("watched", [False, True])
 def test_a_folder_that_vanishes_does_not_stop_training(finished, short, tmp_path, watched):
     place, steps = tmp_path / "disk" / "run", []
-    step = trainer._Trainer._one_step
+    step = trainer.Trainer.one_step
 
     def one_step(trainer):
         step(trainer)
@@ -280,7 +282,7 @@ def test_a_folder_that_vanishes_does_not_stop_training(finished, short, tmp_path
             shutil.move(tmp_path / "disk", tmp_path / "away")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer._Trainer, "_one_step", one_step)
+        patch.setattr(trainer.Trainer, "one_step", one_step)
         with pytest.raises(MusotaError, match="end of the run could not be saved"):
             musota.train(
                 EXPERIMENT, short, place, auto_remedy=watched,
@@ -320,14 +322,14 @@ def test_a_line_lost_to_a_full_disk_is_made_good_before_the_end(short, tmp_path,
 
 def _too_large(monkeypatch, sequences=None, length=None):
     """Out of memory for more than so many sequences, or tokens a sequence."""
-    forward = training_room.CausalLM.forward
+    forward = CausalLM.forward
 
     def limited(model, ids, targets=None):
         if targets is not None and (len(ids) > (sequences or 99) or ids.shape[1] > (length or 999)):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         return forward(model, ids, targets)
 
-    monkeypatch.setattr(training_room.CausalLM, "forward", limited)
+    monkeypatch.setattr(CausalLM, "forward", limited)
 
 
 def test_out_of_memory_halves_the_micro_batch_and_nothing_else(
@@ -355,7 +357,7 @@ def test_validation_out_of_memory_goes_on_a_window_at_a_time(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         return score(model, tokens, stride, batch_size)
 
-    monkeypatch.setattr(training_room, "score", limited)
+    monkeypatch.setattr(evaluate_room, "score", limited)
     run = musota.train(EXPERIMENT, short, tmp_path)
     assert _events(run) == ["out of memory in validation: one window at a time"] * 2
     assert list(run.history.valid_loss) == pytest.approx(list(finished.history.valid_loss))
@@ -367,13 +369,13 @@ def test_the_smaller_micro_batch_is_remembered(short, tmp_path, monkeypatch):
         _too_large(patch, sequences=4)
         musota.train(EXPERIMENT, short, tmp_path, micro_batch=16, stop_at=0.5)
     sizes = []
-    forward = training_room.CausalLM.forward
+    forward = CausalLM.forward
 
     def watched(model, ids, targets=None):
         sizes.append(len(ids) if targets is not None else 0)
         return forward(model, ids, targets)
 
-    monkeypatch.setattr(training_room.CausalLM, "forward", watched)
+    monkeypatch.setattr(CausalLM, "forward", watched)
     musota.train(EXPERIMENT, short, tmp_path)
     assert max(sizes) == 4
 
@@ -398,8 +400,8 @@ def test_where_one_sequence_is_too_long_160_tokens_are_another_experiment(
 
 def _spoil(monkeypatch, steps, value=math.nan):
     """Let the loss of some steps be multiplied by `value`, as often as `steps` holds the step."""
-    left, one_step = list(steps), trainer._Trainer._one_step
-    forward = training_room.CausalLM.forward
+    left, one_step = list(steps), trainer.Trainer.one_step
+    forward = CausalLM.forward
     now = {"bad": False}
 
     def step(trainer):
@@ -412,8 +414,8 @@ def _spoil(monkeypatch, steps, value=math.nan):
         logits, loss = forward(model, ids, targets)
         return logits, loss * value if loss is not None and now["bad"] else loss
 
-    monkeypatch.setattr(trainer._Trainer, "_one_step", step)
-    monkeypatch.setattr(training_room.CausalLM, "forward", spoiled)
+    monkeypatch.setattr(trainer.Trainer, "one_step", step)
+    monkeypatch.setattr(CausalLM, "forward", spoiled)
 
 
 @pytest.mark.parametrize(("value", "said"), [(math.nan, "nan"), (9.0, r"[\d.]+")])
@@ -462,7 +464,7 @@ def test_an_oscillating_loss_halves_the_rate_once_it_is_seen(short, tmp_path, mo
         seen.append(since)
         return Finding("Oscillation", "oscillating", "", "", "the loss oscillates")
 
-    monkeypatch.setattr(training_room, "oscillation", oscillation)
+    monkeypatch.setattr(remedies, "oscillation", oscillation)
     run = musota.train(EXPERIMENT.with_(epochs=4), short, tmp_path, auto_remedy=True)
     assert _events(run) == [
         "the loss oscillates: learning rate × 0.5", "the loss oscillates: learning rate × 0.25",
@@ -479,7 +481,7 @@ def test_two_processes_train_as_one(text_folder, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, musota\n"
-        "from musota.config import Profile, TrainConfig\n"
+        "from musota.plan.config import TrainConfig\nfrom musota.plan.profiles import Profile\n"
         "corpus = musota.load_corpus(sys.argv[1], 512).limited(Profile('s', 512, 3000, 1200))\n"
         "model = musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1, dropout=0.0)\n"
         "training = TrainConfig(2, 3e-3, 5, 5, 3)\n"  # 15 sequences: shares of 8 and 7

@@ -21,8 +21,9 @@ from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError
 from musota.models.base import score
 from musota.plan.config import TrainConfig
-from musota.training import machine, trainer
+from musota.training import keeping, machine, trainer
 from musota.training import trainer as training_room
+from musota.training.optimizer import update_ratios
 from musota.training.runs import read_metrics
 from musota.training.schedule import learning_rate_at
 
@@ -152,11 +153,11 @@ def test_between_two_log_lines_nothing_waits_for_a_value(short, tmp_path, monkey
     those that only a CPU takes: ids out of range, and the optimizer's step count."""
     monkeypatch.setattr(musota.CausalLM, "check_tokens", lambda *_: None)
     monkeypatch.setattr(training_room, "LOG_LINES", 1)
-    trainer = training_room._Trainer(
+    trainer = training_room.Trainer(
         EXPERIMENT, short, tmp_path, True, 0, "run", None, {"micro_batch": 16}
     )
     trainer.progress = machine.progress_bar(1, 0)
-    trainer._one_step()  # the first step is logged
+    trainer.one_step()  # the first step is logged
     looked = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -166,7 +167,7 @@ def test_between_two_log_lines_nothing_waits_for_a_value(short, tmp_path, monkey
             return function(*args, **(kwargs or {}))
 
     with Watch():
-        trainer._one_step()
+        trainer.one_step()
     assert not looked
     with Watch():
         float(trainer.epoch_nats)
@@ -190,13 +191,13 @@ def test_health_is_recorded_each_epoch(finished, short):
 
 
 def test_update_ratios_are_those_of_the_weights(short, tmp_path):
-    trainer = training_room._Trainer(EXPERIMENT, short, tmp_path, True, 0, "run", None, {})
+    trainer = training_room.Trainer(EXPERIMENT, short, tmp_path, True, 0, "run", None, {})
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter *= 1.01
         trainer.model.embedding.weight *= 1.02 / 1.01
-    ratios = trainer._update_ratios(before)
+    ratios = update_ratios(trainer.model, before)
     assert ratios.pop("embedding") == pytest.approx(0.02, rel=1e-3)
     assert set(ratios) == set(trainer.ledger) - {"embedding"}
     assert all(ratio == pytest.approx(0.01, rel=1e-3) for ratio in ratios.values())
@@ -275,7 +276,9 @@ def test_a_learned_source_comes_near_its_entropy_and_not_below(tmp_path):
     train, valid, test = tokens[:32_000], tokens[32_000:36_000], tokens[36_000:]
     counts = dict.fromkeys(("train", "valid", "test"), 1000)
     tokenizer = TextTokenizer.train(["abc\n" * 9], 258)
-    corpus = Corpus("chain", train, valid, test, counts, counts, tokenizer, "chain", "made up")
+    corpus = Corpus(
+        "chain", train, valid, test, counts, counts, tokenizer, "chain", "chain", "made up"
+    )
     for config in (
         musota.MuConfig(vocab_size=258, max_seq_len=32, n_layer=2, dropout=0.0),
         musota.DenseConfig(
@@ -399,14 +402,14 @@ def test_what_a_run_leaves_behind(finished):
 
 def _interrupt_after(monkeypatch, steps):
     """Ctrl-C in the middle of step `steps`."""
-    original = trainer._Trainer._one_step
+    original = trainer.Trainer.one_step
 
     def one_step(trainer):
         if trainer.step + 1 == steps:
             os.kill(os.getpid(), signal.SIGINT)
         original(trainer)
 
-    monkeypatch.setattr(trainer._Trainer, "_one_step", one_step)
+    monkeypatch.setattr(trainer.Trainer, "one_step", one_step)
 
 
 @pytest.mark.parametrize("where", [3, 10, 14, 18])  # in an epoch, at its end, early and late
@@ -433,9 +436,9 @@ def test_lines_written_after_the_checkpoint_are_not_doubled(finished, short, tmp
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 14)
         patch.setattr(
-            trainer._Trainer,
-            "_checkpoint",
-            lambda t, save=trainer._Trainer._checkpoint: save(t) if t.step < 14 else None,
+            keeping,
+            "checkpoint",
+            lambda t, save=keeping.checkpoint: save(t) if t.step < 14 else None,
         )
         musota.train(EXPERIMENT, short, folder, name="finished")
     with (folder / "metrics.jsonl").open("a") as file:
@@ -451,7 +454,7 @@ def test_a_finished_run_is_loaded_and_only_fresh_trains_again(finished, short, m
         raise AssertionError("trained again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Trainer, "_one_step", forbidden)
+        patch.setattr(trainer.Trainer, "one_step", forbidden)
         loaded = musota.train(EXPERIMENT, short, finished.path, name="finished")
         assert loaded.summary == finished.summary
         with pytest.raises(AssertionError, match="trained again"):

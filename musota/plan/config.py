@@ -24,6 +24,8 @@ def _check_fields(config) -> None:
     """Raises MusotaError for the first field whose value is not allowed."""
     for field in dataclasses.fields(config):
         name, value, whole = field.name, getattr(config, field.name), field.type == "int"
+        if field.type == "str" and isinstance(value, str):
+            continue
         low, high = BOUNDS.get(name, (1 if whole else 0, math.inf))
         allowed = f"a {'whole ' if whole else 'finite '}number of at least {low}"
         allowed += f", at most {high}" if high < math.inf else ""
@@ -156,6 +158,8 @@ class TrainConfig:
     accumulation_steps: int = 8
     weight_decay: float = 0.01
     grad_clip: float = 1.0
+    optimizer: str = "adamw"  # a row of training/optimizer.py
+    schedule: str = "cosine"  # a row of training/schedule.py
 
     def __post_init__(self):
         _check_fields(self)

@@ -80,8 +80,3 @@ def title_of(name: str) -> str:
 def style_of(name: str) -> tuple[str, str, str]:
     """Colour, line style and marker of a row."""
     return registry[name].style if name in registry else ("#000000", ":", "x")
-
-
-LABELS = {name: row.title for name, row in registry.items()}
-STYLES = {name: row.style for name, row in registry.items()}
-OTHER_STYLE = ("#000000", ":", "x")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,9 +17,11 @@ from musota.errors import MusotaError
 from musota.models.base import CausalLM, score
 from musota.models.musota import MuSota
 from musota.plan.config import Experiment
+from musota.training import keeping
 from musota.training.evaluate import blocks_of
+from musota.training.machine import progress_bar
 from musota.training.runs import Run
-from musota.training.trainer import anneal, train
+from musota.training.trainer import Trainer, train
 
 
 @torch.no_grad()
@@ -70,6 +74,39 @@ def measure_annealing(experiment: Experiment, corpus: Corpus, seed: int = 0) -> 
     with TemporaryDirectory() as folder:
         run = train(experiment, corpus, folder, seed=seed, stop_at=0.5)
         return _by_blocks(anneal(run, corpus))
+
+
+def anneal(run: Run, corpus: Corpus, share: float = 0.15) -> dict[str, Tensor]:
+    """Does a lower learning rate bring out what an unfinished run has learned?
+
+    From the run's last checkpoint `share` as many steps more are trained twice: with the rate
+    falling to 0 in a straight line, and held. Returns nats of every valid token (see `score`) at
+    the checkpoint (`before`) and after both (`decayed`, `held`). The run itself stays as it is.
+    Raises MusotaError for a finished run, whose rate has fallen to 0 already.
+    """
+    if run.finished:
+        raise MusotaError(f"{run.path} is finished, its rate is 0: anneal a run stopped half-way.")
+    nats = {}
+    for arm, factor in {"decayed": lambda done: 1 - done, "held": lambda done: 1.0}.items():
+        with TemporaryDirectory() as scratch:
+            shutil.copytree(run.path, scratch, dirs_exist_ok=True)
+            trainer = Trainer(run.experiment, corpus, scratch, seed=run.seed, name=run.name)
+            keeping.restore(trainer, trainer.saved)
+            nats.setdefault("before", score(trainer.model, corpus.valid)[0])
+            steps, start = math.ceil(share * trainer.step), trainer.applied
+            rate = trainer.schedule(start)
+
+            def schedule(step: int, factor=factor, start=start, rate=rate, steps=steps) -> float:
+                return rate * factor((step - start) / steps)
+
+            trainer.schedule = schedule
+            per_step = run.experiment.training.sequences_per_step * trainer.length
+            trainer.progress = progress_bar(steps * per_step)
+            for _ in range(steps):
+                trainer.one_step()
+            nats[arm] = score(trainer.model, corpus.valid)[0]
+            trainer.folder.lock.release()
+    return nats
 
 
 def _by_blocks(nats: Mapping[str, Tensor]) -> dict:

@@ -1,20 +1,21 @@
-"""Evaluation: every token but the first, once."""
+"""Evaluation: every token but the first, once; and what is measured when an epoch ends."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from musota.data.corpus import Corpus
 from musota.models.base import CausalLM, score
 
 BLOCK_TOKENS = 1024  # valid losses are kept by blocks of so many tokens, for the paired bootstrap
-
-
-def blocks_of(nats: Tensor) -> tuple[list[float], list[int]]:
-    """Nats by token to totals and tokens of each block of BLOCK_TOKENS, the last one shorter."""
-    blocks = nats.double().split(BLOCK_TOKENS)
-    return [round(float(block.sum()), 4) for block in blocks], [len(block) for block in blocks]
+HEALTH_WINDOWS = 8  # of valid, looked at closely after each epoch
+CLEAN_SHARE = 32  # one training token in so many is scored without dropout after each epoch
+SAMPLE_PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 32
+SAMPLE_SETTINGS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0}
 
 
 def evaluate(
@@ -34,8 +35,9 @@ def evaluate(
 
 
 def metrics_of(
-    nats: Tensor, hits: Tensor, words: int | None, bytes: int | None
+    nats: Tensor, hits: Tensor, words: int | None = None, bytes: int | None = None
 ) -> dict[str, float]:
+    """The metrics of `evaluate` from nats and hits by token."""
     total = float(nats.double().sum())
     loss = total / len(nats)
     measured = {"loss": loss, "ppl": exp_nats(loss), "accuracy": float(hits.double().mean())}
@@ -48,3 +50,51 @@ def metrics_of(
 
 def exp_nats(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
+
+
+def blocks_of(nats: Tensor) -> tuple[list[float], list[int]]:
+    """Nats by token to totals and tokens of each block of BLOCK_TOKENS, the last one shorter."""
+    blocks = nats.double().split(BLOCK_TOKENS)
+    return [round(float(block.sum()), 4) for block in blocks], [len(block) for block in blocks]
+
+
+def score_in_memory(
+    model: CausalLM, tokens: Tensor, tell: Callable[[str], None]
+) -> tuple[Tensor, Tensor]:
+    """`score`; where its batches do not fit the memory, one window at a time, and `tell` so."""
+    try:
+        return score(model, tokens)
+    except torch.OutOfMemoryError:
+        pass  # outside of the handler, which would hold on to the memory
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    tell("out of memory in validation: one window at a time")
+    return score(model, tokens, batch_size=1)
+
+
+def health_of(model: CausalLM, corpus: Corpus, tell: Callable[[str], None]) -> dict:
+    """How the model behaves on some of valid, and its loss on some training text without dropout;
+    together about 1 % of an epoch's time."""
+    length = min(model.config.max_seq_len, len(corpus.valid))
+    windows = min(HEALTH_WINDOWS, len(corpus.valid) // length)
+    ids = corpus.valid[: windows * length].view(windows, length).long()
+    some = corpus.train[: max(2, len(corpus.train) // CLEAN_SHARE)]
+    clean = float(score_in_memory(model, some, tell)[0].mean())
+    return {"clean_train_loss": clean, **model.health(ids.to(model.device))}
+
+
+def samples_of(model: CausalLM, corpus: Corpus) -> list[dict]:
+    """Continuations of the first lines of valid that are long enough for a prompt."""
+    ends = (corpus.valid == corpus.tokenizer.line_end).nonzero().flatten().tolist()
+    lines = [(start + 1, end) for start, end in zip([-1, *ends], ends, strict=False)]
+    long_enough = [start for start, end in lines if end - start >= PROMPT_TOKENS]
+    starts = long_enough[:SAMPLE_PROMPTS]
+    if not starts:
+        return []
+    prompts = torch.stack([corpus.valid[start : start + PROMPT_TOKENS].long() for start in starts])
+    texts = model.generate(prompts, SAMPLE_TOKENS, **SAMPLE_SETTINGS)
+    decode = corpus.tokenizer.decode
+    return [
+        {"prompt": decode(prompt), "text": decode(text[PROMPT_TOKENS:])}
+        for prompt, text in zip(prompts.tolist(), texts.tolist(), strict=True)
+    ]

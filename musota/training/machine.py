@@ -41,13 +41,16 @@ def about_machine(used: torch.device | None = None) -> dict:
     }
 
 
-def keep_freed_memory() -> None:
-    """Let the allocator keep what one step frees for the next (Linux with glibc; else nothing).
+def prepare_memory(device: torch.device) -> None:
+    """Before a run: a GPU counts its peak anew; a CPU's allocator keeps what one step frees for
+    the next (Linux with glibc).
 
     By default every large tensor is handed back to the system and asked for again page by page,
-    which costs a tenth of a training step on a CPU and more. Holds for the whole process.
+    which costs a tenth of a training step and more. Holds for the whole process.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)

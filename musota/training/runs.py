@@ -267,6 +267,15 @@ class RunFolder:
             "choose another results folder."
         )
 
+    def refuse_unsaved(self) -> None:
+        """Raises MusotaError where the end of a run could not be saved."""
+        if self.trouble:
+            raise MusotaError(
+                f"The end of the run could not be saved in {self.path}: {self.trouble}. Make room "
+                "there and repeat the call: it goes on from the last checkpoint that could be "
+                "written."
+            )
+
     def forget_summary(self) -> None:
         """Remove the summary of epochs that this run has not come to."""
         self.attempt(lambda: (self.path / "summary.json").unlink(missing_ok=True))

@@ -1,19 +1,32 @@
-"""The learning rate of each step."""
+"""Learning-rate schedules by name, counted in optimizer steps."""
 
 from __future__ import annotations
 
 import math
 
+from musota.errors import nearest_name
 from musota.plan.config import TrainConfig
 
 
-def learning_rate_at(step: int, training: TrainConfig, total_steps: int) -> float:
-    """The rate of optimizer step `step` of 1 … total_steps; 0 before the first and at the last.
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
-    Linear warm-up reaches the full rate at `warmup_steps`, a cosine then falls to 0 at the end.
+
+# Adding a schedule is a row here: the share of the full rate after so large a share of the steps
+# that follow warm-up.
+SCHEDULES = {"cosine": _cosine}
+
+
+def learning_rate_at(step: int, training: TrainConfig, total_steps: int) -> float:
+    """The rate of optimizer step `step` of 1 … total_steps; 0 before the first.
+
+    Linear warm-up reaches the full rate at `warmup_steps`, then the schedule takes over; a cosine
+    ends at 0. Raises MusotaError for an unknown schedule.
     """
+    if training.schedule not in SCHEDULES:
+        raise nearest_name("schedule", training.schedule, SCHEDULES)
     if step < training.warmup_steps:
         return training.learning_rate * step / training.warmup_steps
     after = max(1, total_steps - training.warmup_steps)
     progress = min(1.0, (step - training.warmup_steps) / after)
-    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    return training.learning_rate * SCHEDULES[training.schedule](progress)

@@ -20,12 +20,7 @@ from musota.errors import MusotaError
 from musota.models.base import CausalLM, build_model
 from musota.models.literal import Literal
 from musota.plan.config import DenseConfig, ModelConfig, MuConfig
-from musota.training.machine import (
-    about_machine,
-    keep_freed_memory,
-    peak_memory,
-    precision_for_device,
-)
+from musota.training.machine import about_machine, peak_memory, precision_for_device, prepare_memory
 
 SCALING = {
     "batch": (1, 4, 8, 32),
@@ -107,7 +102,7 @@ class Contender:
 def _serve(pipe, config, who, batch, device, n_thread) -> None:
     torch.set_num_threads(n_thread)
     if who == "ours" and device.type == "cpu":
-        keep_freed_memory()
+        prepare_memory(device)
     precision = _precision(device) if who == "ours" else torch.float32
     step = training_step(_build(config, who, device), batch, device, precision)
     if device.type == "cuda":

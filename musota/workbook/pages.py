@@ -23,7 +23,7 @@ from musota.rules import verdicts
 from musota.rules.verdicts import Cause
 from musota.studies.grid import judge
 from musota.training.runs import Run
-from musota.workbook import figures
+from musota.workbook import figures, pictures
 from musota.workbook.evidence import (
     GRID,
     Evidence,
@@ -123,7 +123,7 @@ def _figures(evidence: Evidence) -> dict[str, Figure]:
         layout = run.experiment.model.layout
         drawn["ablations"] = figures.ablations(effects, run.summary["ppl"], layout)
     ledgers = {title_of(run.name): run.summary["parameter_ledger"] for run in _one_each(evidence)}
-    return drawn | {"ledger": figures.ledgers(ledgers)}
+    return drawn | {"ledger": pictures.ledgers(ledgers)}
 
 
 def _rerun(evidence: Evidence) -> str:
@@ -284,16 +284,16 @@ def write_bench_report(folder: str | os.PathLike) -> Path:
     folder, results = Path(folder), []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_bytes())
-        save_figure(figures.bench(result), folder / f"{path.stem}.png", "")
+        save_figure(pictures.bench(result), folder / f"{path.stem}.png", "")
         if result["scaling"]:
-            save_figure(figures.bench_scaling(result), folder / f"{path.stem}-scaling.png", "")
+            save_figure(pictures.bench_scaling(result), folder / f"{path.stem}-scaling.png", "")
         results.append(_bench_values(path.stem, result))
     return _write(folder / "README.md", _render("bench", results=results))
 
 
 def _bench_values(name: str, result: Mapping) -> dict:
     models, agreement = result["models"], result["agreement"]
-    names = figures.BENCH_NAMES
+    names = pictures.BENCH_NAMES
     shape = [f"{names[k]}: {c['n_layer']} layers, V {c['vocab_size']:,}" for k, c in models.items()]
     return {
         **{key: result[key] for key in ("device", "date", "precision", "batch")},

@@ -15,7 +15,7 @@ from musota.rules.stats import seed_interval
 from musota.rules.verdicts import Cause
 from musota.training.runs import Run
 from musota.training.schedule import learning_rate_at
-from musota.workbook import figures
+from musota.workbook import figures, pictures
 from musota.workbook.evidence import Evidence, health_of
 
 NONE = "–"  # where a figure has no meaning
@@ -236,7 +236,7 @@ def _ratio(row: Mapping) -> str:
 def bench_table(result: Mapping) -> pd.DataFrame:
     """Ours against each literal version, a row each, ready to print."""
     columns = (
-        ("model", lambda row: figures.BENCH_NAMES[row["model"]], ""),
+        ("model", lambda row: pictures.BENCH_NAMES[row["model"]], ""),
         ("against", lambda row: row["against"], ""),
         ("tokens/s", lambda row: row["tokens_per_s"], ",.0f"),
         ("theirs", lambda row: row["against_tokens_per_s"], ",.0f"),
@@ -257,7 +257,7 @@ def _as_the_arithmetic_says(point: Mapping) -> str:
 def scaling_table(result: Mapping) -> pd.DataFrame:
     """How the time a token takes grows, beside what the arithmetic says."""
     columns = (
-        ("model", lambda point: figures.BENCH_NAMES[point["model"]], ""),
+        ("model", lambda point: pictures.BENCH_NAMES[point["model"]], ""),
         ("changed", lambda point: f"{point['axis']} {point['value']:,}", ""),
         ("batch", lambda point: point["batch"], ""),
         ("tokens/s", lambda point: point["tokens_per_s"], ",.0f"),

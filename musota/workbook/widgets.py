@@ -26,7 +26,7 @@ from musota.rules import curves
 from musota.studies import probes
 from musota.training.machine import has_front_end
 from musota.training.runs import Run
-from musota.workbook import figures
+from musota.workbook import figures, pictures
 from musota.workbook.evidence import PAIRS, Evidence, plateau_of
 from musota.workbook.pages import figure_png, save_figure
 
@@ -289,7 +289,7 @@ def block_view(
         inside = probes.look_inside(model, torch.from_numpy(ids))
         tokens = [tokenizer.decode([int(token)]).strip() or "␣" for token in ids]
         cells, gate = inside["cells"].numpy(), inside["gate"].numpy()
-        return figures.block_view(cells, gate, tokens, layout, layer), note
+        return pictures.block_view(cells, gate, tokens, layout, layer), note
 
     figure, note = draw(sentence, L)
     save_figure(figure, path, about)

@@ -1,0 +1,152 @@
+"""What a run keeps: an epoch's measurements, checkpoints to go on from, the best weights, the
+summary. The trainer calls, and is read and restored."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from musota.files import sha256, write_sealed
+from musota.models.base import weights_sha256
+from musota.models.sharing import save_model
+from musota.training.evaluate import blocks_of, health_of, metrics_of, samples_of, score_in_memory
+from musota.training.machine import about_machine, peak_memory
+from musota.training.optimizer import load_state_tensors, state_tensors
+from musota.training.runs import Run
+
+# Of the trainer's state, besides tensors.
+KEPT = (
+    "step", "applied", "update_ratio", "seconds", "best_loss", "choices", "remedies", "summary",
+)  # fmt: skip
+
+
+def end_epoch(trainer) -> None:
+    """Measure on valid, keep the weights if they are the best yet, and record it all."""
+    if not trainer.folder.writes:
+        return
+    corpus, epoch = trainer.corpus, trainer.step // trainer.steps_per_epoch
+    with trainer.accelerator.autocast():
+        nats, hits = score_in_memory(trainer.model, corpus.valid, trainer.tell)
+        samples = samples_of(trainer.model, corpus)
+        health = health_of(trainer.model, corpus, trainer.tell)
+    measured = metrics_of(nats, hits, corpus.words["valid"], corpus.bytes["valid"])
+    record = {
+        "epoch": epoch,
+        "step": trainer.step,
+        "tokens": trainer.tokens_seen,
+        "seconds": round(trainer.seconds, 3),
+        "train_loss": float(trainer.epoch_nats) / trainer.windows,
+        "valid_loss": measured.pop("loss"),
+        **measured,
+    }
+    block_nats, block_tokens = blocks_of(nats)
+    health = {"update_ratio": trainer.update_ratio, **health}
+    unshown = {"samples": samples, "valid_block_nats": block_nats, "health": health}
+    trainer.record({"kind": "epoch", **record, **unshown})
+    if record["valid_loss"] < trainer.best_loss:
+        trainer.best_loss = record["valid_loss"]
+        weights = trainer.model.state_dict()
+        trainer.best_unsaved = {name: value.detach().clone() for name, value in weights.items()}
+        trainer.summary |= {
+            "best_epoch": epoch,
+            "valid_loss": record["valid_loss"],
+            **measured,
+            "valid_block_tokens": block_tokens,
+            "valid_block_nats": block_nats,
+        }
+    trainer.summary |= {"finished": False, "epochs_done": epoch}
+
+
+def checkpoint(trainer) -> None:
+    """Save what to resume from, and the best weights if that is still to be done."""
+    folder, scaler, best = trainer.folder, trainer.accelerator.scaler, trainer.best_unsaved
+    trainer.saved_at = time.monotonic()
+    if not folder.writes:
+        return
+    folder.trouble = ""
+    if best is not None and folder.attempt(lambda: _save_best(trainer, best)):
+        trainer.best_unsaved = None
+    tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
+    tensors |= {"epoch_nats": trainer.epoch_nats, **state_tensors(trainer.optimizer)}
+    state = {name: getattr(trainer, name) for name in KEPT}
+    state["scaler"] = scaler.state_dict() if scaler else None
+    folder.save_checkpoint(tensors, state)
+    if trainer.copy:
+        folder.attempt(trainer.copy)
+
+
+def _save_best(trainer, weights: dict[str, Tensor]) -> None:
+    best = trainer.folder.checkpoints / "best"
+    best.mkdir(exist_ok=True)  # fails, as it should, where the run's folder has vanished
+    save_model(best, trainer.experiment.model, weights, trainer.corpus.tokenizer)
+    files = sorted(path for path in best.iterdir() if not path.name.startswith("."))
+    trainer.summary["best_files"] = {path.name: sha256(path.read_bytes()) for path in files}
+
+
+def restore(trainer, saved: tuple[dict[str, Tensor], dict]) -> None:
+    """Go on from what `checkpoint` saved."""
+    tensors, state = saved
+    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    trainer.model.load_state_dict(weights)
+    load_state_tensors(trainer.optimizer, tensors)
+    if state["scaler"] and trainer.accelerator.scaler:
+        trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    trainer.step, trainer.applied = state["step"], state["applied"]
+    trainer.epoch_nats.copy_(tensors["epoch_nats"])
+    trainer.update_ratio, trainer.remedies = state["update_ratio"], state["remedies"]
+    trainer.seconds_before, trainer.started = state["seconds"], time.perf_counter()
+    trainer.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
+    trainer.summary = state["summary"]
+    if trainer.summary:  # of that moment again, should a later one stand there
+        write_summary(trainer)
+    else:
+        trainer.folder.forget_summary()
+
+
+def finish(trainer) -> None:
+    """The test split, once, with the best epoch's weights; then the summary is complete."""
+    folder, corpus = trainer.folder, trainer.corpus
+    if not folder.writes:
+        return
+    if trainer.best_unsaved is not None:
+        checkpoint(trainer)
+    if trainer.best_unsaved is not None:  # the disk is still full: it is not finished
+        return
+    if not (folder.path / "config.json").exists():
+        folder.trouble = folder.trouble or "the folder has vanished"
+        return
+    final_weights, seconds = weights_sha256(trainer.model), trainer.seconds
+    best = Run(folder.path).load_model().to(trainer.device)
+    with trainer.accelerator.autocast(), torch.no_grad():
+        scored = score_in_memory(best, corpus.test, trainer.tell)
+    measured = metrics_of(*scored, corpus.words["test"], corpus.bytes["test"])
+    trainer.summary |= {f"test_{key}": value for key, value in measured.items()}
+    trainer.summary |= {
+        "finished": True,
+        "weights_sha256": final_weights,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(trainer.tokens_seen / seconds, 1),
+    }
+    write_summary(trainer)
+
+
+def write_summary(trainer) -> None:
+    folder = trainer.folder
+    about = {
+        "parameters": sum(trainer.ledger.values()),
+        "parameter_ledger": trainer.ledger,
+        "flops_per_token": trainer.experiment.model.flops_per_token,
+        "peak_memory_bytes": peak_memory(trainer.device),
+        **about_machine(),
+    }
+    if trainer.instead_of:
+        about["instead_of"] = trainer.instead_of.to_dict()
+    if folder.attempt(folder.write_metrics):  # which the summary vouches for
+        about |= {"metrics_sha256": sha256(folder.metrics), "metrics_bytes": len(folder.metrics)}
+        path, summary = folder.path / "summary.json", {**trainer.summary, **about}
+        folder.attempt(lambda: write_sealed(path, summary))
+    if trainer.copy and trainer.summary["finished"]:
+        folder.attempt(trainer.copy)
