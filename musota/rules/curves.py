@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 
 from musota.rules.findings import Finding
-from musota.rules.stats import MIN_BLOCKS, Interval, paired_bootstrap, slope_weights
+from musota.rules.stats import Interval, paired_bootstrap, slope_weights
 
 PLATEAU_GAIN, PLATEAU_EPOCHS = 0.01, 3
 
@@ -19,46 +18,6 @@ STRETCHES, SWING_NATS, SWINGS = 25, 0.05, 3
 
 
 LOWER_RATE = "halve the learning rate (the plan, coming from 1e-4: 5e-5)"
-
-
-STILL_IMPROVING = 0.01  # a phase that lowers the best PPL by less has stalled
-
-
-def phases(history: pd.DataFrame, planned_epochs: int) -> list[Finding]:
-    """One line for each third of the plan (epochs 1–10, 10–20, 20–30 of 30).
-
-    `history` needs the columns epoch and ppl. A third not yet begun gives no line.
-    """
-    bounds = [round(planned_epochs * third / 3) for third in range(4)]
-    expected = ("rapid learning", "still improving", "converging")
-    findings = []
-    for index, (start, stop) in enumerate(pairwise(bounds)):
-        inside = history[(history.epoch > start) & (history.epoch <= stop)]
-        if inside.empty:
-            continue
-        last = int(inside.epoch.max())
-        before = history[history.epoch <= start].ppl.min() if start else inside.ppl.iloc[0]
-        best = min(before, inside.ppl.min())
-        gain = 1 - best / before
-        verdict = "improving" if gain >= STILL_IMPROVING else "stalled"
-        if start == 0 and len(inside) == 1:
-            verdict = "too early to say"
-        conclusion = f"{verdict} (the plan: {expected[index]})"
-        if index == 0:
-            conclusion += (
-                "; the plan's “should match the previous run” cannot be checked, the learning "
-                "rates differ"
-            )
-        findings.append(
-            Finding(
-                f"Epochs {start + 1}–{last}" if last > start + 1 else f"Epoch {last}",
-                verdict,
-                f"best valid PPL {before:.1f} → {best:.1f}, {gain:.1%} lower",
-                f"{STILL_IMPROVING:.0%} counts as improving",
-                conclusion,
-            )
-        )
-    return findings
 
 
 def plateau(
@@ -88,7 +47,7 @@ def plateau(
     recent = history.tail(window + 1)
     weights = slope_weights(np.log2(recent.tokens.to_numpy(float)))
     slope = Interval(float(weights @ recent.valid_loss.to_numpy(float)), -math.inf, math.inf)
-    if block_nats is not None and len(block_tokens) >= MIN_BLOCKS:
+    if block_nats is not None:
         per_block = weights @ np.array(block_nats[-len(recent) :], float)
         slope = paired_bootstrap(per_block, np.zeros_like(per_block), block_tokens)
     saw = (
@@ -180,79 +139,103 @@ def health(
     if not epochs:
         return []
     first, last = epochs[0], epochs[-1]
-    ratios = {
-        group: float(np.median([epoch["update_ratio"][group] for epoch in epochs]))
-        for group in last["update_ratio"]
-    }
-    low, high = min(ratios, key=ratios.get), max(ratios, key=ratios.get)
-    middle = float(np.median(list(ratios.values())))
-    verdict = "low" if middle < 1e-4 else "high" if middle > 1e-2 else "good"
-    meaning = {
-        "low": "the weights hardly move: the learning rate is too low",
-        "high": "the weights are thrown about: the learning rate is too high",
-        "good": "the learning rate moves the weights as is usual",
-    }[verdict]
-    saw = f"{middle:.1e}, from {ratios[low]:.1e} ({low}) to {ratios[high]:.1e} ({high})"
-    band = "1e-4 to 1e-2, about 1e-3 is usual"
-    found = [Finding("Update of a step ÷ weights", verdict, saw, band, meaning)]
-
+    found = [_updates(epochs)]
     if len(grad_norms):
         clipped = float(np.mean(np.asarray(grad_norms) > grad_clip))
         verdict = "high" if clipped > 0.5 else "good"
-        meaning = "clipping catches exceptions only"
-        if verdict == "high":
-            meaning = "lower the learning rate"
-        found.append(Finding("Clipped steps", verdict, f"{clipped:.0%}", "at most 50 %", meaning))
+        found.append(_healthy("Clipped steps", verdict, f"{clipped:.0%}", "at most 50 %"))
+    found += [_overfitting(epochs), _largest_score(first, last), _attention_entropy(last, length)]
+    if "gate_mean" in last:
+        found.append(_gate(last))
+    rank = last["effective_rank"]
+    verdict, saw = "low" if rank < d_model / 2 else "good", f"{rank:.0f} of {d_model}"
+    rule = "Effective rank before the output"
+    return [*found, _healthy(rule, verdict, saw, "at least half the width")]
 
-    gap = last["valid_loss"] - last["clean_train_loss"]
-    rising = last["valid_loss"] - min(epoch["valid_loss"] for epoch in epochs)
-    if rising > 0.01:
-        verdict, meaning = "overfit", "valid rises while training goes on: regularise, or stop"
-    elif gap < 0.1:
-        verdict = "small"
-        meaning = "no overfitting: budget, learning rate, capacity or architecture hold it back"
-    else:
-        verdict, meaning = "gap", "training text is known better: more data would help"
-    saw = f"{last['clean_train_loss']:.2f} → {last['valid_loss']:.2f} nats, {gap:+.2f}"
-    band = "under 0.1 nats; valid not rising"
-    found.append(Finding("Train (no dropout) → valid loss", verdict, saw, band, meaning))
 
-    score = last["largest_score"]
-    growing = score > 2 * first["largest_score"] and score > 50
-    verdict = "growing" if growing else "good"
-    meaning = "attention grows unstable" if growing else "attention is stable"
-    saw = f"{first['largest_score']:.1f} → {score:.1f}"
-    band = "not over 50 and doubling"
-    found.append(Finding("Largest attention score", verdict, saw, band, meaning))
-
-    lowest, mean = min(last["attention_entropy"]), float(np.mean(last["attention_entropy"]))
-    uniform = math.lgamma(length + 1) / length  # mean of ln t over the positions t
-    verdict = "low" if lowest < 0.1 else "uniform" if mean > 0.98 * uniform else "good"
-    meaning = {
-        "low": f"layer {int(np.argmin(last['attention_entropy'])) + 1} looks at one token only",
+# What a statistic's verdict means. Adding one is a rule of `health` and a row here.
+_MEANINGS = {
+    "Update of a step ÷ weights": {
+        "low": "the weights hardly move: the learning rate is too low",
+        "high": "the weights are thrown about: the learning rate is too high",
+        "good": "the learning rate moves the weights as is usual",
+    },
+    "Clipped steps": {
+        "high": "lower the learning rate",
+        "good": "clipping catches exceptions only",
+    },
+    "Train (no dropout) → valid loss": {
+        "overfit": "valid rises while training goes on: regularise, or stop",
+        "small": "no overfitting: budget, learning rate, capacity or architecture hold it back",
+        "gap": "training text is known better: more data would help",
+    },
+    "Largest attention score": {
+        "growing": "attention grows unstable",
+        "good": "attention is stable",
+    },
+    "Attention entropy": {
+        "low": "layer {} looks at one token only",
         "uniform": "attention weighs all tokens alike: it does not choose",
         "good": "attention chooses among several tokens",
-    }[verdict]
+    },
+    "Gate": {
+        "saturated": "most gates no longer react to their token",
+        "good": "the gates can still react to their token",
+    },
+    "Effective rank before the output": {
+        "low": "the output layer sees few directions",
+        "good": "the width is used",
+    },
+}
+
+
+def _healthy(rule: str, verdict: str, saw: str, band: str, *details) -> Finding:
+    return Finding(rule, verdict, saw, band, _MEANINGS[rule][verdict].format(*details))
+
+
+def _updates(epochs: Sequence[Mapping]) -> Finding:
+    groups = epochs[-1]["update_ratio"]
+    ratios = {g: float(np.median([epoch["update_ratio"][g] for epoch in epochs])) for g in groups}
+    low, high = min(ratios, key=ratios.get), max(ratios, key=ratios.get)
+    middle = float(np.median(list(ratios.values())))
+    verdict = "low" if middle < 1e-4 else "high" if middle > 1e-2 else "good"
+    saw = f"{middle:.1e}, from {ratios[low]:.1e} ({low}) to {ratios[high]:.1e} ({high})"
+    band = "1e-4 to 1e-2, about 1e-3 is usual"
+    return _healthy("Update of a step ÷ weights", verdict, saw, band)
+
+
+def _overfitting(epochs: Sequence[Mapping]) -> Finding:
+    last = epochs[-1]
+    gap = last["valid_loss"] - last["clean_train_loss"]
+    rising = last["valid_loss"] - min(epoch["valid_loss"] for epoch in epochs)
+    verdict = "overfit" if rising > 0.01 else "small" if gap < 0.1 else "gap"
+    saw = f"{last['clean_train_loss']:.2f} → {last['valid_loss']:.2f} nats, {gap:+.2f}"
+    band = "under 0.1 nats; valid not rising"
+    return _healthy("Train (no dropout) → valid loss", verdict, saw, band)
+
+
+def _largest_score(first: Mapping, last: Mapping) -> Finding:
+    before, score = first["largest_score"], last["largest_score"]
+    verdict = "growing" if score > 2 * before and score > 50 else "good"
+    saw = f"{before:.1f} → {score:.1f}"
+    return _healthy("Largest attention score", verdict, saw, "not over 50 and doubling")
+
+
+def _attention_entropy(last: Mapping, length: int) -> Finding:
+    by_layer = last["attention_entropy"]
+    lowest, mean = min(by_layer), float(np.mean(by_layer))
+    uniform = math.lgamma(length + 1) / length  # mean of ln t over the positions t
+    verdict = "low" if lowest < 0.1 else "uniform" if mean > 0.98 * uniform else "good"
     saw = f"{lowest:.2f} nats in the lowest layer, mean {mean:.2f}"
     band = f"not towards 0, nor {uniform:.2f} (all alike)"
-    found.append(Finding("Attention entropy", verdict, saw, band, meaning))
+    return _healthy("Attention entropy", verdict, saw, band, int(np.argmin(by_layer)) + 1)
 
-    if "gate_mean" in last:
-        saturated = float(np.mean(last["gate_saturated"]))
-        verdict = "saturated" if saturated > 0.5 else "good"
-        spread = float(np.mean(last["gate_spread"]))
-        meaning = "most gates no longer react to their token"
-        if verdict == "good":
-            meaning = "the gates can still react to their token"
-        saw = (
-            f"mean {np.mean(last['gate_mean']):.2f} (blocks {min(last['gate_mean']):.2f} to "
-            f"{max(last['gate_mean']):.2f}), over tokens ±{spread:.3f}, {saturated:.0%} saturated"
-        )
-        found.append(Finding("Gate", verdict, saw, "at most 50 % saturated", meaning))
 
-    rank = last["effective_rank"]
-    verdict = "low" if rank < d_model / 2 else "good"
-    meaning = "the output layer sees few directions" if verdict == "low" else "the width is used"
-    saw = f"{rank:.0f} of {d_model}"
-    band = "at least half the width"
-    return [*found, Finding("Effective rank before the output", verdict, saw, band, meaning)]
+def _gate(last: Mapping) -> Finding:
+    mean, saturated = last["gate_mean"], float(np.mean(last["gate_saturated"]))
+    saw = (
+        f"mean {np.mean(mean):.2f} (blocks {min(mean):.2f} to {max(mean):.2f}), over tokens "
+        f"±{np.mean(last['gate_spread']):.3f}, {saturated:.0%} saturated"
+    )
+    verdict = "saturated" if saturated > 0.5 else "good"
+    return _healthy("Gate", verdict, saw, "at most 50 % saturated")

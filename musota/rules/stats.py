@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 MIN_BLOCKS = 10  # of text: fewer say too little about other text
 
@@ -18,10 +19,6 @@ def slope_weights(x: np.ndarray) -> np.ndarray:
 
 
 CONFIDENCE = 0.95
-
-
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -53,19 +50,23 @@ def paired_bootstrap(
     """Loss of a minus loss of b, per token, by resampling whole blocks of text (Koehn 2004).
 
     Arguments: total nats of both models and the number of tokens, by block of the same text. Says
-    how sure the difference is for *this pair of trained models*, nothing about other seeds.
+    how sure the difference is for *this pair of trained models*, nothing about other seeds. Fewer
+    than ten blocks say too little about other text: there is no interval.
     """
     difference = np.asarray(nats_a, float) - np.asarray(nats_b, float)
     tokens = np.asarray(tokens, float)
     if difference.shape != tokens.shape or not len(tokens):
         raise ValueError("paired_bootstrap needs the same blocks for both models.")
+    mean = float(difference.sum() / tokens.sum())
+    if len(tokens) < MIN_BLOCKS:
+        return Interval(mean, -math.inf, math.inf)
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
     for start in range(0, resamples, 1000):  # by thousands: memory stays small on long texts
         picked = generator.integers(len(tokens), size=(min(1000, resamples - start), len(tokens)))
         means[start : start + len(picked)] = difference[picked].sum(1) / tokens[picked].sum(1)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(difference.sum() / tokens.sum()), float(low), float(high))
+    return Interval(mean, float(low), float(high))
 
 
 def seed_interval(differences: Sequence[float]) -> Interval:
@@ -74,7 +75,7 @@ def seed_interval(differences: Sequence[float]) -> Interval:
     if n < 2:
         raise ValueError("An interval over seeds needs at least two of them.")
     mean = float(np.mean(differences))
-    half = _t95(n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
+    half = _quantile(n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half)
 
 
@@ -97,16 +98,11 @@ def pooled_contrasts(
         if freedom:
             variance = ((table - rows - columns + table.mean()) ** 2).sum() / freedom
             squares = sum(w**2 for w in weights.values())
-            half = _t95(freedom) * math.sqrt(squares * variance / table.shape[1])
+            half = _quantile(freedom) * math.sqrt(squares * variance / table.shape[1])
         found.append(Interval(effect, effect - half, effect + half))
     return found
 
 
-def _t95(freedom: int) -> float:
-    """Two-sided 95 % quantile of Student's t; over ten by Cornish and Fisher's expansion."""
-    if freedom <= len(_T95):
-        return _T95[freedom - 1]
-    z = 1.959964
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
+def _quantile(freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))

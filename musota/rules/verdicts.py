@@ -54,16 +54,12 @@ def helps_or_hurts(
         over_seeds = seed_interval([a["valid_loss"] - b["valid_loss"] for a, b in pairs])
         if all("test_loss" in summary for pair in pairs for summary in pair):
             on_test = seed_interval([a["test_loss"] - b["test_loss"] for a, b in pairs])
-    too_little = len(tokens) < MIN_BLOCKS
-    sides = {0 if too_little else text.side, over_seeds.side if over_seeds else text.side}
-    side = sides.pop() if len(sides) == 1 else 0
-    verdict = {-1: "helps", 0: "undecided", 1: "hurts"}[side]
-    doubt = (
-        "the intervals do not both exclude 0 on one side"
-        if over_seeds
-        else ("the interval includes 0")
-    )
-    if too_little:
+    sides = {text.side, over_seeds.side if over_seeds else text.side}
+    verdict = {-1: "helps", 0: "undecided", 1: "hurts"}[sides.pop() if len(sides) == 1 else 0]
+    doubt = "the interval includes 0"
+    if over_seeds:
+        doubt = "the intervals do not both exclude 0 on one side"
+    if len(tokens) < MIN_BLOCKS:
         doubt = f"{len(tokens)} blocks are too little text"
     conclusion = {
         "helps": "the architecture helps",
