@@ -12,8 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from musota.errors import MusotaError
 
 UNKNOWN, LINE_END = "<unk>", "<|endoftext|>"
-
-
 SMALLEST_VOCABULARY = 256 + 2  # every byte, and the two special tokens
 
 

@@ -12,11 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE_ROWS = 96  # queries of a tile
-
-
 TILE_SIZE = 2**19  # weights of a tile, of several heads: 2 MB
-
-
 COLUMNS = 16  # products are fastest with a multiple of so many columns; zeros fill them up
 
 

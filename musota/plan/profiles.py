@@ -67,8 +67,6 @@ profiles: dict[str, Profile] = {
         Profile("tiny", 512, 12_000, 3_000, 1 / 6, 1 / 4, 1 / 10, 1 / 8, 30.0),
     )
 }
-
-
 # The grid of notebook 06 trains dozens of runs, so each is smaller still; `full` stays what it is.
 grid_profiles: dict[str, Profile] = {
     profile.name: profile

@@ -12,11 +12,7 @@ from musota.rules.findings import Finding
 from musota.rules.stats import Interval, paired_bootstrap, slope_weights
 
 PLATEAU_GAIN, PLATEAU_EPOCHS = 0.01, 3
-
-
 STRETCHES, SWING_NATS, SWINGS = 25, 0.05, 3
-
-
 LOWER_RATE = "halve the learning rate (the plan, coming from 1e-4: 5e-5)"
 
 

@@ -11,8 +11,6 @@ from musota.rules.findings import Finding
 from musota.rules.stats import seed_interval
 
 REPORTED = {"ppl": 402.17, "accuracy": 0.1725, "epochs": 10, "plateau_after_epoch": 6}
-
-
 PLAN_LADDER = {"uniform": 50_000.0, "bigram": 10_000.0}  # the plan's guesses, not measured
 
 

@@ -20,8 +20,6 @@ from musota.rules.stats import (
 )
 
 RELEVANT = 0.05  # nats/token, 5 % of the PPL: what less brings is not worth a search
-
-
 DATA_STARVED = 0.1  # nats gained per doubling of the text
 
 

@@ -97,7 +97,11 @@ def _changes(runs: Mapping[str, Mapping[int, Run]], suspect: Suspect) -> str:
     if before.keys() != after.keys():
         before = {"d_model": pair[0].experiment.model.d_model, **before}
     return ", ".join(
-        f"{name} {before[name]:,.9g} → {after[name]:,.9g}"
+        f"{name} {_shown(before[name])} → {_shown(after[name])}"
         for name in before
         if name in after and before[name] != after[name]
     )
+
+
+def _shown(value) -> str:
+    return value if isinstance(value, str) else f"{value:,.9g}"

@@ -17,7 +17,6 @@ from musota.plan.registry import TUNED, find_experiment, registry
 ROOT = Path(__file__).resolve().parents[2]
 # A backend inherited from a notebook would break scripts that are started from one.
 os.environ["MPLBACKEND"] = "Agg"
-
 TRAIN_HELP = (
     f"Train one EXPERIMENT: {', '.join(name for name in registry if name not in TUNED)}. "
     f"Or {', '.join(TUNED)}: at the best rate of the recorded sweeps."

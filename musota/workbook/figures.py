@@ -248,10 +248,9 @@ def ablations(effects: Mapping[str, Interval], ppl: float, layout: BlockLayout) 
     figure, axes = new_figure(10, 1.4 + 0.3 * len(meanings), columns=2)
     parts = [name for name in effects if name not in meanings]
     for axis, names, title in zip(axes, (parts, list(meanings)), _ABLATED, strict=True):
-        grown = np.array(
-            [np.expm1([effects[n].mean, effects[n].low, effects[n].high]) * ppl for n in names]
-        )
-        rows = range(len(names))
+        nats = np.array([[effects[n].mean, effects[n].low, effects[n].high] for n in names])
+        nats = np.where(np.isfinite(nats), nats, nats[:, :1])  # no interval: no whiskers
+        grown, rows = np.expm1(nats) * ppl, range(len(names))
         spread = np.abs(grown[:, 1:] - grown[:, :1]).T
         axis.barh(rows, grown[:, 0], color="#56B4E9", edgecolor="black", linewidth=0.6)
         axis.errorbar(grown[:, 0], rows, xerr=spread, fmt="none", ecolor="black", capsize=3)

@@ -106,7 +106,11 @@ def labelled(runs: Iterable[Run], roles: Mapping[str, Experiment]) -> list[Run]:
 
 def _differences(first: Experiment, run: Run) -> list[str]:
     before, after = first.fields(), run.experiment.fields()
-    changed = [f"{k}={v:.9g}" for k, v in after.items() if before.get(k) != v]
+    changed = [
+        f"{k}={v if isinstance(v, str) else format(v, '.9g')}"
+        for k, v in after.items()
+        if before.get(k) != v
+    ]
     return changed or [f"corpus={run.fingerprint[:8]}"]
 
 

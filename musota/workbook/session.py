@@ -301,7 +301,13 @@ class Workbook:
             ):
                 size = {"parameters": experiment.model.n_parameters}
                 columns[name, column] = experiment.fields() | size
-        return pd.DataFrame(columns).map(lambda value: "" if pd.isna(value) else f"{value:,.10g}")
+
+        def shown(value) -> str:
+            if isinstance(value, str):
+                return value
+            return "" if pd.isna(value) else f"{value:,.10g}"
+
+        return pd.DataFrame(columns).map(shown)
 
 
 def tell(findings: Finding | Sequence[Finding]) -> None:

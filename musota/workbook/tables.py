@@ -26,8 +26,6 @@ PUBLISHED = (
     ("AWD-LSTM (Merity et al. 2017)", "33 M", 65.8),
     ("Mogrifier RLSTM (Melis 2022)", "24 M", 55.0),
 )
-
-
 BENCH_TOLERANCE = 1.25  # nearer to the arithmetic than this counts as following it
 
 

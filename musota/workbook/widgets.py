@@ -39,11 +39,7 @@ METRICS = {
     "learning rate": ("steps", "learning_rate", "learning rate", None),
     "gradient norm": ("steps", "grad_norm", "gradient norm before clipping", None),
 }
-
-
 UNITS = {"epochs": "epoch", "tokens": "training tokens", "seconds": "seconds of training"}
-
-
 LIVE_SECONDS = 3  # at least so long between two pictures of a training run
 
 
@@ -204,8 +200,6 @@ class Explorer:
 
 # Boxes of ipywidgets 7 neither shrink nor scroll: without these they are cut off on the right.
 _FITTING = {"max_width": "100%"}
-
-
 _WRAPPED = {"flex_flow": "row wrap", **_FITTING}
 
 
