@@ -32,6 +32,7 @@ from musota.training.trainer import train
 from musota.workbook.evidence import GRID, SWEEP, Evidence, footer, read_evidence, read_rungs
 from musota.workbook.pages import save_figure
 from musota.workbook.records import read_probes, read_runs
+from musota.workbook.tables import fields_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to")
@@ -49,7 +50,135 @@ def results_folder(profile: str, corpus: Corpus, save_to: str | os.PathLike = ""
     return same_text[0] if same_text else base / f"{profile}-{corpus.label}"
 
 
-class Workbook:
+class Results:
+    """Where the results of a profile and corpus are kept: runs, probes, pictures, and their copy.
+
+    With `grid` it is the part of the root-cause grid. Raises MusotaError for a folder that cannot
+    be made.
+    """
+
+    def __init__(
+        self, profile: Profile, corpus: Corpus, fresh: bool, save_to: str | os.PathLike, grid: bool
+    ):
+        self.profile, self.corpus, self.fresh = profile, corpus, fresh
+        self.part = GRID if grid else ""
+        # Where results belong, and where they are worked on: a Drive loses writes, a disk does not.
+        self.home = work = results_folder(self.profile.name, self.corpus, save_to)
+        if save_to:
+            key = sha256(str(Path(save_to).expanduser().resolve()).encode())[:12]
+            work = cache_folder() / "work" / key / self.home.name
+        self.mirror, self.folder = None, work / self.part
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if save_to:
+                self.mirror = Mirror(work, self.home)
+                self.mirror.pull()
+        except OSError as error:
+            raise MusotaError(
+                f"The results folder {self.home} cannot be made ({error.strerror}): set save_to to "
+                "a folder that can be written."
+            ) from None
+        self.root = work
+
+    def push(self) -> bool:
+        """Copy what is new to where results belong; False, and a sentence, where that fails."""
+        try:
+            if self.mirror:
+                self.mirror.push()
+        except OSError as error:
+            print(f"Not copied to {self.home}: {error.strerror}. It stands in {self.folder}.")
+            return False
+        return True
+
+    def kept(self, name: str, measure: Callable[..., dict], *arguments) -> dict:
+        """What `measure(*arguments)` returns, measured once and kept as the probe `name`."""
+        fingerprint = self.corpus.fingerprint
+        recorded = self.probes.get(name, {})
+        if recorded.get("fingerprint") == fingerprint and not self.fresh:
+            return recorded
+        measured = measure(*arguments)
+        write_json(self.folder / f"{name}.json", {"fingerprint": fingerprint, **measured})
+        self.push()
+        return measured
+
+    @property
+    def probes(self) -> dict[str, dict]:
+        """What is recorded here besides runs, by name."""
+        found = read_probes(self.root)
+        start = f"{self.part}/" if self.part else ""
+        return {name.removeprefix(start): v for name, v in found.items() if name.startswith(start)}
+
+    @property
+    def known(self) -> list[Run]:
+        """What is recorded in this folder, packed or not."""
+        return read_runs(self.root, self.part)[0]
+
+    @property
+    def footer(self) -> str:
+        return footer(self.corpus.name, self.corpus.tokenizer.size, self.profile.name)
+
+    @property
+    def recorded(self) -> Evidence:
+        """The runs of this folder on this corpus, with the rungs."""
+        self.ladder  # noqa: B018  measured, if it was not
+        return read_evidence(self.folder, self.corpus.fingerprint)
+
+    def evidence(self, *names: str) -> Evidence:
+        """Recorded rows: of this folder, else, where it has not all of them, those that come with
+        the repository; `.note` says so, or what is missing, in one sentence."""
+        own = self.recorded.only(*names)
+        missing = [name for name in names if name not in own.names]
+        if not missing:
+            return own
+        note = f"{', '.join(missing)} not yet trained in {self.home}"
+        for profile in COMMITTED:
+            kept = read_evidence(ROOT / "results" / profile).only(*names)
+            if kept.names >= set(names):
+                note += f": here is profile {profile} as kept with the workbook."
+                return dataclasses.replace(kept, note=note)
+        return dataclasses.replace(own, note=f"{note}: run the notebook that trains it first.")
+
+    @cached_property
+    def ladder(self) -> dict[str, float]:
+        """Perplexity of the measured rungs on valid, measured once."""
+        fingerprint = self.corpus.fingerprint
+        if rungs := read_rungs(self.probes, fingerprint):
+            return rungs
+        rungs = measure_ladder(self.corpus)
+        write_json(self.folder / "ladder.json", {"fingerprint": fingerprint, "ppl": rungs})
+        return rungs
+
+    def record(self, name: str, findings: Sequence[Finding], **numbers) -> None:
+        """Write `<name>.json` beside the results: what this notebook found.
+
+        Raises MusotaError if results could not be copied to where they belong.
+        """
+        found = [dataclasses.asdict(finding) for finding in findings]
+        write_json(self.folder / f"{name}.json", {**numbers, "findings": found})
+        if not self.push():
+            raise MusotaError(
+                f"The results could not be copied to {self.home}: make room there, or mount it "
+                "again, and repeat this cell."
+            )
+        print(f"written: {self.home / name}.json")
+
+    def show(
+        self, figure: Figure, name: str, run: Run | None = None, about: str | None = None
+    ) -> None:
+        """Save a figure as `<name>.png` beside the results (or in a run's folder) and show it.
+
+        `about` is the line under it, by default this corpus and profile.
+        """
+        path = (run.path if run else self.folder) / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)  # a packed run's has none
+        save_figure(figure, path, self.footer if about is None else about)
+        from IPython.display import Image, display
+
+        display(Image(data=path.read_bytes()))
+
+
+class Workbook(Results):
     """One notebook's session. Raises MusotaError for a parameter it does not know or cannot use.
 
     With `grid` it works at the size of the root-cause grid, in a folder of its own.
@@ -66,33 +195,11 @@ class Workbook:
     ):
         _plain_errors()
         _refuse_unknown_parameters()
-        self.profile: Profile = find_profile(profile, grid)
-        check_seed(seed)
-        if not isinstance(fresh, bool):
-            raise MusotaError(f"fresh must be True or False, not {fresh!r}.")
-        if not isinstance(save_to, (str, os.PathLike)) or "\0" in str(save_to):
-            raise MusotaError(f"save_to must be the path of a folder, not {save_to!r}.")
-        self.seed, self.fresh = seed, fresh
-        self.whole_corpus = load_corpus(corpus, self.profile.vocab_size or 50_000)
-        self.corpus: Corpus = self.whole_corpus.limited(self.profile)
-        # Where results belong, and where they are worked on: a Drive loses writes, a disk does not.
-        self.home = work = results_folder(self.profile.name, self.corpus, save_to)
-        if save_to:
-            key = sha256(str(Path(save_to).expanduser().resolve()).encode())[:12]
-            work = cache_folder() / "work" / key / self.home.name
-        self.mirror, self.folder = None, work / GRID if grid else work
-        try:
-            self.home.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if save_to:
-                self.mirror = Mirror(work, self.home)
-                self.mirror.pull()
-        except OSError as error:
-            raise MusotaError(
-                f"The results folder {self.home} cannot be made ({error.strerror}): set save_to to "
-                "a folder that can be written."
-            ) from None
-        self.root, self.part = work, GRID if grid else ""
+        size = find_profile(profile, grid)
+        _check_parameters(seed, fresh, save_to)
+        self.seed = seed
+        self.whole_corpus = load_corpus(corpus, size.vocab_size or 50_000)
+        super().__init__(size, self.whole_corpus.limited(size), fresh, save_to, grid)
         print(self.about)
 
     @property
@@ -104,10 +211,6 @@ class Workbook:
             f"{len(corpus.valid):,} validation tokens, vocabulary {corpus.tokenizer.size:,}\n"
             f"profile {self.profile.name}, {about_machine()['device']}, results in {self.home}"
         )
-
-    @property
-    def footer(self) -> str:
-        return footer(self.corpus.name, self.corpus.tokenizer.size, self.profile.name)
 
     @property
     def plan_does_not_apply(self) -> str | None:
@@ -151,72 +254,44 @@ class Workbook:
             **choices,
         )  # fmt: skip
 
-    @property
-    def known(self) -> list[Run]:
-        """What is recorded in this folder, packed or not."""
-        return read_runs(self.root, self.part)[0]
-
     def run_grid(self) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
         """Train the root-cause grid of this profile, or go on with it (see `suspects.grid`)."""
         cells, suspects, seeds = grid(self.profile.name)
         longest = "epochs" if "epochs" in cells else "original"  # to look inside afterwards
         seeds = [self.seed + n for n in seeds]
         try:
-            return self._run_cells(cells, seeds, keep=(longest,), quiet=True), suspects
+            how = {"known": self.known, "keep": (longest,)}
+            return run_cells(cells, seeds, *self._place, **self._how, **how), suspects
         finally:
             self.push()
 
-    def _run_cells(self, cells: dict[str, Cell], seeds: Sequence[int], **how):
-        how = {"fresh": self.fresh, "known": self.known, "each": self.push} | how
-        return run_cells(cells, seeds, self.profile, self.corpus, self.folder, **how)
+    @property
+    def _place(self) -> tuple[Profile, Corpus, Path]:
+        return self.profile, self.corpus, self.folder
+
+    @property
+    def _how(self) -> dict:
+        return {"fresh": self.fresh, "each": self.push}
 
     def carry_out(self, part: str, seeds: int) -> None:
         """Train one of `PARTS` of the plan with `seeds` seeds, or go on with it."""
+        how = {**self._how, "quiet": False}
         if part == "sweep":
-            known = read_runs(self.root, SWEEP)[0]
-            how = {"fresh": self.fresh, "known": known, "each": self.push, "quiet": False}
-            folder = self.folder / SWEEP
-            campaign.run_sweeps(self.profile, self.corpus, folder, self.seed, **how)
+            profile, corpus, folder = self._place
+            how["known"] = read_runs(self.root, SWEEP)[0]
+            campaign.run_sweeps(profile, corpus, folder / SWEEP, self.seed, **how)
             return
         cells = campaign.models()
         if part == "tuned":
             losses = {name: self._swept(self.root, name) for name in TUNED}
             cells = {n: Cell(campaign.tuned(n, self.profile, losses[n])) for n in TUNED}
         seeds = range(self.seed, self.seed + seeds)
-        runs = self._run_cells(cells, seeds, keep=cells, quiet=False)
+        runs = run_cells(cells, seeds, *self._place, **how, known=self.known, keep=cells)
         looked = "tuned" if part == "tuned" else "optimized"
         if runs[looked][self.seed].has_model:
             self.kept(
                 f"ablations_{looked}", measure_ablations, runs[looked][self.seed], self.corpus
             )
-
-    def push(self) -> bool:
-        """Copy what is new to where results belong; False, and a sentence, where that fails."""
-        try:
-            if self.mirror:
-                self.mirror.push()
-        except OSError as error:
-            print(f"Not copied to {self.home}: {error.strerror}. It stands in {self.folder}.")
-            return False
-        return True
-
-    def kept(self, name: str, measure: Callable[..., dict], *arguments) -> dict:
-        """What `measure(*arguments)` returns, measured once and kept as the probe `name`."""
-        fingerprint = self.corpus.fingerprint
-        recorded = self.probes.get(name, {})
-        if recorded.get("fingerprint") == fingerprint and not self.fresh:
-            return recorded
-        measured = measure(*arguments)
-        write_json(self.folder / f"{name}.json", {"fingerprint": fingerprint, **measured})
-        self.push()
-        return measured
-
-    @property
-    def probes(self) -> dict[str, dict]:
-        """What is recorded here besides runs, by name."""
-        found = read_probes(self.root)
-        start = f"{self.part}/" if self.part else ""
-        return {name.removeprefix(start): v for name, v in found.items() if name.startswith(start)}
 
     def show_blocks(self, run: Run, sentence: str) -> None:
         """The matrices and gates of a sentence, to be changed by the reader (see `widgets`)."""
@@ -225,89 +300,17 @@ class Workbook:
         if not run.has_model:
             print("This run is kept without its checkpoint: train it here to look inside.")
             return
-        model, path = run.load_model(), run.path / "blocks.png"
         about = f"{self.corpus.name} · profile {self.profile.name}"
-        block_view(model, self.corpus.tokenizer, sentence, path, about, self.push)
-
-    @property
-    def recorded(self) -> Evidence:
-        """The runs of this folder on this corpus, with the rungs."""
-        self.ladder  # noqa: B018  measured, if it was not
-        return read_evidence(self.folder, self.corpus.fingerprint)
-
-    def evidence(self, *names: str) -> Evidence:
-        """Recorded runs with these names: of this folder, else those that come with the repository.
-
-        The second are taken only where this folder has not all of the names; `.note` says so, or
-        what is missing, in one sentence.
-        """
-        own = self.recorded.only(*names)
-        missing = [name for name in names if name not in own.names]
-        if not missing:
-            return own
-        wanted = f"{', '.join(missing)} not yet trained in {self.home}"
-        for profile in COMMITTED:
-            kept = read_evidence(ROOT / "results" / profile).only(*names)
-            if all(name in kept.names for name in names):
-                note = f"{wanted}: here is profile {profile} as kept with the workbook."
-                return dataclasses.replace(kept, note=note)
-        return dataclasses.replace(own, note=f"{wanted}: run the notebook that trains it first.")
-
-    @cached_property
-    def ladder(self) -> dict[str, float]:
-        """Perplexity of the measured rungs on valid, measured once."""
-        fingerprint = self.corpus.fingerprint
-        if rungs := read_rungs(self.probes, fingerprint):
-            return rungs
-        rungs = measure_ladder(self.corpus)
-        write_json(self.folder / "ladder.json", {"fingerprint": fingerprint, "ppl": rungs})
-        return rungs
-
-    def record(self, name: str, findings: Sequence[Finding], **numbers) -> None:
-        """Write `<name>.json` beside the results: what this notebook found.
-
-        Raises MusotaError if results could not be copied to where they belong.
-        """
-        found = [dataclasses.asdict(finding) for finding in findings]
-        write_json(self.folder / f"{name}.json", {**numbers, "findings": found})
-        if not self.push():
-            raise MusotaError(
-                f"The results could not be copied to {self.home}: make room there, or mount it "
-                "again, and repeat this cell."
-            )
-        print(f"written: {self.home / name}.json")
-
-    def show(
-        self, figure: Figure, name: str, run: Run | None = None, about: str | None = None
-    ) -> None:
-        """Save a figure as `<name>.png` beside the results (or in a run's folder) and show it.
-
-        `about` is the line under it, by default this corpus and profile.
-        """
-        path = (run.path if run else self.folder) / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)  # a packed run's has none
-        save_figure(figure, path, self.footer if about is None else about)
-        from IPython.display import Image, display
-
-        display(Image(data=path.read_bytes()))
+        path, tokenizer = run.path / "blocks.png", self.corpus.tokenizer
+        block_view(run.load_model(), tokenizer, sentence, path, about, self.push)
 
     def scaling_table(self, *names: str) -> pd.DataFrame:
         """Every scaled value beside the plan's, for the experiments named."""
         columns = {}
         for name in names:
-            for column, experiment in (
-                ("plan", find_experiment(name)),
-                (f"profile {self.profile.name}", self.experiment(name)),
-            ):
-                size = {"parameters": experiment.model.n_parameters}
-                columns[name, column] = experiment.fields() | size
-
-        def shown(value) -> str:
-            if isinstance(value, str):
-                return value
-            return "" if pd.isna(value) else f"{value:,.10g}"
-
-        return pd.DataFrame(columns).map(shown)
+            columns[name, "plan"] = find_experiment(name)
+            columns[name, f"profile {self.profile.name}"] = self.experiment(name)
+        return fields_table(columns)
 
 
 def tell(findings: Finding | Sequence[Finding]) -> None:
@@ -316,6 +319,14 @@ def tell(findings: Finding | Sequence[Finding]) -> None:
     from IPython.display import Markdown, display
 
     display(Markdown("\n".join(f"- {finding.sentence}" for finding in findings)))
+
+
+def _check_parameters(seed, fresh, save_to) -> None:
+    check_seed(seed)
+    if not isinstance(fresh, bool):
+        raise MusotaError(f"fresh must be True or False, not {fresh!r}.")
+    if not isinstance(save_to, (str, os.PathLike)) or "\0" in str(save_to):
+        raise MusotaError(f"save_to must be the path of a folder, not {save_to!r}.")
 
 
 def _refuse_unknown_parameters() -> None:

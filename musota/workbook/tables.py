@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from musota.plan.config import Experiment
 from musota.plan.profiles import PLAN_TRAIN_TOKENS
 from musota.plan.registry import experiments, title_of
 from musota.rules.stats import seed_interval
@@ -195,6 +196,13 @@ def ledger_table(runs: Iterable[Run]) -> pd.DataFrame:
     table = pd.DataFrame(ledgers).fillna(0).astype(int)
     table.loc["total"] = table.sum()
     return table.map(lambda count: f"{count:,}" if count else NONE)
+
+
+def fields_table(columns: Mapping[tuple[str, str], Experiment]) -> pd.DataFrame:
+    """The fields of experiments side by side, one row a field, and their parameters."""
+    fields = {k: e.fields() | {"parameters": e.model.n_parameters} for k, e in columns.items()}
+    table = pd.DataFrame(fields).astype(object)
+    return table.map(lambda value: "" if pd.isna(value) else _shown(value, ",.10g"))
 
 
 _CAUSE: Columns = (
