@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from click.testing import CliRunner
 import musota
 from musota.errors import MusotaError
 from musota.files import write_json
+from musota.models.musota import CrossAttention
 from musota.workbook import bench
 from musota.workbook.cli import cli
 from musota.workbook.pages import write_bench_report
@@ -29,15 +31,14 @@ def test_twenty_training_steps_agree_with_the_literal_version(config):
     assert bench.agreement(config, batch=4, device=CPU) < 1e-5
 
 
-def test_a_wrong_step_does_not_agree(monkeypatch):
-    """What the test above is worth: a gate that ignores the entropy is found out."""
-    from musota.models.musota import CrossAttention
-
+def test_a_gate_that_ignores_the_entropy_does_not_agree(monkeypatch):
     forward = CrossAttention.forward
-    monkeypatch.setattr(
-        CrossAttention, "forward", lambda self, x: [part * (1, 0)[i] for i, part in
-                                                    enumerate(forward(self, x))]
-    )  # fmt: skip
+
+    def without_entropy(self, x):
+        across, entropy = forward(self, x)
+        return across, 0 * entropy
+
+    monkeypatch.setattr(CrossAttention, "forward", without_entropy)
     assert bench.agreement(musota.MuConfig(**SMALL), batch=4, device=CPU) > 1e-5
 
 
@@ -73,8 +74,6 @@ def test_bench_measures_what_it_promises(result):
         ("dense", "batch", 4), ("dense", "batch", 16),
     ]  # fmt: skip
     assert points[0][3] == 1 and points[2][3] == pytest.approx(1, abs=0.02)
-    for shares in result["profile"].values():
-        assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_its_report_can_be_written_from_the_file(result, tmp_path, monkeypatch):
@@ -95,28 +94,25 @@ def test_its_report_can_be_written_from_the_file(result, tmp_path, monkeypatch):
         assert name in text and (folder / name).stat().st_size > 10_000
     assert len(bench_table(kept)) == 4 and len(scaling_table(kept)) == 5
     write_json(folder / "some-machine.json", {**kept, "scaling": []})
-    assert "scaling" not in write_bench_report(folder).read_text().split("Where our step")[1]
+    assert "-scaling.png" not in write_bench_report(folder).read_text()
 
 
 def test_scaling_says_where_the_arithmetic_does_not_hold():
     point = {"model": "mu", "axis": "batch", "value": 4, "batch": 4, "tokens_per_s": 9.0}
-    said = [
-        scaling_table({"scaling": [{**point, "time_per_token": time, "arithmetic": 2.0}]}).measured[
-            0
-        ]
-        for time in (2.2, 3.0, 1.0)
+    times = [{**point, "time_per_token": time, "arithmetic": 2.0} for time in (2.2, 3.0, 1.0)]
+    assert list(scaling_table({"scaling": times}).measured) == [
+        "as it says",
+        "1.50 × it",
+        "0.50 × it",
     ]
-    assert said == ["as it says", "1.50 × it", "0.50 × it"]
 
 
 def test_an_absent_device_and_a_lost_process_are_answered_plainly():
-    for name in ("cuda", "nonsense"):
-        if name == "cuda" and torch.cuda.is_available():
-            continue
+    absent = ["nonsense"] if torch.cuda.is_available() else ["nonsense", "cuda"]
+    for name in absent:
         with pytest.raises(MusotaError, match=f"There is no device '{name}' here"):
             bench.run_bench(name)
-    config = musota.MuConfig(**SMALL)
-    with bench.Contender(config, "ours", 2, CPU) as contender:
-        contender.process.kill()
-        with pytest.raises(MusotaError, match="ended by itself"):
-            contender.ask("step")
+    lost = pytest.raises(MusotaError, match="ended by itself")
+    with lost, bench.contender(musota.MuConfig(**SMALL), "ours", 2, CPU) as step:
+        multiprocessing.active_children()[-1].kill()
+        step()

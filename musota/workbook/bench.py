@@ -1,18 +1,20 @@
 """Ours against the literal version, measured on the machine at hand: `python -m musota bench`.
 
-The literal models say DESIGN section 2 word by word: a loop over the blocks with torch's own
+The literal models say `docs/model.md` word by word: a loop over the blocks with torch's own
 attention, a table a layer, every logit at once, fp32. Tests hold the fast ones to them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
-from statistics import median
 
+import numpy as np
+import psutil  # comes with accelerate
 import torch
 from torch import Tensor, nn
 
@@ -29,9 +31,17 @@ SCALING = {
     "n_layer": (3, 6, 12, 24),
     "n_block": (4, 8, 16, 32),
 }
-
-
 AGREEMENT_STEPS = 20
+OURS, LITERAL, ALSO_DROPOUT = "ours", "literal", "literal, attention-weight dropout"
+
+
+def build(config: ModelConfig, who: str, device: torch.device) -> nn.Module:
+    """Ours or a literal version, with the same weights every time."""
+    torch.manual_seed(0)
+    model = build_model(config).to(device)
+    if who == OURS:
+        return model
+    return Literal(model, attention_dropout=config.dropout if who == ALSO_DROPOUT else 0.0)
 
 
 def training_step(
@@ -66,58 +76,40 @@ def training_step(
     return step
 
 
-class Contender:
-    """One version of a model in a process of its own, which makes training steps when asked."""
+@contextmanager
+def contender(config: ModelConfig, who: str, batch: int, device: torch.device):
+    """One version of a model in a process of its own; gives what lets it make a training step.
 
-    def __init__(self, config: ModelConfig, who: str, batch: int, device: torch.device):
-        self.who = who
-        context = get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        arguments = theirs, config, who, batch, device, torch.get_num_threads()
-        self.process = context.Process(target=_serve, args=arguments, daemon=True)
-        self.process.start()
-        theirs.close()  # else the end of the process would not end the pipe
-        self.ask("step")  # the first is warm-up
-
-    def ask(self, what: str):
-        """`step`: its seconds · `memory`: the bytes steps need beyond the model, at their peak ·
-        `profile`: the share of a step's time by kernel."""
+    That returns the step's seconds, and the bytes needed beyond the model so far, at their peak.
+    """
+    arguments = config, who, batch, device, torch.get_num_threads()
+    with ProcessPoolExecutor(1, get_context("spawn"), _prepare, arguments) as process:
         try:
-            self.pipe.send(what)
-            return self.pipe.recv()
-        except (EOFError, OSError):
+            process.submit(_measure).result()  # the first is warm-up
+            yield lambda: process.submit(_measure).result()
+        except RuntimeError as error:  # torch's for too little memory, or the process is gone
             raise MusotaError(
-                f"The process that runs the {self.who} version ended by itself: its message stands "
-                "above; if there is none, it wanted more memory than this machine has."
+                "A process that runs one version of the model ended by itself: its message stands "
+                f"above; if there is none, it wanted more memory than this machine has ({error})."
             ) from None
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *_):
-        self.process.terminate()
-        self.process.join()
-
-
-def _serve(pipe, config, who, batch, device, n_thread) -> None:
+def _prepare(config, who, batch, device, n_thread) -> None:
+    """In a contender's process: the step and what memory held before the first."""
+    global _prepared
     torch.set_num_threads(n_thread)
-    if who == "ours" and device.type == "cpu":
+    if who == OURS and device.type == "cpu":
         prepare_memory(device)
-    precision = _precision(device) if who == "ours" else torch.float32
-    step = training_step(_build(config, who, device), batch, device, precision)
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-    else:
-        import psutil  # comes with accelerate
+    precision = _precision(device) if who == OURS else torch.float32
+    step = training_step(build(config, who, device), batch, device, precision)
+    on_gpu = device.type == "cuda"
+    held = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+    _prepared = step, device, held
 
-        before = psutil.Process().memory_info().rss
-    answers = {
-        "step": lambda: seconds_per_step(step, device),
-        "memory": lambda: peak_memory(device) - before,
-        "profile": lambda: where_time_goes(step, device),
-    }
-    while True:
-        pipe.send(answers[pipe.recv()]())
+
+def _measure() -> tuple[float, int]:
+    step, device, held = _prepared
+    return seconds_per_step(step, device), peak_memory(device) - held
 
 
 def _precision(device: torch.device) -> torch.dtype:
@@ -127,18 +119,15 @@ def _precision(device: torch.device) -> torch.dtype:
 
 
 def seconds_per_step(step: Callable, device: torch.device) -> float:
-    repeats = 10 if device.type == "cuda" else 1  # a GPU's steps are too short for one
-    _wait(device)
+    on_gpu = device.type == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    repeats = 10 if on_gpu else 1  # a GPU's steps are too short for one
+    wait()
     started = time.perf_counter()
     for _ in range(repeats):
         step()
-    _wait(device)
+    wait()
     return (time.perf_counter() - started) / repeats
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -148,54 +137,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds_per_step(lambda: a @ a, device) for _ in range(10))
 
 
-def _contenders(config: ModelConfig) -> dict[str, Callable[[CausalLM], nn.Module]]:
-    return {
-        "ours": lambda model: model,
-        "literal": Literal,
-        "literal, attention-weight dropout": lambda model: Literal(model, config.dropout),
-    }
-
-
-def _build(config: ModelConfig, who: str, device: torch.device) -> nn.Module:
-    torch.manual_seed(0)
-    return _contenders(config)[who](build_model(config).to(device))
-
-
 def agreement(config: ModelConfig, batch: int, device: torch.device) -> float:
     """The largest relative difference of ours and the literal loss: 20 steps, fp32, no dropout."""
     config = dataclasses.replace(config, dropout=0.0)
-    ours = _build(config, "ours", device)
-    steps = [training_step(model, batch, device) for model in (ours, Literal(ours))]
-    losses = torch.stack(
-        [torch.stack([step() for step in steps]) for _ in range(AGREEMENT_STEPS)]
-    ).double()
+    ours, literal = (
+        training_step(build(config, who, device), batch, device) for who in (OURS, LITERAL)
+    )
+    losses = torch.tensor([(ours(), literal()) for _ in range(AGREEMENT_STEPS)]).double()
     return float((losses[:, 0] / losses[:, 1] - 1).abs().max())
-
-
-def where_time_goes(step: Callable, device: torch.device, largest: int = 8) -> dict[str, float]:
-    """Share of a step's own time by kernel, the largest first and the rest together."""
-    step()
-    with torch.profiler.profile() as profile:
-        step()
-        _wait(device)
-    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    times = {event.key: getattr(event, key) for event in profile.key_averages()}
-    total = sum(times.values())
-    shares = sorted(((value / total, name) for name, value in times.items()), reverse=True)
-    shown = {name: share for share, name in shares[:largest]}
-    return shown | {"everything else": 1 - sum(shown.values())}
-
-
-def scaling_points(config: ModelConfig, batch: int, axes: Mapping[str, Sequence[int]]):
-    """(axis, value, config, batch) of every point; longer sequences come in smaller batches."""
-    for axis, values in axes.items():
-        for value in values:
-            if axis == "batch":
-                yield axis, value, config, value
-            elif hasattr(config, axis):
-                changed = dataclasses.replace(config, **{axis: value})
-                tokens = batch * config.max_seq_len
-                yield axis, value, changed, max(1, round(tokens / changed.max_seq_len))
 
 
 def run_bench(
@@ -217,90 +166,81 @@ def run_bench(
     models = models or {"mu": MuConfig(), "dense": DenseConfig()}
     batch = batch or (32 if device.type == "cuda" else 8)
     rate = matmul_rate(device, _precision(device))
-    result = {
+    rows, points, differences = [], [], {}
+    for kind, config in models.items():
+        for against in (LITERAL, ALSO_DROPOUT):
+            say(f"{kind}: {repeats} rounds of ours and {against}")
+            row = _compare(config, against, batch, device, repeats)
+            done = row["tokens_per_s"] * config.flops_per_token
+            rows.append({"model": kind, **row, "share_of_matmul_rate": done / rate})
+        say(f"{kind}: the losses of {AGREEMENT_STEPS} steps, ours and literal")
+        differences[kind] = agreement(config, 1, device)
+        points += [{"model": kind, **p} for p in _scale(config, batch, device, scaling, say)]
+    return {
         "batch": batch,
         "precision": str(_precision(device)).removeprefix("torch."),
         "matmul_flops": rate,
         **about_machine(device),
         "models": {kind: dataclasses.asdict(config) for kind, config in models.items()},
-        "rows": [],
-        "agreement": {},
-        "profile": {},
-        "scaling": [],
+        "rows": rows,
+        "agreement": differences,
+        "scaling": points,
     }
-    for kind, config in models.items():
-        tokens = batch * config.max_seq_len
-        for against in list(_contenders(config))[1:]:
-            say(f"{kind}: {repeats} rounds of ours and {against}")
-            # Two at a time: a third process presses on memory, which tells against the literal one.
-            with (
-                Contender(config, "ours", batch, device) as ours,
-                Contender(config, against, batch, device) as theirs,
-            ):
-                # Each takes two steps running, the second counts: an idle process loses its caches.
-                rounds = [
-                    [[one.ask("step"), one.ask("step")][1] for one in (ours, theirs)]
-                    for _ in range(repeats)
-                ]
-                memory = ours.ask("memory"), theirs.ask("memory")
-                result["profile"][kind] = ours.ask("profile")
-            seconds = [median(column) for column in zip(*rounds, strict=True)]
-            ratios = sorted(slow / fast for fast, slow in rounds)
-            result["rows"].append(
-                {
-                    "model": kind,
-                    "against": against,
-                    "tokens_per_s": tokens / seconds[0],
-                    "ms_per_step": 1e3 * seconds[0],
-                    "against_tokens_per_s": tokens / seconds[1],
-                    "against_ms_per_step": 1e3 * seconds[1],
-                    "tokens_per_s_ratio": median(ratios),
-                    "tokens_per_s_ratio_range": [ratios[0], ratios[-1]],
-                    "memory_bytes": memory[0],
-                    "against_memory_bytes": memory[1],
-                    "memory_ratio": memory[0] / memory[1],
-                    "share_of_matmul_rate": tokens / seconds[0] * config.flops_per_token / rate,
-                }
-            )
-        say(f"{kind}: the losses of {AGREEMENT_STEPS} steps, ours and literal")
-        result["agreement"][kind] = agreement(config, 1, device)
-        result["scaling"] += _scaling(kind, config, batch, device, scaling, say)
-    return result
 
 
-def _scaling(kind, config, batch, device, axes, say) -> list[dict]:
-    points = []
-    with Contender(config, "ours", batch, device) as reference:
-        for axis, value, changed, changed_batch in scaling_points(config, batch, axes):
-            say(f"{kind}: {axis} {value}")
-            same = (changed, changed_batch) == (config, batch)  # against itself: shows the noise
-            with (
-                contextlib.nullcontext(reference)
-                if same
-                else Contender(changed, "ours", changed_batch, device)
-            ) as here:
-                rounds = [(reference.ask("step"), here.ask("step")) for _ in range(3)]
-            tokens = changed_batch * changed.max_seq_len
-            ratio = median(here / at_reference for at_reference, here in rounds)
-            points.append(
-                {
-                    "model": kind,
-                    "axis": axis,
-                    "value": value,
-                    "batch": changed_batch,
-                    "tokens_per_s": tokens / median(here for _, here in rounds),
-                    "time_per_token": ratio * batch * config.max_seq_len / tokens,
-                    "arithmetic": changed.flops_per_token / config.flops_per_token,
-                }
-            )
-    return points
+def _compare(config, against: str, batch: int, device, repeats: int) -> dict:
+    # Two at a time: a third process presses on memory, which tells against the literal one.
+    with (
+        contender(config, OURS, batch, device) as ours,
+        contender(config, against, batch, device) as theirs,
+    ):
+        # Each takes two steps running, the second counts: an idle process loses its caches.
+        rounds = [[(step(), step())[1] for step in (ours, theirs)] for _ in range(repeats)]
+    seconds, peaks = np.moveaxis(rounds, -1, 0)  # (round, ours and theirs)
+    (own, their), ratios = np.median(seconds, 0), seconds[:, 1] / seconds[:, 0]
+    memory, their_memory = peaks[-1].tolist()
+    tokens = batch * config.max_seq_len
+    return {
+        "against": against,
+        "tokens_per_s": tokens / own,
+        "ms_per_step": 1e3 * own,
+        "against_tokens_per_s": tokens / their,
+        "tokens_per_s_ratio": np.median(ratios),
+        "tokens_per_s_ratio_range": [ratios.min(), ratios.max()],
+        "memory_bytes": memory,
+        "against_memory_bytes": their_memory,
+        "memory_ratio": memory / their_memory,
+    }
+
+
+def _scale(config, batch: int, device, axes: Mapping[str, Sequence[int]], say) -> Iterator[dict]:
+    """Each shape beside the reference; longer sequences come in smaller batches."""
+    tokens = batch * config.max_seq_len
+    with contender(config, OURS, batch, device) as reference:
+        for axis, value in [(axis, value) for axis, values in axes.items() for value in values]:
+            if axis == "batch":
+                changed, n_sequence = config, value
+            elif hasattr(config, axis):
+                changed = dataclasses.replace(config, **{axis: value})
+                n_sequence = max(1, round(tokens / changed.max_seq_len))
+            else:
+                continue
+            say(f"{axis} {value}")
+            with contender(changed, OURS, n_sequence, device) as here:
+                seconds = np.array([(reference()[0], here()[0]) for _ in range(3)])
+            here_tokens = n_sequence * changed.max_seq_len
+            yield {
+                "axis": axis,
+                "value": value,
+                "batch": n_sequence,
+                "tokens_per_s": here_tokens / np.median(seconds[:, 1]),
+                "time_per_token": np.median(seconds[:, 1] / seconds[:, 0]) * tokens / here_tokens,
+                "arithmetic": changed.flops_per_token / config.flops_per_token,
+            }
 
 
 def _device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    with contextlib.suppress(RuntimeError):  # torch's sentence for a bad name is a page long
-        device = torch.device(name)
-        if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available()):
-            return device
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu" or (name == "cuda" and torch.cuda.is_available()):
+        return torch.device(name)
     raise MusotaError(f"There is no device {name!r} here: use cpu, or cuda where there is a GPU.")
