@@ -19,9 +19,10 @@ RUNGS = {"uniform": 512.0, "unigram": 230.0, "bigram": 150.0}
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    training = TrainConfig(epochs=5, learning_rate=3e-3, warmup_steps=5, batch_size=64)
-    for name, model in {"optimized": MODEL, "baseline": DENSE}.items():
-        musota.train(musota.Experiment(model, training), corpus, folder / name, name=name)
+    training = TrainConfig(epochs=8, learning_rate=3e-3, warmup_steps=5, batch_size=64)
+    optimized = musota.Experiment(MODEL, training)
+    for name, experiment in {"optimized": optimized, "baseline": musota.twin(optimized)}.items():
+        musota.train(experiment, corpus, folder / name, name=name)
     return musota.load_runs(folder)
 
 
@@ -71,51 +72,41 @@ def test_smoothing_draws_the_unsmoothed_curve_faintly_behind(runs, tmp_path):
     before = explorer.image.value
     explorer.smoothing.value = 10
     assert explorer.image.value != before
-    found = widgets.plateau_of(runs[0])
-    curve = explorer._curve(runs[0], found, "steps", "loss")
+    curve = widgets.curve_of(runs[0], "steps", "loss", "epochs", smoothing=10)
     assert curve.faint is not None and curve.y.std() < curve.faint.std()
 
 
 def test_the_sentences_follow_the_plateau_rule_and_the_runs_chosen(runs, tmp_path):
     explorer = widgets.Explorer(runs, RUNGS, tmp_path / "out.png")
-    assert "MU-SOTA optimized against its dense twin" in explorer.sentence
-    assert explorer.sentence.replace("\n", "<br>") == explorer.text.value
+    assert "MU-SOTA optimized against its dense twin" in explorer.text.value
+    explorer.window.value = 7
+    assert "over 7 epochs;" in explorer.text.value and "no plateau" in explorer.text.value
     explorer.window.value = 1
-    explorer.least_gain.value = 0.1
-    assert "over 1 epoch;" in explorer.sentence and "no plateau" in explorer.sentence
     explorer.least_gain.value = 10
-    assert "a plateau since epoch" in explorer.sentence
+    assert "a plateau since epoch" in explorer.text.value
     found = {run: widgets.plateau_of(run, window=1, least_gain=0.1) for run in runs}
     for run, finding in found.items():
-        span = explorer._curve(run, finding, "history", "ppl").plateau
-        assert span == ((finding.since, 5) if finding.verdict == "plateau" else None)
+        span = widgets.curve_of(run, "history", "ppl", "epochs", since=finding.since).plateau
+        assert span == ((finding.since, 8) if finding.verdict == "plateau" else None)
     assert "plateau" in {finding.verdict for finding in found.values()}
     explorer.chosen.value = ("dense baseline, seed 0",)
-    assert "optimized" not in explorer.sentence
+    assert "optimized" not in explorer.text.value
     explorer.chosen.value = ()
-    assert explorer.sentence == "Choose a run."
+    assert explorer.text.value == "Choose a run."
 
 
-def test_events_are_marked_where_they_happened(runs, tmp_path):
+def test_events_are_marked_where_they_happened(runs):
     run = musota.Run(runs[0].path)
     run.records.append({"kind": "event", "step": int(run.history.step[1]), "event": "halved"})
-    explorer = widgets.Explorer([run], {}, tmp_path / "out.png")
-    curve = explorer._curve(run, widgets.plateau_of(run), "history", "ppl")
-    assert curve.marks == ((2.0, "halved"),)
-
-
-def test_the_button_saves_the_picture_as_it_stands(runs, tmp_path):
-    explorer = widgets.Explorer(runs, RUNGS, tmp_path / "out.png")
-    explorer.unit.value = "tokens"
-    explorer.button.click()
-    assert (tmp_path / "out.png").read_bytes() == explorer.image.value
-    assert "out.png" in explorer.saved.value
+    assert widgets.curve_of(run, "history", "ppl", "epochs").marks == ((2.0, "halved"),)
 
 
 def test_saving_tells_what_became_of_it(runs, tmp_path):
     copied = []
     explorer = widgets.Explorer(runs, RUNGS, tmp_path / "out.png", copy=lambda: copied.append(1))
+    explorer.unit.value = "tokens"
     explorer.button.click()
+    assert (tmp_path / "out.png").read_bytes() == explorer.image.value
     assert copied and "could not be copied" in explorer.saved.value
     explorer.path = tmp_path / "vanished" / "out.png"
     explorer.button.click()
@@ -133,6 +124,8 @@ def test_with_a_front_end_the_explorer_is_shown_and_without_one_its_picture(
 ):
     widgets.explore(runs, RUNGS, tmp_path / "one.png")
     assert isinstance(watched[-1], ipywidgets.VBox) and (tmp_path / "one.png").exists()
+    saved = watched[-1].children[-1].value
+    assert "saved" in saved and "one.png" in saved
     monkeypatch.setattr(widgets, "has_front_end", lambda: False)
     widgets.explore(runs, RUNGS, tmp_path / "two.png")
     assert watched[-1].data == (tmp_path / "two.png").read_bytes()
@@ -171,7 +164,7 @@ def test_the_block_view_follows_the_sentence_and_the_layer(corpus, runs, tmp_pat
     path = tmp_path / "blocks.png"
     widgets.block_view(model, corpus.tokenizer, "Return a list of names", path, "about")
     controls, image, said, saved = watched[0].children
-    typed, layer, button = controls.children
+    typed, layer, button = (column.children[0] for column in controls.children)
     first = image.value
     assert first == path.read_bytes()
     layer.value = 0
