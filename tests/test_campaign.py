@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import musota
+from musota.files import read_sealed, write_sealed
 from musota.plan.profiles import profiles
 from musota.plan.registry import TUNED, find_experiment
 from musota.rules import plan
@@ -16,8 +17,8 @@ from musota.rules.verdicts import weak_spots
 from musota.studies import campaign
 from musota.workbook import pages
 from musota.workbook.cli import cli
-from musota.workbook.evidence import answers, read_evidence
-from musota.workbook.tables import PUBLISHED, model_table
+from musota.workbook.evidence import read_evidence
+from musota.workbook.tables import PUBLISHED, comparison_table, front_table, model_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,34 +97,57 @@ def carried_out(text_folder, tmp_path_factory):
         command = ["evidence", *options, "--seeds", "2", "--only", "sweep,tuned"]
         answer = CliRunner().invoke(cli, command, catch_exceptions=False)
     assert answer.exit_code == 0, answer.output
-    return folder / "tiny-docs", options, answer.output
+    return next(folder.glob("tiny-docs-*")), options, answer.output
 
 
-def test_both_models_are_tuned_to_their_own_best_rate(carried_out):
-    folder, _, output = carried_out
-    evidence = read_evidence(folder)
+@pytest.fixture
+def recorded(carried_out, monkeypatch):
+    """The results folder of `carried_out`, with the profile it was made at."""
+    monkeypatch.setitem(profiles, "tiny", replace(profiles["tiny"], train_tokens=5_000))
+    (folder,) = carried_out[0].parent.iterdir()
+    return folder
+
+
+def test_both_models_are_tuned_to_their_own_best_rate(carried_out, recorded):
+    output = carried_out[2]
+    evidence = read_evidence(recorded)
     for tuned, origin in TUNED.items():
         losses = campaign.swept(evidence.sweep_runs, origin, profiles["tiny"])
         assert len(losses) == 3
         best = min(losses, key=losses.get)
-        runs = [run for run in evidence.runs if run.name == tuned]
-        assert [run.seed for run in runs] == [0, 1]
-        for run in runs:
+        runs = evidence.seeds(tuned)
+        assert list(runs) == [0, 1]
+        for run in runs.values():
             assert run.experiment.training.learning_rate == pytest.approx(best)
             model = musota.scaled(find_experiment(origin), "tiny").model
             assert run.experiment.model == model
     assert "The report:" in output
 
 
-def test_its_report_answers_the_plans_questions(carried_out):
-    folder, _, _ = carried_out
-    text = (folder / "README.md").read_text()
+def test_its_report_answers_the_plans_questions(recorded):
+    text = (recorded / "README.md").read_text()
     for question in ("Did the plateau break", "help or hurt", "lose"):
         assert question in text
     assert "each at its own best of" in text and "Gate: disabling it costs" in text
     for figure in ("answer", "curves", "verdict_tuned", "ablations"):
-        assert f"({figure}.png)" in text and (folder / f"{figure}.png").exists()
-    assert "--save-to elsewhere" in text
+        assert f"({figure}.png)" in text and (recorded / f"{figure}.png").exists()
+    assert "Shown: 4 of 4 runs found." in text
+    assert "\nNAME is one of " in text and "trained from Python" not in text
+    assert "train NAME --profile tiny --corpus FOLDER --seed SEED --save-to elsewhere" in text
+
+
+def test_the_report_says_what_it_leaves_out_and_what_no_command_trains(recorded, tmp_path):
+    folder = tmp_path / "tiny-docs"
+    shutil.copytree(recorded, folder)
+    (folder / "tuned-seed0" / "metrics.jsonl").write_bytes(b"damaged")
+    for seed in (0, 1):  # another rate than any row has, under the name of one
+        path = folder / f"tuned_baseline-seed{seed}" / "config.json"
+        config = read_sealed(path)
+        config["experiment"]["training"] |= {"learning_rate": 0.5, "epochs": 7}
+        write_sealed(path, config)
+    text = musota.write_report(folder).read_text()
+    assert "Shown: 3 of 4 runs found; left out: tuned-seed0 (damaged: " in text
+    assert "was trained from Python: as baseline, but for epochs 7, learning_rate 0.5." in text
 
 
 def test_a_tuned_row_can_be_trained_again_alone(carried_out, tmp_path, monkeypatch):
@@ -144,26 +168,34 @@ def test_a_tuned_row_can_be_trained_again_alone(carried_out, tmp_path, monkeypat
 # --- tables and answers ---
 
 
-def test_the_model_table_averages_losses_and_tells_their_spread(carried_out):
-    folder, _, _ = carried_out
-    evidence = read_evidence(folder)
-    rungs = {"unigram": 230.0}
-    object.__setattr__(evidence, "rungs", rungs)
-    table = model_table(evidence).set_index("model (measured)")
-    losses = [run.summary["valid_loss"] for run in evidence.runs if run.name == "tuned"]
-    mean, spread = sum(losses) / 2, seed_interval(losses)
-    row = table.loc["MU-SOTA, its best rate"]
-    low, high = math.exp(spread.low), math.exp(spread.high)
-    assert row["valid PPL [95 % over seeds]"] == f"{math.exp(mean):,.1f} [{low:,.1f}, {high:,.1f}]"
-    assert row["seeds"] == "2"
+def test_the_model_table_averages_losses_and_tells_their_spread(recorded):
+    evidence = read_evidence(recorded)
     # A rung of the same loss as a run must get that run's word PPL and bits a byte.
     same = evidence.runs[0].summary
     object.__setattr__(evidence, "rungs", {"like": same["ppl"]})
-    rung = model_table(evidence).set_index("model (measured)").loc["rung: like"]
+    rows = model_table(evidence).set_index("model (measured)")
+    losses = [run.summary["valid_loss"] for run in evidence.runs if run.name == "tuned"]
+    mean, spread = sum(losses) / 2, seed_interval(losses)
+    row, rung = rows.loc["MU-SOTA, its best rate"], rows.loc["rung: like"]
+    low, high = math.exp(spread.low), math.exp(spread.high)
+    assert row["valid PPL [95 % over seeds]"] == f"{math.exp(mean):,.1f} [{low:,.1f}, {high:,.1f}]"
+    assert row["seeds"] == "2"
     assert rung["valid word PPL"] == f"{same['word_ppl']:,.1f}"
-    assert rung["valid bits/byte"] == f"{same['bits_per_byte']:.3f}"
+    assert rung["valid bits/byte"] == f"{same['bits_per_byte']:.3f}" and rung["seeds"] == ""
     for name, _, ppl in PUBLISHED:
-        assert table.loc[f"reported: {name}", "test word PPL"] == f"{ppl}"
+        assert rows.loc[f"reported: {name}", "test word PPL"] == f"{ppl}"
+
+
+def test_tables_keep_what_has_no_meaning_as_a_dash(recorded):
+    evidence = read_evidence(recorded)
+    for run in evidence.runs:
+        run.summary = {**run.summary, "word_ppl": None, "test_word_ppl": math.inf}
+    assert set(comparison_table(evidence.runs)["valid word PPL"]) == {"–"}
+    assert set(comparison_table(evidence.runs)["test word PPL"]) == {"–"}
+    measured = model_table(evidence).iloc[:2]
+    assert set(measured["valid word PPL"]) == set(measured["test word PPL"]) == {"–"}
+    titles = front_table(evidence, ["tuned", "optimized"])["model"]
+    assert list(titles) == ["MU-SOTA, its best rate", "rung: bigram"]
 
 
 def test_goals_are_judged_by_the_interval_over_seeds():
@@ -207,22 +239,30 @@ def test_weak_spots_name_what_earns_its_parameters_and_what_does_not():
 # --- the front page ---
 
 
-def test_the_front_page_gets_what_is_recorded_and_keeps_the_rest(carried_out, tmp_path):
-    folder, _, _ = carried_out
+def test_the_front_page_gets_what_is_recorded_and_keeps_the_rest(recorded, tmp_path):
     place = tmp_path / "results" / "tiny-docs"
     place.parent.mkdir()
-    shutil.copytree(folder, place)
+    shutil.copytree(recorded, place)
     page, (begin, end) = tmp_path / "README.md", pages.FRONT_MARKS
     page.write_text(f"before\n\n{begin}\nstale\n{end}\n\nafter\n")
     pages.write_front_page(page, [place])
     text = page.read_text()
-    assert text.startswith(f"before\n\n{begin}\n\n![") and text.endswith(f"{end}\n\nafter\n")
+    assert text.startswith(f"before\n\n{begin}\n\n**MU-SOTA ") and text.endswith(
+        f"{end}\n\nafter\n"
+    )
     assert "stale" not in text and "results/tiny-docs/answer.png" in text
-    for sentences in answers(read_evidence(place), short=True).values():
-        for sentence in sentences:
-            assert sentence in text
+    evidence = read_evidence(place)
+    finding, _ = evidence.compare("tuned")
+    assert pages.OUTCOME[finding.verdict] in text and f", {finding.verdict} |" in text
+    assert pages.tables.interval_of([*evidence.seeds("tuned").values()]) in text
+    assert text.count("\n") < 30
     pages.write_front_page(page, [place])
     assert page.read_text() == text
+    pages.write_front_page(page, [place, place])  # the second is told in a paragraph, no table
+    assert (
+        page.read_text().count("answer.png") == 1
+        and "**Profile tiny**, smaller" in page.read_text()
+    )
     page.write_text("no marks")
     with pytest.raises(musota.MusotaError, match="not one line"):
         pages.write_front_page(page, [place])

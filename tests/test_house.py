@@ -1,7 +1,21 @@
 """The house: which room may know which. Rooms are folders of `musota/`; arrows go one way."""
 
 import ast
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import musota
+from musota.data import sources
+from musota.models.base import ARCHITECTURES
+from musota.models.dense import DenseTransformer
+from musota.plan.config import KINDS, DenseConfig
+from musota.plan.profiles import profiles
+from musota.training.optimizer import OPTIMIZERS
+from musota.training.schedule import SCHEDULES
 
 HOUSE = Path(__file__).resolve().parent.parent / "musota"
 FLOORS = ["errors", "files", "plan", "data", "models", "training", "studies", "workbook"]
@@ -35,3 +49,66 @@ def test_arrows_go_one_way_and_the_lower_rooms_know_no_front_end():
             if package in KEPT_OUT and room != "workbook":
                 offenders.append(f"{path.relative_to(HOUSE)} imports {name}")
     assert offenders == []
+
+
+# --- adding is one row: what docs/developing.md says, done ---
+
+
+@dataclass(frozen=True)
+class ToyConfig(DenseConfig):
+    """An architecture of one's own, with a field of its own."""
+
+    window: int = 3
+
+
+class Toy(DenseTransformer):
+    def __init__(self, config: ToyConfig):
+        super().__init__(config)
+        assert config.window == 3
+
+
+def test_a_corpus_an_optimizer_a_schedule_and_an_architecture_are_a_row_each(
+    text_folder, tmp_path, monkeypatch
+):
+    read = sources._read_folder
+    monkeypatch.setitem(sources.SOURCES, "notes", lambda: ("my notes", read(text_folder)))
+    plain = torch.optim.SGD
+    monkeypatch.setitem(OPTIMIZERS, "sgd", lambda groups, _: plain(groups, lr=0.0))
+    monkeypatch.setitem(SCHEDULES, "linear", lambda progress: 1 - progress)
+    monkeypatch.setitem(KINDS, "toy", ToyConfig)
+    monkeypatch.setitem(ARCHITECTURES, ToyConfig, f"{__name__}:Toy")
+
+    corpus = musota.load_corpus("notes", 300).limited(profiles["tiny"])
+    model = ToyConfig(vocab_size=300, max_seq_len=24, n_layer=1, d_model=32, n_head=2)
+    training = musota.TrainConfig(1, 0.1, 5, 32, 1, optimizer="sgd", schedule="linear")
+    experiment = musota.Experiment(model, training)
+    run = musota.train(experiment, corpus, tmp_path / "toy")
+    assert run.finished and run.config["corpus"]["name"] == "notes"
+    assert musota.Run(tmp_path / "toy").experiment == experiment  # read again by its kind
+    assert isinstance(run.load_model(), Toy)
+    after = run.steps[run.steps.step >= 5]
+    straight = np.diff(after.learning_rate, 2)
+    np.testing.assert_allclose(straight, 0, atol=1e-9)
+
+    with pytest.raises(musota.MusotaError, match="Unknown optimizer 'sgdd': did you mean 'sgd'"):
+        musota.train(experiment.with_(optimizer="sgdd"), corpus, tmp_path / "other")
+
+
+# --- what is frozen ---
+
+FROZEN = {  # parameters, and the last value of the first and of the last but one
+    "original": (259, -0.017388789, -0.0088261897),
+    "optimized": (259, 0.001521173, 0.010685204),
+    "baseline": (148, -0.011016826, 1.0),
+    "simplified": (207, 0.0031136819, 0.0057680514),
+}
+
+
+def test_the_weights_a_seed_gives_stay_the_same():
+    """Names, order and initialisation of parameters: committed runs can be trained again."""
+    torch.manual_seed(0)
+    for name, (tensors, first, last) in FROZEN.items():
+        parameters = list(musota.build_model(musota.experiments[name].model).parameters())
+        assert len(parameters) == tensors, name
+        ends = [float(parameters[index].detach().flatten()[-1]) for index in (0, -2)]
+        assert ends == pytest.approx([first, last], rel=1e-5), name  # other CPUs round otherwise

@@ -95,9 +95,7 @@ def test_a_workbook_works_on_its_own_disk_and_saves_elsewhere(text_folder, tmp_p
     book = Workbook(**given)
     assert str(book.folder).startswith(str(tmp_path / "machine-1"))
     run = book.train("baseline", stop_at=0.5)
-    assert musota.Run(tmp_path / "drive" / "tiny-docs" / "baseline-seed0").history.equals(
-        run.history
-    )
+    assert musota.Run(book.home / "baseline-seed0").history.equals(run.history)
     monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path / "machine-2"))
     shutil.copytree(tmp_path / "machine-1", tmp_path / "machine-2",
                     ignore=shutil.ignore_patterns("work"))  # fmt: skip
@@ -105,7 +103,7 @@ def test_a_workbook_works_on_its_own_disk_and_saves_elsewhere(text_folder, tmp_p
     run = book.train("baseline")
     assert run.finished and book.recorded.names == {"baseline"}
     book.record("note", [], seen=1)
-    assert (tmp_path / "drive" / "tiny-docs" / "note.json").exists()
+    assert (book.home / "note.json").exists()
     shutil.rmtree(tmp_path / "drive")
     (tmp_path / "drive").write_text("gone")
     with pytest.raises(MusotaError, match="could not be copied to .*make room there, or mount it"):

@@ -48,7 +48,7 @@ class Corpus:
     bytes: dict[str, int]  # by split; UTF-8
     tokenizer: TextTokenizer
     fingerprint: str  # of the tokens: what a run was trained on
-    text_hash: str  # of the whole text behind it, whatever its vocabulary or cut
+    text_hash: str  # of the lines of the whole text, whatever their order, vocabulary or cut
     source: str  # where the text came from, for people
 
     @property
@@ -121,9 +121,9 @@ def load_corpus(
         TextTokenizer.train([], vocab_size)  # the one sentence about small vocabularies
     name = os.fspath(name)
     name, source, texts = read_texts(name, data_dir or os.environ.get("MUSOTA_DATA_DIR"))
-    keys, counts = {}, {}
+    keys, lines, counts = {}, {}, {}
     for split in SPLITS:
-        keys[split], counts[split], blank = _survey(texts[split]())
+        keys[split], lines[split], counts[split], blank = _survey(texts[split]())
         if blank:
             raise MusotaError(f"The {split} text of {name} is empty: put text into it.")
     tokenizer_key = content_hash(
@@ -143,7 +143,7 @@ def load_corpus(
         # Mapped from the disk: WikiText-103 needs no room of its own in memory.
         length = path.stat().st_size // 4
         tokens[split] = torch.from_file(str(path), size=length, dtype=torch.int32)
-    text_hash = content_hash(*keys.values())
+    text_hash = content_hash(*map(str, lines.values()))
     return Corpus(
         name=recognised(name, source, text_hash),
         **tokens,
@@ -208,15 +208,18 @@ def _encoded(
             bar.update(len(piece.encode()))
 
 
-def _survey(pieces: Iterable[str]) -> tuple[str, tuple[int, int], bool]:
-    """A hash of a text, its words and bytes (see `_count`), and whether it is all white space."""
-    digest, words, size, blank = hashlib.sha256(), 0, 0, True
+def _survey(pieces: Iterable[str]) -> tuple[str, int, tuple[int, int], bool]:
+    """Two hashes of a text, of it as it stands and of its lines in whatever order; its words and
+    bytes (see `_count`); and whether it is all white space."""
+    digest, lines, words, size, blank = hashlib.sha256(), 0, 0, 0, True
     for piece in pieces:
         digest.update(piece.encode())
+        for line in piece.splitlines():
+            lines += int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest())
         blank = blank and not piece.strip()
         more = _count(piece)
         words, size = words + more[0], size + more[1]
-    return digest.hexdigest(), (words, size), blank
+    return digest.hexdigest(), lines % 2**64, (words, size), blank
 
 
 def _fingerprint(splits: dict[str, Tensor]) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import pkgutil
 from collections import Counter, defaultdict
 from itertools import groupby
 from operator import itemgetter
@@ -333,9 +334,13 @@ def _draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
+# What builds a model from its configuration; a string, so that a model's file can import this one.
+ARCHITECTURES = {
+    MuConfig: "musota.models.musota:MuSota",
+    DenseConfig: "musota.models.dense:DenseTransformer",
+}
+
+
 def build_model(config: ModelConfig) -> CausalLM:
     """The model a config describes, freshly initialised from torch's random state."""
-    from musota.models.dense import DenseTransformer
-    from musota.models.musota import MuSota
-
-    return (DenseTransformer if isinstance(config, DenseConfig) else MuSota)(config)
+    return pkgutil.resolve_name(ARCHITECTURES[type(config)])(config)

@@ -133,7 +133,7 @@ class MuLayer(nn.Module):
 
 
 class MuSota(CausalLM):
-    """The model of DESIGN section 2. Its config fixes layout, depth and vocabulary."""
+    """The model of docs/model.md. Its config fixes layout, depth and vocabulary."""
 
     decayed_groups = frozenset({"block attention", "cross attention", "feed-forward", "output"})
 

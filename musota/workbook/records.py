@@ -87,15 +87,15 @@ def labelled(runs: Iterable[Run], roles: Mapping[str, Experiment]) -> list[Run]:
     another experiment of the same name is told apart by the fields that differ.
     """
     names: dict[tuple, str] = {}  # by experiment and corpus
-    owners: dict[str, Experiment] = {}
+    owners = dict(roles)  # a row's name belongs to the row, whatever a run was recorded as
     copies = []
     for run in runs:
         key = run.experiment, run.fingerprint
         if key not in names:
-            role = next((name for name, e in roles.items() if e == run.experiment), run.name)
-            name = role
-            if role in owners:
-                name = ",".join([role, *_differences(owners[role], run)])
+            name = next((role for role, e in roles.items() if e == run.experiment), run.name)
+            taken = owners.get(name, run.experiment) != run.experiment or name in names.values()
+            if taken:
+                name = ",".join([name, *_differences(owners[name], run)])
             owners.setdefault(name, run.experiment)
             names[key] = name
         copied = copy.copy(run)
