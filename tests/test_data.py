@@ -167,7 +167,7 @@ def test_bad_names_get_one_sentence(tmp_path):
 def test_a_local_copy_is_preferred_to_the_hub(tmp_path):
     _folder(tmp_path / "wikitext-2", train="a local copy\n" * 40)
     corpus = load_corpus("auto", 300, data_dir=tmp_path)
-    assert (corpus.name, corpus.source) == ("wikitext-2", "local copy")
+    assert (corpus.name, corpus.source) == ("wikitext-2 (another text)", "local copy")
     assert corpus.tokenizer.decode(corpus.train).startswith("a local copy")
     assert load_corpus("wikitext-2", 300, data_dir=str(tmp_path)).fingerprint == corpus.fingerprint
 

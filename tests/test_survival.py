@@ -14,6 +14,7 @@ from filelock import FileLock
 
 import musota
 from musota.errors import MusotaError
+from musota.files import read_sealed, write_sealed
 from musota.models import base
 from musota.models import sharing as lm_room
 from musota.models.base import CausalLM
@@ -142,9 +143,11 @@ def test_where_no_checkpoint_can_be_read_nothing_is_thrown_away(half_way, short)
     folder, *checkpoints = half_way
     for path in checkpoints:
         path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(MusotaError, match="No checkpoint in .* can be read any more: start over"):
+    with pytest.raises(MusotaError, match="No checkpoint in .* can be read .*: start over") as kept:
         musota.train(EXPERIMENT, short, folder)
     assert all(path.exists() for path in checkpoints) and (folder / "metrics.jsonl").exists()
+    # What it advises works while the error is kept, as a notebook keeps the last one.
+    assert kept.value and musota.train(EXPERIMENT, short, folder, resume=False).finished
 
 
 def test_damaged_checkpoints_do_not_push_good_ones_out(half_way, finished, short, monkeypatch):
@@ -391,7 +394,10 @@ def test_where_one_sequence_is_too_long_160_tokens_are_another_experiment(
     assert run.experiment == longer.with_(max_seq_len=160)
     assert run.summary["instead_of"] == longer.to_dict()
     assert "160 tokens a sequence, not 192, which is another experiment" in _events(run)[0]
-    again = musota.train(longer, short, tmp_path / "remedied", auto_remedy=True)
+    described = read_sealed(run.path / "config.json")
+    del described["instead_of"]["training"]["grad_clip"]  # as if older than that field
+    write_sealed(run.path / "config.json", described)
+    again = musota.train(longer, short, run.path, auto_remedy=True)
     assert again.finished and again.summary == run.summary
 
 

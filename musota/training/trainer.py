@@ -83,7 +83,8 @@ def train(
     choices = {"micro_batch": micro_batch, "compile": compile}
     about = {"name": name, "profile": profile, "choices": choices, "auto_remedy": auto_remedy}
     config, asked = Path(run_dir) / "config.json", None
-    if resume and config.exists() and read_sealed(config).get("instead_of") == experiment.to_dict():
+    longer = read_sealed(config).get("instead_of") if resume and config.exists() else None
+    if longer and Experiment.from_dict(longer) == experiment:  # it was shortened when it began
         asked, experiment = experiment, experiment.with_(max_seq_len=SHORTER)
     while True:
         trainer = Trainer(experiment, corpus, run_dir, resume, seed, instead_of=asked, **about)
@@ -129,8 +130,9 @@ class Trainer:
         self.total_steps = self.training.epochs * self.steps_per_epoch
         self.log_interval = max(1, self.total_steps // LOG_LINES)
         # Said explicitly: accelerate's environment variables would change the mathematics.
-        precision = precision_for_device()
-        self.accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=1)
+        self.accelerator = Accelerator(
+            mixed_precision=precision_for_device(), gradient_accumulation_steps=1
+        )
         self.device = self.accelerator.device
         identity = _described(experiment, corpus, seed, name, profile, instead_of)
         self.folder = RunFolder(run_dir, identity, self.accelerator.is_main_process)
@@ -138,13 +140,23 @@ class Trainer:
         if self.finished:  # perhaps kept as evidence, and read-only: nothing is written
             return
         self.folder.prepare(fresh=not resume)
+        try:
+            self._open(choices)
+        except BaseException:  # whoever keeps the error, as a notebook does, would keep the lock
+            self.folder.lock.release()
+            raise
+
+    def _open(self, choices) -> None:
+        """What the folder holds, and the choices that follow from it and from the device."""
         self.accelerator.wait_for_everyone()
         self.saved = self.folder.load_checkpoint()
         prepare_memory(self.device)
         given = {key: value for key, value in dict(choices).items() if value is not None}
         saved = self.saved[1]["choices"] if self.saved else {}
-        self.choices = default_choices(experiment, self.device, self.total_steps) | saved | given
-        together = {"precision": precision, "processes": self.accelerator.num_processes}
+        usual = default_choices(self.experiment, self.device, self.total_steps)
+        self.choices = usual | saved | given
+        processes = self.accelerator.num_processes
+        together = {"precision": self.accelerator.mixed_precision, "processes": processes}
         self.folder.write_config({**self.choices, **together})
         self._build()
 
