@@ -1,6 +1,7 @@
 import io
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import musota
@@ -34,8 +35,8 @@ ABLATED = {
 CELLS = np.random.default_rng(0).normal(size=(7, 3, 64))
 GATE = np.random.default_rng(1).random((6, 3, 16))
 CURVE = figures.Curve(
-    "optimized", "MU-SOTA optimized, seed 0", np.arange(1.0, 7), np.linspace(300, 200, 6),
-    np.linspace(310, 190, 6), (4.0, 6.0), ((3.0, "learning rate halved"),),
+    "optimized", "MU-SOTA optimized, seed 0", pd.Series(np.linspace(300, 200, 6), range(1, 7)),
+    pd.Series(np.linspace(310, 190, 6), range(1, 7)), (4.0, 6.0), [(3.0, "learning rate halved")],
 )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def _figures(evidence):
         "zipf": pictures.zipf(np.array([90, 40, 30, 5, 1, 0])),
         "ladder": pictures.ladder(evidence.rungs, comparable=False),
         "difference": figures.difference(intervals, finding.conclusion),
-        "sizes": figures.ppl_against_parameters(runs),
+        "answer": figures.answer(runs, evidence.rungs, {"MU-SOTA": SWEEP}),
         "root causes": figures.root_causes(CAUSES, 0.05),
         "sweep": figures.rate_sweep({"MU-SOTA": SWEEP, "dense": {1e-3: [6.1], 1e-2: [5.8]}}),
         "halving": figures.data_halving({1000: {0: 6.2, 1: 6.3}, 2000: {0: 6.0, 1: 6.1}}),
@@ -111,7 +112,7 @@ def test_the_explorers_figure_shades_the_plateau_and_marks_events(evidence):
 
 def test_the_root_cause_figure_tells_verdicts_apart_without_colour(evidence):
     axis = figures.root_causes(CAUSES, 0.05).axes[0]
-    marks = {(line.get_marker(), line.get_fillstyle()) for line in axis.lines[:-4]}
+    marks = {(line.get_marker(), line.get_fillstyle()) for line in axis.lines}
     assert {("o", "full"), ("D", "left")} <= marks
     written = [text.get_text() for text in axis.texts]
     assert "400 → 270" in written and "400 → diverges" in written

@@ -98,7 +98,7 @@ def test_the_sentences_follow_the_plateau_rule_and_the_runs_chosen(runs, tmp_pat
 def test_events_are_marked_where_they_happened(runs):
     run = musota.Run(runs[0].path)
     run.records.append({"kind": "event", "step": int(run.history.step[1]), "event": "halved"})
-    assert widgets.curve_of(run, "history", "ppl", "epochs").marks == ((2.0, "halved"),)
+    assert widgets.curve_of(run, "history", "ppl", "epochs").marks == [(2.0, "halved")]
 
 
 def test_saving_tells_what_became_of_it(runs, tmp_path):

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from musota.plan.layout import BlockLayout
 from musota.rules.plan import PLAN_LADDER, REPORTED
-from musota.workbook.style import HATCHES, SHADES, THOUSANDS, new_figure
+from musota.workbook.style import BLUE, GREY, HATCHES, ORANGE, PLAIN, RED, SHADES, new_figure
 
 BENCH_NAMES = {"mu": "MU-SOTA", "dense": "dense"}
-_GROUPS = (
+# In this order a group looks the same in every figure; others come after, in theirs.
+GROUPS = (
     "affinity tables", "output", "embedding", "embedding (also output)", "feed-forward",
     "cross attention", "block attention", "gate", "positions", "norms", "attention",
 )  # fmt: skip
-_SIZES = {
+SIZES = {
     "batch": "sequences a step",
     "max_seq_len": "tokens a sequence",
     "vocab_size": "vocabulary",
@@ -29,71 +32,50 @@ _SIZES = {
 def ledgers(ledgers: Mapping[str, Mapping[str, int]]) -> Figure:
     """Where the parameters are: one stacked bar a model, groups largest first."""
     figure, axis = new_figure(10, 1.6 + 0.75 * len(ledgers))
-    groups = sorted(
-        {group for ledger in ledgers.values() for group in ledger},
-        key=lambda group: -max(ledger.get(group, 0) for ledger in ledgers.values()),
-    )
-    # A group looks the same in every figure.
-    known = [*_GROUPS, *(group for group in groups if group not in _GROUPS)]
-    fills = {
-        group: {"fc": SHADES[i % 8], "hatch": HATCHES[(i + i // 8) % 8], "ec": "white", "lw": 0.6}
-        for i, group in enumerate(known)
-    }
-    largest = max(sum(ledger.values()) for ledger in ledgers.values())
-    for row, ledger in enumerate(ledgers.values()):
-        total, left = sum(ledger.values()), 0
-        for group in groups:
-            size = ledger.get(group, 0)
-            axis.barh(row, size, left=left, **fills[group])
-            if size > 0.07 * largest:
-                share = axis.text(
-                    left + size / 2, row, f"{size / total:.0%}", ha="center", va="center"
-                )
-                share.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.5})
-            left += size
-        axis.text(left, row, f"  {total:,}", va="center", fontsize=9)
-    handles = [Rectangle((0, 0), 1, 1, **fills[group]) for group in groups]
-    axis.set_yticks(range(len(ledgers)), list(ledgers))
+    table = pd.DataFrame(ledgers).fillna(0).T  # a model a row, a group a column
+    table = table[table.max().sort_values(ascending=False).index]
+    looks = list(dict.fromkeys([*GROUPS, *table]))
+    totals, left = table.sum(axis=1), 0
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    for group, sizes in table.items():
+        i = looks.index(group)
+        look = {"color": SHADES[i % 8], "hatch": HATCHES[(i + i // 8) % 8], "edgecolor": "white"}
+        bars = axis.barh(table.index, sizes, left=left, label=group, linewidth=0.6, **look)
+        shares = (sizes / totals).map("{:.0%}".format).where(sizes > 0.07 * totals.max(), "")
+        axis.bar_label(bars, shares, label_type="center", bbox=white)
+        left = left + sizes
+    axis.bar_label(bars, totals.map("  {:,.0f}".format), fontsize=9)
     axis.invert_yaxis()
-    axis.set(xlabel="parameters (millions)", title="Parameter ledger", xlim=(0, 1.18 * largest))
+    axis.set(xlabel="parameters (millions)", title="Parameter ledger")
+    axis.set_xlim(0, 1.18 * totals.max())
     axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
-    figure.legend(handles, groups, fontsize=8, loc="outside right upper")
+    figure.legend(fontsize=8, loc="outside right upper")
     return figure
 
 
-def layouts(pictures: Mapping[str, BlockLayout]) -> Figure:
+def _outline(axis, layout: BlockLayout, edge: str, offset: float = 0) -> None:
+    """The blocks as rectangles on the matrix."""
+    for block in layout.blocks:
+        corner = block.column + offset, block.row + offset
+        look = {"fill": False, "edgecolor": edge, "linewidth": 0.8}
+        axis.add_patch(Rectangle(corner, block.width, block.height, **look))
+
+
+def layouts(shown: Mapping[str, BlockLayout]) -> Figure:
     """The semantic blocks on the token's matrix, with the order in which cells are stored."""
-    figure, axes = new_figure(4.6 * len(pictures), 5.3, columns=len(pictures))
-    for axis, (title, layout) in zip(np.atleast_1d(axes), pictures.items(), strict=True):
+    figure, axes = new_figure(4.6 * len(shown), 5.3, columns=len(shown))
+    for axis, (title, layout) in zip(np.atleast_1d(axes), shown.items(), strict=True):
         m = layout.matrix_size
+        _outline(axis, layout, "black")
         for index, block in enumerate(layout.blocks):
-            axis.add_patch(
-                Rectangle(
-                    (block.column, block.row),
-                    block.width,
-                    block.height,
-                    edgecolor="black",
-                    facecolor=SHADES[(index + index // 4) % 8],
-                    alpha=0.45,
-                    linewidth=1.5,
-                )
-            )
-            x = block.column + block.width / 2
-            label = {"ha": "center", "va": "center", "fontsize": 13, "fontweight": "bold"}
-            axis.text(x, block.row + 0.6, block.name, **label)
-            meaning = block.title.replace(" ", "\n")
-            axis.text(x, block.row + block.height - 0.08, meaning, ha="center", fontsize=7.5)
-        order = layout.to_matrix(np.arange(m * m))
-        for row in range(m):
-            for column in range(m):
-                axis.text(
-                    column + 0.04,
-                    row + 0.04,
-                    order[row, column],
-                    fontsize=5.5,
-                    color="0.35",
-                    va="top",
-                )
+            corner, shade = (block.column, block.row), SHADES[(index + index // 4) % 8]
+            axis.add_patch(Rectangle(corner, block.width, block.height, fc=shade, alpha=0.45))
+            x, bottom = block.column + block.width / 2, block.row + block.height - 0.08
+            large = {"ha": "center", "va": "center", "fontsize": 13, "fontweight": "bold"}
+            axis.text(x, block.row + 0.6, block.name, **large)
+            axis.text(x, bottom, block.title.replace(" ", "\n"), ha="center", fontsize=7.5)
+        for (row, column), place in np.ndenumerate(layout.to_matrix(np.arange(m * m))):
+            axis.text(column + 0.04, row + 0.04, place, fontsize=5.5, color="0.35", va="top")
         axis.set(xlim=(0, m), ylim=(m, 0), aspect="equal", title=title)
         axis.set_xticks(range(m + 1), [])
         axis.set_yticks(range(m + 1), [])
@@ -105,29 +87,23 @@ def layouts(pictures: Mapping[str, BlockLayout]) -> Figure:
 def causality(change: np.ndarray) -> Figure:
     """Largest change of any logit at each position (column) when one token (row) is replaced."""
     figure, axis = new_figure(6.2, 4.8)
-    shown = np.ma.masked_where(change == 0, np.log10(np.where(change > 0, change, 1)))
+    shown = np.ma.log10(np.ma.masked_equal(change, 0))
     image = axis.imshow(shown, cmap="viridis", interpolation="nearest")
-    axis.set_facecolor("white")
-    axis.set(
-        xlabel="position whose logits are compared",
-        ylabel="position of the replaced token",
-        title="White: not one logit changed",
-    )
+    axis.set(xlabel="position whose logits are compared", ylabel="position of the replaced token")
+    axis.set_title("White: not one logit changed")
     figure.colorbar(image, label="log₁₀ of the largest change of a logit")
     return figure
 
 
 def zipf(counts: np.ndarray) -> Figure:
     """Token frequency against rank, with Zipf's 1/rank for comparison."""
-    figure, axis = new_figure(7, 4.2)
+    figure, axis = new_figure(7, 4.2, grid="both")
     ordered = np.sort(counts[counts > 0])[::-1]
     ranks = np.arange(1, len(ordered) + 1)
-    axis.loglog(ranks, ordered, color="#0072B2", label=f"{len(ordered):,} token types in train")
+    axis.loglog(ranks, ordered, color=BLUE, label=f"{len(ordered):,} token types in train")
     axis.loglog(ranks, ordered[0] / ranks, "k:", label="Zipf: most frequent ÷ rank")
-    axis.set(
-        xlabel="rank of the token type", ylabel="occurrences in train", title="Token frequencies"
-    )
-    axis.grid(color="0.9")
+    axis.set(xlabel="rank of the token type", ylabel="occurrences in train")
+    axis.set_title("Token frequencies")
     axis.legend()
     return figure
 
@@ -138,19 +114,19 @@ def ladder(rungs: Mapping[str, float], comparable: bool) -> Figure:
     `comparable` is False where the plan's numbers speak of another corpus or vocabulary.
     """
     figure, axis = new_figure(9, 3.6)
-    bars = [(f"{name} (measured)", ppl, "#0072B2", "") for name, ppl in rungs.items()]
     scale = "" if comparable else ", WikiText-2 at V 50,000"
-    for name, ppl in PLAN_LADDER.items():
-        bars.append((f"{name} (the plan's guess{scale})", ppl, "#E69F00", "//"))
-    bars.append((f"MU-SOTA, 10 epochs (reported{scale})", REPORTED["ppl"], "#999999", ".."))
+    bars = [(f"{name} (measured)", ppl, BLUE, "") for name, ppl in rungs.items()]
+    bars += [
+        (f"{n} (the plan's guess{scale})", ppl, ORANGE, "//") for n, ppl in PLAN_LADDER.items()
+    ]
+    bars.append((f"MU-SOTA, 10 epochs (reported{scale})", REPORTED["ppl"], GREY, ".."))
     bars.sort(key=lambda bar: -bar[1])
-    for row, (_, ppl, colour, hatch) in enumerate(bars):
-        axis.barh(row, ppl, color=colour, hatch=hatch, edgecolor="white")
-        axis.text(ppl, row, f" {ppl:,.0f}", va="center", fontsize=9)
-    axis.set_yticks(range(len(bars)), [name for name, *_ in bars])
+    names, ppls, colours, hatches = zip(*bars, strict=True)
+    drawn = axis.barh(names, ppls, color=colours, hatch=hatches, edgecolor="white")
+    axis.bar_label(drawn, fmt=" {:,.0f}", fontsize=9)
     axis.set(xscale="log", xlabel="valid perplexity per token (log)", title="The ladder")
-    axis.set_xlim(min(bar[1] for bar in bars) / 2, max(bar[1] for bar in bars) * 4)
-    axis.xaxis.set_major_formatter(THOUSANDS)
+    axis.set_xlim(min(ppls) / 2, max(ppls) * 4)
+    axis.xaxis.set_major_formatter(PLAIN)
     return figure
 
 
@@ -161,106 +137,89 @@ def block_view(
 
     cells (L + 1, T, d) in cell order, gate (L, T, N), as `probes.look_inside` gives them.
     """
-    count, L = len(tokens), len(gate)
-    rows, gate_rows, columns = -(-(count + 1) // 7), -(-L // 4), 7
+    T, L = len(tokens), len(gate)
+    rows, gate_rows, columns = -(-(T + 1) // 7), -(-L // 4), 7
     heights = 0.5 + 1.4 * rows, 0.9 + (0.5 + 0.14 * len(layout.blocks)) * gate_rows
     figure = Figure(figsize=(10, sum(heights)), dpi=110, layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=heights)
-    above.suptitle(f"The tokens' matrices after layer {layer}" if layer else "The embeddings",
-                   fontsize=10)  # fmt: skip
-    axes = list(above.subplots(rows, columns).flat)
-    bound = float(np.abs(cells[layer]).max())
-    key = np.full((layout.matrix_size,) * 2, np.nan)
-    matrices = [key, *layout.to_matrix(cells[layer])]
-    for index, axis in enumerate(axes):
-        axis.set_visible(index <= count)
-        if index > count:
-            continue
-        image = axis.imshow(matrices[index], cmap="cividis", vmin=-bound, vmax=bound)
-        axis.set_title(tokens[index - 1] if index else "the blocks", fontsize=8)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for block in layout.blocks:
-            x, y = block.column - 0.5, block.row - 0.5
-            edge = {"fill": False, "ec": "white" if index else "black", "lw": 0.8}
-            axis.add_patch(Rectangle((x, y), block.width, block.height, **edge))
-            if not index:
-                middle = x + block.width / 2, y + block.height / 2
-                axis.text(*middle, block.name, ha="center", va="center", fontsize=7)
-    above.colorbar(image, ax=axes, label="cell", shrink=0.8)
+    title = f"The tokens' matrices after layer {layer}" if layer else "The embeddings"
+    above.suptitle(title, fontsize=10)
+    key, *axes = above.subplots(rows, columns).flat
+    key.set_title("the blocks", fontsize=8)
+    key.set(xlim=(0, layout.matrix_size), ylim=(layout.matrix_size, 0), aspect="equal")
+    _outline(key, layout, "black")
+    for block in layout.blocks:
+        middle = block.column + block.width / 2, block.row + block.height / 2
+        key.text(*middle, block.name, ha="center", va="center", fontsize=7)
+    matrices, bound = layout.to_matrix(cells[layer]), float(np.abs(cells[layer]).max())
+    for axis, matrix, token in zip(axes, matrices, tokens, strict=False):
+        image = axis.imshow(matrix, cmap="cividis", vmin=-bound, vmax=bound)
+        axis.set_title(token, fontsize=8)
+        _outline(axis, layout, "white", offset=-0.5)
+    for index, axis in enumerate([key, *axes]):
+        axis.set(xticks=[], yticks=[], visible=index <= T)
+    above.colorbar(image, ax=[key, *axes], label="cell", shrink=0.8)
     below.suptitle("How far each block moves, by token and layer (gate)", fontsize=10)
-    grids = below.subplots(gate_rows, min(4, L), sharex=True, sharey=True, squeeze=False)
-    for index, axis in enumerate(grids.flat):
-        if index >= L:
-            axis.set_visible(False)
-            continue
-        shown = axis.imshow(gate[index].T, cmap="cividis", vmin=gate.min(), vmax=gate.max(),
-                            aspect="auto", interpolation="nearest")  # fmt: skip
-        axis.set_title(f"layer {index + 1}", fontsize=8)
-        axis.set_yticks(range(len(layout.blocks)), layout.names, fontsize=6.5)
-        axis.set_xticks(range(count), tokens, fontsize=7, rotation=90)
-    below.colorbar(shown, ax=list(grids.flat), label="sensitivity", shrink=0.8)
+    grids = below.subplots(gate_rows, min(4, L), sharex=True, sharey=True, squeeze=False).flat
+    for index, axis in enumerate(grids):
+        axis.set_visible(index < L)
+        if index < L:
+            moved = axis.imshow(gate[index].T, cmap="cividis", vmin=gate.min(), vmax=gate.max(),
+                                aspect="auto", interpolation="nearest")  # fmt: skip
+            axis.set_title(f"layer {index + 1}", fontsize=8)
+            axis.set_yticks(range(len(layout.blocks)), layout.names, fontsize=6.5)
+            axis.set_xticks(range(T), tokens, fontsize=7, rotation=90)
+    below.colorbar(moved, ax=list(below.axes), label="sensitivity", shrink=0.8)
     return figure
 
 
 def bench(result: Mapping) -> Figure:
     """Training throughput and peak memory of ours and of the literal versions."""
-    figure, (speed, memory) = new_figure(10, 3.8, columns=2)
-    fills = {
-        "ours": {"color": "#0072B2"},
-        "literal": {"color": "#E69F00", "hatch": "//"},
-        "literal, attention-weight dropout": {"color": "#999999", "hatch": ".."},
-    }
-    kinds = list(dict.fromkeys(row["model"] for row in result["rows"]))
-    for place, kind in enumerate(kinds):
-        rows = [row for row in result["rows"] if row["model"] == kind]
-        bars = [("ours", rows[0]["tokens_per_s"], rows[0]["memory_bytes"], "")]
-        for row in rows:
-            note = f"  ours {row['tokens_per_s_ratio']:.1f}×"
-            held = row["against_memory_bytes"]
-            bars.append((row["against"], row["against_tokens_per_s"], held, note))
-        for offset, (who, rate, held, note) in enumerate(bars):
-            y = place * 4 + offset
-            for axis, value in ((speed, rate), (memory, held / 2**20)):
-                label = who if place == 0 and axis is speed else None
-                axis.barh(y, value, edgecolor="white", label=label, **fills[who])
-                ratio = note if axis is speed else ""
-                axis.text(value, y, f" {value:,.0f}{ratio}", va="center", fontsize=8)
-    names = [BENCH_NAMES[kind] for kind in kinds]
-    for axis in (speed, memory):
-        axis.set_yticks([4 * place + 1 for place in range(len(kinds))], names)
-        axis.invert_yaxis()
+    bars = {}
+    for row in result["rows"]:
+        name, faster = BENCH_NAMES[row["model"]], f"  ours {row['tokens_per_s_ratio']:.1f}×"
+        ours = row["tokens_per_s"], row["memory_bytes"], "", BLUE, ""
+        theirs = row["against_tokens_per_s"], row["against_memory_bytes"], faster, ORANGE, "//"
+        bars.setdefault(f"{name}, ours", ours)  # once a model, as it was measured first
+        bars[f"{name}, {row['against']}"] = theirs
+    names = list(bars)
+    speeds, memory, faster, colours, hatches = zip(*bars.values(), strict=True)
+    figure, axes = new_figure(11, 1.2 + 0.4 * len(bars), columns=2)
+    look = {"color": colours, "hatch": hatches, "edgecolor": "white"}
+    labels = [f" {speed:,.0f}{note}" for speed, note in zip(speeds, faster, strict=True)]
+    axes[0].bar_label(axes[0].barh(names, speeds, **look), labels, fontsize=8)
+    axes[0].set(xlabel="tokens/s (more is better)", title="One training step, tokens/s")
+    mebibytes = [size / 2**20 for size in memory]
+    axes[1].bar_label(axes[1].barh(names, mebibytes, **look), fmt=" {:,.0f}", fontsize=8)
+    axes[1].set(xlabel="MiB (less is better)", title="Peak memory of the step", yticklabels=[])
+    for axis in axes:
         axis.margins(x=0.25)
-        axis.xaxis.set_major_formatter(THOUSANDS)
-    speed.set(xlabel="tokens/s (more is better)", title="One training step, tokens/s")
-    memory.set(xlabel="MiB (less is better)", title="Peak memory of the step")
-    figure.legend(fontsize=8, ncols=3, loc="outside lower center")
+        axis.invert_yaxis()
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+        axis.xaxis.set_major_formatter(PLAIN)
     return figure
 
 
 def bench_scaling(result: Mapping) -> Figure:
     """Time per token against each size: measured, and what the arithmetic says."""
-    axes_names = list(dict.fromkeys(point["axis"] for point in result["scaling"]))
-    figure, axes = new_figure(2.6 * len(axes_names), 3.6, columns=len(axes_names))
-    styles = {"mu": ("#0072B2", "o"), "dense": ("#D55E00", "s")}
-    for axis, name in zip(np.atleast_1d(axes), axes_names, strict=True):
-        for kind, (colour, marker) in styles.items():
-            label = BENCH_NAMES[kind]
-            points = [p for p in result["scaling"] if (p["axis"], p["model"]) == (name, kind)]
-            if not points:
-                continue
-            x = [point["value"] for point in points]
-            measured = [point["time_per_token"] for point in points]
-            expected = [point["arithmetic"] for point in points]
-            axis.plot(x, measured, marker=marker, color=colour, label=f"{label}, measured")
-            axis.plot(x, expected, "--", color=colour, alpha=0.6, label=f"{label}, arithmetic")
+    sizes = pd.DataFrame(result["scaling"]).groupby("axis", sort=False)
+    figure, axes = new_figure(2.6 * len(sizes), 3.6, columns=len(sizes), grid="y")
+    styles = {"mu": (BLUE, "o"), "dense": (RED, "s")}
+    for axis, (size, points) in zip(np.atleast_1d(axes), sizes, strict=True):
+        for kind, rows in points.groupby("model", sort=False):
+            (colour, marker), name = styles[kind], BENCH_NAMES[kind]
+            rows = rows.set_index("value")
+            axis.plot(rows.time_per_token, color=colour, marker=marker, label=f"{name}, measured")
+            axis.plot(rows.arithmetic, "--", color=colour, alpha=0.6, label=f"{name}, arithmetic")
         axis.set_xscale("log", base=2)
-        axis.set_xticks(x, [f"{value:,}" for value in x], rotation=45, fontsize=8)
+        values = points.value.unique()
+        axis.set_xticks(values, [f"{value:,}" for value in values], rotation=45, fontsize=8)
         axis.minorticks_off()
-        axis.set_xlabel(_SIZES.get(name, name))
+        axis.set_xlabel(SIZES.get(size, size))
         axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
-        axis.grid(axis="y", color="0.9")
-    np.atleast_1d(axes)[0].set_ylabel("time per token (reference shape = 1)")
-    handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, ncols=4, loc="outside lower center")
+    first = np.atleast_1d(axes)[0]
+    first.set_ylabel("time per token (reference shape = 1)")
+    figure.legend(
+        *first.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center"
+    )
     return figure

@@ -1,4 +1,4 @@
-"""How figures look and how they are saved.
+"""How figures look and how they are saved: what several of them share.
 
 Colours are Okabe and Ito's, told apart by people who see no red or no green; line styles, markers
 and hatches repeat the distinction for black-and-white prints.
@@ -7,27 +7,56 @@ and hatches repeat the distinction for black-and-white prints.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from musota.files import write_whole
+from musota.plan.registry import style_of
 from musota.rules.stats import Interval
 
-THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
-SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#999999"
+SHADES = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", RED, "#F0E442", GREY)
 HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
+PLAIN = FuncFormatter(lambda value, _: f"{value:,.10g}")
 
 
-def new_figure(width: float = 9.0, height: float = 4.0, columns: int = 1, **gridspec):
+def new_figure(width: float, height: float, columns: int = 1, grid: str = ""):
+    """A figure and its axis or axes, side by side; `grid` is x, y or both."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    axes = figure.subplots(1, columns, gridspec_kw=gridspec or None)
+    axes = figure.subplots(1, columns)
     for axis in np.atleast_1d(axes):
         axis.spines[["top", "right"]].set_visible(False)
+        if grid:
+            axis.grid(axis=grid, color="0.9")
     return figure, axes
+
+
+def styles_of(names: Iterable[str]) -> dict[str, tuple[str, str, str]]:
+    """Colour, line style and marker of each: what the registry does not know takes its turn."""
+    styles = {name: style_of(name) for name in names}
+    unknown = [name for name, style in styles.items() if style == style_of("")]
+    turns = {name: (SHADES[i % 8], ":", "XP*dph<>"[i % 8]) for i, name in enumerate(unknown)}
+    return styles | turns
+
+
+def note(axis, text: str, at: tuple, offset: tuple = (0, 0), **look) -> None:
+    """Small print at a place, moved by so many points."""
+    axis.annotate(text, at, offset, textcoords="offset points", **{"fontsize": 8, **look})
+
+
+def logarithmic(axis, lowest: float, highest: float) -> None:
+    """A logarithmic y axis with round numbers, of four decades at most (a rate may end at 0)."""
+    axis.set_yscale("log")
+    if lowest < highest / 1e4:
+        axis.set_ylim(bottom=highest / 1e4)
+    elif highest < 100 * lowest:  # few decades: round numbers, not powers of ten
+        axis.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+        axis.minorticks_off()
+    axis.yaxis.set_major_formatter(PLAIN)
 
 
 def draw_rungs(axis, rungs: Mapping[str, float], between: str = " ") -> None:
@@ -40,14 +69,16 @@ def draw_rungs(axis, rungs: Mapping[str, float], between: str = " ") -> None:
         text = f"{name}{between}{level:,.4g}"
         height = axis.transData.transform((0, level))[1] * points
         last = max(height, last + 10 * (1 + text.count("\n")))
-        axis.annotate(text, (1.01, level), (0, last - height), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", va="center", fontsize=8, color="0.3")  # fmt: skip
+        place = {"xycoords": ("axes fraction", "data"), "va": "center", "color": "0.3"}
+        note(axis, text, (1.01, level), (0, last - height), **place)
 
 
-def draw_intervals(axis, intervals: Sequence[Interval | None], labels, styles=()) -> None:
-    """A row for each interval, from the top, around a line at 0; None leaves its row empty."""
-    for row, interval in enumerate(intervals):
-        colour, marker, fill = styles[row] if styles else ("#0072B2", "o", "full")
+def draw_intervals(
+    axis, rows: Mapping[str, Interval | None], notes: Iterable[str] = (), styles: Sequence = ()
+) -> None:
+    """A row for each interval, from the top, around 0, its note on the right; None diverges."""
+    for row, interval in enumerate(rows.values()):
+        colour, marker, fill = styles[row] if styles else (BLUE, "o", "full")
         if interval is None:
             axis.text(0, row, "diverges ", ha="right", va="center", fontsize=8)
             continue
@@ -55,10 +86,11 @@ def draw_intervals(axis, intervals: Sequence[Interval | None], labels, styles=()
             axis.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2.5)
         style = {"fillstyle": fill, "markersize": 8, "markeredgewidth": 1.5}
         axis.plot(interval.mean, row, marker, color=colour, markerfacecoloralt="white", **style)
+    for row, text in enumerate(notes):
+        axis.text(1.01, row, text, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
     axis.axvline(0, color="black", linewidth=1)
-    axis.set_yticks(range(len(intervals)), labels)
-    axis.set_ylim(len(intervals) - 0.5, -0.5)
-    axis.grid(axis="x", color="0.9")
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_ylim(len(rows) - 0.5, -0.5)
 
 
 def figure_png(figure: Figure, about: str) -> bytes:

@@ -196,7 +196,7 @@ def curve_of(
     history = run.history.assign(epochs=run.history.step / per_epoch)
     steps = run.steps.assign(epochs=run.steps.step / per_epoch)
     table = history if records == "history" else steps
-    x, y = table[unit], table[column]
+    values = table.set_index(unit)[column]
     smoothing = 0 if column == "learning_rate" else smoothing  # that has no noise
     end = float(history[unit].iloc[-1])
     plateau = (float(history[unit][history.epoch == since].iloc[0]), end) if since else None
@@ -206,21 +206,14 @@ def curve_of(
     swings = curves.oscillation(run.steps, run.experiment.training.warmup_steps)
     if swings.verdict in ("oscillating", "diverging"):
         marks.append((end, swings.verdict))
-    return figures.Curve(
-        run.name,
-        figures.label_of(run),
-        x.to_numpy(float),
-        (_smoothed(y, smoothing) if smoothing else y).to_numpy(float),
-        y.to_numpy(float) if smoothing else None,
-        plateau,
-        tuple(marks),
-    )
+    lines = (_smoothed(values, smoothing), values) if smoothing else (values,)
+    return figures.Curve(run.name, figures.label_of(run), *lines, plateau=plateau, marks=marks)
 
 
 def _smoothed(y: pd.Series, halflife: float) -> pd.Series:
     """Averaged from both sides, so that the curve does not lag behind where it falls."""
-    forward, backward = (series.ewm(halflife=halflife).mean() for series in (y, y[::-1]))
-    return (forward + backward) / 2  # pandas aligns them by their index
+    backward = y[::-1].ewm(halflife=halflife).mean()[::-1]
+    return (y.ewm(halflife=halflife).mean() + backward) / 2
 
 
 def live_view() -> Callable[[Run], None] | None:
