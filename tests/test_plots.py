@@ -1,5 +1,7 @@
 import io
+import shutil
 
+import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +16,7 @@ from musota.rules.stats import Interval
 from musota.rules.verdicts import Cause
 from musota.workbook import figures, pictures
 from musota.workbook.evidence import read_evidence, verdict_lines
-from musota.workbook.pages import save_figure
+from musota.workbook.style import figure_png, save_figure, styles_of
 from musota.workbook.tables import comparison_table, ledger_table
 
 MODELS = {"optimized": musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1)}
@@ -54,23 +56,22 @@ def evidence(corpus, tmp_path_factory):
 
 def _ink(figure):
     """Share of pixels that are not the background, and of the middle of the picture."""
-    import matplotlib.image
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    buffer.seek(0)
-    pixels = matplotlib.image.imread(buffer)[..., :3]
+    pixels = matplotlib.image.imread(io.BytesIO(figure_png(figure, "")))[..., :3]
     height, width = pixels.shape[:2]
     middle = pixels[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4]
     return [(part < 0.98).any(-1).mean() for part in (pixels, middle)]
 
 
-def _figures(evidence):
+def _written(axis):
+    return " ".join(text.get_text() for text in axis.texts)
+
+
+def test_figures_are_not_empty_and_say_what_they_show(evidence):
     runs = evidence.runs
     ledgers = {run.name: run.summary["parameter_ledger"] for run in runs}
     layouts = {"8×8": BlockLayout.standard(8, 16), "6×6": BlockLayout.standard(6, 8)}
     finding, intervals = evidence.compare()
-    return {
+    drawn = {
         "curves": figures.curves(runs, evidence.rungs, reported=True),
         "training": figures.training_curve(runs[0]),
         "ledgers": pictures.ledgers(ledgers),
@@ -88,10 +89,7 @@ def _figures(evidence):
         "blocks": pictures.block_view(CELLS, GATE, ["The", "king", "was"], layouts["8×8"], 5),
         "explored": figures.explored([CURVE], evidence.rungs, ("epoch", "perplexity")),
     }
-
-
-def test_figures_are_not_empty_and_say_what_they_show(evidence):
-    for name, figure in _figures(evidence).items():
+    for name, figure in drawn.items():
         whole, middle = _ink(figure)
         assert whole > 0.02 and middle > 0.005, name
         for axis in filter(lambda axis: axis.get_visible(), figure.axes):
@@ -105,8 +103,7 @@ def test_the_explorers_figure_shades_the_plateau_and_marks_events(evidence):
     (band,) = axis.patches
     assert (band.get_x(), band.get_x() + band.get_width()) == (4.0, 6.0)
     assert band.get_hatch()  # seen in black and white, too
-    written = " ".join(text.get_text() for text in axis.texts)
-    assert "learning rate halved" in written and "bigram" in written
+    assert "learning rate halved" in _written(axis) and "bigram" in _written(axis)
     assert axis.get_yscale() == "log" and len(axis.lines) == 2 + 1 + len(evidence.rungs)
 
 
@@ -114,16 +111,20 @@ def test_the_root_cause_figure_tells_verdicts_apart_without_colour(evidence):
     axis = figures.root_causes(CAUSES, 0.05).axes[0]
     marks = {(line.get_marker(), line.get_fillstyle()) for line in axis.lines}
     assert {("o", "full"), ("D", "left")} <= marks
-    written = [text.get_text() for text in axis.texts]
-    assert "400 → 270" in written and "400 → diverges" in written
+    assert "400 → 270" in _written(axis) and "400 → diverges" in _written(axis)
     assert "suspect 0\nplan: 50 % · x" in [t.get_text() for t in axis.get_yticklabels()]
 
 
 def test_a_sweep_keeps_what_fails_off_the_scale():
     axis = figures.rate_sweep({"MU-SOTA": SWEEP}).axes[0]
     assert max(line.get_ydata().max() for line in axis.lines) < 8.5
-    written = " ".join(text.get_text() for text in axis.texts)
-    assert "off the scale" in written and "at 0.01" in written
+    assert "off the scale" in _written(axis) and "at 0.01" in _written(axis)
+
+
+def test_names_nobody_registered_are_told_apart():
+    styles = styles_of(["mine", "optimized", "yours"])
+    assert styles["optimized"] == registry.style_of("optimized")
+    assert styles["mine"][0] != styles["yours"][0] and styles["mine"][2] != styles["yours"][2]
 
 
 def test_curves_draw_every_run_rung_and_the_reported_result(evidence):
@@ -164,8 +165,6 @@ def test_the_verdict_compares_the_twins_and_places_the_run(evidence):
 
 
 def test_the_report_is_made_from_records_alone(evidence, tmp_path):
-    import shutil
-
     folder = tmp_path / "kept"
     ignored = shutil.ignore_patterns("checkpoints", "*.png")
     shutil.copytree(evidence.folder, folder, ignore=ignored)
@@ -175,6 +174,5 @@ def test_the_report_is_made_from_records_alone(evidence, tmp_path):
         assert f"{run.summary['ppl']:.1f}" in text
     for name in ("curves", "ledger", "verdict_optimized"):
         assert f"({name}.png)" in text and (folder / f"{name}.png").exists()
-    first = text
     musota.write_report(folder)
-    assert path.read_text() == first
+    assert path.read_text() == text

@@ -38,9 +38,8 @@ from musota.workbook.evidence import (
     read_grid,
     rule_lines,
 )
-from musota.workbook.style import figure_png, save_figure
+from musota.workbook.style import save_figure
 
-__all__ = ["figure_png", "save_figure"]  # until their importers take them from style
 FRONT_MARKS = ("<!-- measured -->", "<!-- end of measured -->")
 BESIDE = ("simplified", "simplified_twin")  # another size: not on the front page
 OUTCOME = {"helps": "beats", "hurts": "loses to", "undecided": "cannot be told from"}

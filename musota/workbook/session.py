@@ -30,8 +30,8 @@ from musota.training.mirror import Mirror
 from musota.training.runs import Run
 from musota.training.trainer import train
 from musota.workbook.evidence import GRID, SWEEP, Evidence, footer, read_evidence, read_rungs
-from musota.workbook.pages import save_figure
 from musota.workbook.records import read_probes, read_runs
+from musota.workbook.style import save_figure
 from musota.workbook.tables import fields_table
 
 ROOT = Path(__file__).resolve().parents[2]
