@@ -159,7 +159,7 @@ def test_every_notebook_records_what_it_found(headless):
 def test_the_grid_is_kept_and_judged(headless, text_folder):
     folder, _ = headless
     found = json.loads((folder / "root_causes" / "root_causes.json").read_text())
-    (cause,) = found["suspects"]
+    (cause,) = found["causes"]
     assert cause["suspect"]["confidence"] == "60 %" and found["advice"]
     assert cause["verdict"] in ("cause", "not a cause", "undecided")
     kept = folder / "root_causes"

@@ -59,6 +59,7 @@ def _break(path, place):
 # --- killed ---
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the drill forks")
 def test_killed_runs_end_as_if_nothing_had_been(text_folder):
     code = (
