@@ -5,8 +5,8 @@ from importlib import import_module
 _HOMES = {
     "musota.data.corpus": "Corpus load_corpus",
     "musota.errors": "MusotaError",
-    "musota.models.base": "CausalLM build_model",
-    "musota.models.sharing": "load_model",
+    "musota.models.base": "CausalLM",
+    "musota.models.sharing": "build_model load_model",
     "musota.plan.config": "DenseConfig Experiment MuConfig TrainConfig",
     "musota.plan.layout": "BlockLayout",
     "musota.plan.profiles": "match_width profiles scaled twin",

@@ -10,8 +10,8 @@ import torch
 
 import musota
 from musota.data import sources
-from musota.models.base import ARCHITECTURES
 from musota.models.dense import DenseTransformer
+from musota.models.sharing import ARCHITECTURES
 from musota.plan.config import KINDS, DenseConfig
 from musota.plan.profiles import profiles
 from musota.training.optimizer import OPTIMIZERS

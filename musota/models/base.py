@@ -1,31 +1,182 @@
-"""The training loop, its schedule, and evaluation. Knows no architecture.
+"""What every model shares: logits or loss, scoring, generation, the ledger. Knows no architecture.
 
-What happens at a step depends on (seed, step) alone: the windows through `window_starts`, dropout
-through a reseeding before each step. So a run resumed at any step equals one never interrupted.
+A model's own file says how tokens become hidden states, and which parameters do what.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
-import os
-import pkgutil
-from collections import Counter, defaultdict
+from collections import Counter
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
 from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError
-from musota.models.health import effective_rank
+from musota.models.health import Watched
 from musota.models.loss import linear_cross_entropy, score_tokens
-from musota.plan.config import DenseConfig, ModelConfig, MuConfig
+from musota.models.sharing import Shareable
+from musota.plan.config import ModelConfig
+
+
+class CausalLM(nn.Module, Watched, Shareable):
+    """A language model that never looks ahead.
+
+    A subclass makes `embedding`, `positions`, `dropout` and, unless it ties the output to the
+    embedding, `output`; it provides `hidden_states`, `watch` and the two tables below.
+    """
+
+    # The group of the ledger that the parameters of a part belong to, by the part's name.
+    ledger_groups: dict[str, str]
+    # Groups whose matrices are maps of activations: only these are decayed.
+    decayed_groups: frozenset[str] = frozenset()
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.compiled_body = None
+        self.tokenizer: TextTokenizer | None = None
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """(B, T) token ids to (B, T, C), normalised and ready for the output layer."""
+        raise NotImplementedError
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, T) token ids to (B, T, C): embeddings plus learned positions."""
+        place = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return self.dropout(self.embedding(input_ids) + self.positions(place))
+
+    @property
+    def output_weight(self) -> Tensor:  # (V, C)
+        return self.output.weight
+
+    @property
+    def output_bias(self) -> Tensor | None:  # (V,)
+        return self.output.bias
+
+    @property
+    def device(self) -> torch.device:
+        return self.output_weight.device
+
+    def forward(
+        self, input_ids: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(B, T) token ids to (logits (B, T, V), None), or with `targets` to (None, mean loss).
+
+        `targets` (B, T) are already shifted: targets[:, t] follows input_ids[:, t]. The loss is in
+        nats per token. Raises MusotaError for a sequence longer than the learned positions and, on
+        a CPU, for a token id out of range.
+        """
+        length, longest = input_ids.shape[-1], self.config.max_seq_len
+        if not 1 <= length <= longest:
+            raise MusotaError(
+                f"A sequence of {length} tokens does not fit the {longest} learned positions: "
+                "shorten it or raise max_seq_len."
+            )
+        if input_ids.device.type == "cpu":  # on a GPU a look at the values would have to wait
+            self.check_tokens(input_ids)
+        body = self.compiled_body if self.training else None
+        hidden = (body or self.hidden_states)(input_ids)
+        if targets is None:
+            return F.linear(hidden, self.output_weight, self.output_bias), None
+        return None, linear_cross_entropy(hidden, self.output_weight, self.output_bias, targets)
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raises MusotaError unless every id is one of the vocabulary."""
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise MusotaError(
+                f"Token id {low if low < 0 else high} is out of range for a vocabulary of "
+                f"{self.config.vocab_size}: tokenize with the model's own tokenizer."
+            )
+
+    def compile_body(self) -> None:
+        """Let training steps run `hidden_states` through torch.compile, for one static shape each.
+
+        Evaluation and generation, whose shapes vary, stay as they are, and so does the loss: a few
+        large kernels that have nothing to gain.
+        """
+        self.compiled_body = torch.compile(self.hidden_states, dynamic=False)
+
+    def ledger_group(self, name: str) -> str:
+        """The group of the ledger that the parameter `name` belongs to."""
+        parts = name.split(".")
+        return self.ledger_groups[parts[2] if parts[0] == "layers" else parts[0]]
+
+    def parameter_ledger(self) -> dict[str, int]:
+        """Parameters by group; the groups sum to the total."""
+        ledger: Counter[str] = Counter()
+        for name, parameter in self.named_parameters():
+            ledger[self.ledger_group(name)] += parameter.numel()
+        return dict(ledger)
+
+    def optimizer_groups(self, weight_decay: float) -> list[dict]:
+        """Parameter groups for AdamW: decay on the matrices of linear maps, none on the rest."""
+        decayed, plain = [], []
+        for name, parameter in self.named_parameters():
+            is_matrix = name.endswith("weight") and parameter.dim() >= 2
+            is_map = self.ledger_group(name) in self.decayed_groups
+            (decayed if is_matrix and is_map else plain).append(parameter)
+        return [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Continue (B, T) prompts to (B, T + max_new_tokens), the last max_seq_len tokens in view.
+
+        Temperature 0 takes the likeliest token. `top_k` keeps the k likeliest, `top_p` the fewest
+        whose probability reaches p. The draw depends on `seed` alone. Raises MusotaError for an
+        empty prompt, a token out of range or a setting outside its bounds.
+        """
+        if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
+            raise MusotaError("temperature must be a number of at least 0, and top_k at least 1.")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise MusotaError(f"top_p must lie in (0, 1], not {top_p!r}.")
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise MusotaError("generate needs token ids of shape (B, T) with at least one token.")
+        self.check_tokens(input_ids)
+        was_training = self.training
+        self.eval()
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draw on any device
+        ids = input_ids.to(self.device)
+        for _ in range(max_new_tokens):
+            hidden = self.hidden_states(ids[:, -self.config.max_seq_len :])[:, -1]
+            logits = F.linear(hidden, self.output_weight, self.output_bias).float().cpu()
+            ids = torch.cat([ids, _draw(logits, temperature, top_k, top_p, generator).to(ids)], 1)
+        self.train(was_training)
+        return ids
+
+
+def _draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
+    """(B, V) logits to one drawn token id each, (B, 1)."""
+    if temperature < 1e-6:  # too small for float32 to divide by: the likeliest
+        return logits.argmax(-1, keepdim=True)
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
+    if top_k is not None:
+        smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+    if top_p is not None:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        # A token goes when those before it already reach top_p; the likeliest always stays.
+        drop = probabilities.cumsum(-1) - probabilities >= top_p
+        drop[:, 0] = False  # also where top_p is too small for float32
+        logits = logits.masked_fill(drop.gather(1, order.argsort(-1)), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
 @torch.no_grad()
@@ -87,219 +238,6 @@ def weights_sha256(model: CausalLM) -> str:
     return digest.hexdigest()
 
 
-class CausalLM(nn.Module, ModelHubMixin, library_name="musota"):
-    """A language model that never looks ahead.
-
-    `save_pretrained` is that of huggingface_hub: weights as safetensors, config.json,
-    tokenizer.json where the model has a `tokenizer`, and a short model card.
-
-    A subclass provides `hidden_states`, `output_weight`, `output_bias` and `ledger_group`.
-    """
-
-    # Ledger groups whose matrices are maps of activations: only these are decayed.
-    decayed_groups: frozenset[str] = frozenset()
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.compiled_body = None
-        self.tokenizer: TextTokenizer | None = None
-
-    def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """(B, T) token ids to (B, T, C), normalised and ready for the output layer."""
-        raise NotImplementedError
-
-    @property
-    def output_weight(self) -> Tensor:  # (V, C)
-        raise NotImplementedError
-
-    @property
-    def output_bias(self) -> Tensor | None:  # (V,)
-        raise NotImplementedError
-
-    def ledger_group(self, name: str) -> str:
-        """The group of the ledger that the parameter `name` belongs to."""
-        raise NotImplementedError
-
-    def watch(self, seen: dict[str, list[Tensor]]) -> list:
-        """Hooks that collect in `seen`, a layer after the other, what `health` sums up:
-        `largest_score` and `attention_entropy`, scalars, and of gated models `gate` and
-        `gate_open`, (B, T, N): the sensitivities, and their share of β."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def health(self, input_ids: Tensor) -> dict[str, float | list[float]]:
-        """How the model behaves on (B, T) tokens, without dropout.
-
-        `effective_rank` of the output layer's inputs (see `effective_rank`) · `largest_score`, of
-        any attention · `attention_entropy` in nats, by layer (MU-SOTA: across blocks) · of gated
-        models, by block and averaged over layers: `gate_mean`, `gate_spread` (the sensitivities'
-        mean and their standard deviation over tokens) and `gate_saturated`, the share of tokens
-        whose gate is under 5 % or over 95 % of β.
-        """
-        was_training, seen = self.training, defaultdict(list)
-        self.eval()
-        hooks = self.watch(seen)
-        hidden = self.hidden_states(input_ids)
-        for hook in hooks:
-            hook.remove()
-        self.train(was_training)
-        measured = {
-            "effective_rank": effective_rank(hidden.flatten(0, 1)),
-            "largest_score": float(torch.stack(seen["largest_score"]).max()),
-            "attention_entropy": torch.stack(seen["attention_entropy"]).tolist(),
-        }
-        if seen["gate"]:
-            gate, share = (torch.stack(seen[key]).float() for key in ("gate", "gate_open"))
-            saturated = ((share < 0.05) | (share > 0.95)).float()  # (L, B, T, N)
-            measured |= {
-                "gate_mean": gate.mean((0, 1, 2)).tolist(),
-                "gate_spread": gate.flatten(1, 2).std(1).mean(0).tolist(),
-                "gate_saturated": saturated.mean((0, 1, 2)).tolist(),
-            }
-        return measured
-
-    def forward(
-        self, input_ids: Tensor, targets: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(B, T) token ids to (logits (B, T, V), None), or with `targets` to (None, mean loss).
-
-        `targets` (B, T) are already shifted: targets[:, t] follows input_ids[:, t]. The loss is in
-        nats per token. Raises MusotaError for a sequence longer than the learned positions and, on
-        a CPU, for a token id out of range.
-        """
-        self.check_length(input_ids.shape[-1])
-        if input_ids.device.type == "cpu":  # on a GPU a look at the values would have to wait
-            self.check_tokens(input_ids)
-        body = self.compiled_body if self.training else None
-        hidden = (body or self.hidden_states)(input_ids)
-        if targets is None:
-            return F.linear(hidden, self.output_weight, self.output_bias), None
-        return None, linear_cross_entropy(hidden, self.output_weight, self.output_bias, targets)
-
-    def compile_body(self) -> None:
-        """Let training steps run `hidden_states` through torch.compile, for one static shape each.
-
-        Evaluation and generation, whose shapes vary, stay as they are, and so does the loss: a few
-        large kernels that have nothing to gain.
-        """
-        self.compiled_body = torch.compile(self.hidden_states, dynamic=False)
-
-    def check_length(self, length: int) -> None:
-        if not 1 <= length <= self.config.max_seq_len:
-            raise MusotaError(
-                f"A sequence of {length} tokens does not fit the {self.config.max_seq_len} learned "
-                "positions: shorten it or raise max_seq_len."
-            )
-
-    def check_tokens(self, tokens: Tensor) -> None:
-        """Raises MusotaError unless every id is one of the vocabulary."""
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.config.vocab_size:
-            raise MusotaError(
-                f"Token id {low if low < 0 else high} is out of range for a vocabulary of "
-                f"{self.config.vocab_size}: tokenize with the model's own tokenizer."
-            )
-
-    @property
-    def device(self) -> torch.device:
-        return self.output_weight.device
-
-    def parameter_ledger(self) -> dict[str, int]:
-        """Parameters by group; the groups sum to the total."""
-        ledger: Counter[str] = Counter()
-        for name, parameter in self.named_parameters():
-            ledger[self.ledger_group(name)] += parameter.numel()
-        return dict(ledger)
-
-    def optimizer_groups(self, weight_decay: float) -> list[dict]:
-        """Parameter groups for AdamW: decay on the matrices of linear maps, none on the rest."""
-        decayed, plain = [], []
-        for name, parameter in self.named_parameters():
-            is_matrix = name.endswith("weight") and parameter.dim() >= 2
-            is_map = self.ledger_group(name) in self.decayed_groups
-            (decayed if is_matrix and is_map else plain).append(parameter)
-        return [
-            {"params": decayed, "weight_decay": weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-    ) -> Tensor:
-        """Continue (B, T) prompts to (B, T + max_new_tokens), the last max_seq_len tokens in view.
-
-        Temperature 0 takes the likeliest token. `top_k` keeps the k likeliest, `top_p` the fewest
-        whose probability reaches p. The draw depends on `seed` alone. Raises MusotaError for an
-        empty prompt, a token out of range or a setting outside its bounds.
-        """
-        if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
-            raise MusotaError("temperature must be a number of at least 0, and top_k at least 1.")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise MusotaError(f"top_p must lie in (0, 1], not {top_p!r}.")
-        if input_ids.dim() != 2 or not input_ids.numel():
-            raise MusotaError("generate needs token ids of shape (B, T) with at least one token.")
-        self.check_tokens(input_ids)
-        was_training = self.training
-        self.eval()
-        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draw on any device
-        ids = input_ids.to(self.device)
-        for _ in range(max_new_tokens):
-            hidden = self.hidden_states(ids[:, -self.config.max_seq_len :])[:, -1]
-            logits = F.linear(hidden, self.output_weight, self.output_bias).float().cpu()
-            ids = torch.cat([ids, _draw(logits, temperature, top_k, top_p, generator).to(ids)], 1)
-        self.train(was_training)
-        return ids
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        from musota.models.sharing import save_model
-
-        save_model(save_directory, self.config, self.state_dict(), self.tokenizer)
-
-    @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, **download) -> CausalLM:
-        """The model in a folder, or in a repository of the Hugging Face hub (`download` is passed
-        to its snapshot_download: revision, token, …). Raises MusotaError where there is none."""
-        folder = Path(name)
-        if not folder.is_dir():
-            wanted = ["*.json", "model.safetensors"]
-            try:
-                folder = snapshot_download(
-                    str(name), allow_patterns=wanted, etag_timeout=5, **download
-                )
-            except Exception as error:  # the hub's client raises many types
-                raise MusotaError(
-                    f"There is no model {name}: it is no folder here, and the Hugging Face hub "
-                    f"does not give it ({type(error).__name__})."
-                ) from None
-        from musota.models.sharing import load_model
-
-        return load_model(folder)
-
-    def generate_model_card(self, **_) -> ModelCard:
-        kind = "MU-SOTA" if isinstance(self.config, MuConfig) else "dense transformer"
-        sizes = "\n".join(
-            f"| {name} | {value} |" for name, value in dataclasses.asdict(self.config).items()
-        )
-        return ModelCard(
-            "---\nlibrary_name: musota\nlicense: mit\npipeline_tag: text-generation\n---\n\n"
-            f"# {kind}, {self.config.n_parameters:,} parameters\n\n"
-            "A small causal language model of the MU-SOTA workbook, trained for research. Its text "
-            "is not to be relied on.\n\n"
-            f"| | |\n|---|---|\n{sizes}\n\n"
-            "```python\nimport musota\n\nmodel = musota.CausalLM.from_pretrained(folder)\n"
-            "ids = torch.from_numpy(model.tokenizer.encode(text))[None]\n"
-            "print(model.tokenizer.decode(model.generate(ids, 50)[0]))\n```\n"
-        )
-
-
 class Dropout(nn.Dropout):
     """nn.Dropout, but on a CPU four elements share one 64-bit random number.
 
@@ -314,33 +252,3 @@ class Dropout(nn.Dropout):
         dropped = round(self.p * 2**16)
         keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
         return x * (keep * (2**16 / (2**16 - dropped))).to(x.dtype)
-
-
-def _draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
-    """(B, V) logits to one drawn token id each, (B, 1)."""
-    if temperature < 1e-6:  # too small for float32 to divide by: the likeliest
-        return logits.argmax(-1, keepdim=True)
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
-    if top_k is not None:
-        smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
-    if top_p is not None:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        # A token goes when those before it already reach top_p; the likeliest always stays.
-        drop = probabilities.cumsum(-1) - probabilities >= top_p
-        drop[:, 0] = False  # also where top_p is too small for float32
-        logits = logits.masked_fill(drop.gather(1, order.argsort(-1)), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
-
-
-# What builds a model from its configuration; a string, so that a model's file can import this one.
-ARCHITECTURES = {
-    MuConfig: "musota.models.musota:MuSota",
-    DenseConfig: "musota.models.dense:DenseTransformer",
-}
-
-
-def build_model(config: ModelConfig) -> CausalLM:
-    """The model a config describes, freshly initialised from torch's random state."""
-    return pkgutil.resolve_name(ARCHITECTURES[type(config)])(config)

@@ -6,7 +6,8 @@ so that the two are regularised alike.
 
 from __future__ import annotations
 
-import torch
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,6 +49,17 @@ class DenseLayer(nn.Module):
 class DenseTransformer(CausalLM):
     """Pre-norm, learned positions, GELU, biases, embeddings tied to the output layer."""
 
+    ledger_groups: ClassVar = {
+        "embedding": "embedding (also output)",
+        "positions": "positions",
+        "norm": "norms",
+        "norm_attention": "norms",
+        "attention_in": "attention",
+        "attention_out": "attention",
+        "norm_feed_forward": "norms",
+        "feed_forward_up": "feed-forward",
+        "feed_forward_down": "feed-forward",
+    }
     decayed_groups = frozenset({"attention", "feed-forward"})
 
     def __init__(self, config: DenseConfig):
@@ -61,8 +73,7 @@ class DenseTransformer(CausalLM):
         nn.init.normal_(self.positions.weight, std=0.02)
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
-        place = torch.arange(input_ids.shape[1], device=input_ids.device)
-        x = self.dropout(self.embedding(input_ids) + self.positions(place))  # (B, T, C)
+        x = self.embed(input_ids)  # (B, T, C)
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)
@@ -88,18 +99,3 @@ class DenseTransformer(CausalLM):
     @property
     def output_bias(self) -> None:
         return None
-
-    def ledger_group(self, name: str) -> str:
-        groups = {
-            "embedding": "embedding (also output)",
-            "positions": "positions",
-            "norm": "norms",
-            "norm_attention": "norms",
-            "attention_in": "attention",
-            "attention_out": "attention",
-            "norm_feed_forward": "norms",
-            "feed_forward_up": "feed-forward",
-            "feed_forward_down": "feed-forward",
-        }
-        parts = name.split(".")
-        return groups[parts[2] if parts[0] == "layers" else parts[0]]

@@ -2,8 +2,52 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor
+
+
+class Watched:
+    """What a model lets one see of its inside. Mixed into CausalLM."""
+
+    def watch(self, seen: dict[str, list[Tensor]]) -> list:
+        """Hooks that collect in `seen`, a layer after the other, what `health` sums up:
+        `largest_score` and `attention_entropy`, scalars, and of gated models `gate` and
+        `gate_open`, (B, T, N): the sensitivities, and their share of β."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def health(self, input_ids: Tensor) -> dict[str, float | list[float]]:
+        """How the model behaves on (B, T) tokens, without dropout.
+
+        `effective_rank` of the output layer's inputs (see `effective_rank`) · `largest_score`, of
+        any attention · `attention_entropy` in nats, by layer (MU-SOTA: across blocks) · of gated
+        models, by block and averaged over layers: `gate_mean`, `gate_spread` (the sensitivities'
+        mean and their standard deviation over tokens) and `gate_saturated`, the share of tokens
+        whose gate is under 5 % or over 95 % of β.
+        """
+        was_training, seen = self.training, defaultdict(list)
+        self.eval()
+        hooks = self.watch(seen)
+        hidden = self.hidden_states(input_ids)
+        for hook in hooks:
+            hook.remove()
+        self.train(was_training)
+        measured = {
+            "effective_rank": effective_rank(hidden.flatten(0, 1)),
+            "largest_score": float(torch.stack(seen["largest_score"]).max()),
+            "attention_entropy": torch.stack(seen["attention_entropy"]).tolist(),
+        }
+        if seen["gate"]:
+            gate, share = (torch.stack(seen[key]).float() for key in ("gate", "gate_open"))
+            saturated = ((share < 0.05) | (share > 0.95)).float()  # (L, B, T, N)
+            measured |= {
+                "gate_mean": gate.mean((0, 1, 2)).tolist(),
+                "gate_spread": gate.flatten(1, 2).std(1).mean(0).tolist(),
+                "gate_saturated": saturated.mean((0, 1, 2)).tolist(),
+            }
+        return measured
 
 
 def effective_rank(vectors: Tensor) -> float:

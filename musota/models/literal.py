@@ -19,33 +19,33 @@ class LiteralMuLayer(nn.Module):
         self.sizes = list(config.layout.sizes)
         options = {"dropout": attention_dropout, "batch_first": True}
         self.blocks = nn.ModuleList(nn.MultiheadAttention(c, 2, **options) for c in self.sizes)
-        self.cross = nn.MultiheadAttention(d, config.n_head, **options)
+        self.cross_attention = nn.MultiheadAttention(d, config.n_head, **options)
         self.norm_attention, self.norm_feed_forward = nn.LayerNorm(d), nn.LayerNorm(d)
         self.feed_forward_up, self.feed_forward_down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
         self.affinity = nn.Embedding(config.vocab_size, N)
-        self.gate_up, self.gate_down = nn.Linear(N + 1, 2 * N), nn.Linear(2 * N, N)
-        self.beta = nn.Parameter(torch.empty(N))
+        self.gate = nn.ModuleDict({"up": nn.Linear(N + 1, 2 * N), "down": nn.Linear(2 * N, N)})
+        self.gate.beta = nn.Parameter(torch.empty(N))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, input_ids: Tensor, future: Tensor) -> Tensor:
-        alone = []
-        for attend, cells in zip(self.blocks, x.split(self.sizes, -1), strict=True):
-            options = {"attn_mask": future, "is_causal": True, "need_weights": False}
-            alone.append(attend(cells, cells, cells, **options)[0])
+        options = {"attn_mask": future, "is_causal": True, "need_weights": False}
+        blocks = zip(self.blocks, x.split(self.sizes, -1), strict=True)
+        alone = [attend(cells, cells, cells, **options)[0] for attend, cells in blocks]
         y = self.dropout(torch.cat(alone, -1))
-        across, weights = self.cross(y, y, y, attn_mask=future, average_attn_weights=False)
+        options = {"attn_mask": future, "average_attn_weights": False}
+        across, weights = self.cross_attention(y, y, y, **options)  # weights (B, h, T, T)
         entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1).mean(1, keepdim=True).mT
         z = self.norm_attention(y + self.dropout(across))
         hidden = self.dropout(F.gelu(self.feed_forward_up(z)))
         z = self.norm_feed_forward(z + self.feed_forward_down(hidden))
-        hidden = F.gelu(self.gate_up(torch.cat([self.affinity(input_ids), entropy], -1)))
-        sensitivity = self.beta * torch.sigmoid(self.gate_down(hidden))  # (B, T, N)
-        new = []
-        for block, (old, cells) in enumerate(
-            zip(x.split(self.sizes, -1), z.split(self.sizes, -1), strict=True)
-        ):
-            new.append(old + sensitivity[..., block, None] * (cells - old))
-        return torch.cat(new, -1)
+        hidden = F.gelu(self.gate.up(torch.cat([self.affinity(input_ids), entropy], -1)))
+        sensitivity = self.gate.beta * torch.sigmoid(self.gate.down(hidden))  # (B, T, N)
+        olds, news = x.split(self.sizes, -1), z.split(self.sizes, -1)
+        moved = [
+            old + sensitivity[..., block, None] * (new - old)
+            for block, (old, new) in enumerate(zip(olds, news, strict=True))
+        ]
+        return torch.cat(moved, -1)
 
 
 class LiteralDenseLayer(nn.Module):
@@ -101,31 +101,20 @@ class Literal(nn.Module):
 
 def _literal_weights(model: CausalLM) -> dict[str, Tensor]:
     """The weights of one of our models under the names of `Literal`."""
-    weights = {}
+    weights, config = {}, model.config
     for name, value in model.state_dict().items():
         if name == "affinity.weight":
-            for layer, table in enumerate(value.chunk(model.config.n_layer, 1)):
-                weights[f"layers.{layer}.affinity.weight"] = table
+            tables = value.chunk(config.n_layer, 1)
+            weights |= {f"layers.{layer}.{name}": table for layer, table in enumerate(tables)}
         elif ".block_attention." in name:
-            layer, _, group, part = name.removeprefix("layers.").split(".")
-            first = sum(n for n, _ in model.config.layout.groups[: int(group)])
-            new = {"in_weight": "in_proj_weight", "in_bias": "in_proj_bias"}.get(
-                part, part.replace("out_", "out_proj.")
-            )
-            for block, of_one in enumerate(value, start=first):
-                weights[f"layers.{layer}.blocks.{block}.{new}"] = of_one.view(
-                    of_one.shape if "weight" in part else -1
-                )
+            layer, group, part = name.replace(".block_attention", "").rsplit(".", 2)
+            part = part.replace("in_", "in_proj_").replace("out_", "out_proj.")
+            first = sum(n for n, _ in config.layout.groups[: int(group)])
+            blocks = enumerate(value, start=first)
+            weights |= {f"{layer}.blocks.{n}.{part}": one.squeeze(0) for n, one in blocks}
         else:
-            for ours, theirs in (
-                ("cross_attention.qkv.", "cross.in_proj_"),
-                ("cross_attention.out.", "cross.out_proj."),
-                ("gate.up", "gate_up"),
-                ("gate.down", "gate_down"),
-                ("gate.beta", "beta"),
-            ):
-                name = name.replace(ours, theirs)
-            weights[name] = value
-    if isinstance(model.config, DenseConfig):
+            name = name.replace("cross_attention.qkv.", "cross_attention.in_proj_")
+            weights[name.replace("cross_attention.out.", "cross_attention.out_proj.")] = value
+    if isinstance(config, DenseConfig):
         weights["output.weight"] = weights["embedding.weight"]
     return weights

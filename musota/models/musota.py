@@ -6,6 +6,8 @@ are computed together; only a layout of unequal blocks needs one pass per size.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -135,6 +137,20 @@ class MuLayer(nn.Module):
 class MuSota(CausalLM):
     """The model of docs/model.md. Its config fixes layout, depth and vocabulary."""
 
+    ledger_groups: ClassVar = {
+        "embedding": "embedding",
+        "positions": "positions",
+        "affinity": "affinity tables",
+        "norm": "norms",
+        "output": "output",
+        "block_attention": "block attention",
+        "cross_attention": "cross attention",
+        "norm_attention": "norms",
+        "feed_forward_up": "feed-forward",
+        "feed_forward_down": "feed-forward",
+        "norm_feed_forward": "norms",
+        "gate": "gate",
+    }
     decayed_groups = frozenset({"block attention", "cross attention", "feed-forward", "output"})
 
     def __init__(self, config: MuConfig):
@@ -153,58 +169,28 @@ class MuSota(CausalLM):
         nn.init.normal_(self.affinity.weight, std=0.1)
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
-        B, T = input_ids.shape
-        place = torch.arange(T, device=input_ids.device)
-        x = self.dropout(self.embedding(input_ids) + self.positions(place))  # (B, T, C)
-        affinities = self.affinity(input_ids).view(B, T, self.config.n_layer, -1)  # (B, T, L, N)
-        for layer, affinity in zip(self.layers, affinities.unbind(2), strict=True):
+        x = self.embed(input_ids)  # (B, T, C)
+        affinities = self.affinity(input_ids).chunk(self.config.n_layer, -1)  # L of (B, T, N)
+        for layer, affinity in zip(self.layers, affinities, strict=True):
             x = layer(x, affinity)
         return self.norm(x)
 
     def watch(self, seen: dict[str, list[Tensor]]) -> list:
-        def look(module, inputs, _):
-            seen["largest_score"].append(largest_score(*module.heads(*inputs)[:2]))
+        def look(name, of, modules) -> list:
+            def hook(module, inputs, out):
+                seen[name].append(of(module, inputs, out))
 
-        hooks = []
-        for layer in self.layers:
-            attentions = (*layer.block_attention, layer.cross_attention)
-            hooks += [attention.register_forward_hook(look) for attention in attentions]
-            hooks += [
-                layer.cross_attention.register_forward_hook(
-                    lambda _, __, out: seen["attention_entropy"].append(out[1].mean())
-                ),
-                layer.gate.register_forward_hook(lambda _, __, out: seen["gate"].append(out)),
-                layer.gate.down.register_forward_hook(
-                    lambda _, __, out: seen["gate_open"].append(out.sigmoid())
-                ),
-            ]
-        return hooks
+            return [module.register_forward_hook(hook) for module in modules]
 
-    @property
-    def output_weight(self) -> Tensor:
-        return self.output.weight
-
-    @property
-    def output_bias(self) -> Tensor:
-        return self.output.bias
-
-    def ledger_group(self, name: str) -> str:
-        groups = {
-            "embedding": "embedding",
-            "positions": "positions",
-            "affinity": "affinity tables",
-            "norm": "norms",
-            "output": "output",
-            "block_attention": "block attention",
-            "cross_attention": "cross attention",
-            "norm_attention": "norms",
-            "feed_forward_up": "feed-forward",
-            "feed_forward_down": "feed-forward",
-            "norm_feed_forward": "norms",
-            "gate": "gate",
-        }
-        parts = name.split(".")
-        return groups[parts[2] if parts[0] == "layers" else parts[0]]
+        crosses = [layer.cross_attention for layer in self.layers]
+        gates = [layer.gate for layer in self.layers]
+        attentions = [*crosses, *(one for layer in self.layers for one in layer.block_attention)]
+        return [
+            *look("largest_score", lambda one, x, _: largest_score(*one.heads(*x)[:2]), attentions),
+            *look("attention_entropy", lambda _, __, out: out[1].mean(), crosses),
+            *look("gate", lambda _, __, out: out, gates),
+            *look("gate_open", lambda _, __, out: out.sigmoid(), [gate.down for gate in gates]),
+        ]
 
 
 def _linear(n_in: int, n_out: int) -> nn.Linear:

@@ -1,12 +1,16 @@
-"""Saving and loading models; loading runs no code."""
+"""Building, saving and loading models. Loading runs no code from a folder."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
+import pkgutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -14,8 +18,45 @@ from torch import Tensor
 from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError
 from musota.files import write_json, write_whole
-from musota.models.base import CausalLM, build_model
-from musota.plan.config import Experiment, ModelConfig, TrainConfig
+from musota.plan.config import DenseConfig, Experiment, ModelConfig, MuConfig, describe
+
+if TYPE_CHECKING:
+    from musota.models.base import CausalLM
+
+# What builds a model from its configuration; a string, so that a model's file can import this one.
+ARCHITECTURES = {
+    MuConfig: "musota.models.musota:MuSota",
+    DenseConfig: "musota.models.dense:DenseTransformer",
+}
+CARD = """\
+---
+library_name: musota
+license: mit
+pipeline_tag: text-generation
+---
+
+# {kind}, {n_parameters:,} parameters
+
+A small causal language model of the MU-SOTA workbook, trained for research. Its text is not to be
+relied on.
+
+| | |
+|---|---|
+{sizes}
+
+```python
+import musota, torch
+
+model = musota.CausalLM.from_pretrained(folder)
+ids = torch.from_numpy(model.tokenizer.encode(text))[None]
+print(model.tokenizer.decode(model.generate(ids, 50)[0]))
+```
+"""
+
+
+def build_model(config: ModelConfig) -> CausalLM:
+    """The model a config describes, freshly initialised from torch's random state."""
+    return pkgutil.resolve_name(ARCHITECTURES[type(config)])(config)
 
 
 def save_model(
@@ -29,13 +70,13 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     data = save(weights)
     write_whole(folder / "model.safetensors", lambda path: path.write_bytes(data))
-    write_json(folder / "config.json", Experiment(config, TrainConfig()).to_dict()["model"])
+    write_json(folder / "config.json", describe(config))
     if tokenizer:
         write_whole(folder / "tokenizer.json", tokenizer.save)
 
 
 def load_model(folder: str | os.PathLike, device: str = "cpu") -> CausalLM:
-    """A model written by `save_model`, its tokenizer included. Runs no code from the folder.
+    """A model written by `save_model`, its tokenizer included.
 
     Raises MusotaError if a file is missing or damaged, or if the weights are not as many as the
     config says; that is seen before any memory is taken.
@@ -63,3 +104,37 @@ def load_model(folder: str | os.PathLike, device: str = "cpu") -> CausalLM:
     except Exception as error:  # safetensors and torch raise types of their own
         raise MusotaError(f"The saved model in {folder} cannot be read: {error}") from None
     return model.to(device).eval()
+
+
+class Shareable(ModelHubMixin, library_name="musota"):
+    """`save_pretrained` and `push_to_hub` are huggingface_hub's: weights as safetensors,
+    config.json, tokenizer.json where the model has a `tokenizer`, and a short model card."""
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_model(save_directory, self.config, self.state_dict(), self.tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, **download) -> CausalLM:
+        """The model in a folder, or in a repository of the Hugging Face hub (`download` is passed
+        to its snapshot_download: revision, token, …). Raises MusotaError where there is none."""
+        if Path(name).is_dir():
+            return load_model(name)
+        wanted = ["*.json", "model.safetensors"]
+        try:
+            folder = snapshot_download(str(name), allow_patterns=wanted, etag_timeout=5, **download)
+        except Exception as error:  # the hub's client raises many types
+            raise MusotaError(
+                f"There is no model {name}: it is no folder here, and the Hugging Face hub does "
+                f"not give it ({type(error).__name__})."
+            ) from None
+        return load_model(folder)
+
+    def generate_model_card(self, **_) -> ModelCard:
+        sizes = dataclasses.asdict(self.config).items()
+        return ModelCard(
+            CARD.format(
+                kind=type(self).__name__,
+                n_parameters=self.config.n_parameters,
+                sizes="\n".join(f"| {name} | {value} |" for name, value in sizes),
+            )
+        )

@@ -21,7 +21,8 @@ from torch import Tensor
 from musota.data.corpus import Corpus, window_starts
 from musota.errors import MusotaError, check_seed
 from musota.files import read_sealed
-from musota.models.base import CausalLM, build_model
+from musota.models.base import CausalLM
+from musota.models.sharing import build_model
 from musota.plan.config import Experiment
 from musota.training import keeping, remedies
 from musota.training.evaluate import exp_nats

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from musota.errors import MusotaError
-from musota.models.base import CausalLM, build_model
+from musota.models.base import CausalLM
 from musota.models.literal import Literal
+from musota.models.sharing import build_model
 from musota.plan.config import DenseConfig, ModelConfig, MuConfig
 from musota.training.machine import about_machine, peak_memory, precision_for_device, prepare_memory
 
