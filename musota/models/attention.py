@@ -39,6 +39,18 @@ def attend_with_library(q: Tensor, k: Tensor, v: Tensor, with_entropy: bool):
     return y[0, ..., : v.shape[-1]], None
 
 
+def split_heads(qkv: Tensor, h: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Projections (B, T, 3C) to scaled queries, keys and values of h heads, (B·h, T, C/h) each."""
+    B, T, _ = qkv.shape
+    q, k, v = qkv.view(B, T, 3, h, -1).permute(2, 0, 3, 1, 4).reshape(3, B * h, T, -1)
+    return q * q.shape[-1] ** -0.5, k, v
+
+
+def merge_heads(y: Tensor, h: int) -> Tensor:
+    """(B·h, T, C/h) to (B, T, C)."""
+    return y.unflatten(0, (-1, h)).transpose(1, 2).flatten(2)
+
+
 def largest_score(q: Tensor, k: Tensor) -> Tensor:
     """The largest |q · k| of a query and a key not after it; shapes as in `causal_attention`."""
     return (q @ k.mT).tril().abs().amax()

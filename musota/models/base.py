@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from itertools import groupby
 from operator import itemgetter
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,18 @@ from musota.plan.config import ModelConfig
 class CausalLM(nn.Module, Watched, Shareable):
     """A language model that never looks ahead.
 
-    A subclass makes `embedding`, `positions`, `dropout` and, unless it ties the output to the
-    embedding, `output`; it provides `hidden_states`, `watch` and the two tables below.
+    A subclass makes its parts, `layers` among them, and an `output` unless it ties that to the
+    embedding; it provides `hidden_states`, `watch` and `decayed_groups`.
     """
 
-    # The group of the ledger that the parameters of a part belong to, by the part's name.
-    ledger_groups: dict[str, str]
+    # The ledger's group of a part's parameters, where it is not called like the part.
+    ledger_groups: ClassVar = {
+        "norm": "norms",
+        "norm_attention": "norms",
+        "norm_feed_forward": "norms",
+        "feed_forward_up": "feed-forward",
+        "feed_forward_down": "feed-forward",
+    }
     # Groups whose matrices are maps of activations: only these are decayed.
     decayed_groups: frozenset[str] = frozenset()
 
@@ -40,6 +47,9 @@ class CausalLM(nn.Module, Watched, Shareable):
         self.config = config
         self.compiled_body = None
         self.tokenizer: TextTokenizer | None = None
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.max_seq_len, config.d_model)
+        self.dropout = Dropout(config.dropout)
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """(B, T) token ids to (B, T, C), normalised and ready for the output layer."""
@@ -104,8 +114,8 @@ class CausalLM(nn.Module, Watched, Shareable):
 
     def ledger_group(self, name: str) -> str:
         """The group of the ledger that the parameter `name` belongs to."""
-        parts = name.split(".")
-        return self.ledger_groups[parts[2] if parts[0] == "layers" else parts[0]]
+        part = name.split(".")[2 if name.startswith("layers.") else 0]
+        return self.ledger_groups.get(part, part.replace("_", " "))
 
     def parameter_ledger(self) -> dict[str, int]:
         """Parameters by group; the groups sum to the total."""
@@ -116,15 +126,12 @@ class CausalLM(nn.Module, Watched, Shareable):
 
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
         """Parameter groups for AdamW: decay on the matrices of linear maps, none on the rest."""
-        decayed, plain = [], []
+        groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
         for name, parameter in self.named_parameters():
             is_matrix = name.endswith("weight") and parameter.dim() >= 2
-            is_map = self.ledger_group(name) in self.decayed_groups
-            (decayed if is_matrix and is_map else plain).append(parameter)
-        return [
-            {"params": decayed, "weight_decay": weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
+            decayed = is_matrix and self.ledger_group(name) in self.decayed_groups
+            groups[0 if decayed else 1]["params"].append(parameter)
+        return groups
 
     @torch.no_grad()
     def generate(

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musota.models.attention import causal_attention, largest_score
+from musota.models.attention import causal_attention, largest_score, split_heads
 from musota.models.base import CausalLM, Dropout
 from musota.plan.config import DenseConfig
 
@@ -49,26 +49,17 @@ class DenseLayer(nn.Module):
 class DenseTransformer(CausalLM):
     """Pre-norm, learned positions, GELU, biases, embeddings tied to the output layer."""
 
-    ledger_groups: ClassVar = {
+    ledger_groups: ClassVar = CausalLM.ledger_groups | {
         "embedding": "embedding (also output)",
-        "positions": "positions",
-        "norm": "norms",
-        "norm_attention": "norms",
         "attention_in": "attention",
         "attention_out": "attention",
-        "norm_feed_forward": "norms",
-        "feed_forward_up": "feed-forward",
-        "feed_forward_down": "feed-forward",
     }
     decayed_groups = frozenset({"attention", "feed-forward"})
 
     def __init__(self, config: DenseConfig):
         super().__init__(config)
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions = nn.Embedding(config.max_seq_len, config.d_model)
         self.layers = nn.ModuleList(DenseLayer(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.d_model)
-        self.dropout = Dropout(config.dropout)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.positions.weight, std=0.02)
 
@@ -80,8 +71,7 @@ class DenseTransformer(CausalLM):
 
     def watch(self, seen: dict[str, list[Tensor]]) -> list:
         def look(layer: DenseLayer, qkv: Tensor) -> None:
-            q, k, v = qkv.unflatten(-1, (3, layer.n_head, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
-            q = q * q.shape[-1] ** -0.5  # (B·h, T, C/h)
+            q, k, v = split_heads(qkv, layer.n_head)
             seen["largest_score"].append(largest_score(q, k))
             seen["attention_entropy"].append(causal_attention(q, k, v, True)[1].mean())
 

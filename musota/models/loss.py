@@ -65,7 +65,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 grad_weight += grad_logits.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.n_token = n_token
         return total / n_token
 
@@ -73,15 +72,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output):
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         scale = grad_output / ctx.n_token
-        weight_dtype, bias_dtype = ctx.dtypes
-        grad_bias = None if grad_bias is None else (grad_bias * scale).to(bias_dtype)
-        return (
-            (grad_hidden * scale).to(grad_hidden.dtype),
-            grad_weight.mul_(scale).to(weight_dtype),
-            grad_bias,
-            None,
-            None,
-        )
+        grad_bias = None if grad_bias is None else grad_bias * scale
+        return grad_hidden * scale, grad_weight.mul_(scale), grad_bias, None, None
 
 
 def linear_cross_entropy(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musota.models.attention import causal_attention, largest_score
+from musota.models.attention import causal_attention, largest_score, merge_heads, split_heads
 from musota.models.base import CausalLM, Dropout
 from musota.plan.config import HEADS_PER_BLOCK, MuConfig
 
@@ -41,14 +41,14 @@ class BlockAttention(nn.Module):
         n, c = self.n_block, self.size
         x = x.view(B * T, n, c).transpose(0, 1)  # (n, B·T, c): blocks are a batch
         qkv = torch.baddbmm(self.in_bias, x, self.in_weight.mT)  # (n, B·T, 3c)
-        return _heads(qkv.view(n * B, T, 3 * c), HEADS_PER_BLOCK)
+        return split_heads(qkv.view(n * B, T, 3 * c), HEADS_PER_BLOCK)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, n·c) to the same; c cells a block, h heads of c/h cells."""
         B, T, _ = x.shape
-        n, c, h = self.n_block, self.size, HEADS_PER_BLOCK
+        n, c = self.n_block, self.size
         y, _ = causal_attention(*self.heads(x))  # (n·B·h, T, c/h)
-        y = y.view(n * B, h, T, c // h).transpose(1, 2).reshape(n, B * T, c)
+        y = merge_heads(y, HEADS_PER_BLOCK).view(n, B * T, c)
         y = torch.baddbmm(self.out_bias, y, self.out_weight.mT)  # (n, B·T, c)
         return y.transpose(0, 1).reshape(B, T, n * c)
 
@@ -68,22 +68,12 @@ class CrossAttention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, C) to scaled queries, keys and values, (B·h, T, C/h) each."""
-        return _heads(self.qkv(x), self.n_head)
+        return split_heads(self.qkv(x), self.n_head)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, C) to the attended (B, T, C) and the entropy in nats, mean over heads (B, T)."""
-        B, T, C = x.shape
-        h = self.n_head
-        y, spread = causal_attention(*self.heads(x), with_entropy=True)  # (B·h, T, C/h)
-        y = y.view(B, h, T, C // h).transpose(1, 2).reshape(B, T, C)
-        return self.out(y), spread.view(B, h, T).mean(1)
-
-
-def _heads(qkv: Tensor, h: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Projections (B, T, 3C) to scaled queries, keys and values of h heads, (B·h, T, C/h) each."""
-    B, T, _ = qkv.shape
-    q, k, v = qkv.view(B, T, 3, h, -1).permute(2, 0, 3, 1, 4).reshape(3, B * h, T, -1)
-    return q * q.shape[-1] ** -0.5, k, v
+        y, spread = causal_attention(*self.heads(x), with_entropy=True)  # (B·h, T, C/h), (B·h, T)
+        return self.out(merge_heads(y, self.n_head)), spread.unflatten(0, (len(x), -1)).mean(1)
 
 
 class Gate(nn.Module):
@@ -137,33 +127,17 @@ class MuLayer(nn.Module):
 class MuSota(CausalLM):
     """The model of docs/model.md. Its config fixes layout, depth and vocabulary."""
 
-    ledger_groups: ClassVar = {
-        "embedding": "embedding",
-        "positions": "positions",
-        "affinity": "affinity tables",
-        "norm": "norms",
-        "output": "output",
-        "block_attention": "block attention",
-        "cross_attention": "cross attention",
-        "norm_attention": "norms",
-        "feed_forward_up": "feed-forward",
-        "feed_forward_down": "feed-forward",
-        "norm_feed_forward": "norms",
-        "gate": "gate",
-    }
+    ledger_groups: ClassVar = CausalLM.ledger_groups | {"affinity": "affinity tables"}
     decayed_groups = frozenset({"block attention", "cross attention", "feed-forward", "output"})
 
     def __init__(self, config: MuConfig):
         super().__init__(config)
         d, L, N = config.d_model, config.n_layer, config.n_block
-        self.embedding = nn.Embedding(config.vocab_size, d)
-        self.positions = nn.Embedding(config.max_seq_len, d)
         # The tables of all layers side by side, so that one look-up serves them all.
         self.affinity = nn.Embedding(config.vocab_size, L * N)
         self.layers = nn.ModuleList(MuLayer(config) for _ in range(L))
         self.norm = nn.LayerNorm(d)
         self.output = _linear(d, config.vocab_size)
-        self.dropout = Dropout(config.dropout)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.positions.weight, std=0.02)
         nn.init.normal_(self.affinity.weight, std=0.1)
