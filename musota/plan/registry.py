@@ -73,8 +73,10 @@ PAIRS = {row.twin_of: name for name, row in registry.items() if row.twin_of}  # 
 
 
 def title_of(name: str) -> str:
-    """What people read for a row's name."""
-    return registry[name].title if name in registry else name.replace("_", " ")
+    """What people read for a row's name, or for `row,field=value,…`."""
+    row, *changes = name.split(",")
+    title = registry[row].title if row in registry else row.replace("_", " ")
+    return ", ".join([title, *changes])
 
 
 def style_of(name: str) -> tuple[str, str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from musota.errors import MusotaError
 from musota.plan.config import Experiment, MuConfig
-from musota.plan.profiles import grid_profiles, profiles, scaled, twin
+from musota.plan.profiles import Profile, grid_profiles, profiles, scaled, twin
 from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
 from musota.plan.suspects import Suspect, grid
 from musota.rules import curves, plan, verdicts
@@ -95,7 +95,7 @@ class Evidence:
     @property
     def sweeps(self) -> dict[str, dict[float, list[float]]]:
         """Valid losses by learning rate of both large models, where sweeps are recorded."""
-        profile = profiles.get(self.runs[0].config["profile"]) if self.runs else None
+        profile = _profile_of(self.runs)
         found = {name: swept(self.sweep_runs, name, profile) for name in TUNED.values() if profile}
         return {title_of(name): losses for name, losses in found.items() if losses}
 
@@ -129,6 +129,12 @@ class Evidence:
         if seeds:
             intervals["over seeds\n(training again)"] = seeds
         return finding, intervals
+
+
+def _profile_of(runs: Iterable[Run]) -> Profile | None:
+    """The profile these runs were made at; None for runs from Python alone."""
+    named = (run.config["profile"] for run in runs)
+    return next((profiles[name] for name in named if name in profiles), None)
 
 
 def _are_twins(run: Run, other: Run) -> bool:
@@ -166,7 +172,7 @@ def _roles(runs: list[Run], sweep_runs: Iterable[Run]) -> tuple[dict[str, Experi
 
     The first of two equal rows is the one that is shown; the second is its alias.
     """
-    profile = profiles.get(runs[0].config["profile"]) if runs else None
+    profile = _profile_of(runs)
     roles: dict[str, Experiment] = {}
     aliases: dict[str, str] = {}
     for name in registry if profile else ():
@@ -213,9 +219,19 @@ def read_grid(folder: Path) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
 
 
 def plan_reason(run: Run) -> str | None:
-    """Why the plan's thresholds say nothing about a run, or None where they do."""
-    corpus, vocab_size = run.config["corpus"]["name"], run.experiment.model.vocab_size
-    return plan.plan_does_not_apply(corpus, vocab_size, run.config["profile"], run.finished)
+    """Why the plan's thresholds say nothing about a run, or None where they do: the text, the
+    vocabulary and the budget must be the plan's, whatever the run is called."""
+    corpus, experiment = run.config["corpus"]["name"], run.experiment
+    size = experiment.model.vocab_size, run.config["profile"]
+    if reason := plan.plan_does_not_apply(corpus, *size, run.finished):
+        return reason
+    rows = [find_experiment(name) for name in registry if name not in TUNED]
+    planned = [row.training.epochs for row in rows if row.model == experiment.model]
+    if not planned:
+        return "the model is none of the plan's"
+    if experiment.training.epochs < min(planned):
+        return f"it had {experiment.training.epochs} epochs, not the plan's {min(planned)}"
+    return None
 
 
 def run_findings(
