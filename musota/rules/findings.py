@@ -30,10 +30,6 @@ class Finding:
 
 
 def not_applicable(rule: str, reason: str) -> Finding:
-    return Finding(
-        rule,
-        "not applicable",
-        reason,
-        "the plan speaks of wikitext-2, V 50,000, full budget",
-        "not applicable here: read the run against the measured rungs instead",
-    )
+    scope = "the plan speaks of wikitext-2, V 50,000, full budget"
+    conclusion = "not applicable here: read the run against the measured rungs instead"
+    return Finding(rule, "not applicable", reason, scope, conclusion)
