@@ -1,4 +1,4 @@
-"""Corpora, the byte-level BPE tokenizer, and the windows a model is trained on.
+"""Corpora, and the windows a model is trained on.
 
 Nothing is read stale: tokenizers and tokens are cached under names made of hashes of what they were
 made from (`$MUSOTA_CACHE`, else `~/.cache/musota`).
@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -64,18 +63,18 @@ class Corpus:
 
     def statistics(self) -> pd.DataFrame:
         """One row a split: words, tokens, tokens per word, share of `<unk>`, bytes."""
-        rows = {}
-        for name in SPLITS:
-            tokens, words = self.split(name), self.words[name]
-            rows[name] = {
+        splits, unk = {name: self.split(name) for name in SPLITS}, self.tokenizer.unknown
+        words = pd.Series(self.words)
+        tokens = pd.Series({name: len(ids) for name, ids in splits.items()})
+        unknown = pd.Series({name: int((ids == unk).sum()) for name, ids in splits.items()})
+        return pd.DataFrame(
+            {
                 "words and line ends": words,
-                "tokens": len(tokens),
-                "tokens per word": len(tokens) / words,
-                "unk rate": int((tokens == self.tokenizer.unknown).sum()) / words,
-                "bytes": self.bytes[name],
+                "tokens": tokens,
+                "tokens per word": tokens / words,
+                "unk rate": unknown / words,
+                "bytes": pd.Series(self.bytes),
             }
-        return pd.DataFrame(rows).T.astype(
-            {"words and line ends": int, "tokens": int, "bytes": int}
         )
 
     def limited(self, profile: Profile) -> Corpus:
@@ -84,21 +83,19 @@ class Corpus:
         Test is cut like valid. Raises MusotaError if a split has no line end within its limit.
         """
         limits = (profile.train_tokens, profile.valid_tokens, profile.valid_tokens)
-        splits, words, sizes = {}, {}, {}
+        splits, words, sizes = {}, dict(self.words), dict(self.bytes)
         for name, limit in zip(SPLITS, limits, strict=True):
-            tokens = self.split(name)
-            splits[name], words[name], sizes[name] = tokens, self.words[name], self.bytes[name]
-            if limit is None or len(tokens) <= limit:
+            splits[name] = self.split(name)
+            if limit is None or len(splits[name]) <= limit:
                 continue
-            ends = (tokens[:limit] == self.tokenizer.line_end).nonzero()
+            ends = (splits[name][:limit] == self.tokenizer.line_end).nonzero()
             if not len(ends):
                 raise MusotaError(
                     f"The first {limit} tokens of {name} hold no line end to cut at: break the "
                     "text into lines."
                 )
-            splits[name] = tokens[: int(ends[-1]) + 1]
-            text = self.tokenizer.decode(splits[name])
-            words[name], sizes[name] = _count(text)
+            splits[name] = splits[name][: int(ends[-1]) + 1]
+            words[name], sizes[name] = _count(self.tokenizer.decode(splits[name]))
         fingerprint = _fingerprint(splits)
         return replace(self, **splits, words=words, bytes=sizes, fingerprint=fingerprint)
 
@@ -118,37 +115,33 @@ def load_corpus(
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
         raise MusotaError(f"vocab_size must be a whole number, not {vocab_size!r}.")
     if vocab_size < SMALLEST_VOCABULARY:
-        TextTokenizer.train([], vocab_size)  # the one sentence about small vocabularies
-    name = os.fspath(name)
-    name, source, texts = read_texts(name, data_dir or os.environ.get("MUSOTA_DATA_DIR"))
-    keys, lines, counts = {}, {}, {}
-    for split in SPLITS:
-        keys[split], lines[split], counts[split], blank = _survey(texts[split]())
-        if blank:
-            raise MusotaError(f"The {split} text of {name} is empty: put text into it.")
-    tokenizer_key = content_hash(
-        RECIPE, metadata.version("tokenizers"), str(vocab_size), keys["train"]
-    )
+        raise MusotaError(
+            f"vocab_size={vocab_size} is below the {SMALLEST_VOCABULARY} that 256 bytes and two "
+            "special tokens need: raise it."
+        )
+    data_dir = data_dir or os.environ.get("MUSOTA_DATA_DIR")
+    name, source, texts = read_texts(os.fspath(name), data_dir)
+    surveys = [_survey(texts[split](), f"The {split} text of {name}") for split in SPLITS]
+    keys, lines, words, sizes = zip(*surveys, strict=True)
+    tokenizer_key = content_hash(RECIPE, metadata.version("tokenizers"), str(vocab_size), keys[0])
     tokenizer_path = _cached(
         f"tokenizer-{tokenizer_key}.json",
         lambda path: TextTokenizer.train(texts["train"](), vocab_size).save(path),
     )
     tokenizer = TextTokenizer.load(tokenizer_path)
-
     tokens = {}
-    for split in SPLITS:
-        encoded = _encoded(tokenizer, texts[split](), counts[split][1], split)
-        name_of_file = f"tokens-{content_hash(tokenizer_key, keys[split])}.bin"
-        path = _cached(name_of_file, partial(_write_arrays, encoded))
+    for split, key, size in zip(SPLITS, keys, sizes, strict=True):
+        write = partial(_write_tokens, tokenizer, texts[split](), size, split)
+        path = _cached(f"tokens-{content_hash(tokenizer_key, key)}.bin", write)
         # Mapped from the disk: WikiText-103 needs no room of its own in memory.
         length = path.stat().st_size // 4
         tokens[split] = torch.from_file(str(path), size=length, dtype=torch.int32)
-    text_hash = content_hash(*map(str, lines.values()))
+    text_hash = content_hash(*map(str, lines))
     return Corpus(
         name=recognised(name, source, text_hash),
         **tokens,
-        words={split: counts[split][0] for split in SPLITS},
-        bytes={split: counts[split][1] for split in SPLITS},
+        words=dict(zip(SPLITS, words, strict=True)),
+        bytes=dict(zip(SPLITS, sizes, strict=True)),
         tokenizer=tokenizer,
         fingerprint=_fingerprint(tokens),
         text_hash=text_hash,
@@ -189,37 +182,33 @@ def _file_hash(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").hexdigest().encode()
 
 
-def _write_arrays(arrays: Iterable[np.ndarray], path: Path) -> None:
-    with path.open("wb") as file:
-        for array in arrays:
-            file.write(array.tobytes())
-
-
-def _encoded(
-    tokenizer: TextTokenizer, pieces: Iterable[str], size: int, what: str
-) -> Iterator[np.ndarray]:
+def _write_tokens(
+    tokenizer: TextTokenizer, pieces: Iterable[str], size: int, what: str, path: Path
+) -> None:
     """Token ids of each piece; many lines at once, on all cores. Longer work shows its progress."""
     bar = tqdm(
         total=size, desc=f"tokenizing {what}", unit="B", unit_scale=True, delay=5, mininterval=5
     )
-    with bar:
+    with bar, path.open("wb") as file:
         for piece in pieces:
-            yield tokenizer.encode(piece)
+            file.write(tokenizer.encode(piece).tobytes())
             bar.update(len(piece.encode()))
 
 
-def _survey(pieces: Iterable[str]) -> tuple[str, int, tuple[int, int], bool]:
+def _survey(pieces: Iterable[str], what: str) -> tuple[str, int, int, int]:
     """Two hashes of a text, of it as it stands and of its lines in whatever order; its words and
-    bytes (see `_count`); and whether it is all white space."""
+    bytes (see `_count`). Raises MusotaError if it is all white space."""
     digest, lines, words, size, blank = hashlib.sha256(), 0, 0, 0, True
     for piece in pieces:
         digest.update(piece.encode())
         for line in piece.splitlines():
             lines += int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest())
         blank = blank and not piece.strip()
-        more = _count(piece)
-        words, size = words + more[0], size + more[1]
-    return digest.hexdigest(), lines % 2**64, (words, size), blank
+        more_words, more_bytes = _count(piece)
+        words, size = words + more_words, size + more_bytes
+    if blank:
+        raise MusotaError(f"{what} is empty: put text into it.")
+    return digest.hexdigest(), lines % 2**64, words, size
 
 
 def _fingerprint(splits: dict[str, Tensor]) -> str:

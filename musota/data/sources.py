@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 from musota.errors import MusotaError, nearest_name
@@ -23,7 +24,6 @@ HUB_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 HUB_TIMEOUT = 5  # seconds
 DOCS_PACKAGES = ("numpy", "pandas", "matplotlib", "torch")
 PIECE = 2**20  # characters of text, or tokens, that are looked at together
-LOCAL = "local copy"
 RECIPE = "1"  # raise when the same text should give other tokens or another python-docs
 # Texts that are recognised wherever they lie (see `Corpus.text_hash`).
 KNOWN_TEXTS = {"wikitext-2": "5eaed3defaa96076"}
@@ -51,11 +51,11 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, Text]]:
             return (docs[0], f"{docs[1]}; instead of wikitext-2, because {error.reason}", docs[2])
     local = Path(data_dir) / name if data_dir else None
     if name in SOURCES:
-        if local and _is_folder(local):
-            return name, LOCAL, _read_folder(local)
+        if local and os.path.isdir(local):
+            return name, "local copy", _read_folder(local)
         return (name, *SOURCES[name]())
     for folder in filter(None, (Path(name), local)):
-        if _is_folder(folder):
+        if os.path.isdir(folder):  # unlike Path's, it bears names that no file can have
             return folder.resolve().name, "local folder", _read_folder(folder)
     if os.sep in name or "/" in name:
         raise MusotaError(
@@ -77,21 +77,15 @@ def recognised(name: str, source: str, text_hash: str) -> str:
     return name
 
 
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
-
-
 def _read_folder(folder: Path) -> dict[str, Text]:
-    for split in SPLITS:
-        if not (folder / f"{split}.txt").exists():
+    paths = {split: folder / f"{split}.txt" for split in SPLITS}
+    for path in paths.values():
+        if not path.exists():
             raise MusotaError(
-                f"The folder {folder} has no {split}.txt: it needs train.txt, valid.txt and "
+                f"The folder {folder} has no {path.name}: it needs train.txt, valid.txt and "
                 "test.txt."
             )
-    return {split: partial(_read_file, folder / f"{split}.txt") for split in SPLITS}
+    return {split: partial(_read_file, path) for split, path in paths.items()}
 
 
 def _read_file(path: Path) -> Iterator[str]:
@@ -190,16 +184,11 @@ def _collect_docs() -> dict[str, str]:
     roots = [library]
     for name in DOCS_PACKAGES:
         roots += map(Path, importlib.util.find_spec(name).submodule_search_locations)
-    files = [
-        path
-        for root in roots
-        for path in sorted(root.rglob("*.py"))
-        if not {"site-packages", "test", "tests", "__pycache__"}
-        & set(path.parts[len(root.parts) :])
-    ]
+    left_out = {"site-packages", "test", "tests", "__pycache__"}
+    found = ((root, path) for root in roots for path in sorted(root.rglob("*.py")))
+    files = [path for root, path in found if left_out.isdisjoint(path.relative_to(root).parts)]
     with ProcessPoolExecutor() as pool:
-        found = pool.map(docstrings, files, chunksize=32)
-        documents = {document for documents in found for document in documents}
+        documents = set(chain.from_iterable(pool.map(docstrings, files, chunksize=32)))
     ordered = sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
     first, second = round(0.90 * len(ordered)), round(0.95 * len(ordered))
     parts = ordered[:first], ordered[first:second], ordered[second:]

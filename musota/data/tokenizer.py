@@ -9,8 +9,6 @@ from collections.abc import Iterable
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from musota.errors import MusotaError
-
 UNKNOWN, LINE_END = "<unk>", "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 2  # every byte, and the two special tokens
 
@@ -30,12 +28,7 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, pieces: Iterable[str], vocab_size: int) -> TextTokenizer:
-        """BPE merges learned on `text`. Raises MusotaError for a vocabulary under 258."""
-        if vocab_size < SMALLEST_VOCABULARY:
-            raise MusotaError(
-                f"vocab_size={vocab_size} is below the {SMALLEST_VOCABULARY} that 256 bytes and "
-                "two special tokens need: raise it."
-            )
+        """Merges learned on a text, for a vocabulary of at least SMALLEST_VOCABULARY."""
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -61,17 +54,15 @@ class TextTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32."""
         lines = self.backend.encode_batch_fast(text.split("\n"))
-        end = [self.line_end]
-        ids = [part for line in lines for part in (line.ids, end)][:-1]
-        return np.concatenate([np.asarray(part, dtype=np.int32) for part in ids])
+        ids = [np.array([*line.ids, self.line_end], dtype=np.int32) for line in lines]
+        return np.concatenate(ids)[:-1]
 
     def decode(self, ids) -> str:
         """The text of token ids (any 1-D sequence of whole numbers)."""
         ids = np.asarray(ids, dtype=np.int64)
         lines = np.split(ids, np.flatnonzero(ids == self.line_end))
-        pieces = [lines[0], *(line[1:] for line in lines[1:])]
-        decode = self.backend.decode
-        return "\n".join(decode(piece.tolist(), skip_special_tokens=False) for piece in pieces)
+        pieces = [lines[0].tolist(), *(line[1:].tolist() for line in lines[1:])]
+        return "\n".join(self.backend.decode_batch(pieces, skip_special_tokens=False))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TextTokenizer:
