@@ -18,7 +18,7 @@ RUNGS = ("uniform", "unigram", "bigram", "trigram")
 
 @dataclass(frozen=True)
 class _Table:
-    """Counts of n-grams; `context` numbers the (n−1)-gram each begins with."""
+    """Counts of n-grams; a context is the number of the (n−1)-gram that one begins with."""
 
     keys: np.ndarray  # context · vocabulary + last token, ascending
     counts: np.ndarray
@@ -31,11 +31,10 @@ class _Table:
     def find(self, contexts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Row of each n-gram, −1 where it was never seen (or its context was not)."""
         wanted = contexts * self.vocabulary + tokens
-        rows = np.searchsorted(self.keys, wanted)
-        rows[rows == len(self.keys)] = 0
+        rows = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
         return np.where((self.keys[rows] == wanted) & (contexts >= 0), rows, -1)
 
-    def smoothed(self, counts, contexts, tokens, n_context: int, lower: np.ndarray) -> np.ndarray:
+    def smoothed(self, counts, contexts, tokens, lower) -> np.ndarray:
         """Interpolated absolute discounting of `counts` (one per key) over the `lower` order.
 
         p(w|c) = max(count(cw) − D, 0)/count(c·) + D·kinds(c)/count(c·) · lower(w), with
@@ -43,15 +42,13 @@ class _Table:
         """
         once, twice = (counts == 1).sum(), (counts == 2).sum()
         discount = once / (once + 2 * twice) if twice else 0.5
-        owner = self.keys // self.vocabulary
-        total = np.bincount(owner, counts, n_context)
-        kinds = np.bincount(owner[counts > 0], minlength=n_context)
+        owner, size = self.keys // self.vocabulary, contexts.max(initial=0) + 1
+        total = np.bincount(owner, counts, size)[contexts]
+        kinds = np.bincount(owner[counts > 0], minlength=size)[contexts]
         rows = self.find(contexts, tokens)
         own = np.where(rows >= 0, np.maximum(counts[rows] - discount, 0), 0.0)
-        seen = (contexts >= 0) & (total[contexts] > 0)
-        safe_total = np.where(seen, total[contexts], 1.0)
-        weight = discount * kinds[contexts] / safe_total
-        return np.where(seen, own / safe_total + weight * lower, lower)
+        seen = (contexts >= 0) & (total > 0)
+        return np.where(seen, (own + discount * kinds * lower) / np.where(seen, total, 1), lower)
 
 
 def ladder_nats(train: np.ndarray, tokens: np.ndarray, vocabulary: int) -> dict[str, np.ndarray]:
@@ -63,33 +60,28 @@ def ladder_nats(train: np.ndarray, tokens: np.ndarray, vocabulary: int) -> dict[
     """
     V = vocabulary
     train, tokens = np.asarray(train, np.int64), np.asarray(tokens, np.int64)
-    first, second, third = tokens[:-2], tokens[1:-1], tokens[2:]
+    first, second, third, following = tokens[:-2], tokens[1:-1], tokens[2:], tokens[1:]
     unigram = (np.bincount(train, minlength=V) + 1) / (len(train) + V)
 
     pairs = _Table.count(train[:-1], train[1:], V)
-    pair_numbers = np.searchsorted(pairs.keys, train[:-2] * V + train[1:-1])
-    triples = _Table.count(pair_numbers, train[2:], V)
+    triples = _Table.count(pairs.find(train[:-2], train[1:-1]), train[2:], V)
     # How many different tokens come before w, and before the pair (v, w).
     before_one = np.bincount(pairs.keys % V, minlength=V)
-    last_pairs = (pairs.keys[triples.keys // V] % V) * V + triples.keys % V
-    before_pair = np.bincount(np.searchsorted(pairs.keys, last_pairs), minlength=len(pairs.keys))
+    last_pairs = pairs.find(pairs.keys[triples.keys // V] % V, triples.keys % V)
+    before_pair = np.bincount(last_pairs, minlength=len(pairs.keys))
 
-    singles = _Table(np.arange(V), before_one, V)
-    no_context = np.zeros(len(tokens) - 1, np.int64)
-    following = tokens[1:]
-    base = singles.smoothed(before_one, no_context, following, 1, np.full(len(following), 1 / V))
-    bigram = pairs.smoothed(pairs.counts, tokens[:-1], following, V, base)
+    singles = _Table(np.arange(V), before_one, V)  # of no context: all in number 0
+    base = singles.smoothed(before_one, np.zeros_like(following), following, 1 / V)
+    bigram = pairs.smoothed(pairs.counts, tokens[:-1], following, base)
     # Trigram: pairs weigh by what precedes them, triples by how often they occur. The very first
     # prediction has one token of context, so it is the bigram's.
-    middle = pairs.smoothed(before_pair, second, third, V, base[1:])
-    pair_contexts = pairs.find(first, second)
-    top = triples.smoothed(triples.counts, pair_contexts, third, len(pairs.keys), middle)
-    trigram = np.concatenate([bigram[:1], top])
+    middle = pairs.smoothed(before_pair, second, third, base[1:])
+    top = triples.smoothed(triples.counts, pairs.find(first, second), third, middle)
     return {
         "uniform": np.full(len(following), math.log(V)),
         "unigram": -np.log(unigram[following]),
         "bigram": -np.log(bigram),
-        "trigram": -np.log(trigram),
+        "trigram": -np.log(np.concatenate([bigram[:1], top])),
     }
 
 
