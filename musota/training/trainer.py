@@ -222,7 +222,7 @@ class Trainer:
         if self.finished:
             self.say(f"{self.folder.path}: finished before, loaded as it is.")
             return Run(self.folder.path)
-        self._begin()
+        _begin(self)
         self.watch, self.copy = watch, copy
         stop = math.ceil(stop_at * self.total_steps)
         if watch and self.folder.writes:
@@ -250,18 +250,6 @@ class Trainer:
                 raise KeyboardInterrupt
         self.accelerator.wait_for_everyone()
         return Run(self.folder.path)
-
-    def _begin(self) -> None:
-        if self.saved:
-            keeping.restore(self, self.saved)
-            self.say(f"{self.folder.path}: going on after step {self.step} of {self.total_steps}.")
-        elif self.auto_remedy:
-            keeping.checkpoint(self)  # to have something to go back to
-        if self.instead_of and not self.step:
-            longer = self.instead_of.model.max_seq_len
-            short = f"{SHORTER} tokens a sequence, not {longer}, which is another experiment"
-            self.tell(f"out of memory: {short}")
-        self.saved = None
 
     def _careful_step(self) -> None:
         """One step and what is due after it; with remedies for what may go wrong."""
@@ -347,6 +335,21 @@ class Trainer:
         best = f", best valid PPL {exp_nats(self.best_loss):,.0f}" if self.summary else ""
         shown = f"epoch {epoch}/{epochs}, training PPL {exp_nats(loss):,.0f}{best}"
         self.progress.set_postfix_str(shown, refresh=False)
+
+
+def _begin(trainer: Trainer) -> None:
+    if trainer.saved:
+        keeping.restore(trainer, trainer.saved)
+        trainer.say(
+            f"{trainer.folder.path}: going on after step {trainer.step} of {trainer.total_steps}."
+        )
+    elif trainer.auto_remedy:
+        keeping.checkpoint(trainer)  # to have something to go back to
+    if trainer.instead_of and not trainer.step:
+        longer = trainer.instead_of.model.max_seq_len
+        short = f"{SHORTER} tokens a sequence, not {longer}, which is another experiment"
+        trainer.tell(f"out of memory: {short}")
+    trainer.saved = None
 
 
 def default_choices(experiment: Experiment, device: torch.device, total_steps: int) -> dict:
