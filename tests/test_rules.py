@@ -267,6 +267,7 @@ def _steps(curve, seed=0):
         (lambda x: 5.5 + 0.4 * np.sin(2 * np.pi * 5 * x), "oscillating"),
         (lambda x: 6 - x + 0.3 * np.sin(2 * np.pi * 4 * x), "oscillating"),
         (lambda x: 5.5 + 0.4 * np.exp(-(((x - 0.5) / 0.05) ** 2)), "none"),  # one bump
+        (lambda x: np.interp(x, [0, 0.1, 0.5, 1], [6, 5, 8, 6.5]), "none"),  # undone in part
         (lambda x: 5.5 - x + np.where(x > 0.7, 12 * (x - 0.7), 0), "diverging"),
         (lambda x: 6 - x + np.where(x > 0.7, 12 * (x - 0.7), 0.3 * np.sin(25 * x)), "diverging"),
     ],
@@ -279,8 +280,9 @@ def test_oscillation(curve, verdict, seed):
 
 
 def test_warm_up_is_not_taken_for_an_oscillation():
-    wild = _steps(lambda x: 6 + np.where(x < 0.3, np.sin(2 * np.pi * 20 * x), 0))
-    assert curves.oscillation(wild, warmup_steps=3200).verdict == "none"
+    wild = _steps(lambda x: 6 + np.where(x < 0.5, np.sin(2 * np.pi * 10 * x), 0))
+    assert curves.oscillation(wild, warmup_steps=0).verdict == "oscillating"
+    assert curves.oscillation(wild, warmup_steps=5000).verdict == "none"
     assert curves.oscillation(wild.head(40), warmup_steps=0).verdict == "too early"
 
 
