@@ -90,9 +90,9 @@ class Literal(nn.Module):
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> tuple[None, Tensor]:
         T = input_ids.shape[1]
-        future = torch.full((T, T), float("-inf"), device=input_ids.device).triu(1)
         place = torch.arange(T, device=input_ids.device)
         x = self.dropout(self.embedding(input_ids) + self.positions(place))
+        future = x.new_full((T, T), float("-inf")).triu(1)
         for layer in self.layers:
             x = layer(x, input_ids, future)
         logits = self.output(self.norm(x))
