@@ -16,7 +16,12 @@ from musota.plan.layout import BlockLayout
 HEADS_PER_BLOCK = 2
 LARGEST_MODEL = 20_000_000_000  # parameters; what is larger is a slip of the keyboard
 # What a field may be, where it is not "a whole number from 1 on" or "a number from 0 on".
-BOUNDS = {"dropout": (0, 0.99), "warmup_steps": (0, math.inf), "matrix_size": (1, 64)}
+BOUNDS = {
+    "dropout": (0, 0.99),
+    "warmup_steps": (0, math.inf),
+    "matrix_size": (1, 64),
+    "n_block": (1, 4096),
+}
 ABOVE_ZERO = ("learning_rate", "grad_clip")
 
 
