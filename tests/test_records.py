@@ -1,0 +1,108 @@
+"""Records: what a run is, and packed files that hold what the folders held."""
+
+import shutil
+from dataclasses import dataclass
+
+import pytest
+
+import musota
+from musota.errors import MusotaError
+from musota.plan.config import KINDS, MuConfig
+from musota.plan.profiles import Profile
+from musota.workbook import records
+from musota.workbook.evidence import read_evidence
+
+EXPERIMENT = musota.Experiment(
+    MuConfig(vocab_size=512, max_seq_len=24, n_layer=1),
+    musota.TrainConfig(epochs=2, learning_rate=3e-3, warmup_steps=5, batch_size=16),
+)
+
+
+@pytest.fixture(scope="module")
+def short(corpus):
+    return corpus.limited(Profile("short", 512, 4000, 1200))
+
+
+@pytest.fixture(scope="module")
+def trained(short, tmp_path_factory):
+    """Three runs from Python, none of them named, all of seed 0: three different things."""
+    folder = tmp_path_factory.mktemp("results")
+    others = EXPERIMENT, EXPERIMENT.with_(learning_rate=1e-3), musota.twin(EXPERIMENT)
+    for name, experiment in zip("abc", others, strict=True):
+        musota.train(experiment, short, folder / name)
+    return folder
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "kept", ignore=shutil.ignore_patterns("check*"))
+
+
+def test_runs_that_differ_elsewhere_than_in_the_seed_are_never_pooled(folder):
+    names = [run.name for run in read_evidence(folder).runs]
+    assert len(set(names)) == 3 and "run" in names
+    assert any("learning_rate=0.001" in name for name in names)
+
+
+def test_two_runs_equal_in_all_are_an_error_that_names_both(folder):
+    shutil.copytree(folder / "a", folder / "z")
+    with pytest.raises(MusotaError, match="a and z hold the same run"):
+        musota.load_runs(folder)
+
+
+def test_a_new_field_with_a_default_leaves_old_runs_readable(folder, short, monkeypatch):
+    @dataclass(frozen=True)
+    class Later(MuConfig):
+        new: float = 0.5
+
+    monkeypatch.setitem(KINDS, "mu", Later)
+    experiment = musota.Experiment(Later(**vars(EXPERIMENT.model)), EXPERIMENT.training)
+    assert musota.Run(folder / "a").experiment == experiment
+    assert musota.train(experiment, short, folder / "a", name="called otherwise").finished
+
+
+def test_a_name_decides_nothing_when_a_run_goes_on(folder, short):
+    assert musota.train(EXPERIMENT, short, folder / "a", name="another", profile="study").finished
+    with pytest.raises(MusotaError, match="its learning_rate is 0.003, not 0.002"):
+        musota.train(EXPERIMENT.with_(learning_rate=2e-3), short, folder / "a", name="run")
+
+
+def test_packed_records_hold_what_the_folders_held(folder):
+    (folder / "probe.json").write_text('{"seen": 1}')
+    before = {run.path.name: run for run in musota.load_runs(folder)}
+    kept = {name: (run.records, run.summary, run.config) for name, run in before.items()}
+    assert {path.name for path in records.pack(folder)} == set(records.PACKED)
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*records.PACKED, records.SUMS])
+    for run in musota.load_runs(folder):
+        held, summary, config = kept[run.path.name]
+        assert (run.summary, run.config) == (summary, config)  # unrounded
+        assert [r for r in run.records if r["kind"] != "step"] == [
+            r for r in held if r["kind"] != "step"
+        ]
+        for ours, theirs in zip(run.steps.loss, [r["loss"] for r in held if r["kind"] == "step"],
+                                strict=True):  # fmt: skip
+            assert ours == pytest.approx(theirs, rel=1e-7)
+        assert not run.has_model
+    assert records.read_probes(folder) == {"probe": {"seen": 1}}
+    first = (folder / records.SUMS).read_bytes()
+    records.pack(folder)  # again, from what is packed
+    assert (folder / records.SUMS).read_bytes() == first
+
+
+@pytest.mark.parametrize("name", records.PACKED)
+def test_a_changed_byte_or_line_end_in_a_packed_file_is_seen(folder, name):
+    records.pack(folder)
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data.replace(b"\n", b"\r\n", 1) if b"\n" in data else data[:-1])
+    with pytest.raises(MusotaError, match=f"{name} is missing, damaged or was changed"):
+        musota.load_runs(folder)
+
+
+def test_what_is_no_run_is_skipped_and_named(folder, capsys):
+    musota.build_model(EXPERIMENT.model).save_pretrained(folder / "model")
+    data = bytearray((folder / "b" / "config.json").read_bytes())
+    data[20] ^= 1
+    (folder / "b" / "config.json").write_bytes(data)
+    assert len(musota.load_runs(folder)) == 2
+    said = capsys.readouterr().out
+    assert "model is left out: no recorded run" in said and "b is left out: damaged" in said
