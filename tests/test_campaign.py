@@ -18,6 +18,7 @@ from musota.studies import campaign
 from musota.workbook import pages
 from musota.workbook.cli import cli
 from musota.workbook.evidence import read_evidence
+from musota.workbook.session import COMMITTED
 from musota.workbook.tables import PUBLISHED, comparison_table, front_table, model_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -259,21 +260,19 @@ def test_the_front_page_gets_what_is_recorded_and_keeps_the_rest(recorded, tmp_p
     pages.write_front_page(page, [place])
     assert page.read_text() == text
     pages.write_front_page(page, [place, place])  # the second is told in a paragraph, no table
-    assert (
-        page.read_text().count("answer.png") == 1
-        and "**Profile tiny**, smaller" in page.read_text()
-    )
+    assert page.read_text().count("answer.png") == 1 and "**Profile tiny" in page.read_text()
     page.write_text("no marks")
     with pytest.raises(musota.MusotaError, match="not one line"):
         pages.write_front_page(page, [place])
 
 
 def test_every_number_kept_with_the_workbook_follows_from_its_records(tmp_path):
-    kept = ROOT / "results" / "study"
-    copy = tmp_path / "results" / "study"
-    shutil.copytree(kept, copy, ignore=shutil.ignore_patterns("*.png", "checkpoints", "executed"))
-    written = musota.write_report(copy)
-    assert written.read_text() == (kept / "README.md").read_text()
+    drawn = shutil.ignore_patterns("*.png", "checkpoints", "executed")
+    copies = [tmp_path / "results" / name for name in COMMITTED]
+    for copy in copies:
+        kept = ROOT / "results" / copy.name
+        shutil.copytree(kept, copy, ignore=drawn)
+        assert musota.write_report(copy).read_text() == (kept / "README.md").read_text()
     shutil.copy(ROOT / "README.md", tmp_path)
-    pages.write_front_page(tmp_path / "README.md", [copy])
+    pages.write_front_page(tmp_path / "README.md", copies)
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
