@@ -16,6 +16,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from musota.plan.config import Experiment
+
+COMPILE_STEPS = 2000  # a run of so many steps wins back the minute that compiling takes
 HEADLESS = "MUSOTA_HEADLESS"  # set where progress goes to a log and not to a screen
 
 
@@ -25,6 +28,17 @@ def precision_for_device() -> str:
         return "no"
     # is_bf16_supported() says yes on a T4, which only emulates it.
     return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+
+
+def default_choices(experiment: Experiment, device: torch.device, total_steps: int) -> dict:
+    """A GPU takes a whole step at once, a CPU about 1,500 tokens. Compiling takes a GPU about a
+    minute, which only a long run wins back, and brings a CPU nothing."""
+    sequences, on_cpu = experiment.training.sequences_per_step, device.type == "cpu"
+    few = max(1, min(sequences, 1536 // experiment.model.max_seq_len))
+    return {
+        "micro_batch": few if on_cpu else sequences,
+        "compile": not on_cpu and total_steps >= COMPILE_STEPS,
+    }
 
 
 def about_machine(used: torch.device | None = None) -> dict:

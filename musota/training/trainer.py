@@ -26,14 +26,19 @@ from musota.models.sharing import build_model
 from musota.plan.config import Experiment
 from musota.training import keeping, remedies
 from musota.training.evaluate import exp_nats
-from musota.training.machine import Interruption, precision_for_device, prepare_memory, progress_bar
+from musota.training.machine import (
+    Interruption,
+    default_choices,
+    precision_for_device,
+    prepare_memory,
+    progress_bar,
+)
 from musota.training.optimizer import build_optimizer, update_ratios
 from musota.training.remedies import SHORTER, Diverged, TooLong
 from musota.training.runs import Run, RunFolder
 from musota.training.schedule import learning_rate_at
 
 __all__ = ["Diverged", "Trainer", "train"]
-COMPILE_STEPS = 2000  # a run of so many steps wins back the minute that compiling takes
 CHECKPOINT_SECONDS = 180  # between checkpoints inside an epoch
 LOG_LINES = 250  # about so many step records a run
 
@@ -350,17 +355,6 @@ def _begin(trainer: Trainer) -> None:
         short = f"{SHORTER} tokens a sequence, not {longer}, which is another experiment"
         trainer.tell(f"out of memory: {short}")
     trainer.saved = None
-
-
-def default_choices(experiment: Experiment, device: torch.device, total_steps: int) -> dict:
-    """A GPU takes a whole step at once, a CPU about 1,500 tokens. Compiling takes a GPU about a
-    minute, which only a long run wins back, and brings a CPU nothing."""
-    sequences, on_cpu = experiment.training.sequences_per_step, device.type == "cpu"
-    few = max(1, min(sequences, 1536 // experiment.model.max_seq_len))
-    return {
-        "micro_batch": few if on_cpu else sequences,
-        "compile": not on_cpu and total_steps >= COMPILE_STEPS,
-    }
 
 
 def _described(experiment, corpus, seed, name, profile, instead_of) -> dict:
