@@ -224,7 +224,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_sentence(model, tmp_path):
     ("field", "message"),
     [
         ("matrix_size", "must be a whole number of at least 1, at most 64"),
-        ("n_block", "do not tile"),
+        ("n_block", "must be a whole number of at least 1, at most 4096"),
     ],
 )
 def test_an_absurd_matrix_is_refused_before_it_is_laid_out(field, message):
