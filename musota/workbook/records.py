@@ -221,11 +221,3 @@ def _unpacked(folder: Path, sums: bytes) -> dict[str, Run]:
         own = records.get(path, []) + events
         runs[path] = Run.from_records(folder / path, about["config"], about["summary"], own)
     return runs
-
-
-def identical(
-    experiment: Experiment, fingerprint: str, seed: int, runs: Iterable[Run]
-) -> Run | None:
-    """The finished run among `runs` that is this one, whatever it is called."""
-    wanted = experiment, fingerprint, seed
-    return next((run for run in runs if run.finished and run.identity == wanted), None)
