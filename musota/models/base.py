@@ -42,13 +42,15 @@ class CausalLM(nn.Module, Watched, Shareable):
     # Groups whose matrices are maps of activations: only these are decayed.
     decayed_groups: frozenset[str] = frozenset()
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, learned_positions: bool = True):
         super().__init__()
         self.config = config
         self.compiled_body = None
         self.tokenizer: TextTokenizer | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions = nn.Embedding(config.max_seq_len, config.d_model)
+        self.positions = None
+        if learned_positions:
+            self.positions = nn.Embedding(config.max_seq_len, config.d_model)
         self.dropout = Dropout(config.dropout)
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
@@ -56,9 +58,11 @@ class CausalLM(nn.Module, Watched, Shareable):
         raise NotImplementedError
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """(B, T) token ids to (B, T, C): embeddings plus learned positions."""
-        place = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return self.dropout(self.embedding(input_ids) + self.positions(place))
+        """(B, T) token ids to (B, T, C): embeddings, plus positions where those are learned."""
+        x = self.embedding(input_ids)
+        if self.positions:
+            x = x + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
+        return self.dropout(x)
 
     @property
     def output_weight(self) -> Tensor:  # (V, C)
@@ -78,13 +82,13 @@ class CausalLM(nn.Module, Watched, Shareable):
         """(B, T) token ids to (logits (B, T, V), None), or with `targets` to (None, mean loss).
 
         `targets` (B, T) are already shifted: targets[:, t] follows input_ids[:, t]. The loss is in
-        nats per token. Raises MusotaError for a sequence longer than the learned positions and, on
+        nats per token. Raises MusotaError for a sequence longer than max_seq_len and, on
         a CPU, for a token id out of range.
         """
         length, longest = input_ids.shape[-1], self.config.max_seq_len
         if not 1 <= length <= longest:
             raise MusotaError(
-                f"A sequence of {length} tokens does not fit the {longest} learned positions: "
+                f"A sequence of {length} tokens does not fit the {longest} positions: "
                 "shorten it or raise max_seq_len."
             )
         if input_ids.device.type == "cpu":  # on a GPU a look at the values would have to wait

@@ -18,7 +18,14 @@ from torch import Tensor
 from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError
 from musota.files import write_json, write_whole
-from musota.plan.config import DenseConfig, Experiment, ModelConfig, MuConfig, describe
+from musota.plan.config import (
+    DenseConfig,
+    Experiment,
+    ModelConfig,
+    MuConfig,
+    RedesignedConfig,
+    describe,
+)
 
 if TYPE_CHECKING:
     from musota.models.base import CausalLM
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
 ARCHITECTURES = {
     MuConfig: "musota.models.musota:MuSota",
     DenseConfig: "musota.models.dense:DenseTransformer",
+    RedesignedConfig: "musota.models.redesigned:Redesigned",
 }
 CARD = """\
 ---

@@ -142,14 +142,102 @@ class DenseConfig:
         return _step_flops(self.n_layer * layer + d * self.vocab_size)
 
 
+# What separates the redesign from MU-SOTA's way of building, in the order of the path. A model
+# `without` some of them takes those back.
+CHANGES = (
+    "stream",  # an update is added to the residual stream, which no gate shrinks
+    "norm before",  # each part reads a normalised copy of the stream
+    "tied",  # the output layer is the embedding
+    "one table",  # one affinity table for all layers
+    "rotary",  # positions enter where tokens are compared
+    "query norm",  # queries and keys are normalised, a head learns how sharply it chooses
+    "quiet start",  # maps start at 1/√fan-in, what is added to the stream at 0
+    "blocks",  # a block's queries and keys read that block alone
+    "gate",  # a token's affinity decides how far each of its blocks moves
+)
+
+
+@dataclass(frozen=True)
+class RedesignedConfig:
+    """The redesign: each token `n_block` named blocks of `block_size` cells, one head a block.
+
+    `without` names changes (of `CHANGES`, separated by commas) that are taken back. Raises
+    MusotaError on bad values.
+    """
+
+    vocab_size: int = 50_000
+    max_seq_len: int = 192
+    n_layer: int = 12
+    n_block: int = 8
+    block_size: int = 28
+    d_ff: int = 700
+    dropout: float = 0.1
+    without: str = ""
+
+    def __post_init__(self):
+        for change in filter(None, self.without.split(",")):
+            if change not in CHANGES:
+                raise nearest_name("change", change, CHANGES)
+        _check_model(self)
+
+    def has(self, change: str) -> bool:
+        """Whether a change is made; without a gate there is no table."""
+        taken_back = self.without.split(",")
+        return change not in taken_back and not (change == "one table" and "gate" in taken_back)
+
+    @property
+    def layout(self) -> BlockLayout:
+        return BlockLayout.of_equal_blocks(self.n_block, self.block_size)
+
+    @property
+    def d_model(self) -> int:
+        """Cells of a token's matrix."""
+        return self.n_block * self.block_size
+
+    @property
+    def n_head(self) -> int:
+        return self.n_block
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters by hand; a test holds the built model to it."""
+        vocab, d, n, L = self.vocab_size, self.d_model, self.n_block, self.n_layer
+        total = vocab * d + (2 * L + 1) * d + L * self._maps
+        total += 0 if self.has("rotary") else self.max_seq_len * d
+        total += 0 if self.has("tied") else vocab * d + vocab
+        total += L * n if self.has("query norm") else 0
+        if self.has("gate"):
+            total += vocab * n + L * (n * n + n) if self.has("one table") else vocab * n * L
+        return total
+
+    @property
+    def _maps(self) -> int:
+        """Weights of a layer's maps of activations."""
+        d = self.d_model
+        queries_and_keys = 2 * d * (self.block_size if self.has("blocks") else d)
+        return queries_and_keys + 2 * d * d + 2 * d * self.d_ff
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of a training step per token, by hand (see `_step_flops`)."""
+        d, n = self.d_model, self.n_block
+        gate = n * n if self.has("one table") else 0
+        layer = self._maps + gate + 2 * d * self.max_seq_len
+        return _step_flops(self.n_layer * layer + d * self.vocab_size)
+
+
 def _step_flops(multiplications: int) -> int:
     """Of so many multiply-adds in the forward pass: two operations each, and backward costs two
     more products for each. Matrix products only, attention as full squares, nothing recomputed."""
     return 3 * 2 * multiplications
 
 
-ModelConfig = MuConfig | DenseConfig
-KINDS = {"mu": MuConfig, "dense": DenseConfig}  # as records name them
+ModelConfig = MuConfig | DenseConfig | RedesignedConfig
+KINDS = {
+    "mu": MuConfig,
+    "dense": DenseConfig,
+    "redesigned": RedesignedConfig,
+}  # as records name them
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from musota.errors import nearest_name
-from musota.plan.config import DenseConfig, Experiment, TrainConfig
+from musota.plan.config import DenseConfig, Experiment, RedesignedConfig, TrainConfig
 
 # The plan counts "16,733 training sequences" of 128 tokens; its warm-up shares follow from that.
 PLAN_TRAIN_TOKENS = 16_733 * 128
@@ -37,6 +37,29 @@ def twin(experiment: Experiment) -> Experiment:
     }
     dense = match_width(model.n_parameters, DenseConfig(**shared))
     return Experiment(dense, experiment.training, twin_of=model)
+
+
+def fit(config: RedesignedConfig, target: int) -> RedesignedConfig:
+    """`config` with the feed-forward that brings its parameter count nearest `target`."""
+    least = dataclasses.replace(config, d_ff=1)
+    one_more = dataclasses.replace(config, d_ff=2).n_parameters - least.n_parameters
+    more = round((target - least.n_parameters) / one_more)
+    return dataclasses.replace(config, d_ff=1 + max(0, more))
+
+
+def redesign(experiment: Experiment) -> Experiment:
+    """The redesign at another model's parameter count, depth, sequence length and training: with
+    the widest blocks beside which the feed-forward is still three times the width."""
+    model = experiment.model
+    names = ("vocab_size", "max_seq_len", "n_layer", "dropout")
+    config = RedesignedConfig(block_size=2, **{name: getattr(model, name) for name in names})
+    while (wider := _widened(config, model.n_parameters)).d_ff >= 3 * wider.d_model:
+        config = wider
+    return Experiment(fit(config, model.n_parameters), experiment.training, twin_of=model)
+
+
+def _widened(config: RedesignedConfig, target: int) -> RedesignedConfig:
+    return fit(dataclasses.replace(config, block_size=config.block_size + 2), target)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,6 @@ def layouts(shown: Mapping[str, BlockLayout]) -> Figure:
     """The semantic blocks on the token's matrix, with the order in which cells are stored."""
     figure, axes = new_figure(4.6 * len(shown), 5.3, columns=len(shown))
     for axis, (title, layout) in zip(np.atleast_1d(axes), shown.items(), strict=True):
-        m = layout.matrix_size
         _outline(axis, layout, "black")
         for index, block in enumerate(layout.blocks):
             corner, shade = (block.column, block.row), SHADES[(index + index // 4) % 8]
@@ -74,11 +73,12 @@ def layouts(shown: Mapping[str, BlockLayout]) -> Figure:
             large = {"ha": "center", "va": "center", "fontsize": 13, "fontweight": "bold"}
             axis.text(x, block.row + 0.6, block.name, **large)
             axis.text(x, bottom, block.title.replace(" ", "\n"), ha="center", fontsize=7.5)
-        for (row, column), place in np.ndenumerate(layout.to_matrix(np.arange(m * m))):
+        for (row, column), place in np.ndenumerate(layout.to_matrix(np.arange(sum(layout.sizes)))):
             axis.text(column + 0.04, row + 0.04, place, fontsize=5.5, color="0.35", va="top")
-        axis.set(xlim=(0, m), ylim=(m, 0), aspect="equal", title=title)
-        axis.set_xticks(range(m + 1), [])
-        axis.set_yticks(range(m + 1), [])
+        limits = {"xlim": (0, layout.width), "ylim": (layout.height, 0)}
+        axis.set(**limits, aspect="equal", title=title)
+        axis.set_xticks(range(layout.width + 1), [])
+        axis.set_yticks(range(layout.height + 1), [])
         axis.set_xlabel("columns (small numbers: place in the stored vector)", fontsize=8)
         axis.set_ylabel("rows", fontsize=8)
     return figure
@@ -146,7 +146,7 @@ def block_view(
     above.suptitle(title, fontsize=10)
     key, *axes = above.subplots(rows, columns).flat
     key.set_title("the blocks", fontsize=8)
-    key.set(xlim=(0, layout.matrix_size), ylim=(layout.matrix_size, 0), aspect="equal")
+    key.set(xlim=(0, layout.width), ylim=(layout.height, 0), aspect="equal")
     _outline(key, layout, "black")
     for block in layout.blocks:
         middle = block.column + block.width / 2, block.row + block.height / 2
