@@ -111,7 +111,10 @@ class RedesignedLayer(nn.Module):
 class Redesigned(CausalLM):
     """The model of docs/model.md, section "The redesign"."""
 
-    ledger_groups: ClassVar = CausalLM.ledger_groups | {"affinity": "affinity tables"}
+    ledger_groups: ClassVar = CausalLM.ledger_groups | {
+        "embedding": "embedding (also output)",
+        "affinity": "affinity tables",
+    }
     decayed_groups = frozenset({"attention", "feed-forward", "output"})
 
     def __init__(self, config: RedesignedConfig):

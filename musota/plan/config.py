@@ -186,7 +186,10 @@ class RedesignedConfig:
         return change not in taken_back and not (change == "one table" and "gate" in taken_back)
 
     @property
-    def layout(self) -> BlockLayout:
+    def layout(self) -> BlockLayout | None:
+        """None of the modern twin, whose cells belong to no block."""
+        if not (self.has("blocks") or self.has("gate")):
+            return None
         return BlockLayout.of_equal_blocks(self.n_block, self.block_size)
 
     @property

@@ -193,6 +193,7 @@ def ablation_effects(
     return {part: paired_bootstrap(nats[part], nats["none"], tokens) for part in parts}
 
 
+CONTEXT = {"attention", "both attentions"}  # without it no token sees another
 _REDESIGN = {  # what to do with a mechanism that is hardly used
     "block attention": "give the blocks more cells, or let the cross attention do its work",
     "cross attention": "drop it, or widen it until it helps",
@@ -205,16 +206,18 @@ _HARDLY_USED = f"under {RELEVANT} nats a part is hardly used"
 def weak_spots(
     effects: Mapping[str, Interval], ledger: Mapping[str, int], blocks: Sequence[str]
 ) -> list[Finding]:
-    """Which parts of a trained MU-SOTA earn their parameters, from what disabling each one costs.
+    """Which parts of a trained model with blocks earn their parameters, from what disabling each
+    one costs.
 
     `effects` as `ablation_effects` gives them, `ledger` the parameters by group, `blocks` the
     names of the semantic blocks.
     """
     found = []
     share = {group: count / sum(ledger.values()) for group, count in ledger.items()}
-    if "both attentions" in effects:  # the first thing to know
-        cost, both = effects["both attentions"], share["block attention"] + share["cross attention"]
-        saw = f"disabling both attentions costs {cost}, they hold {both:.1%} of the parameters"
+    if part := next(iter(CONTEXT & effects.keys()), None):  # the first thing to know
+        cost, held = effects[part], sum(s for group, s in share.items() if "attention" in group)
+        whom = "it holds" if part == "attention" else "they hold"
+        saw = f"disabling {part} costs {cost}, {whom} {held:.1%} of the parameters"
         idle = (
             "the text before the current token is hardly used: this is a table of which token "
             "follows which, and cannot be much better than the bigram rung"
@@ -223,6 +226,8 @@ def weak_spots(
         advice = "give attention a residual path that the gate does not scale, and width"
         found.append(_part("Context", cost, saw, idle, used, advice))
     for part, advice in _REDESIGN.items():
+        if part not in effects:
+            continue
         saw = f"disabling it costs {effects[part]}, it holds {share[part]:.1%} of the parameters"
         title = part.capitalize()
         found.append(_part(title, effects[part], saw, "hardly used", "used", advice))

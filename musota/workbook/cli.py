@@ -183,12 +183,15 @@ def train(experiment, compile, auto_remedy, **parameters):
     "--seeds", default=3, show_default=True, help="How many, from --seed on.",
     type=click.IntRange(1, 100),
 )  # fmt: skip
-@click.option("--only", default="models,sweep,tuned,grid", show_default=True, help="Parts to do.")
+@click.option(
+    "--only", default="models,sweep,tuned,grid,path", show_default=True, help="Parts to do."
+)
 def evidence(seeds, only, **parameters):
     """Carry the plan out with several seeds, then write the report.
 
-    The five models; both large ones over a sweep of learning rates; both again at their own best
-    rate (tuned); the root-cause grid. The same command goes on where it was stopped.
+    The models; both large ones over a sweep of learning rates; both again at their own best rate
+    (tuned); the root-cause grid; the path to the redesign, each row at its own best rate. The same
+    command goes on where it was stopped.
     """
     from musota.workbook.pages import write_report
     from musota.workbook.session import PARTS, Workbook

@@ -19,11 +19,13 @@ from musota.rules.findings import Finding, not_applicable
 from musota.rules.stats import Interval
 from musota.studies.campaign import swept, tuned
 from musota.studies.grid import judge
+from musota.studies.path import Judged, sort_out
+from musota.studies.path import judge as judge_path
 from musota.training.runs import Run
 from musota.workbook.records import labelled, read_probes, read_runs
 
-GRID, SWEEP = "root_causes", "sweep"  # parts of a results folder
-ABLATED = (*TUNED, *registry)  # looked into: the first that was
+GRID, SWEEP, PATH = "root_causes", "sweep", "path"  # parts of a results folder
+ABLATED = (*TUNED, "optimized", "original")  # MU-SOTA as looked into: the first that was
 
 
 def footer(corpus: str, vocabulary: int, profile: str | None) -> str:
@@ -101,12 +103,15 @@ class Evidence:
 
     @property
     def ablated(self) -> tuple[Run, dict[str, Interval]] | None:
-        """The run that was looked into, and what disabling each of its parts costs."""
-        for name in ABLATED:
-            run, recorded = self.best(name), self.probes.get(f"ablations_{name}")
-            if run and recorded:
-                return run, verdicts.ablation_effects(recorded["nats"], recorded["tokens"])
-        return None
+        """MU-SOTA's run that was looked into, and what disabling each of its parts costs."""
+        return next(filter(None, map(self.ablation_of, ABLATED)), None)
+
+    def ablation_of(self, name: str) -> tuple[Run, dict[str, Interval]] | None:
+        """A row's run and what disabling each of its parts costs, if that was measured."""
+        run, recorded = self.best(name), self.probes.get(f"ablations_{name}")
+        if not (run and recorded):
+            return None
+        return run, verdicts.ablation_effects(recorded["nats"], recorded["tokens"])
 
     def goal(self, name: str) -> Finding | None:
         """The plan's goals against the seeds of a row; None without a finished one."""
@@ -216,6 +221,13 @@ def read_grid(folder: Path) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
         if run.experiment in named:
             runs.setdefault(named[run.experiment], {})[run.seed] = run
     return runs, suspects
+
+
+def read_path(folder: Path, fingerprint: str | None = None) -> dict[str, Judged]:
+    """The rows of the path to the redesign that are recorded in a results folder, judged."""
+    runs = [r for r in read_runs(folder, PATH)[0] if fingerprint in (None, r.fingerprint)]
+    profile = _profile_of(runs)
+    return judge_path(sort_out(runs, profile)) if profile else {}
 
 
 def plan_reason(run: Run) -> str | None:

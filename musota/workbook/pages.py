@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from musota.data.sources import SOURCES
 from musota.errors import MusotaError
 from musota.files import write_json, write_whole
-from musota.plan.config import DenseConfig
+from musota.plan.config import MuConfig
+from musota.plan.path import EARNED
 from musota.plan.profiles import profiles, scaled
 from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
 from musota.rules import verdicts
@@ -36,6 +37,7 @@ from musota.workbook.evidence import (
     footer,
     read_evidence,
     read_grid,
+    read_path,
     rule_lines,
 )
 from musota.workbook.style import save_figure
@@ -85,6 +87,8 @@ def write_report(folder: str | os.PathLike) -> Path:
     drawn = _figures(evidence, shown) if shown else {}
     for name, figure in drawn.items():
         save_figure(figure, folder / f"{name}.png", evidence.footer)
+    if path := read_path(folder):
+        save_figure(figures.path(path, evidence.rungs), folder / "path.png", evidence.footer)
     grid_runs, causes = _grid(evidence)
     if causes:
         corpus, profile = (grid_runs[0].config[key] for key in ("corpus", "profile"))
@@ -104,6 +108,8 @@ def write_report(folder: str | os.PathLike) -> Path:
         grid=GRID,
         grid_runs=grid_runs,
         causes=causes,
+        path=path,
+        earned=EARNED,
     )
     return _write(folder / "README.md", text)
 
@@ -117,10 +123,11 @@ def _figures(evidence: Evidence, shown: Sequence[Run]) -> dict[str, Figure]:
     for name, (finding, intervals) in _compared(evidence):
         title = f"{finding.rule}: {finding.conclusion}"
         drawn[f"verdict_{name}"] = figures.difference(intervals, title)
-    if looked := evidence.ablated:
-        run, effects = looked
+    looked = {"ablations": evidence.ablated}
+    looked["ablations_redesigned"] = evidence.ablation_of("redesigned")
+    for name, (run, effects) in ((n, found) for n, found in looked.items() if found):
         layout = run.experiment.model.layout
-        drawn["ablations"] = figures.ablations(effects, run.summary["ppl"], layout)
+        drawn[name] = figures.ablations(effects, run.summary["ppl"], layout)
     ledgers = {title_of(run.name): run.summary["parameter_ledger"] for run in shown}
     return drawn | {"ledger": pictures.ledgers(ledgers)}
 
@@ -186,7 +193,7 @@ def write_front_page(path: str | os.PathLike, folders: Sequence[Path]) -> None:
 def _answer(evidence: Evidence) -> list[str]:
     """At most three sentences: how MU-SOTA does, why, and whether the plan's goal is met."""
     groups = figures.by_name(evidence.runs)
-    ours = [n for n, g in groups.items() if not isinstance(g[0].experiment.model, DenseConfig)]
+    ours = [n for n, g in groups.items() if isinstance(g[0].experiment.model, MuConfig)]
     if not ours:
         return []
     name = min(ours, key=lambda name: tables.mean_ppl(groups[name]))
@@ -210,7 +217,9 @@ def _answer(evidence: Evidence) -> list[str]:
         said += f"; counting pairs of tokens reaches {evidence.rungs['bigram']:,.0f}"
     sentences = [f"{said}."]
     if any((spot.rule, spot.verdict) == ("Context", "idle") for spot in _weak_spots(evidence)):
-        cost = evidence.ablated[1]["both attentions"].mean
+        cost = next(
+            evidence.ablated[1][part].mean for part in verdicts.CONTEXT & {*evidence.ablated[1]}
+        )
         sentences.append(
             f"It hardly reads its context: with attention switched off it loses {cost:.3f} nats "
             "a token, so it is mostly a table of which token follows which."

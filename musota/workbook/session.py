@@ -24,19 +24,29 @@ from musota.rules.plan import plan_does_not_apply
 from musota.studies import campaign
 from musota.studies.cells import run_cells
 from musota.studies.ngrams import measure_ladder
+from musota.studies.path import Judged, run_path
 from musota.studies.probes import measure_ablations
 from musota.training.machine import about_machine
 from musota.training.mirror import Mirror
 from musota.training.runs import Run
 from musota.training.trainer import train
-from musota.workbook.evidence import GRID, SWEEP, Evidence, footer, read_evidence, read_rungs
+from musota.workbook.evidence import (
+    GRID,
+    PATH,
+    SWEEP,
+    Evidence,
+    footer,
+    read_evidence,
+    read_path,
+    read_rungs,
+)
 from musota.workbook.records import read_probes, read_runs
 from musota.workbook.style import save_figure
 from musota.workbook.tables import fields_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to")
-PARTS = ("models", "sweep", "tuned")  # of the plan carried out with several seeds
+PARTS = ("models", "sweep", "tuned", "path")  # of the plan carried out with several seeds
 COMMITTED = ("full", "study")  # results that come with the repository, best first
 
 
@@ -281,17 +291,28 @@ class Workbook(Results):
             how["known"] = read_runs(self.root, SWEEP)[0]
             campaign.run_sweeps(profile, corpus, folder / SWEEP, self.seed, **how)
             return
+        if part == "path":
+            self.run_path(seeds)
+            return
         cells = campaign.models()
         if part == "tuned":
             losses = {name: self._swept(self.root, name) for name in TUNED}
             cells = {n: Cell(campaign.tuned(n, self.profile, losses[n])) for n in TUNED}
         seeds = range(self.seed, self.seed + seeds)
         runs = run_cells(cells, seeds, *self._place, **how, known=self.known, keep=cells)
-        looked = "tuned" if part == "tuned" else "optimized"
-        if runs[looked][self.seed].has_model:
-            self.kept(
-                f"ablations_{looked}", measure_ablations, runs[looked][self.seed], self.corpus
-            )
+        for name in ("tuned",) if part == "tuned" else ("optimized", "redesigned"):
+            if (run := runs[name][self.seed]).has_model:
+                self.kept(f"ablations_{name}", measure_ablations, run, self.corpus)
+
+    def run_path(self, seeds: int = 1) -> dict[str, Judged]:
+        """Train the path from `optimized` to `redesigned`, or go on with it."""
+        how = {**self._how, "known": read_runs(self.root, PATH)[0]}
+        seeds = range(self.seed, self.seed + seeds)
+        try:
+            run_path(self.profile, self.corpus, self.folder / PATH, seeds, **how)
+        finally:
+            self.push()
+        return read_path(self.folder, self.corpus.fingerprint)
 
     def show_blocks(self, run: Run, sentence: str) -> None:
         """The matrices and gates of a sentence, to be changed by the reader (see `widgets`)."""

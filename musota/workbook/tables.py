@@ -17,6 +17,7 @@ from musota.plan.profiles import PLAN_TRAIN_TOKENS
 from musota.plan.registry import PAIRS, experiments, title_of
 from musota.rules.stats import seed_interval
 from musota.rules.verdicts import Cause
+from musota.studies.path import Judged
 from musota.training.evaluate import exp_nats
 from musota.training.runs import Run
 from musota.training.schedule import learning_rate_at
@@ -82,6 +83,15 @@ CAUSE = {
     "changed here": "{here}",
     "effect of mending it": "{gain}",
     "PPL": "{ppl_before:,.1f} → {after:,.1f}",
+    "verdict": "{verdict}",
+}
+PATH_ROW = {
+    "change": "{step.title}",
+    "parameters": "{parameters:,}",
+    "best rate": "{rate:g} of {tried}",
+    "seeds": "{seeds}",
+    "valid PPL": "{ppl:,.1f}",
+    "nats against the row it is one change away from": "{against}",
     "verdict": "{verdict}",
 }
 HEALTH = {"statistic": "{rule}", "value": "{saw}", "band": "{threshold}", "meaning": "{conclusion}"}
@@ -219,6 +229,15 @@ def causes_table(causes: Iterable[Cause]) -> pd.DataFrame:
         after = cause.ppl_after if cause.effect else "diverges"
         rows.append({**vars(cause), "gain": cause.effect or "diverges", "after": after})
     return table(rows, CAUSE)
+
+
+def path_table(judged: Mapping[str, Judged]) -> pd.DataFrame:
+    """The path to the redesign, a change a row, and each change taken back alone."""
+    rows = []
+    for row in judged.values():
+        about = {"ppl": row.ppl, "seeds": len(row.runs), "against": row.effect or ""}
+        rows.append({**vars(row), **about, "parameters": row.runs[0].experiment.model.n_parameters})
+    return table(rows, PATH_ROW)
 
 
 def health_table(run: Run) -> pd.DataFrame:
