@@ -86,6 +86,7 @@ class RedesignedLayer(nn.Module):
         self.feed_forward_up = nn.Linear(d, config.d_ff, bias=False)
         self.feed_forward_down = nn.Linear(config.d_ff, d, bias=False)
         self.gate = Gate(config) if config.has("gate") else None
+        self.kept = config.layout.names.index("I") if config.has("names") else None
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, affinity: Tensor | None) -> Tensor:
@@ -102,9 +103,11 @@ class RedesignedLayer(nn.Module):
         return self.feed_forward_down(self.dropout(F.gelu(self.feed_forward_up(x))))
 
     def gated(self, update: Tensor, gate: Tensor | None) -> Tensor:
-        """(B, T, C) times one factor a block."""
+        """(B, T, C) times one factor a block; none for the block that is kept."""
         if gate is None:
             return update
+        if self.kept is not None:
+            gate = gate.index_fill(-1, torch.tensor(self.kept, device=gate.device), 0)
         return (update.unflatten(-1, (self.n_block, -1)) * gate.unsqueeze(-1)).flatten(-2)
 
 
@@ -148,6 +151,10 @@ class Redesigned(CausalLM):
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)  # (B, T, C)
+        if self.config.has("names"):
+            n, c = self.config.layout.names.index("C1"), self.config.block_size
+            before = F.pad(x[:, :-1, n * c : (n + 1) * c], (0, 0, 1, 0))  # of the previous token
+            x = torch.cat([x[..., : n * c], before, x[..., (n + 1) * c :]], -1)
         affinities = [None] * len(self.layers)
         if self.config.has("one table"):
             affinities = [self.affinity(input_ids)] * len(self.layers)  # (B, T, N)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from musota.errors import MusotaError, nearest_name
-from musota.plan.layout import BlockLayout
+from musota.plan.layout import NAMES, BlockLayout
 
 # Each semantic block attends with two heads, whatever its size.
 HEADS_PER_BLOCK = 2
@@ -154,6 +154,7 @@ CHANGES = (
     "quiet start",  # maps start at 1/√fan-in, what is added to the stream at 0
     "blocks",  # a block's queries and keys read that block alone
     "gate",  # a token's affinity decides how far each of its blocks moves
+    "names",  # block I keeps the token's own cells, block C1 begins with the previous token's
 )
 
 
@@ -172,13 +173,17 @@ class RedesignedConfig:
     block_size: int = 28
     d_ff: int = 700
     dropout: float = 0.1
-    without: str = ""
+    without: str = "names"
 
     def __post_init__(self):
         for change in filter(None, self.without.split(",")):
             if change not in CHANGES:
                 raise nearest_name("change", change, CHANGES)
         _check_model(self)
+        if self.has("names") and self.n_block not in NAMES:
+            raise MusotaError(
+                f"{self.n_block} blocks have no names: use 8 or 16, or without='names'."
+            )
 
     def has(self, change: str) -> bool:
         """Whether a change is made; without a gate there is no table."""

@@ -61,8 +61,9 @@ def steps() -> dict[str, Step]:
     others = {"modern dense twin": twin(rows[last].experiment), "dense GPT-2 twin": twin(start)}
     for change, (_, title) in FORWARD.items():
         if title:
-            size = (16,) if change == "wide heads" else (8, change)
+            size = (16,) if change == "wide heads" else (8, f"{change},names")
             others[f"redesigned, but {title}"] = redesign(start, *size)
+    others["redesigned, block I kept and C1 from the token before"] = redesign(start, without="")
     others["redesigned, dropout 0.2"] = redesign(start.with_(dropout=0.2))
     others["modern dense twin, dropout 0.2"] = twin(others["redesigned, dropout 0.2"])
     return rows | {name: Step(name, other, last, False) for name, other in others.items()}

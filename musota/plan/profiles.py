@@ -35,7 +35,7 @@ def twin(experiment: Experiment) -> Experiment:
     redesigned model the modern one, which has every change that is not MU-SOTA's own."""
     model = experiment.model
     if isinstance(model, RedesignedConfig):
-        return redesign(experiment, model.n_block, "blocks,gate")
+        return redesign(experiment, model.n_block, "blocks,gate,names")
     shared = {name: getattr(model, name) for name in SHARED}
     dense = match_width(model.n_parameters, DenseConfig(**shared))
     return Experiment(dense, experiment.training, twin_of=model)
@@ -49,7 +49,7 @@ def fit(config: RedesignedConfig, target: int) -> RedesignedConfig:
     return dataclasses.replace(config, d_ff=1 + max(0, more))
 
 
-def redesign(experiment: Experiment, n_block: int = 8, without: str = "") -> Experiment:
+def redesign(experiment: Experiment, n_block: int = 8, without: str = "names") -> Experiment:
     """The redesign at another model's parameter count, depth, sequence length and training: with
     the widest blocks beside which the feed-forward is still three times the width."""
     model, target = experiment.model, experiment.model.n_parameters
