@@ -52,7 +52,8 @@ def fit(config: RedesignedConfig, target: int) -> RedesignedConfig:
 def redesign(experiment: Experiment, n_block: int = 8, without: str = "names") -> Experiment:
     """The redesign at another model's parameter count, depth, sequence length and training: with
     the widest blocks beside which the feed-forward is still three times the width."""
-    model, target = experiment.model, experiment.model.n_parameters
+    model = experiment.model
+    target = (experiment.twin_of or model).n_parameters
     shared = {name: getattr(model, name) for name in SHARED}
     config = RedesignedConfig(n_block=n_block, without=without, block_size=2, **shared)
     while True:
