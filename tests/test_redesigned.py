@@ -260,7 +260,7 @@ def test_names_that_are_built_in_are_found(named_run, corpus):
     assert all(found["similarity"][n][n] == pytest.approx(1) for n in range(8))
     found = names.names_of(musota.build_model(named_run.experiment.model), corpus)
     moved = {block: mean for block, (mean, *_) in found["moves"].items()}
-    assert moved.pop("C1") > 0.9 and set(moved.values()) == {0}
+    assert moved.pop("C1") > 0.5 and set(moved.values()) == {0}
 
 
 # --- the path ---

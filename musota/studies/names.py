@@ -60,6 +60,7 @@ def names_of(model: CausalLM, corpus: Corpus) -> dict:
 def stream(model: CausalLM, ids: Tensor) -> Tensor:
     """The residual stream after the last layer: (W, T) tokens to (W, T, C), in cell order."""
     seen = []
+    model.eval()
     hook = model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].cpu()))
     for some in ids.split(16):
         model.hidden_states(some.to(model.device))
@@ -175,4 +176,5 @@ def _explained(x: np.ndarray, kind: np.ndarray) -> float:
     """The share of the variance of (n, c) that lies between the two kinds."""
     centred = x - x.mean(0)
     between = sum(part.sum() * np.square(centred[part].mean(0)).sum() for part in (kind, ~kind))
-    return float(between / max(np.square(centred).sum(), 1e-30))
+    total = np.square(centred).sum()
+    return float(between / total) if total > 1e-9 * np.square(x).sum() else 0.0  # it stands still
