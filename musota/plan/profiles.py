@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from musota.errors import nearest_name
@@ -37,6 +38,17 @@ def twin(experiment: Experiment) -> Experiment:
     }
     dense = match_width(model.n_parameters, DenseConfig(**shared))
     return Experiment(dense, experiment.training, twin_of=model)
+
+
+def changed(experiment: Experiment, changes: Mapping) -> Experiment:
+    """`experiment` with fields changed by name (see `Experiment.with_`).
+
+    A comparison stays fair: a dense twin becomes the twin of the changed model, matched anew.
+    Only a width of its own (`d_model`) makes it a dense model that is nobody's twin.
+    """
+    if not experiment.twin_of or "d_model" in changes:
+        return experiment.with_(**changes)
+    return twin(Experiment(experiment.twin_of, experiment.training).with_(**changes))
 
 
 @dataclass(frozen=True)

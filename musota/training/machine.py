@@ -89,7 +89,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Interruption:
-    """Turns the first Ctrl-C into a wish, so that no step is cut in two; a second one is obeyed."""
+    """Turns the first Ctrl-C or SIGTERM (a cluster's, a spot machine's) into a wish, so that no
+    step is cut in two; a second one is obeyed."""
+
+    signals = signal.SIGINT, signal.SIGTERM
 
     def __init__(self, processes: int):
         self.alone = processes == 1  # several could not agree on the step to stop at
@@ -98,12 +101,13 @@ class Interruption:
         self.asked = False
         self.main = self.alone and threading.current_thread() is threading.main_thread()
         if self.main:
-            self.before = signal.signal(signal.SIGINT, self._ask)
+            self.before = [signal.signal(number, self._ask) for number in self.signals]
         return self
 
     def __exit__(self, *_):
         if self.main:
-            signal.signal(signal.SIGINT, self.before)
+            for number, handler in zip(self.signals, self.before, strict=True):
+                signal.signal(number, handler)
 
     def _ask(self, *_):
         if self.asked:

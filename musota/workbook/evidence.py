@@ -254,7 +254,12 @@ def run_findings(
         ]
     if rungs:
         found.append(plan.on_the_ladder(ppl, rungs))
-    found.append(plateau_of(run))
+    plateau, slow = plateau_of(run), warmup_of(run)
+    if slow:
+        found.append(slow)
+        if plateau.verdict == "plateau":
+            plateau = dataclasses.replace(plateau, next_step=f"first {slow.next_step}")
+    found.append(plateau)
     found.append(curves.oscillation(run.steps, run.experiment.training.warmup_steps))
     return found
 
@@ -263,6 +268,12 @@ def plateau_of(run: Run, **rule) -> Finding:
     """`curves.plateau` of a run; `rule` may change its window and least gain."""
     blocks = run.valid_block_nats, run.summary["valid_block_tokens"]
     return curves.plateau(run.history, run.experiment.training.epochs, *blocks, **rule)
+
+
+def warmup_of(run: Run) -> Finding | None:
+    """`curves.warmup` of a run; None where its warm-up is as it should be."""
+    first, training = run.history.iloc[0], run.experiment.training
+    return curves.warmup(training.warmup_steps, int(first.step / first.epoch) * training.epochs)
 
 
 def verdict_lines(evidence: Evidence) -> list[str]:
@@ -324,4 +335,5 @@ def health_of(run: Run) -> list[Finding]:
     model, training, steps = run.experiment.model, run.experiment.training, run.steps
     norms = steps.grad_norm[steps.step > training.warmup_steps]
     sizes = training.grad_clip, model.d_model, model.max_seq_len
-    return curves.health(run.health, norms, *sizes)
+    slow = warmup_of(run) if run.health else None
+    return curves.health(run.health, norms, *sizes, not slow or slow.verdict != "never ends")
