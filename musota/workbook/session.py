@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -15,10 +16,11 @@ from matplotlib.figure import Figure
 from musota.data.corpus import Corpus, load_corpus
 from musota.errors import MusotaError, check_seed, nearest_name
 from musota.files import cache_folder, sha256, write_json
-from musota.plan.config import Experiment
-from musota.plan.profiles import Profile, find_profile, scaled, twin
+from musota.plan.config import Experiment, check_changes
+from musota.plan.profiles import Profile, changed, find_profile, scaled, twin
 from musota.plan.registry import TUNED, find_experiment
-from musota.plan.suspects import Cell, Suspect, grid
+from musota.plan.suspects import Cell, Suspect, turned_by
+from musota.plan.suspects import grid as suspects_grid
 from musota.rules.findings import Finding
 from musota.rules.plan import plan_does_not_apply
 from musota.studies import campaign
@@ -28,6 +30,7 @@ from musota.studies.probes import measure_ablations
 from musota.training.machine import about_machine
 from musota.training.mirror import Mirror
 from musota.training.runs import Run
+from musota.training.start import started_from
 from musota.training.trainer import train
 from musota.workbook.evidence import GRID, SWEEP, Evidence, footer, read_evidence, read_rungs
 from musota.workbook.records import read_probes, read_runs
@@ -35,7 +38,7 @@ from musota.workbook.style import save_figure
 from musota.workbook.tables import fields_table
 
 ROOT = Path(__file__).resolve().parents[2]
-PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to")
+PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to", "changes")
 PARTS = ("models", "sweep", "tuned")  # of the plan carried out with several seeds
 COMMITTED = ("full", "study")  # results that come with the repository, best first
 
@@ -91,9 +94,13 @@ class Results:
             return False
         return True
 
+    def named(self, name: str) -> str:
+        """`name` for a file, with the changes it rests on."""
+        return ",".join([name, *(f"{field}={value}" for field, value in self.changes.items())])
+
     def kept(self, name: str, measure: Callable[..., dict], *arguments) -> dict:
         """What `measure(*arguments)` returns, measured once and kept as the probe `name`."""
-        fingerprint = self.corpus.fingerprint
+        fingerprint, name = self.corpus.fingerprint, self.named(name)
         recorded = self.probes.get(name, {})
         if recorded.get("fingerprint") == fingerprint and not self.fresh:
             return recorded
@@ -125,8 +132,9 @@ class Results:
         return read_evidence(self.folder, self.corpus.fingerprint)
 
     def evidence(self, *names: str) -> Evidence:
-        """Recorded rows: of this folder, else, where it has not all of them, those that come with
-        the repository; `.note` says so, or what is missing, in one sentence."""
+        """Recorded rows as changed here: of this folder, else, where it has not all of them, those
+        that come with the repository; `.note` says so, or what is missing, in one sentence."""
+        names = [self.called(name) for name in names]
         own = self.recorded.only(*names)
         missing = [name for name in names if name not in own.names]
         if not missing:
@@ -146,7 +154,8 @@ class Results:
         if rungs := read_rungs(self.probes, fingerprint):
             return rungs
         rungs = measure_ladder(self.corpus)
-        write_json(self.folder / "ladder.json", {"fingerprint": fingerprint, "ppl": rungs})
+        path = self.folder / f"{self.named('ladder')}.json"
+        write_json(path, {"fingerprint": fingerprint, "ppl": rungs})
         return rungs
 
     def record(self, name: str, findings: Sequence[Finding], **numbers) -> None:
@@ -154,7 +163,7 @@ class Results:
 
         Raises MusotaError if results could not be copied to where they belong.
         """
-        found = [dataclasses.asdict(finding) for finding in findings]
+        found, name = [dataclasses.asdict(finding) for finding in findings], self.named(name)
         write_json(self.folder / f"{name}.json", {**numbers, "findings": found})
         if not self.push():
             raise MusotaError(
@@ -170,7 +179,7 @@ class Results:
 
         `about` is the line under it, by default this corpus and profile.
         """
-        path = (run.path if run else self.folder) / f"{name}.png"
+        path = run.path / f"{name}.png" if run else self.folder / f"{self.named(name)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)  # a packed run's has none
         save_figure(figure, path, self.footer if about is None else about)
         from IPython.display import Image, display
@@ -191,14 +200,19 @@ class Workbook(Results):
         seed: int = 0,
         fresh: bool = False,
         save_to: str = "",
+        changes: dict | str = {},  # noqa: B006  a plain literal, as in the parameters cell
         grid: bool = False,
     ):
         _plain_errors()
         _refuse_unknown_parameters()
         size = find_profile(profile, grid)
         _check_parameters(seed, fresh, save_to)
-        self.seed = seed
-        self.whole_corpus = load_corpus(corpus, size.vocab_size or 50_000)
+        self.seed, self.changes = seed, check_changes(changes)
+        if grid and (moot := turned_by(suspects_grid(size.name)[0]) & self.changes.keys()):
+            print(f"The grid turns {', '.join(sorted(moot))} itself: left out of changes here.")
+            self.changes = {f: v for f, v in self.changes.items() if f not in moot}
+        self.vocab_size = self.changes.get("vocab_size", size.vocab_size or 50_000)
+        self.whole_corpus = load_corpus(corpus, self.vocab_size)
         super().__init__(size, self.whole_corpus.limited(size), fresh, save_to, grid)
         print(self.about)
 
@@ -215,17 +229,24 @@ class Workbook(Results):
     @property
     def plan_does_not_apply(self) -> str | None:
         """Why the plan's thresholds say nothing of what is trained here; None where they do."""
-        vocab_size = self.profile.vocab_size or 50_000
-        return plan_does_not_apply(self.corpus.name, vocab_size, self.profile.name)
+        return plan_does_not_apply(self.corpus.name, self.vocab_size, self.profile.name)
 
     def experiment(self, name: str) -> Experiment:
-        """A row of the registry, or `<row>_twin`, at this profile's size."""
+        """A row of the registry, or `<row>_twin`, at this profile's size, with the changes asked
+        for: what they say is what trains."""
+        return changed(self._unchanged(name), self.changes)
+
+    def called(self, name: str) -> str:
+        """A row's name with what is changed in it here, as in `optimized,epochs=50`."""
+        return ",".join([name, *self.experiment(name).differences(self._unchanged(name))])
+
+    def _unchanged(self, name: str) -> Experiment:
         if name in TUNED:
             kept = results_folder(self.profile.name, self.corpus)
             losses = self._swept(self.root, name) or self._swept(kept, name)
             return scaled(campaign.tuned(name, self.profile, losses), self.profile)
         if name.endswith("_twin"):
-            return twin(self.experiment(name.removesuffix("_twin")))
+            return twin(self._unchanged(name.removesuffix("_twin")))
         return scaled(find_experiment(name), self.profile)
 
     def _swept(self, folder: Path, name: str) -> dict[float, list[float]]:
@@ -233,13 +254,19 @@ class Workbook(Results):
         return campaign.swept(runs, TUNED[name], self.profile)
 
     def train(self, name: str, **choices) -> Run:
-        """Train an experiment here, go on with it, or load it if it has finished.
+        """Train an experiment here as changed, go on with it, or load it if it has finished.
 
         `choices` are passed to `musota.train`. Whoever watches the notebook sees live curves.
         """
         from musota.workbook.widgets import live_view
 
-        experiment, folder = self.experiment(name), self.folder / f"{name}-seed{self.seed}"
+        experiment, row = self.experiment(name), name
+        if source := choices.get("continue_from"):
+            experiment, _ = started_from(source, experiment, self.corpus)
+        name = ",".join([row, *experiment.differences(self._unchanged(row))])
+        if self.changes and name == row:
+            print(f"The changes leave {row} as it is.")
+        folder = self.folder / f"{name}-seed{self.seed}"
         wanted = experiment, self.corpus.fingerprint, self.seed
         same = [run for run in self.known if run.finished and run.identity == wanted]
         if same and not self.fresh and not (folder / "config.json").exists():
@@ -256,12 +283,13 @@ class Workbook(Results):
 
     def run_grid(self) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
         """Train the root-cause grid of this profile, or go on with it (see `suspects.grid`)."""
-        cells, suspects, seeds = grid(self.profile.name)
+        cells, suspects, seeds = suspects_grid(self.profile.name)
         longest = "epochs" if "epochs" in cells else "original"  # to look inside afterwards
         seeds = [self.seed + n for n in seeds]
         try:
             how = {"known": self.known, "keep": (longest,)}
-            return run_cells(cells, seeds, *self._place, **self._how, **how), suspects
+            how |= {**self._how, "changes": self.changes}
+            return run_cells(cells, seeds, *self._place, **how), suspects
         finally:
             self.push()
 
@@ -309,7 +337,8 @@ class Workbook(Results):
         columns = {}
         for name in names:
             columns[name, "plan"] = find_experiment(name)
-            columns[name, f"profile {self.profile.name}"] = self.experiment(name)
+            here = f"profile {self.profile.name}" + (", changed" if self.changes else "")
+            columns[name, here] = self.experiment(name)
         return fields_table(columns)
 
 
@@ -335,12 +364,12 @@ def _refuse_unknown_parameters() -> None:
         cells = get_ipython().user_ns["In"]
     except NameError:
         return  # not in a notebook
-    for source in cells:
-        if source.startswith("# Parameters\n"):  # the cell papermill injects
-            for statement in ast.parse(source).body:
-                name = statement.targets[0].id
-                if name not in PARAMETERS:
-                    raise nearest_name("notebook parameter", name, PARAMETERS)
+    for own, injected in pairwise(cells):
+        if injected.startswith("# Parameters\n"):  # what papermill adds after the own
+            known = [statement.targets[0].id for statement in ast.parse(own).body]
+            for statement in ast.parse(injected).body:
+                if (name := statement.targets[0].id) not in known:
+                    raise nearest_name("notebook parameter", name, known)
 
 
 def _plain_errors() -> None:

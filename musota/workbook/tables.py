@@ -14,7 +14,7 @@ import pandas as pd
 
 from musota.plan.config import Experiment
 from musota.plan.profiles import PLAN_TRAIN_TOKENS
-from musota.plan.registry import PAIRS, experiments, title_of
+from musota.plan.registry import experiments, title_of
 from musota.rules.stats import seed_interval
 from musota.rules.verdicts import Cause
 from musota.training.evaluate import exp_nats
@@ -159,7 +159,7 @@ def _of_seeds(evidence: Evidence, group: Sequence[Run]) -> dict:
 
     name, against = group[0].name, ""
     rate = group[0].experiment.training.learning_rate
-    if name in PAIRS and (compared := evidence.compare(name)):
+    if compared := evidence.compared.get(name):
         difference = str(list(compared[1].values())[-1]).replace(" nats/token", "")
         against = f"{difference}, {compared[0].verdict}"
     about = {"title": evidence.title(name), "seeds": len(group), "rate": rate, "against": against}
