@@ -162,6 +162,10 @@ def _each(jobs: list[_Job], parts, workers: int) -> Iterator[tuple[_Job, Run]]:
         waiting = {pool.submit(_run_job, job): job for job in jobs}
         for ended in as_completed(waiting):
             yield waiting[ended], ended.result()
+    except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():  # a SIGTERM reached this process alone
+            worker.terminate()
+        raise
     except BrokenProcessPool:
         raise MusotaError(
             "A training process was killed, perhaps for want of memory: run the cell again, it "

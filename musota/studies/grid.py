@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from musota.plan.suspects import TWIN, Suspect
+from musota.plan.profiles import grid_profiles, scaled
+from musota.plan.registry import experiments
+from musota.plan.suspects import COMPARE, MORE_TEXT, TWIN, Suspect, grid
 from musota.rules.verdicts import Cause, root_causes
 from musota.training.runs import Run
+
+DENSE = "prefer the dense transformer"
 
 
 def valid_losses(runs: Mapping[str, Mapping[int, Run]]) -> dict[str, dict[int, float]]:
@@ -69,7 +74,7 @@ def judge(runs: Mapping[str, Mapping[int, Run]], suspects: Sequence[Suspect]) ->
             rate = min(swept, key=lambda rate: sum(losses[swept[rate]].values()))
             best.append(swept[rate])
             at_edge |= rate in (min(swept), max(swept))
-    fair = Suspect("", TWIN[1], *best, "prefer the dense transformer") if len(best) == 2 else None
+    fair = Suspect("", TWIN[1], *best, DENSE) if len(best) == 2 else None
     if fair:
         name = f"{TWIN[0]}, each at its best rate" + (" (at an edge)" if at_edge else "")
         fair = replace(fair, name=name)
@@ -85,6 +90,47 @@ def judge(runs: Mapping[str, Mapping[int, Run]], suspects: Sequence[Suspect]) ->
         )
         for cause in causes
     ]
+
+
+def next_line(causes: Sequence[Cause], profile: str, corpus: str) -> str:
+    """The command that makes the change of the largest certain gain, and what that is in the
+    notebooks' parameters; `corpus` as it was asked for."""
+    guilty = [cause.suspect for cause in causes if cause.verdict == "cause"]
+    if not guilty:
+        return "No change is advised: more seeds, or a larger profile, may decide."
+    line, changes = "run --only 02,03,04", {}
+    if guilty[0].advice == MORE_TEXT:
+        corpus = "wikitext-103"
+    elif guilty[0].advice == COMPARE:
+        line = "evidence --only sweep,tuned"
+    elif guilty[0].advice != DENSE:
+        changes = advised_changes(guilty[0], profile)
+    line = f"python -m musota {line} --profile {profile} --corpus {shlex.quote(corpus)}"
+    line += "".join(f" --set {name}={value}" for name, value in changes.items())
+    then = f", or in notebooks 02 to 04 `changes = {changes}`" if changes else ""
+    return f"The next line, for “{guilty[0].advice}”: `{line}`{then}."
+
+
+def advised_changes(suspect: Suspect, profile: str) -> dict[str, float]:
+    """What mending a suspect changes in `optimized` at a profile's size, by field.
+
+    A learning rate is the one that was measured; sizes change in proportion, for the grid is
+    smaller. What `optimized` has already is left out.
+    """
+    cells, _, _ = grid(profile)
+    before, after = cells[suspect.before].experiment, cells[suspect.after].experiment
+    planned = experiments["optimized"].fields()
+    here = scaled(experiments["optimized"], profile).fields()
+    small = [scaled(cell, grid_profiles[profile]).fields() for cell in (before, after)]
+    turned = [d.split("=")[0] for d in after.differences(before)]
+    changes = {}
+    for name in turned:
+        old, new = (fields[name] for fields in small)
+        if name == "learning_rate":
+            changes[name] = float(f"{new:.9g}")
+        elif after.fields()[name] != planned[name]:
+            changes[name] = max(1, round(here[name] * new / old))
+    return {name: value for name, value in changes.items() if value != here[name]}
 
 
 def _changes(runs: Mapping[str, Mapping[int, Run]], suspect: Suspect) -> str:

@@ -147,6 +147,12 @@ class Results:
                 return dataclasses.replace(kept, note=note)
         return dataclasses.replace(own, note=f"{note}: run the notebook that trains it first.")
 
+    def chosen(self, names: Sequence[str]) -> Evidence:
+        """Any recorded runs, by label or folder (see `compare.find_runs`)."""
+        from musota.workbook.compare import chosen_runs
+
+        return chosen_runs(names, self.root.parent, self.root.name)
+
     @cached_property
     def ladder(self) -> dict[str, float]:
         """Perplexity of the measured rungs on valid, measured once."""
