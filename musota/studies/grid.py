@@ -14,6 +14,11 @@ from musota.rules.verdicts import Cause, root_causes
 from musota.training.runs import Run
 
 DENSE = "prefer the dense transformer"
+LINES = {  # for advice that changes no field
+    MORE_TEXT: "run --only 01,02,03,04 --corpus wikitext-103",
+    COMPARE: "evidence --only sweep,tuned",
+    DENSE: "run --only 03",
+}
 
 
 def valid_losses(runs: Mapping[str, Mapping[int, Run]]) -> dict[str, dict[int, float]]:
@@ -98,39 +103,35 @@ def next_line(causes: Sequence[Cause], profile: str, corpus: str) -> str:
     guilty = [cause.suspect for cause in causes if cause.verdict == "cause"]
     if not guilty:
         return "No change is advised: more seeds, or a larger profile, may decide."
-    line, changes = "run --only 02,03,04", {}
-    if guilty[0].advice == MORE_TEXT:
-        corpus = "wikitext-103"
-    elif guilty[0].advice == COMPARE:
-        line = "evidence --only sweep,tuned"
-    elif guilty[0].advice != DENSE:
+    line, changes = LINES.get(guilty[0].advice, "run --only 02,03,04"), {}
+    if guilty[0].advice not in LINES:
         changes = advised_changes(guilty[0], profile)
-    line = f"python -m musota {line} --profile {profile} --corpus {shlex.quote(corpus)}"
+    line += f" --profile {profile}"
+    line += "" if "--corpus" in line else f" --corpus {shlex.quote(corpus)}"
     line += "".join(f" --set {name}={value}" for name, value in changes.items())
     then = f", or in notebooks 02 to 04 `changes = {changes}`" if changes else ""
-    return f"The next line, for “{guilty[0].advice}”: `{line}`{then}."
+    return f"The line for “{guilty[0].advice}”: `python -m musota {line}`{then}."
 
 
 def advised_changes(suspect: Suspect, profile: str) -> dict[str, float]:
-    """What mending a suspect changes in `optimized` at a profile's size, by field.
-
-    A learning rate is the one that was measured; sizes change in proportion, for the grid is
-    smaller. What `optimized` has already is left out.
-    """
+    """What mending a suspect changes in `optimized` at a profile's size, by field; nothing, where
+    `optimized` has it already. Rates are the ones that were measured; counts change in
+    proportion, for the grid's models are smaller."""
     cells, _, _ = grid(profile)
-    before, after = cells[suspect.before].experiment, cells[suspect.after].experiment
+    pair = [cells[name].experiment for name in (suspect.before, suspect.after)]
+    before, after = (scaled(one, grid_profiles[profile]).fields() for one in pair)
     planned = experiments["optimized"].fields()
-    here = scaled(experiments["optimized"], profile).fields()
-    small = [scaled(cell, grid_profiles[profile]).fields() for cell in (before, after)]
-    turned = [d.split("=")[0] for d in after.differences(before)]
-    changes = {}
-    for name in turned:
-        old, new = (fields[name] for fields in small)
-        if name == "learning_rate":
-            changes[name] = float(f"{new:.9g}")
-        elif after.fields()[name] != planned[name]:
-            changes[name] = max(1, round(here[name] * new / old))
-    return {name: value for name, value in changes.items() if value != here[name]}
+    here, changes = scaled(experiments["optimized"], profile).fields(), {}
+    for name, new in after.items():
+        old, value = before[name], new
+        if isinstance(new, int):
+            made = pair[1].fields()[name] == planned[name]
+            value = here[name] if made else max(1, round(here[name] * new / max(1, old)))
+        elif isinstance(new, float):
+            value = float(f"{new:.9g}")
+        if new != old and value != here[name]:
+            changes[name] = value
+    return changes
 
 
 def _changes(runs: Mapping[str, Mapping[int, Run]], suspect: Suspect) -> str:

@@ -36,7 +36,7 @@ def find_runs(name: str, results: Path, profile: str) -> list[Run]:
     if not known:
         where = results / profile
         raise MusotaError(f"There is no run {name}: give its folder, or a label of {where}.")
-    raise nearest_name("run", name, sorted(known))
+    raise nearest_name("run", name, sorted({run.name for runs in known.values() for run in runs}))
 
 
 def _recorded(folder: Path) -> Iterator[Run]:
