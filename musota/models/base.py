@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from typing import ClassVar
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -137,6 +139,20 @@ class CausalLM(nn.Module, Watched, Shareable):
             groups[0 if decayed else 1]["params"].append(parameter)
         return groups
 
+    def score_text(self, text: str) -> ScoredText:
+        """How well a text is foreseen, token by token, the first after a line end.
+
+        Raises MusotaError for a model without its tokenizer, and for what is no text.
+        """
+        if self.tokenizer is None:
+            raise MusotaError("This model has no tokenizer: load one that was saved with it.")
+        if not isinstance(text, str) or not text:
+            raise MusotaError(f"score_text needs a text of a character or more, not {text!r:.40}.")
+        ids = [self.tokenizer.line_end, *self.tokenizer.encode(text).tolist()]
+        nats, _ = score(self, torch.tensor(ids))
+        pieces = tuple(self.tokenizer.decode([token]) for token in ids[1:])
+        return ScoredText(text, pieces, tuple(nats.tolist()))
+
     @torch.no_grad()
     def generate(
         self,
@@ -238,6 +254,31 @@ def score(
             hits.append(correct.flatten())
     model.train(was_training)
     return torch.cat(nats).cpu(), torch.cat(hits).cpu()
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """A text in pieces, a token each, and the nats each one cost."""
+
+    text: str
+    pieces: tuple[str, ...]
+    nats: tuple[float, ...]
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity per token."""
+        return math.exp(sum(self.nats) / len(self.nats))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return sum(self.nats) / math.log(2) / len(self.text.encode())
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row a token: token, bits, probability."""
+        bits = [nats / math.log(2) for nats in self.nats]
+        chance = [math.exp(-nats) for nats in self.nats]
+        return pd.DataFrame({"token": self.pieces, "bits": bits, "probability": chance})
 
 
 def weights_sha256(model: CausalLM) -> str:

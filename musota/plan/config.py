@@ -5,6 +5,8 @@ Everything here is plain arithmetic on names and numbers, so it imports in milli
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -28,19 +30,25 @@ ABOVE_ZERO = ("learning_rate", "grad_clip")
 def _check_fields(config) -> None:
     """Raises MusotaError for the first field whose value is not allowed."""
     for field in dataclasses.fields(config):
-        name, value, whole = field.name, getattr(config, field.name), field.type == "int"
-        if field.type == "str" and isinstance(value, str):
-            continue
-        low, high = BOUNDS.get(name, (1 if whole else 0, math.inf))
-        allowed = f"a {'whole ' if whole else 'finite '}number of at least {low}"
-        allowed += f", at most {high}" if high < math.inf else ""
-        if name in ABOVE_ZERO:
-            allowed = "a finite number above 0"
-        fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not fits or not low <= value <= high or value == math.inf or (
-            name in ABOVE_ZERO and not value
-        ):  # fmt: skip
-            raise MusotaError(f"{name} must be {allowed}, not {value!r}.")
+        _check_field(field, getattr(config, field.name))
+
+
+def _check_field(field: dataclasses.Field, value) -> None:
+    name, whole = field.name, field.type == "int"
+    if field.type == "str":
+        if not isinstance(value, str):
+            raise MusotaError(f"{name} must be a name, not {value!r}.")
+        return
+    low, high = BOUNDS.get(name, (1 if whole else 0, math.inf))
+    allowed = f"a {'whole ' if whole else 'finite '}number of at least {low}"
+    allowed += f", at most {high}" if high < math.inf else ""
+    if name in ABOVE_ZERO:
+        allowed = "a finite number above 0"
+    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not fits or not low <= value <= high or value == math.inf or (
+        name in ABOVE_ZERO and not value
+    ):  # fmt: skip
+        raise MusotaError(f"{name} must be {allowed}, not {value!r}.")
 
 
 def _check_model(config) -> None:
@@ -261,6 +269,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     optimizer: str = "adamw"  # a row of training/optimizer.py
     schedule: str = "cosine"  # a row of training/schedule.py
+    started_from: str = ""  # hash of another run's weights; empty: freshly initialised
 
     def __post_init__(self):
         _check_fields(self)
@@ -298,8 +307,30 @@ class Experiment:
         )
 
     def fields(self) -> dict:
-        """Every field of model and training by name."""
-        return dataclasses.asdict(self.model) | dataclasses.asdict(self.training)
+        """Every field of model and training by name; what a run was started from, if anything."""
+        fields = dataclasses.asdict(self.model) | dataclasses.asdict(self.training)
+        if not self.training.started_from:
+            del fields["started_from"]
+        return fields
+
+    def differences(self, base: Experiment) -> list[str]:
+        """What was changed in `base`, as `field=value`; in a model that is matched to another, what
+        was changed in that other: the rest follows."""
+        before, after = base.fields(), self.fields()
+        if self.twin_of and base.twin_of:
+            before, after = base._asked(), self._asked()
+        return [
+            f"{name}={value if isinstance(value, str) else format(value, '.9g')}"
+            for name, value in after.items()
+            if before.get(name) != value
+        ]
+
+    def _asked(self) -> dict:
+        """The fields that the size of a matched model follows from."""
+        fields = Experiment(self.twin_of, self.training).fields()
+        if isinstance(self.model, RedesignedConfig):
+            fields |= {"n_block": self.model.n_block, "without": self.model.without}
+        return fields
 
     def to_dict(self) -> dict:
         """For JSON; `from_dict` is the inverse."""
@@ -321,6 +352,25 @@ def describe(model: ModelConfig) -> dict:
     """A model's configuration for JSON; `model_config` is the inverse."""
     kind = next(kind for kind, config_class in KINDS.items() if type(model) is config_class)
     return {"kind": kind, **dataclasses.asdict(model)}
+
+
+def check_changes(changes) -> dict:
+    """What a person wants changed, by field: a dict, or the text of one.
+
+    Raises MusotaError for a field no experiment has, and for a value none may have.
+    """
+    if isinstance(changes, str):  # from papermill's command line
+        with contextlib.suppress(ValueError, SyntaxError):
+            changes = ast.literal_eval(changes)
+    if not isinstance(changes, dict):
+        raise MusotaError(f'changes must be like {{"learning_rate": 0.003}}, not {changes!r}.')
+    configs = (*KINDS.values(), TrainConfig)
+    known = {f.name: f for config in configs for f in dataclasses.fields(config)}
+    for name, value in changes.items():
+        if name not in known:
+            raise nearest_name("field", name, sorted(known))
+        _check_field(known[name], value)
+    return changes
 
 
 def model_config(described: dict) -> ModelConfig:

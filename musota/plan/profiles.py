@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from musota.errors import nearest_name
@@ -10,6 +11,7 @@ from musota.plan.config import DenseConfig, Experiment, ModelConfig, RedesignedC
 
 # The plan counts "16,733 training sequences" of 128 tokens; its warm-up shares follow from that.
 PLAN_TRAIN_TOKENS = 16_733 * 128
+OWN_SIZES = {"d_model", "block_size", "d_ff"}  # what a match would choose
 SHARED = ("vocab_size", "max_seq_len", "n_layer", "dropout")  # what twins have in common
 
 
@@ -62,6 +64,22 @@ def redesign(experiment: Experiment, n_block: int = 8, without: str = "names") -
             break
         config = wider
     return Experiment(fit(config, target), experiment.training, experiment.twin_of or model)
+
+
+def changed(experiment: Experiment, changes: Mapping) -> Experiment:
+    """`experiment` with fields changed by name (see `Experiment.with_`).
+
+    A comparison stays fair: a model that is matched to another is matched anew, to that other as
+    changed. Only a width of its own (`OWN_SIZES`) leaves it matched to nobody.
+    """
+    model, other = experiment.model, experiment.twin_of
+    if not other or OWN_SIZES & changes.keys():
+        return experiment.with_(**changes)
+    start = Experiment(other, experiment.training)
+    if isinstance(model, DenseConfig):
+        return twin(start.with_(**changes))
+    own = {name: changes.get(name, getattr(model, name)) for name in ("n_block", "without")}
+    return redesign(start.with_(**{k: v for k, v in changes.items() if k not in own}), **own)
 
 
 @dataclass(frozen=True)

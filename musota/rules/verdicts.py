@@ -14,6 +14,7 @@ from musota.rules.findings import Finding
 from musota.rules.stats import Interval, paired_bootstrap
 
 RELEVANT = 0.05  # nats/token, 5 % of the PPL: what less brings is not worth a search
+DECIDED = "decided by 95 % intervals that exclude 0"
 DATA_STARVED = 0.1  # nats gained per doubling of the text
 OPEN = ("undecided", "undecided, the interval reaches over the threshold", "")
 
@@ -30,15 +31,37 @@ def helps_or_hurts(
     the interval over seeds (None from one seed, when the verdict is only provisional). Negative
     differences favour MU-SOTA. Raises ValueError without a common seed or common text.
     """
-    pairs = [(mu[seed], dense[seed]) for seed in sorted(mu.keys() & dense.keys())]
+    title, rule = f"{name} against its dense twin", f"{DECIDED}, {rates}"
+    words = ("helps", "the architecture helps"), ("hurts", "the architecture hurts")
+    return _paired(mu, dense, title, "MU-SOTA minus dense twin", words, rule)
+
+
+def better_or_worse(
+    runs: Mapping[int, Mapping], first: Mapping[int, Mapping], name: str, first_name: str
+) -> tuple[Finding, Interval, Interval | None]:
+    """`helps_or_hurts` for any two models: negative differences favour `runs`."""
+    words = ("better", f"better than {first_name}"), ("worse", f"worse than {first_name}")
+    title = f"{name} against {first_name}"
+    return _paired(runs, first, title, "its loss minus the other's", words, DECIDED)
+
+
+def _paired(
+    one: Mapping[int, Mapping],
+    other: Mapping[int, Mapping],
+    title: str,
+    difference: str,
+    words: tuple[tuple[str, str], tuple[str, str]],
+    rule: str,
+) -> tuple[Finding, Interval, Interval | None]:
+    pairs = [(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
     if not pairs:
-        raise ValueError("MU-SOTA and the dense twin have no seed in common: train both with one.")
+        raise ValueError(f"{title}: they have no seed in common, so train both with one.")
     tokens = pairs[0][0]["valid_block_tokens"]
     if any(summary["valid_block_tokens"] != tokens for pair in pairs for summary in pair):
         raise ValueError("The runs were validated on different texts and cannot be compared.")
     nats = np.mean([[run["valid_block_nats"] for run in pair] for pair in pairs], axis=0)
     text, over_seeds = paired_bootstrap(*nats, tokens), None
-    saw = f"MU-SOTA minus dense twin {text} over blocks of text"
+    saw = f"{difference} {text} over blocks of text"
     doubt = "the interval includes 0"
     if len(pairs) > 1:
         over_seeds = stats.seed_interval([a["valid_loss"] - b["valid_loss"] for a, b in pairs])
@@ -50,16 +73,12 @@ def helps_or_hurts(
     if len(tokens) < stats.MIN_BLOCKS:
         doubt = f"{len(tokens)} blocks are too little text"
     agreed = over_seeds is None or over_seeds.side == text.side
-    verdict, conclusion, next_step = {
-        -1: ("helps", "the architecture helps", ""),
-        0: ("undecided", f"undecided, {doubt}", ""),
-        1: ("hurts", "the architecture hurts", ""),
-    }[text.side if agreed else 0]
+    undecided = "undecided", f"undecided, {doubt}"
+    verdict, conclusion = (words[0], undecided, words[1])[1 + (text.side if agreed else 0)]
+    next_step = ""
     if over_seeds is None:
         conclusion = f"provisional, seeds not measured: {conclusion}"
         next_step = "train both with more seeds (-p seed 1, -p seed 2)"
-    title = f"{name} against its dense twin"
-    rule = f"decided by 95 % intervals that exclude 0, {rates}"
     return Finding(title, verdict, saw, rule, conclusion, next_step), text, over_seeds
 
 

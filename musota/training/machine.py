@@ -10,12 +10,14 @@ import signal
 import sys
 import threading
 import time
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from musota.files import sha256
 from musota.plan.config import Experiment
 
 COMPILE_STEPS = 2000  # a run of so many steps wins back the minute that compiling takes
@@ -41,6 +43,16 @@ def default_choices(experiment: Experiment, device: torch.device, total_steps: i
     }
 
 
+@cache
+def _code_hash() -> str:
+    """Of the code that decides what a run comes to."""
+    house = Path(__file__).resolve().parents[1]
+    rooms = (house / room for room in ("plan", "data", "models", "training"))
+    files = sorted(path for room in rooms for path in room.glob("*.py"))
+    text = b"".join(path.read_bytes() for path in files)
+    return sha256(text.replace(b"\r\n", b"\n"))[:12]  # git may write either
+
+
 def about_machine(used: torch.device | None = None) -> dict:
     """What a measurement was taken on (`used`, by default the best device here), and when."""
     threads = torch.get_num_threads()
@@ -48,6 +60,7 @@ def about_machine(used: torch.device | None = None) -> dict:
     if torch.cuda.is_available() and (used is None or used.type == "cuda"):
         device = torch.cuda.get_device_name()
     versions = {package: metadata.version(package) for package in ("torch", "tokenizers")}
+    versions["musota"] = _code_hash()
     return {
         "device": device,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -89,26 +102,30 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Interruption:
-    """Turns the first Ctrl-C into a wish, so that no step is cut in two; a second one is obeyed."""
+    """Turns the first Ctrl-C or SIGTERM (a cluster's, a spot machine's) into a wish, so that no
+    step is cut in two; a second one of the same kind is obeyed."""
+
+    signals = signal.SIGINT, signal.SIGTERM
 
     def __init__(self, processes: int):
         self.alone = processes == 1  # several could not agree on the step to stop at
 
     def __enter__(self):
-        self.asked = False
+        self.asked = 0
         self.main = self.alone and threading.current_thread() is threading.main_thread()
         if self.main:
-            self.before = signal.signal(signal.SIGINT, self._ask)
+            self.before = [signal.signal(number, self._ask) for number in self.signals]
         return self
 
     def __exit__(self, *_):
         if self.main:
-            signal.signal(signal.SIGINT, self.before)
+            for number, handler in zip(self.signals, self.before, strict=True):
+                signal.signal(number, handler)
 
-    def _ask(self, *_):
-        if self.asked:
+    def _ask(self, number, _):
+        if self.asked == number:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = number
 
 
 class _Lines:

@@ -69,7 +69,7 @@ def _take_less_memory(trainer) -> None:
         trainer.choices["micro_batch"] = -(-held // 2)
         trainer.tell(f"out of memory: micro-batch {held} → {trainer.choices['micro_batch']}")
         return
-    if trainer.auto_remedy and length > SHORTER:
+    if trainer.auto_remedy and length > SHORTER and not trainer.training.started_from:
         trainer.say(f"Out of memory with one sequence: starting over with {SHORTER} tokens.")
         raise TooLong
     raise MusotaError(

@@ -72,6 +72,13 @@ class Run:
         """What a run is, whatever it is called: experiment, corpus, seed."""
         return self.experiment, self.fingerprint, self.seed
 
+    @property
+    def valid_text(self) -> tuple:
+        """What it was validated on: where this is equal, losses are of the same tokens."""
+        corpus = self.config["corpus"]
+        counts = [corpus[key]["valid"] for key in ("tokens", "words", "bytes")]
+        return corpus["vocabulary_in_use"], *counts
+
     @cached_property
     def summary(self) -> dict:
         """The numbers of summary.json; empty before the first epoch has ended."""

@@ -19,10 +19,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from musota.data.corpus import Corpus, window_starts
-from musota.errors import MusotaError, check_seed
+from musota.errors import MusotaError, check_seed, nearest_name
 from musota.files import read_sealed
 from musota.models.base import CausalLM
-from musota.models.sharing import build_model
 from musota.plan.config import Experiment
 from musota.training import keeping, remedies
 from musota.training.evaluate import exp_nats
@@ -33,10 +32,11 @@ from musota.training.machine import (
     prepare_memory,
     progress_bar,
 )
-from musota.training.optimizer import build_optimizer, update_ratios
+from musota.training.optimizer import OPTIMIZERS, build_optimizer, update_ratios
 from musota.training.remedies import SHORTER, Diverged, TooLong
 from musota.training.runs import Run, RunFolder
-from musota.training.schedule import learning_rate_at
+from musota.training.schedule import SCHEDULES, learning_rate_at
+from musota.training.start import begin, first_model, started_from
 
 __all__ = ["Diverged", "Trainer", "train"]
 CHECKPOINT_SECONDS = 180  # between checkpoints inside an epoch
@@ -56,6 +56,7 @@ def train(
     compile: bool | None = None,
     stop_at: float = 1.0,
     auto_remedy: bool = False,
+    continue_from: Run | str | os.PathLike | None = None,
     watch: Callable[[Run], None] | None = None,
     copy: Callable[[], None] | None = None,
 ) -> Run:
@@ -66,8 +67,10 @@ def train(
     recorded for people and decide nothing. `micro_batch` sequences are computed at a time (a choice
     of speed and memory; at dropout 0 it changes nothing else), and `compile` passes the model's
     body through torch.compile: both are chosen for the device unless given, and kept when a run
-    goes on. Ctrl-C ends after the step at hand, saves it and returns what has been measured;
-    `stop_at` ends a run in the same way after that share of its steps. `watch` is called with the
+    goes on. Ctrl-C or SIGTERM ends after the step at hand, saves it and returns what has been
+    measured; `stop_at` ends a run in the same way after that share of its steps. `continue_from`
+    (a run or its folder) gives the weights to start from: another run's best, with a fresh
+    schedule; their hash is part of what the run is (`started_from`). `watch` is called with the
     run at first and whenever something new was recorded, `copy` with nothing after each checkpoint
     and at the end; an OSError of it is treated like one of the disk.
 
@@ -88,6 +91,8 @@ def train(
         raise MusotaError("auto_remedy works in one process only: leave it out here.")
     choices = {"micro_batch": micro_batch, "compile": compile}
     about = {"name": name, "profile": profile, "choices": choices, "auto_remedy": auto_remedy}
+    if continue_from:
+        experiment, about["start"] = started_from(continue_from, experiment, corpus)
     config, asked = Path(run_dir) / "config.json", None
     longer = read_sealed(config).get("instead_of") if resume and config.exists() else None
     if longer and Experiment.from_dict(longer) == experiment:  # it was shortened when it began
@@ -106,6 +111,9 @@ def _check_arguments(experiment, corpus, seed, micro_batch, stop_at) -> None:
         if not isinstance(value, kind):
             raise MusotaError(f"train needs an Experiment and a Corpus, not {value!r:.80}.")
     check_seed(seed)
+    for kind, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if (name := getattr(experiment.training, kind)) not in table:
+            raise nearest_name(kind, name, table)
     whole = isinstance(micro_batch, int) and not isinstance(micro_batch, bool)
     if micro_batch is not None and not (whole and micro_batch >= 1):
         raise MusotaError(f"micro_batch must be a whole number of at least 1, not {micro_batch!r}.")
@@ -126,11 +134,11 @@ class Trainer:
 
     def __init__(
         self, experiment, corpus, run_dir, resume=True, seed=0, name="run", profile=None,
-        choices=(), auto_remedy=False, instead_of=None,
+        choices=(), auto_remedy=False, instead_of=None, start=None,
     ):  # fmt: skip
         self.experiment, self.corpus, self.seed = experiment, corpus, seed
         self.training, self.length = experiment.training, experiment.model.max_seq_len
-        self.auto_remedy, self.instead_of = auto_remedy, instead_of
+        self.auto_remedy, self.instead_of, self.start = auto_remedy, instead_of, start
         self.windows = len(window_starts(len(corpus.train), self.length, seed, 0))
         self.steps_per_epoch = math.ceil(self.windows / self.training.sequences_per_step)
         self.total_steps = self.training.epochs * self.steps_per_epoch
@@ -163,12 +171,12 @@ class Trainer:
         self.choices = usual | saved | given
         processes = self.accelerator.num_processes
         together = {"precision": self.accelerator.mixed_precision, "processes": processes}
-        self.folder.write_config({**self.choices, **together})
         self._build()
+        self.folder.write_config({**self.choices, **together})
 
     def _build(self) -> None:
         torch.manual_seed(self.seed)
-        model = build_model(self.experiment.model)
+        model = first_model(self)
         self.ledger = model.parameter_ledger()
         if self.choices["compile"]:
             model.compile_body()
@@ -227,7 +235,7 @@ class Trainer:
         if self.finished:
             self.say(f"{self.folder.path}: finished before, loaded as it is.")
             return Run(self.folder.path)
-        _begin(self)
+        begin(self)
         self.watch, self.copy = watch, copy
         stop = math.ceil(stop_at * self.total_steps)
         if watch and self.folder.writes:
@@ -340,21 +348,6 @@ class Trainer:
         best = f", best valid PPL {exp_nats(self.best_loss):,.0f}" if self.summary else ""
         shown = f"epoch {epoch}/{epochs}, training PPL {exp_nats(loss):,.0f}{best}"
         self.progress.set_postfix_str(shown, refresh=False)
-
-
-def _begin(trainer: Trainer) -> None:
-    if trainer.saved:
-        keeping.restore(trainer, trainer.saved)
-        trainer.say(
-            f"{trainer.folder.path}: going on after step {trainer.step} of {trainer.total_steps}."
-        )
-    elif trainer.auto_remedy:
-        keeping.checkpoint(trainer)  # to have something to go back to
-    if trainer.instead_of and not trainer.step:
-        longer = trainer.instead_of.model.max_seq_len
-        short = f"{SHORTER} tokens a sequence, not {longer}, which is another experiment"
-        trainer.tell(f"out of memory: {short}")
-    trainer.saved = None
 
 
 def _described(experiment, corpus, seed, name, profile, instead_of) -> dict:

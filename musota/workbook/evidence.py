@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from musota.errors import MusotaError
-from musota.plan.config import Experiment, MuConfig
+from musota.plan.config import DenseConfig, Experiment, MuConfig
 from musota.plan.profiles import Profile, grid_profiles, profiles, scaled, twin
 from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
 from musota.plan.suspects import Suspect, grid
@@ -118,14 +118,33 @@ class Evidence:
         ppls = [run.summary["ppl"] for run in self.seeds(name).values()]
         return plan.broke_through(ppls, title_of(name), self.plan_does_not_apply) if ppls else None
 
+    def twin_of(self, name: str) -> str:
+        """The recorded dense twin of a row, changed or not; empty where there is none."""
+        run, (row, *changes) = self.best(name), name.split(",")
+        if not run or isinstance(run.experiment.model, DenseConfig):
+            return ""
+        expected = twin(run.experiment)
+        if row in TUNED:  # at whatever learning rate is best for it
+            other = self.best(",".join([PAIRS[row], *changes]))
+            rate = other and other.experiment.training.learning_rate
+            twins = other and other.experiment == expected.with_(learning_rate=rate)
+            return other.name if twins else ""
+        return next((run.name for run in self.runs if run.experiment == expected), "")
+
+    @cached_property
+    def compared(self) -> dict[str, tuple[Finding, dict[str, Interval]]]:
+        """What `compare` says of every model whose dense twin is recorded, by name."""
+        names = dict.fromkeys([*PAIRS, *(run.name for run in self.runs)])
+        return {name: found for name in names if (found := self.compare(name))}
+
     def compare(self, name: str = "optimized") -> tuple[Finding, dict[str, Interval]] | None:
         """The verdict on a row against its dense twin and its intervals; None without both."""
-        own, other = self.seeds(name), self.seeds(PAIRS[name])
-        if not own.keys() & other.keys() or not _are_twins(self.best(name), self.best(PAIRS[name])):
+        own, other = self.seeds(name), self.seeds(self.twin_of(name))
+        if not own.keys() & other.keys():
             return None
         sides = [{seed: run.summary for seed, run in runs.items()} for runs in (own, other)]
         rates = "at the one learning rate both were given"
-        if name in TUNED:
+        if name.split(",")[0] in TUNED:
             rates = "each at its own best learning rate"
             if tries := [len(losses) for losses in self.sweeps.values()]:  # not where it was tuned
                 rates = f"each at its own best of {min(tries)} learning rates"
@@ -140,12 +159,6 @@ def _profile_of(runs: Iterable[Run]) -> Profile | None:
     """The profile these runs were made at; None for runs from Python alone."""
     named = (run.config["profile"] for run in runs)
     return next((profiles[name] for name in named if name in profiles), None)
-
-
-def _are_twins(run: Run, other: Run) -> bool:
-    """Whether the second is the first's dense twin, both at whatever learning rate."""
-    expected = twin(run.experiment).with_(learning_rate=other.experiment.training.learning_rate)
-    return expected == other.experiment
 
 
 def read_evidence(folder: str | os.PathLike, fingerprint: str | None = None) -> Evidence:
@@ -199,14 +212,14 @@ def read_rungs(probes: Mapping[str, dict], fingerprint: str | None) -> dict[str,
 
     Raises MusotaError where they are damaged.
     """
-    recorded = probes.get("ladder")
-    if recorded is None:
-        return {}
     try:
-        rungs = {name: float(ppl) for name, ppl in recorded["ppl"].items()}
-        return rungs if recorded["fingerprint"] == fingerprint else {}
+        for name, recorded in probes.items():
+            if name.split(",")[0] == "ladder" and recorded["fingerprint"] == fingerprint:
+                return {rung: float(ppl) for rung, ppl in recorded["ppl"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise MusotaError("ladder.json is damaged: delete it, and it is measured anew.") from None
+        message = f"{name}.json is damaged: delete it, and it is measured anew."
+        raise MusotaError(message) from None
+    return {}
 
 
 def read_grid(folder: Path) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
@@ -266,7 +279,12 @@ def run_findings(
         ]
     if rungs:
         found.append(plan.on_the_ladder(ppl, rungs))
-    found.append(plateau_of(run))
+    plateau, slow = plateau_of(run), warmup_of(run)
+    if slow:
+        found.append(slow)
+        if plateau.verdict == "plateau":
+            plateau = dataclasses.replace(plateau, next_step=f"first {slow.next_step}")
+    found.append(plateau)
     found.append(curves.oscillation(run.steps, run.experiment.training.warmup_steps))
     return found
 
@@ -277,10 +295,15 @@ def plateau_of(run: Run, **rule) -> Finding:
     return curves.plateau(run.history, run.experiment.training.epochs, *blocks, **rule)
 
 
+def warmup_of(run: Run) -> Finding | None:
+    """`curves.warmup` of a run; None where its warm-up is as it should be."""
+    first, training = run.history.iloc[0], run.experiment.training
+    return curves.warmup(training.warmup_steps, int(first.step / first.epoch) * training.epochs)
+
+
 def verdict_lines(evidence: Evidence) -> list[str]:
     """The answer in a few sentences: the comparisons first, then the plan's rules."""
-    compared = [evidence.compare(name) for name in PAIRS]
-    return [found[0].sentence for found in compared if found] + rule_lines(evidence)
+    return [found.sentence for found, _ in evidence.compared.values()] + rule_lines(evidence)
 
 
 def rule_lines(evidence: Evidence) -> list[str]:
@@ -303,7 +326,6 @@ def answers(evidence: Evidence, short: bool = False) -> dict[str, list[str]]:
     `short` leaves the thresholds out.
     """
     goals = [evidence.goal(name) for name in ("original", "optimized", "tuned")]
-    compared = [evidence.compare(name) for name in PAIRS]
     sweeps, lost = [], []
     if optimized := evidence.best("optimized"):
         own = optimized.experiment.training.learning_rate
@@ -317,7 +339,7 @@ def answers(evidence: Evidence, short: bool = False) -> dict[str, list[str]]:
         lost += [f for f in health_of(run) if f.rule.startswith("Effective rank")]
     said = {
         "Did the plateau break (PPL < 200? < 100?)": [goal for goal in goals if goal],
-        "Does the architecture help or hurt?": [found[0] for found in compared if found],
+        "Does the architecture help or hurt?": [found for found, _ in evidence.compared.values()],
         "Was the learning rate right?": sweeps,
         "Which suspects were guilty?": [],
         "Where does the architecture lose, and what should a redesign change?": lost,
@@ -336,4 +358,5 @@ def health_of(run: Run) -> list[Finding]:
     model, training, steps = run.experiment.model, run.experiment.training, run.steps
     norms = steps.grad_norm[steps.step > training.warmup_steps]
     sizes = training.grad_clip, model.d_model, model.max_seq_len
-    return curves.health(run.health, norms, *sizes)
+    slow = warmup_of(run) if run.health else None
+    return curves.health(run.health, norms, *sizes, not slow or slow.verdict != "never ends")

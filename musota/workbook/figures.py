@@ -38,6 +38,7 @@ VERDICTS = {  # colour, marker, fill
     "undecided": (BLUE, "D", "left"),
     "not a cause": ("#666666", "s", "none"),
 }
+FIRST = "← better than the first · worse →"  # which side of 0 is which
 SWEEP_NATS = 2.5  # what is worse than the best by more is drawn at the upper edge
 Sweeps = Mapping[str, Mapping[float, Sequence[float]]]  # valid losses by model and learning rate
 
@@ -56,22 +57,27 @@ def by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> Figure:
     """Valid PPL (log) and accuracy by epoch, with the rungs and, if asked, the reported 402.
 
-    Runs of one name are seeds: each thin, their mean (of the losses) thick.
+    Runs of one name are seeds: each thin, their mean (of the losses) thick. Where the runs were
+    validated on unlike tokens it is bits per byte, without rungs.
     """
+    measured, shown, unit = "valid_loss", np.exp, "perplexity per token"
+    if len({run.valid_text for run in runs}) > 1:
+        measured, shown, unit = "bits_per_byte", np.asarray, "bits per byte"
+        rungs, reported = {}, False
     figure, (left, right) = new_figure(10, 4.4, columns=2, grid="y")
     groups = by_name(runs)
     styles, last = styles_of(groups), max(run.history.epoch.max() for run in runs)
     for name, group in groups.items():
         colour, line, marker = styles[name]
-        tables = [run.history.set_index("epoch")[["valid_loss", "accuracy"]] for run in group]
+        tables = [run.history.set_index("epoch")[[measured, "accuracy"]] for run in group]
         mean = (sum(tables) / len(tables)).dropna()  # epochs that every seed has reached
         label = f"{title_of(name)}, mean of {len(group)} seeds"
         style = {"color": colour, "linestyle": line, "marker": marker}
         style["label"] = label if len(group) > 1 else label_of(group[0])
         for table in tables if len(group) > 1 else []:
-            left.plot(np.exp(table.valid_loss), color=colour, linewidth=0.7, alpha=0.5)
+            left.plot(table.index, shown(table[measured]), color=colour, linewidth=0.7, alpha=0.5)
             right.plot(100 * table.accuracy, color=colour, linewidth=0.7, alpha=0.5)
-        left.plot(np.exp(mean.valid_loss), **style)
+        left.plot(mean.index, shown(mean[measured]), **style)
         right.plot(100 * mean.accuracy, **style)
     if reported:
         ppl, epochs = REPORTED["ppl"], REPORTED["epochs"]
@@ -80,7 +86,7 @@ def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> F
         right.plot(epochs, 100 * REPORTED["accuracy"], **star)
         last = max(last, epochs)
     logarithmic(left, *left.dataLim.intervaly)
-    left.set(ylabel="valid perplexity per token (log)", title="Perplexity")
+    left.set(ylabel=f"valid {unit} (log)", title=unit.split(" per ")[0].capitalize())
     right.set(ylabel="valid top-1 accuracy (%)", title="Accuracy")
     for axis in (left, right):
         axis.set(xlabel="epoch", xlim=(0.8, last + 0.3))

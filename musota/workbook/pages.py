@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -21,7 +21,7 @@ from musota.files import write_json, write_whole
 from musota.plan.config import MuConfig
 from musota.plan.path import EARNED
 from musota.plan.profiles import profiles, scaled
-from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
+from musota.plan.registry import TUNED, find_experiment, registry, title_of
 from musota.rules import verdicts
 from musota.rules.findings import Finding
 from musota.rules.plan import REPORTED
@@ -120,7 +120,7 @@ def _figures(evidence: Evidence, shown: Sequence[Run]) -> dict[str, Figure]:
         "answer": figures.answer(evidence.runs, evidence.rungs, evidence.sweeps),
         "curves": figures.curves(evidence.runs, evidence.rungs, reported=plan_applies),
     }
-    for name, (finding, intervals) in _compared(evidence):
+    for name, (finding, intervals) in evidence.compared.items():
         title = f"{finding.rule}: {finding.conclusion}"
         drawn[f"verdict_{name}"] = figures.difference(intervals, title)
     looked = {"ablations": evidence.ablated}
@@ -130,11 +130,6 @@ def _figures(evidence: Evidence, shown: Sequence[Run]) -> dict[str, Figure]:
         drawn[name] = figures.ablations(effects, run.summary["ppl"], layout)
     ledgers = {title_of(run.name): run.summary["parameter_ledger"] for run in shown}
     return drawn | {"ledger": pictures.ledgers(ledgers)}
-
-
-def _compared(evidence: Evidence) -> Iterator[tuple[str, tuple]]:
-    """Rows with a dense twin, and what the comparison found."""
-    return ((name, found) for name in PAIRS if (found := evidence.compare(name)))
 
 
 def _grid(evidence: Evidence) -> tuple[list[Run], list[Cause]]:
@@ -184,7 +179,7 @@ def write_front_page(path: str | os.PathLike, folders: Sequence[Path]) -> None:
         table = tables.front_table(evidence, rows)
         pages.append({"evidence": evidence, "place": place, "table": table, **about})
     # Where models can be compared stands first; what is not that far yet, below.
-    pages.sort(key=lambda page: not any(map(page["evidence"].compare, PAIRS)))
+    pages.sort(key=lambda page: not bool(page["evidence"].compared))
     measured = _render("front", pages=pages)
     before, after = text.split(begin)[0], text.split(end)[1]
     _write(path, f"{before}{begin}\n\n{measured}\n{end}{after}")
@@ -208,7 +203,7 @@ def _answer(evidence: Evidence) -> list[str]:
         said += f" (reported by the plan: {REPORTED['ppl']:.0f} after {REPORTED['epochs']} epochs)"
     if paired := next((n for n in ("tuned", "optimized") if evidence.compare(n)), None):
         name, (finding, _) = paired, evidence.compare(paired)
-        own, other = (_ppl([*evidence.seeds(n).values()]) for n in (name, PAIRS[name]))
+        own, other = (_ppl([*evidence.seeds(n).values()]) for n in (name, evidence.twin_of(name)))
         said = f"**MU-SOTA {OUTCOME[finding.verdict]} a plain transformer of its size**"
         said += ", each at its best learning rate" if name in TUNED else ""
         said += f": valid PPL {own} against {other}"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from musota.models.base import ScoredText
 from musota.plan.layout import BlockLayout
 from musota.rules.plan import PLAN_LADDER, REPORTED
 from musota.workbook.style import BLUE, GREY, HATCHES, ORANGE, PLAIN, RED, SHADES, new_figure
@@ -170,6 +175,37 @@ def block_view(
             axis.set_yticks(range(len(layout.blocks)), layout.names, fontsize=6.5)
             axis.set_xticks(range(T), tokens, fontsize=7, rotation=90)
     below.colorbar(moved, ax=list(below.axes), label="sensitivity", shrink=0.8)
+    return figure
+
+
+def surprises(scored: ScoredText, most: int = 600, width: int = 90) -> Figure:
+    """The text, its first `most` tokens, each on a ground as dark as it was surprising."""
+    lines, held = [[]], 0
+    for piece, nats in list(zip(scored.pieces, scored.nats, strict=True))[:most]:
+        shown = piece.replace("\n", "⏎").replace("\t", "→")
+        if held + len(shown) > width:
+            lines, held = [*lines, []], 0
+        lines[-1].append((held, shown, nats / math.log(2)))
+        held += len(shown)
+        if "\n" in piece:
+            lines, held = [*lines, []], 0
+    figure, axis = new_figure(10.5, 1.1 + 0.24 * len(lines))
+    shades, scale = colormaps["Blues"], Normalize(0, 16)
+    for row, line in enumerate(lines):
+        for start, shown, bits in line:
+            dark = scale(min(bits, 16))
+            axis.add_patch(Rectangle((start, row - 0.45), len(shown), 0.9, color=shades(dark)))
+            colour = "white" if dark > 0.6 else "black"
+            for place, character in enumerate(shown):  # one by one: any font becomes monospaced
+                look = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
+                axis.text(start + place + 0.5, row, character, **look)
+    axis.set(xlim=(0, width), ylim=(len(lines) - 0.4, -0.6), xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    many = len(scored.pieces)
+    cut = f", the first {most:,} of {many:,} tokens" if most < many else ""
+    axis.set_title(f"PPL {scored.ppl:,.1f}, {scored.bits_per_byte:.3f} bits per byte{cut}")
+    label = "bits a token cost (16: one guess in 65,536)"
+    figure.colorbar(ScalarMappable(scale, shades), ax=axis, label=label, shrink=0.9, pad=0.01)
     return figure
 
 

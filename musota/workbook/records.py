@@ -95,23 +95,14 @@ def labelled(runs: Iterable[Run], roles: Mapping[str, Experiment]) -> list[Run]:
             name = next((role for role, e in roles.items() if e == run.experiment), run.name)
             taken = owners.get(name, run.experiment) != run.experiment or name in names.values()
             if taken:
-                name = ",".join([name, *_differences(owners[name], run)])
+                told = run.experiment.differences(owners[name])
+                name = ",".join([name, *(told or [f"corpus={run.fingerprint[:8]}"])])
             owners.setdefault(name, run.experiment)
             names[key] = name
         copied = copy.copy(run)
         copied.name = names[key]
         copies.append(copied)
     return copies
-
-
-def _differences(first: Experiment, run: Run) -> list[str]:
-    before, after = first.fields(), run.experiment.fields()
-    changed = [
-        f"{k}={v if isinstance(v, str) else format(v, '.9g')}"
-        for k, v in after.items()
-        if before.get(k) != v
-    ]
-    return changed or [f"corpus={run.fingerprint[:8]}"]
 
 
 def read_probes(folder: str | os.PathLike) -> dict[str, dict]:

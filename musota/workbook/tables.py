@@ -14,7 +14,7 @@ import pandas as pd
 
 from musota.plan.config import Experiment
 from musota.plan.profiles import PLAN_TRAIN_TOKENS
-from musota.plan.registry import PAIRS, experiments, title_of
+from musota.plan.registry import experiments, title_of
 from musota.rules.stats import seed_interval
 from musota.rules.verdicts import Cause
 from musota.studies.path import Judged
@@ -169,7 +169,7 @@ def _of_seeds(evidence: Evidence, group: Sequence[Run]) -> dict:
 
     name, against = group[0].name, ""
     rate = group[0].experiment.training.learning_rate
-    if name in PAIRS and (compared := evidence.compare(name)):
+    if compared := evidence.compared.get(name):
         difference = str(list(compared[1].values())[-1]).replace(" nats/token", "")
         against = f"{difference}, {compared[0].verdict}"
     about = {"title": evidence.title(name), "seeds": len(group), "rate": rate, "against": against}
@@ -217,8 +217,36 @@ def ledger_table(runs: Iterable[Run]) -> pd.DataFrame:
 
 def fields_table(columns: Mapping[tuple[str, str], Experiment]) -> pd.DataFrame:
     """The fields of experiments side by side, one row a field, and their parameters."""
-    fields = {k: e.fields() | {"parameters": e.model.n_parameters} for k, e in columns.items()}
-    cells, known = _Cells(), pd.DataFrame(fields).astype(object)
+    return _side_by_side(
+        {k: e.fields() | {"parameters": e.model.n_parameters} for k, e in columns.items()}
+    )
+
+
+def differences_table(runs: Iterable[Run]) -> pd.DataFrame:
+    """Where models differ, one column each: fields, corpus, budget, machine, code."""
+    columns = {}
+    for name, group in figures.by_name([*runs]).items():
+        run, corpus = group[0], group[0].config["corpus"]
+        model, parameters = run.experiment.model, run.experiment.model.n_parameters
+        columns[title_of(name)] = {
+            "architecture": type(model).__name__.removesuffix("Config"),
+            **run.experiment.fields(),
+            "parameters": parameters,
+            "corpus": f"{corpus['name']} {run.fingerprint[:8]}",
+            "training tokens": corpus["tokens"]["train"],
+            "vocabulary in use": corpus["vocabulary_in_use"],
+            "profile": run.config["profile"],
+            "seeds": ", ".join(str(run.seed) for run in group),
+            "unfinished after epoch": None if run.finished else run.summary["epochs_done"],
+            "device": run.summary["device"],
+            **{f"{package} version": v for package, v in run.summary["versions"].items()},
+        }
+    table = _side_by_side(columns)
+    return table[table.nunique(axis=1) > 1]
+
+
+def _side_by_side(columns: Mapping[object, Mapping]) -> pd.DataFrame:
+    cells, known = _Cells(), pd.DataFrame([*columns.values()], index=[*columns]).T.astype(object)
     return known.map(lambda v: "" if pd.isna(v) else cells.format_field(v, ",.10g"))
 
 
