@@ -268,3 +268,24 @@ def _part(title: str, cost: Interval, saw: str, idle: str, used: str, advice: st
         1: ("used", used, ""),
     }[cost.beyond(RELEVANT)]
     return Finding(title, verdict, saw, _HARDLY_USED, conclusion, next_step)
+
+
+def names_mean(found: Mapping, expected: Mapping[str, str]) -> Finding:
+    """Do the blocks' names mean anything? `found` as `studies.names` measures it; `expected`: the
+    block that the plan's names would lead one to read a property from."""
+    reads = {name: of for name, of in found["reads"].items() if expected.get(name) in of}
+    best = {name: max(of, key=lambda block: of[block][0]) for name, of in reads.items()}
+    right = [name for name, block in best.items() if block == expected[name]]
+    others = [row[:n] + row[n + 1 :] for n, row in enumerate(found["similarity"])]
+    still = min(found["moves"], key=lambda block: found["moves"][block][0])
+    saw = (
+        f"{len(right)} of {len(reads)} properties are read best from the block named for them "
+        f"({', '.join(f'{name}: {best[name]}' for name in reads)}); a word moves least with its "
+        f"context in {still}; similarity of two blocks {np.mean(others):.2f} on average"
+    )
+    rule = f"chance: 1 in {len(found['blocks'])}"
+    named = len(right) > len(reads) / 2
+    verdict, conclusion = ("names", "the names say where to look") if named else (
+        "labels", "the names are labels: training does not fill a block with what it is called"
+    )  # fmt: skip
+    return Finding("The blocks' names", verdict, saw, rule, conclusion)

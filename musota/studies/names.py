@@ -13,7 +13,7 @@ from musota.models.base import CausalLM
 from musota.studies.probes import require_blocks
 from musota.training.runs import Run
 
-WINDOWS = 96  # of valid text, half to fit the probes on, half to test them
+WINDOWS = 400  # of valid text, half to fit the probes on, half to test them
 RESAMPLES = 1000
 RIDGE = 1e-2  # of the mean variance of a block's cells
 # What the plan's names would lead one to expect, where a probe can say.

@@ -113,6 +113,15 @@ class Evidence:
             return None
         return run, verdicts.ablation_effects(recorded["nats"], recorded["tokens"])
 
+    def weak_spots(self, name: str = "") -> list[Finding]:
+        """Which parts of a row earn their parameters, by default of `ablated`; empty if no model
+        was looked into."""
+        if not (looked := self.ablation_of(name) if name else self.ablated):
+            return []
+        run, effects = looked
+        names = run.experiment.model.layout.names
+        return verdicts.weak_spots(effects, run.summary["parameter_ledger"], names)
+
     def goal(self, name: str) -> Finding | None:
         """The plan's goals against the seeds of a row; None without a finished one."""
         ppls = [run.summary["ppl"] for run in self.seeds(name).values()]
@@ -124,6 +133,8 @@ class Evidence:
         if not run or isinstance(run.experiment.model, DenseConfig):
             return ""
         expected = twin(run.experiment)
+        if expected == run.experiment:  # it is the modern twin itself
+            return ""
         if row in TUNED:  # at whatever learning rate is best for it
             other = self.best(",".join([PAIRS[row], *changes]))
             rate = other and other.experiment.training.learning_rate
@@ -333,10 +344,8 @@ def answers(evidence: Evidence, short: bool = False) -> dict[str, list[str]]:
     runs, suspects = read_grid(evidence.folder)
     causes = judge(runs, suspects) if runs else []
     if looked := evidence.ablated:
-        run, effects = looked
-        ledger, layout = run.summary["parameter_ledger"], run.experiment.model.layout
-        lost = verdicts.weak_spots(effects, ledger, layout.names)
-        lost += [f for f in health_of(run) if f.rule.startswith("Effective rank")]
+        ranks = [f for f in health_of(looked[0]) if f.rule.startswith("Effective rank")]
+        lost = evidence.weak_spots() + ranks
     said = {
         "Did the plateau break (PPL < 200? < 100?)": [goal for goal in goals if goal],
         "Does the architecture help or hurt?": [found for found, _ in evidence.compared.values()],

@@ -23,7 +23,6 @@ from musota.plan.path import EARNED
 from musota.plan.profiles import profiles, scaled
 from musota.plan.registry import TUNED, find_experiment, registry, title_of
 from musota.rules import verdicts
-from musota.rules.findings import Finding
 from musota.rules.plan import REPORTED
 from musota.rules.verdicts import Cause
 from musota.studies.campaign import swept, tuned
@@ -211,7 +210,7 @@ def _answer(evidence: Evidence) -> list[str]:
     if "bigram" in evidence.rungs:
         said += f"; counting pairs of tokens reaches {evidence.rungs['bigram']:,.0f}"
     sentences = [f"{said}."]
-    if any((spot.rule, spot.verdict) == ("Context", "idle") for spot in _weak_spots(evidence)):
+    if any((spot.rule, spot.verdict) == ("Context", "idle") for spot in evidence.weak_spots()):
         cost = next(
             evidence.ablated[1][part].mean for part in verdicts.CONTEXT & {*evidence.ablated[1]}
         )
@@ -230,17 +229,9 @@ def _ppl(seeds: Sequence[Run]) -> str:
     return f"{tables.mean_ppl(seeds):,.1f}{tables.interval_of(seeds)}"
 
 
-def _weak_spots(evidence: Evidence) -> list[Finding]:
-    if not (looked := evidence.ablated):
-        return []
-    run, effects = looked
-    names = run.experiment.model.layout.names
-    return verdicts.weak_spots(effects, run.summary["parameter_ledger"], names)
-
-
 def _advice(evidence: Evidence) -> list[str]:
     """What to change next, in the model and in its training."""
-    steps = [spot.next_step for spot in _weak_spots(evidence) if spot.next_step]
+    steps = [spot.next_step for spot in evidence.weak_spots() if spot.next_step]
     _, causes = _grid(evidence)
     training = [verdicts.root_cause_advice(causes)] if causes else []
     return [f"In the model: {step}." for step in steps[:1]] + training

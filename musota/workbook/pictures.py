@@ -17,7 +17,18 @@ from matplotlib.ticker import MaxNLocator
 from musota.models.base import ScoredText
 from musota.plan.layout import BlockLayout
 from musota.rules.plan import PLAN_LADDER, REPORTED
-from musota.workbook.style import BLUE, GREY, HATCHES, ORANGE, PLAIN, RED, SHADES, new_figure
+from musota.rules.stats import Interval
+from musota.workbook.style import (
+    BLUE,
+    GREY,
+    HATCHES,
+    ORANGE,
+    PLAIN,
+    RED,
+    SHADES,
+    draw_intervals,
+    new_figure,
+)
 
 BENCH_NAMES = {"mu": "MU-SOTA", "dense": "dense"}
 # In this order a group looks the same in every figure; others come after, in theirs.
@@ -258,4 +269,36 @@ def bench_scaling(result: Mapping) -> Figure:
     figure.legend(
         *first.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center"
     )
+    return figure
+
+
+def names(found: Mapping) -> Figure:
+    """What each block tells (see `studies.names`): alike which others, what a linear probe reads
+    from it alone, and how much of a word's place in it depends on the word before."""
+    blocks, reads, moves = found["blocks"], found["reads"], found["moves"]
+    figure = Figure(figsize=(12.5, 5), layout="constrained", dpi=110)
+    alike, read, move = figure.subplots(1, 3, width_ratios=(1, 1.1, 0.75))
+    values = [[of[block][0] for block in blocks] for of in reads.values()]
+    for axis, table, look in ((alike, found["similarity"], "Blues"), (read, values, "Oranges")):
+        axis.imshow(table, cmap=look, vmin=0, vmax=1 if axis is alike else None, aspect="auto")
+        for (row, column), value in np.ndenumerate(np.array(table)):
+            dark = value > (0.6 if axis is alike else 0.6 * np.max(values))
+            colour = "white" if dark else "0.25"
+            size = 8 if len(blocks) <= 8 else 5.5
+            text = f"{value:.2f}".replace("0.", ".")
+            axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+        axis.set_xticks(range(len(blocks)), blocks, fontsize=8)
+    alike.set_yticks(range(len(blocks)), blocks, fontsize=8)
+    alike.set_title(
+        "How alike two blocks are\n(linear CKA: 0 nothing shared, 1 the same)", fontsize=10
+    )
+    read.set_yticks(range(len(reads)), list(reads), fontsize=8)
+    read.set_title(
+        "What is read from one block alone\n(accuracy beyond shuffled labels)", fontsize=10
+    )
+    draw_intervals(move, {block: Interval(*moves[block]) for block in blocks})
+    move.tick_params(axis="y", labelsize=8)
+    move.spines[["top", "right"]].set_visible(False)
+    words = f"share of variance, {found['words']} words"
+    move.set_title(f"How far the word before\nmoves a word ({words})", fontsize=10)
     return figure

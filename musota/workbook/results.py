@@ -16,9 +16,10 @@ from musota.files import cache_folder, sha256, write_json
 from musota.plan.profiles import Profile
 from musota.rules.findings import Finding
 from musota.studies.ngrams import measure_ladder
+from musota.studies.path import Judged
 from musota.training.mirror import Mirror
 from musota.training.runs import Run
-from musota.workbook.evidence import GRID, Evidence, footer, read_evidence, read_rungs
+from musota.workbook.evidence import GRID, Evidence, footer, read_evidence, read_path, read_rungs
 from musota.workbook.records import read_probes, read_runs
 from musota.workbook.style import save_figure
 
@@ -135,6 +136,13 @@ class Results:
         from musota.workbook.compare import chosen_runs
 
         return chosen_runs(names, self.root.parent, self.root.name)
+
+    @property
+    def path(self) -> dict[str, Judged]:
+        """The path to the redesign as trained here, else as it comes with the repository."""
+        kept = [ROOT / "results" / profile for profile in COMMITTED]
+        found = [read_path(self.folder, self.corpus.fingerprint), *map(read_path, kept)]
+        return next(filter(None, found), {})
 
     @cached_property
     def ladder(self) -> dict[str, float]:
