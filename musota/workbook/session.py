@@ -14,7 +14,7 @@ from musota.data.corpus import Corpus, load_corpus
 from musota.errors import MusotaError, check_seed, nearest_name
 from musota.plan.config import Experiment, check_changes
 from musota.plan.profiles import Profile, changed, find_profile, scaled, twin
-from musota.plan.registry import TUNED, find_experiment
+from musota.plan.registry import TUNED, find_experiment, registry
 from musota.plan.suspects import Cell, Suspect, turned_by
 from musota.plan.suspects import grid as suspects_grid
 from musota.rules.findings import Finding
@@ -94,7 +94,7 @@ class Workbook(Results):
             kept = results_folder(self.profile.name, self.corpus)
             losses = self._swept(self.root, name) or self._swept(kept, name)
             return scaled(campaign.tuned(name, self.profile, losses), self.profile)
-        if name.endswith("_twin"):
+        if name.endswith("_twin") and name not in registry:
             return twin(self._unchanged(name.removesuffix("_twin")))
         return scaled(find_experiment(name), self.profile)
 
