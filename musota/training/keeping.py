@@ -140,7 +140,7 @@ def write_summary(trainer) -> None:
         "parameter_ledger": trainer.ledger,
         "flops_per_token": trainer.experiment.model.flops_per_token,
         "peak_memory_bytes": peak_memory(trainer.device),
-        **about_machine(),
+        **about_machine(trainer.device),
     }
     if trainer.instead_of:
         about["instead_of"] = trainer.instead_of.to_dict()

@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load, save
@@ -139,14 +140,14 @@ class Run:
         """Whether the checkpoint of the best epoch is here; committed runs come without."""
         return (self.path / "checkpoints" / "best" / "model.safetensors").exists()
 
-    def load_model(self) -> CausalLM:
+    def load_model(self, device: str | torch.device = "cpu") -> CausalLM:
         """The model of the best epoch. Raises MusotaError where it was not kept, or is damaged."""
         folder = self.path / "checkpoints" / "best"
         for name, expected in self.summary.get("best_files", {}).items():
             path = folder / name
             if path.exists() and sha256(path.read_bytes()) != expected:
                 raise MusotaError(f"{path} is damaged: train the run again with fresh=True.")
-        return load_model(folder)
+        return load_model(folder, device)
 
     def __repr__(self) -> str:
         ppl = f", valid PPL {self.summary['ppl']:.1f}" if self.summary else ""
