@@ -131,8 +131,6 @@ def test_more_heads_than_a_launch_may_have_are_several_launches(monkeypatch):
     whole = attention.attend_with_library(q, k, v, False)[0]
     monkeypatch.setattr(attention, "MOST_HEADS", 8)
     torch.testing.assert_close(attention.attend_with_library(q, k, v, False)[0], whole)
-    alone = attention.attend_with_library(q[:, :1], k[:, :1], v[:, :1], False)[0]
-    torch.testing.assert_close(alone, v[:, :1])
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)

@@ -34,8 +34,6 @@ def attend_with_library(q: Tensor, k: Tensor, v: Tensor, with_entropy: bool):
         future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
         weights = (q @ k.mT).float().masked_fill(future, float("-inf")).softmax(-1)  # (G, T, T)
         return weights.to(v.dtype) @ v, entropy(weights)
-    if q.shape[1] == 1:  # a token alone attends to itself
-        return v, None
     if len(q) > MOST_HEADS:
         some = zip(*(x.split(MOST_HEADS) for x in (q, k, v)), strict=True)
         return torch.cat([attend_with_library(*part, False)[0] for part in some]), None

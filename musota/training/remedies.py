@@ -30,9 +30,12 @@ COMPILING = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRec
 SURPRISES = (RuntimeError, *COMPILING, Diverged)
 
 
-def knows(error: Exception) -> bool:
-    """Whether `mend` has something for it."""
-    return isinstance(error, (*COMPILING, Diverged)) or is_out_of_memory(error)
+def known(error: Exception) -> Exception:
+    """The error if `mend` can do something about it, without what holds on to the step's memory;
+    raises it otherwise."""
+    if not (isinstance(error, (*COMPILING, Diverged)) or is_out_of_memory(error)):
+        raise error
+    return error.with_traceback(None)
 
 
 def refuse_bad_loss(trainer, loss: float, limit: float = math.inf) -> None:

@@ -87,9 +87,8 @@ def train(
     _check_arguments(experiment, corpus, seed, micro_batch, stop_at)
     if auto_remedy and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise MusotaError("auto_remedy works in one process only: leave it out here.")
-    choices = {"micro_batch": micro_batch, "compile": compile}
-    about = {"name": name, "profile": profile, "choices": choices, "auto_remedy": auto_remedy}
-    about["device"] = device
+    about = {"name": name, "profile": profile, "auto_remedy": auto_remedy, "device": device}
+    about["choices"] = {"micro_batch": micro_batch, "compile": compile}
     config, asked = Path(run_dir) / "config.json", None
     longer = read_sealed(config).get("instead_of") if resume and config.exists() else None
     if longer and Experiment.from_dict(longer) == experiment:  # it was shortened when it began
@@ -190,7 +189,7 @@ class Trainer:
         self.remedies = {"rate_factor": 1.0, "step": 0}
         self.watch: Callable[[Run], None] | None = None
         self.copy: Callable[[], None] | None = None
-        self.saved_at = time.monotonic()
+        self.saved_at, self.copied_at = time.monotonic(), -math.inf
         self.progress = progress_bar(0, shown=False)
 
     def schedule(self, step: int) -> float:
@@ -222,11 +221,11 @@ class Trainer:
         if self.folder.writes:
             print(text, flush=True)
 
-    def run(
-        self, stop_at: float, watch: Callable[[Run], None] | None, copy: Callable[[], None] | None
-    ) -> Run:
+    def run(self, stop_at: float, watch, copy) -> Run:
         if self.finished:
             self.say(f"{self.folder.path}: finished before, loaded as it is.")
+            self.folder.attempt(copy)
+            self.folder.refuse_unsaved()
             return Run(self.folder.path)
         _begin(self)
         self.watch, self.copy = watch, copy
@@ -246,6 +245,7 @@ class Trainer:
                     keeping.checkpoint(self)
         finally:
             self.folder.lock.release()
+            self.folder.attempt(copy)
         self.folder.refuse_unsaved()
         if self.step < stop:
             self.say(
@@ -267,9 +267,7 @@ class Trainer:
             if ends or due:
                 remedies.refuse_bad_loss(self, float(self.epoch_nats))
         except remedies.SURPRISES as error:
-            if not remedies.knows(error):
-                raise
-            trouble = error.with_traceback(None)  # which would hold on to the step's memory
+            trouble = remedies.known(error)
         if trouble:
             remedies.mend(self, trouble)
         elif ends:
@@ -308,7 +306,7 @@ class Trainer:
         self.applied += not self.optimizer.step_was_skipped
         self.progress.update(len(batch) * self.length)
         if self.step % self.log_interval == 0 or self.step in (1, self.total_steps):
-            # Here alone a step waits for the device (under fp16 the scaler looks at one number).
+            # The one place that waits for the device, but for fp16's scaler, which reads a number.
             self._log_step(float(loss), float(norm), rate)
 
     def _backward(self, batch: Tensor) -> Tensor:

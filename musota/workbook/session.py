@@ -91,6 +91,14 @@ class Results:
             return False
         return True
 
+    def deliver(self) -> None:
+        """`push`, raising MusotaError where that fails: nothing ends well that is not copied."""
+        if not self.push():
+            raise MusotaError(
+                f"The results could not be copied to {self.home}: make room there, or mount it "
+                "again, and do this once more."
+            )
+
     def kept(self, name: str, measure: Callable[..., dict], *arguments) -> dict:
         """What `measure(*arguments)` returns, measured once and kept as the probe `name`."""
         fingerprint = self.corpus.fingerprint
@@ -156,11 +164,7 @@ class Results:
         """
         found = [dataclasses.asdict(finding) for finding in findings]
         write_json(self.folder / f"{name}.json", {**numbers, "findings": found})
-        if not self.push():
-            raise MusotaError(
-                f"The results could not be copied to {self.home}: make room there, or mount it "
-                "again, and repeat this cell."
-            )
+        self.deliver()
         print(f"written: {self.home / name}.json")
 
     def show(
@@ -244,15 +248,18 @@ class Workbook(Results):
         same = [run for run in self.known if run.finished and run.identity == wanted]
         if same and not self.fresh and not (folder / "config.json").exists():
             print(f"{same[0].path}: finished before, loaded as it is.")
+            self.deliver()
             return same[0]
         choices.setdefault("watch", live_view())
         if self.mirror:
             choices["copy"] = self.mirror.part(folder).push
         resume, profile = not self.fresh, self.profile.name
-        return train(
+        run = train(
             experiment, self.corpus, folder, resume, self.seed, name=name, profile=profile,
             **choices,
         )  # fmt: skip
+        self.deliver()
+        return run
 
     def run_grid(self) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
         """Train the root-cause grid of this profile, or go on with it (see `suspects.grid`)."""
