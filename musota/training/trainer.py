@@ -12,14 +12,13 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from musota.data.corpus import Corpus, window_starts
 from musota.errors import MusotaError, check_seed
-from musota.files import read_sealed
+from musota.files import as_path, read_sealed
 from musota.models.base import CausalLM
 from musota.models.sharing import build_model
 from musota.plan.config import Experiment
@@ -89,7 +88,7 @@ def train(
         raise MusotaError("auto_remedy works in one process only: leave it out here.")
     about = {"name": name, "profile": profile, "auto_remedy": auto_remedy, "device": device}
     about["choices"] = {"micro_batch": micro_batch, "compile": compile}
-    config, asked = Path(run_dir) / "config.json", None
+    config, asked = as_path(run_dir) / "config.json", None
     longer = read_sealed(config).get("instead_of") if resume and config.exists() else None
     if longer and Experiment.from_dict(longer) == experiment:  # it was shortened when it began
         asked, experiment = experiment, experiment.with_(max_seq_len=SHORTER)

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from musota.errors import MusotaError
+from musota.files import as_path
 from musota.plan.config import Experiment, MuConfig
 from musota.plan.profiles import Profile, grid_profiles, profiles, scaled, twin
 from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
@@ -148,7 +149,7 @@ def read_evidence(folder: str | os.PathLike, fingerprint: str | None = None) -> 
 
     Runs on another corpus than `fingerprint` (default: that of the first run) are left out.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     runs, left_out = read_runs(folder)
     if fingerprint is None and runs:
         fingerprint = runs[0].fingerprint

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from musota.data.sources import SOURCES
 from musota.errors import MusotaError
-from musota.files import write_json, write_whole
+from musota.files import write_json, write_text
 from musota.plan.config import DenseConfig
 from musota.plan.profiles import profiles, scaled
 from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
@@ -64,7 +64,7 @@ def _render(template: str, **found) -> str:
 
 
 def _write(path: Path, text: str) -> Path:
-    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return path
 
 

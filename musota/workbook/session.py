@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from musota.data.corpus import Corpus, load_corpus
 from musota.errors import MusotaError, check_seed, nearest_name
-from musota.files import cache_folder, sha256, write_json
+from musota.files import as_path, cache_folder, sha256, system_error, write_json
 from musota.plan.config import Experiment
 from musota.plan.profiles import Profile, find_profile, scaled, twin
 from musota.plan.registry import TUNED, find_experiment
@@ -43,7 +43,7 @@ COMMITTED = ("full", "study")  # results that come with the repository, best fir
 def results_folder(profile: str, corpus: Corpus, save_to: str | os.PathLike = "") -> Path:
     """Where results of a profile and corpus belong: WikiText-2 under the profile's bare name, any
     other text under a name that ends in its fingerprint, whatever the text is called now."""
-    base = Path(save_to or ROOT / "results").expanduser()
+    base = as_path(save_to or ROOT / "results")
     if corpus.label == "wikitext-2":
         return base / profile
     same_text = sorted(base.glob(f"{profile}-*-{corpus.text_hash[:8]}"))
@@ -65,7 +65,7 @@ class Results:
         # Where results belong, and where they are worked on: a Drive loses writes, a disk does not.
         self.home = work = results_folder(self.profile.name, self.corpus, save_to)
         if save_to:
-            key = sha256(str(Path(save_to).expanduser().resolve()).encode())[:12]
+            key = sha256(str(as_path(save_to).resolve()).encode())[:12]
             work = cache_folder() / "work" / key / self.home.name
         self.mirror, self.folder = None, work / self.part
         try:
@@ -75,10 +75,8 @@ class Results:
                 self.mirror = Mirror(work, self.home)
                 self.mirror.pull()
         except OSError as error:
-            raise MusotaError(
-                f"The results folder {self.home} cannot be made ({error.strerror}): set save_to to "
-                "a folder that can be written."
-            ) from None
+            instead = "set save_to to another"
+            raise system_error(f"The results folder {self.home}", error, instead) from None
         self.root = work
 
     def push(self) -> bool:
