@@ -47,7 +47,6 @@ class CausalLM(nn.Module, Watched, Shareable):
     def __init__(self, config: ModelConfig, learned_positions: bool = True):
         super().__init__()
         self.config = config
-        self.compiled_body = None
         self.tokenizer: TextTokenizer | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = None
@@ -95,8 +94,7 @@ class CausalLM(nn.Module, Watched, Shareable):
             )
         if input_ids.device.type == "cpu":  # on a GPU a look at the values would have to wait
             self.check_tokens(input_ids)
-        body = self.compiled_body if self.training else None
-        hidden = (body or self.hidden_states)(input_ids)
+        hidden = self.hidden_states(input_ids)
         if targets is None:
             return F.linear(hidden, self.output_weight, self.output_bias), None
         return None, linear_cross_entropy(hidden, self.output_weight, self.output_bias, targets)
@@ -110,13 +108,17 @@ class CausalLM(nn.Module, Watched, Shareable):
                 f"{self.config.vocab_size}: tokenize with the model's own tokenizer."
             )
 
-    def compile_body(self) -> None:
-        """Let training steps run `hidden_states` through torch.compile, for one static shape each.
+    def compile_layers(self, on: bool = True) -> None:
+        """Let training steps run their layers through torch.compile: one graph for all, a shape.
 
         Evaluation and generation, whose shapes vary, stay as they are, and so does the loss: a few
-        large kernels that have nothing to gain.
+        large kernels that have nothing to gain. More shapes than torch allows are an error of it.
         """
-        self.compiled_body = torch.compile(self.hidden_states, dynamic=False)
+        torch.compiler.reset()  # shapes of earlier models count against torch's limit, too
+        kind = type(self.layers[0])
+        compiled = torch.compile(kind.forward, dynamic=False, fullgraph=True) if on else None
+        for layer in self.layers:
+            layer.compiled = compiled
 
     def ledger_group(self, name: str) -> str:
         """The group of the ledger that the parameter `name` belongs to."""
@@ -204,6 +206,17 @@ def _draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor
         drop[:, 0] = False  # also where top_p is too small for float32
         logits = logits.masked_fill(drop.gather(1, order.argsort(-1)), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+class Layer(nn.Module):
+    """One of a model's `layers`; training steps may run it compiled."""
+
+    compiled = None
+
+    def __call__(self, *inputs):
+        if self.training and self.compiled:
+            return self.compiled(self, *inputs)
+        return super().__call__(*inputs)
 
 
 @torch.no_grad()
@@ -294,11 +307,13 @@ class Dropout(nn.Dropout):
     """nn.Dropout, but on a CPU four elements share one 64-bit random number.
 
     Torch draws there one element after another, a tenth of a whole training step; the probability
-    is rounded to 1/65,536. A GPU takes torch's own.
+    is rounded to 1/65,536. A GPU and compiled layers
+    take torch's own.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p or x.device.type != "cpu":
+        torchs_own = x.device.type != "cpu" or torch.compiler.is_compiling()
+        if not self.training or not self.p or torchs_own:
             return super().forward(x)
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         dropped = round(self.p * 2**16)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musota.models.attention import causal_attention, largest_score
-from musota.models.base import CausalLM, Dropout
+from musota.models.attention import causal_attention, largest_score, library_attention
+from musota.models.base import CausalLM, Dropout, Layer
 from musota.plan.config import RedesignedConfig
 
 
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         return q, k, self.value(x).view(B, T, n, c).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.scaled_dot_product_attention(*self.heads(x), is_causal=True, scale=1.0)
+        y = library_attention(*self.heads(x))
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -74,7 +74,7 @@ class Gate(nn.Module):
         return 2 * (self.map(affinity) if self.map else affinity).sigmoid()
 
 
-class RedesignedLayer(nn.Module):
+class RedesignedLayer(Layer):
     def __init__(self, config: RedesignedConfig):
         super().__init__()
         d = config.d_model

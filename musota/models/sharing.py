@@ -17,7 +17,7 @@ from torch import Tensor
 
 from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError
-from musota.files import write_json, write_whole
+from musota.files import as_path, write_json, write_whole
 from musota.plan.config import (
     DenseConfig,
     Experiment,
@@ -74,7 +74,7 @@ def save_model(
     tokenizer: TextTokenizer | None = None,
 ) -> None:
     """Write model.safetensors, config.json and tokenizer.json, each whole or not at all."""
-    folder = Path(folder)
+    folder = as_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = save(weights)
     write_whole(folder / "model.safetensors", lambda path: path.write_bytes(data))
@@ -89,7 +89,7 @@ def load_model(folder: str | os.PathLike, device: str = "cpu") -> CausalLM:
     Raises MusotaError if a file is missing or damaged, or if the weights are not as many as the
     config says; that is seen before any memory is taken.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = Experiment.from_dict({"model": described, "training": {}}).model
@@ -125,7 +125,7 @@ class Shareable(ModelHubMixin, library_name="musota"):
     def from_pretrained(cls, name: str | os.PathLike, **download) -> CausalLM:
         """The model in a folder, or in a repository of the Hugging Face hub (`download` is passed
         to its snapshot_download: revision, token, …). Raises MusotaError where there is none."""
-        if Path(name).is_dir():
+        if os.path.isdir(as_path(name)):
             return load_model(name)
         wanted = ["*.json", "model.safetensors"]
         try:

@@ -125,12 +125,14 @@ grid_profiles: dict[str, Profile] = {
 def find_profile(name: str, grid: bool = False) -> Profile:
     """A profile by name, with `grid` at the size of notebook 06.
 
-    `auto` is `full` where a CUDA device is at hand, else `quick`.
+    `auto` is `full` where a CUDA device is at hand, else `quick`; with `grid`, whose full size
+    would take a day, `study` there.
     """
     if name == "auto":
         import torch
 
-        name = "full" if torch.cuda.is_available() else "quick"
+        large = "study" if grid else "full"
+        name = large if torch.cuda.is_available() else "quick"
     if not isinstance(name, str) or name not in profiles:
         raise nearest_name("profile", name, ["auto", *profiles])
     return (grid_profiles if grid else profiles)[name]

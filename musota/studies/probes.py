@@ -19,7 +19,7 @@ from musota.models.musota import MuSota
 from musota.plan.config import Experiment
 from musota.training import keeping
 from musota.training.evaluate import blocks_of
-from musota.training.machine import progress_bar
+from musota.training.machine import autocast_on, find_device, progress_bar
 from musota.training.runs import Run
 from musota.training.trainer import Trainer, train
 
@@ -66,7 +66,9 @@ def measure_ablations(run: Run, corpus: Corpus) -> dict:
 
     Raises MusotaError for a run without blocks or without its checkpoint.
     """
-    return _by_blocks(ablations(run.load_model(), corpus.valid))
+    model = run.load_model(find_device())
+    with autocast_on(model.device):
+        return _by_blocks(ablations(model, corpus.valid))
 
 
 def measure_annealing(experiment: Experiment, corpus: Corpus, seed: int = 0) -> dict:
@@ -92,7 +94,8 @@ def anneal(run: Run, corpus: Corpus, share: float = 0.15) -> dict[str, Tensor]:
             shutil.copytree(run.path, scratch, dirs_exist_ok=True)
             trainer = Trainer(run.experiment, corpus, scratch, seed=run.seed, name=run.name)
             keeping.restore(trainer, trainer.saved)
-            nats.setdefault("before", score(trainer.model, corpus.valid)[0])
+            with trainer.accelerator.autocast():
+                nats.setdefault("before", score(trainer.model, corpus.valid)[0])
             steps, start = math.ceil(share * trainer.step), trainer.applied
             rate = trainer.schedule(start)
 
@@ -104,7 +107,8 @@ def anneal(run: Run, corpus: Corpus, share: float = 0.15) -> dict[str, Tensor]:
             trainer.progress = progress_bar(steps * per_step)
             for _ in range(steps):
                 trainer.one_step()
-            nats[arm] = score(trainer.model, corpus.valid)[0]
+            with trainer.accelerator.autocast():
+                nats[arm] = score(trainer.model, corpus.valid)[0]
             trainer.folder.lock.release()
     return nats
 

@@ -225,8 +225,9 @@ def evidence(seeds, only, **parameters):
             book.carry_out(part, seeds)
     for name, ppl in book.ladder.items():  # measured once, and in the report
         click.echo(f"rung {name}: {ppl:,.1f}")
-    click.echo(f"The report: {write_report(book.folder)}")
-    book.push()
+    write_report(book.folder)
+    book.deliver()
+    click.echo(f"The report: {book.home / 'README.md'}")
 
 
 @cli.command()

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from musota.errors import MusotaError
+from musota.files import as_path
 from musota.plan.config import DenseConfig, Experiment, MuConfig
 from musota.plan.profiles import Profile, grid_profiles, profiles, scaled, twin
 from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
@@ -25,6 +26,7 @@ from musota.training.runs import Run
 from musota.workbook.records import labelled, read_probes, read_runs
 
 GRID, SWEEP, PATH = "root_causes", "sweep", "path"  # parts of a results folder
+GOALS = ("original", "optimized", "tuned")  # rows the plan has goals for, changed or not
 ABLATED = (*TUNED, "optimized", "original")  # MU-SOTA as looked into: the first that was
 
 
@@ -58,10 +60,10 @@ class Evidence:
         return dataclasses.replace(self, runs=tuple(r for r in self.runs if r.name in wanted))
 
     @property
-    def names(self) -> set[str]:
-        """The rows that have runs, aliases among them."""
-        own = {run.name for run in self.runs}
-        return own | {alias for alias, name in self.aliases.items() if name in own}
+    def names(self) -> list[str]:
+        """The rows that have runs, in their order, then the aliases among them."""
+        own = [*dict.fromkeys(run.name for run in self.runs)]
+        return own + [alias for alias, name in self.aliases.items() if name in own]
 
     def title(self, name: str) -> str:
         """What people read for a row, with the rows that are the same bit for bit."""
@@ -88,6 +90,13 @@ class Evidence:
     @property
     def plan_does_not_apply(self) -> str | None:
         return plan_reason(self.runs[0]) if self.runs else "there are no runs"
+
+    @property
+    def at_the_plans_size(self) -> bool:
+        """Whether these runs stand beside what the plan reported: its text, vocabulary, profile."""
+        corpus, model = (self.runs[0].config["corpus"], self.runs[0].experiment.model)
+        size = model.vocab_size, self.runs[0].config["profile"]
+        return plan.plan_does_not_apply(corpus["name"], *size) is None
 
     @cached_property
     def rungs(self) -> dict[str, float]:
@@ -125,7 +134,10 @@ class Evidence:
     def goal(self, name: str) -> Finding | None:
         """The plan's goals against the seeds of a row; None without a finished one."""
         ppls = [run.summary["ppl"] for run in self.seeds(name).values()]
-        return plan.broke_through(ppls, title_of(name), self.plan_does_not_apply) if ppls else None
+        if not ppls:
+            return None
+        run = self.best(name)
+        return plan.broke_through(ppls, title_of(name), plan_reason(run), smaller_budget(run))
 
     def twin_of(self, name: str) -> str:
         """The recorded dense twin of a row, changed or not; empty where there is none."""
@@ -177,7 +189,7 @@ def read_evidence(folder: str | os.PathLike, fingerprint: str | None = None) -> 
 
     Runs on another corpus than `fingerprint` (default: that of the first run) are left out.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     runs, left_out = read_runs(folder)
     if fingerprint is None and runs:
         fingerprint = runs[0].fingerprint
@@ -257,17 +269,22 @@ def read_path(folder: Path, fingerprint: str | None = None) -> dict[str, Judged]
 def plan_reason(run: Run) -> str | None:
     """Why the plan's thresholds say nothing about a run, or None where they do: the text, the
     vocabulary and the budget must be the plan's, whatever the run is called."""
-    corpus, experiment = run.config["corpus"]["name"], run.experiment
-    size = experiment.model.vocab_size, run.config["profile"]
-    if reason := plan.plan_does_not_apply(corpus, *size, run.finished):
+    corpus, size = run.config["corpus"]["name"], run.experiment.model.vocab_size
+    if reason := plan.plan_does_not_apply(corpus, size, run.config["profile"], run.finished):
         return reason
+    return None if _planned_epochs(run) else "the model is none of the plan's"
+
+
+def smaller_budget(run: Run) -> str:
+    """How many of the plan's epochs a run had, where it had fewer."""
+    epochs, planned = run.experiment.training.epochs, _planned_epochs(run)
+    return f"{epochs} of the plan's {planned} epochs" if planned and epochs < planned else ""
+
+
+def _planned_epochs(run: Run) -> int | None:
+    """The fewest that the plan gives this very model; None if it is none of the plan's."""
     rows = [find_experiment(name) for name in registry if name not in TUNED]
-    planned = [row.training.epochs for row in rows if row.model == experiment.model]
-    if not planned:
-        return "the model is none of the plan's"
-    if experiment.training.epochs < min(planned):
-        return f"it had {experiment.training.epochs} epochs, not the plan's {min(planned)}"
-    return None
+    return min((e.training.epochs for e in rows if e.model == run.experiment.model), default=None)
 
 
 def run_findings(
@@ -278,7 +295,7 @@ def run_findings(
     The plan's rules judge MU-SOTA; of a dense model only rungs and the curve are told.
     """
     ppl, accuracy = run.summary["ppl"], run.summary["accuracy"]
-    found, reason = [], plan_reason(run)
+    found, reason = [], plan_reason(run) or smaller_budget(run)
     judged = isinstance(run.experiment.model, MuConfig)
     if judged and reason:
         found = [not_applicable("Scenario, bottom line, expectation", reason)]
@@ -336,7 +353,7 @@ def answers(evidence: Evidence, short: bool = False) -> dict[str, list[str]]:
 
     `short` leaves the thresholds out.
     """
-    goals = [evidence.goal(name) for name in ("original", "optimized", "tuned")]
+    goals = [evidence.goal(n) for n in evidence.names if n.split(",")[0] in GOALS]
     sweeps, lost = [], []
     if optimized := evidence.best("optimized"):
         own = optimized.experiment.training.learning_rate

@@ -213,20 +213,32 @@ def ablations(effects: Mapping[str, Interval], ppl: float, layout: BlockLayout) 
     return figure
 
 
-def answer(runs: Sequence[Run], rungs: Mapping[str, float], sweeps: Sweeps) -> Figure:
-    """Where every model ends (hollow: seeds), beside the rungs; and, if measured, the sweeps."""
-    figure, axes = new_figure(11, 4.6, columns=2 if sweeps else 1)
+def answer(
+    runs: Sequence[Run], rungs: Mapping[str, float], sweeps: Sweeps, reported: bool = False
+) -> Figure:
+    """Where every model ends (hollow: seeds), beside the rungs; with what the plan reported of its
+    first run, if asked, and with the sweeps, if measured."""
     groups = by_name(runs)
-    _draw_ends(
-        np.atleast_1d(axes)[0],
-        {title_of(name): [run.summary["ppl"] for run in group] for name, group in groups.items()},
-        list(styles_of(groups).values()),
-        rungs,
-    )
+    figure, axes = new_figure(11, max(4.6, 0.62 * len(groups)), columns=2 if sweeps else 1)
+    styles = list(styles_of(groups).values())
+    ends = {_ending(group): [run.summary["ppl"] for run in group] for group in groups.values()}
+    if reported:
+        told = f"reported by the plan:\nMU-SOTA original, {REPORTED['epochs']} epochs"
+        ends, styles = {told: [REPORTED["ppl"]]} | ends, [("black", "", "*"), *styles]
+    _draw_ends(np.atleast_1d(axes)[0], ends, styles, rungs)
     if sweeps:
         _draw_sweep(axes[1], sweeps)
         axes[1].grid(color="0.9")
     return figure
+
+
+def _ending(group: Sequence[Run]) -> str:
+    """A row's title; what was changed stands under it, and how far it is if it has not finished."""
+    title, first = title_of(group[0].name).replace(", ", "\n", 1), group[0]
+    if first.finished:
+        return title
+    done, planned = first.summary["epochs_done"], first.experiment.training.epochs
+    return f"{title}\nunfinished: {done} of {planned} epochs"
 
 
 def _draw_ends(axis, ends: Mapping[str, Sequence[float]], styles: Sequence, rungs) -> None:

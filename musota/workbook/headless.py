@@ -94,11 +94,11 @@ def _tell_end(book, seconds: float) -> None:
     from musota.workbook.tables import comparison_table
 
     write_report(book.folder)
-    path = (book.home if book.push() else book.folder) / "README.md"
     evidence = read_evidence(book.folder)
     if evidence.runs:
         columns = ["model", "seed", "parameters", "valid PPL", "valid word PPL", "valid accuracy"]
         click.echo("\n" + comparison_table(evidence.runs)[columns].to_string(index=False) + "\n")
     for line in verdict_lines(evidence):
         click.echo(f"- {line}")
-    click.echo(f"\nDone in {seconds / 60:.1f} minutes. The report: {path}")
+    book.deliver()
+    click.echo(f"\nDone in {seconds / 60:.1f} minutes. The report: {book.home / 'README.md'}")

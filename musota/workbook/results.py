@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from musota.data.corpus import Corpus
 from musota.errors import MusotaError
-from musota.files import cache_folder, sha256, write_json
+from musota.files import as_path, cache_folder, sha256, system_error, write_json
 from musota.plan.profiles import Profile
 from musota.rules.findings import Finding
 from musota.studies.ngrams import measure_ladder
@@ -30,7 +30,7 @@ COMMITTED = ("full", "study")  # results that come with the repository, best fir
 def results_folder(profile: str, corpus: Corpus, save_to: str | os.PathLike = "") -> Path:
     """Where results of a profile and corpus belong: WikiText-2 under the profile's bare name, any
     other text under a name that ends in its fingerprint, whatever the text is called now."""
-    base = Path(save_to or ROOT / "results").expanduser()
+    base = as_path(save_to or ROOT / "results")
     if corpus.label == "wikitext-2":
         return base / profile
     same_text = sorted(base.glob(f"{profile}-*-{corpus.text_hash[:8]}"))
@@ -52,7 +52,7 @@ class Results:
         # Where results belong, and where they are worked on: a Drive loses writes, a disk does not.
         self.home = work = results_folder(self.profile.name, self.corpus, save_to)
         if save_to:
-            key = sha256(str(Path(save_to).expanduser().resolve()).encode())[:12]
+            key = sha256(str(as_path(save_to).resolve()).encode())[:12]
             work = cache_folder() / "work" / key / self.home.name
         self.mirror, self.folder = None, work / self.part
         try:
@@ -62,10 +62,8 @@ class Results:
                 self.mirror = Mirror(work, self.home)
                 self.mirror.pull()
         except OSError as error:
-            raise MusotaError(
-                f"The results folder {self.home} cannot be made ({error.strerror}): set save_to to "
-                "a folder that can be written."
-            ) from None
+            instead = "set save_to to another"
+            raise system_error(f"The results folder {self.home}", error, instead) from None
         self.root = work
 
     def push(self) -> bool:
@@ -77,6 +75,14 @@ class Results:
             print(f"Not copied to {self.home}: {error.strerror}. It stands in {self.folder}.")
             return False
         return True
+
+    def deliver(self) -> None:
+        """`push`, raising MusotaError where that fails: nothing ends well that is not copied."""
+        if not self.push():
+            raise MusotaError(
+                f"The results could not be copied to {self.home}: make room there, or mount it "
+                "again, and do this once more."
+            )
 
     def named(self, name: str) -> str:
         """`name` for a file, with the changes it rests on."""
@@ -126,7 +132,7 @@ class Results:
         note = f"{', '.join(missing)} not yet trained in {self.home}"
         for profile in COMMITTED:
             kept = read_evidence(ROOT / "results" / profile).only(*names)
-            if kept.names >= set(names):
+            if {*kept.names} >= {*names}:
                 note += f": here is profile {profile} as kept with the workbook."
                 return dataclasses.replace(kept, note=note)
         return dataclasses.replace(own, note=f"{note}: run the notebook that trains it first.")
@@ -162,11 +168,7 @@ class Results:
         """
         found, name = [dataclasses.asdict(finding) for finding in findings], self.named(name)
         write_json(self.folder / f"{name}.json", {**numbers, "findings": found})
-        if not self.push():
-            raise MusotaError(
-                f"The results could not be copied to {self.home}: make room there, or mount it "
-                "again, and repeat this cell."
-            )
+        self.deliver()
         print(f"written: {self.home / name}.json")
 
     def show(

@@ -120,15 +120,18 @@ class Workbook(Results):
         same = [run for run in self.known if run.finished and run.identity == wanted]
         if same and not self.fresh and not (folder / "config.json").exists():
             print(f"{same[0].path}: finished before, loaded as it is.")
+            self.deliver()
             return same[0]
         choices.setdefault("watch", live_view())
         if self.mirror:
             choices["copy"] = self.mirror.part(folder).push
         resume, profile = not self.fresh, self.profile.name
-        return train(
+        run = train(
             experiment, self.corpus, folder, resume, self.seed, name=name, profile=profile,
             **choices,
         )  # fmt: skip
+        self.deliver()
+        return run
 
     def run_grid(self) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
         """Train the root-cause grid of this profile, or go on with it (see `suspects.grid`)."""

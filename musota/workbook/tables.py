@@ -202,9 +202,10 @@ def model_table(evidence: Evidence) -> pd.DataFrame:
 
 
 def front_table(evidence: Evidence, names: Iterable[str]) -> pd.DataFrame:
-    """The rows of `names` that were trained, and the bigram rung, in four columns."""
+    """The rows of `names` that were trained, and what counting reaches, in four columns."""
     groups = [list(evidence.seeds(name).values()) for name in names]
-    rungs = [rung for rung in _of_rungs(evidence) if rung["title"] == "rung: bigram"]
+    wanted = ("rung: bigram", "rung: trigram")
+    rungs = [rung for rung in _of_rungs(evidence) if rung["title"] in wanted]
     return table([_of_seeds(evidence, group) for group in groups if group] + rungs, FRONT)
 
 
