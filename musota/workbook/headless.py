@@ -89,7 +89,8 @@ class _Relay:
 
 
 def _tell_end(book, seconds: float) -> None:
-    from musota.workbook.evidence import read_evidence, verdict_lines
+    from musota.workbook.answers import verdict_lines
+    from musota.workbook.evidence import read_evidence
     from musota.workbook.pages import write_report
     from musota.workbook.tables import comparison_table
 

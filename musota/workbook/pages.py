@@ -29,16 +29,8 @@ from musota.studies.campaign import swept, tuned
 from musota.studies.grid import judge
 from musota.training.runs import Run
 from musota.workbook import figures, pictures, tables
-from musota.workbook.evidence import (
-    GRID,
-    Evidence,
-    answers,
-    footer,
-    read_evidence,
-    read_grid,
-    read_path,
-    rule_lines,
-)
+from musota.workbook.answers import answers, rule_lines
+from musota.workbook.evidence import GRID, Evidence, footer, read_evidence, read_grid, read_path
 from musota.workbook.style import save_figure
 
 FRONT_MARKS = ("<!-- measured -->", "<!-- end of measured -->")

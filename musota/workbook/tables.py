@@ -22,7 +22,8 @@ from musota.training.evaluate import exp_nats
 from musota.training.runs import Run
 from musota.training.schedule import learning_rate_at
 from musota.workbook import figures, pictures
-from musota.workbook.evidence import Evidence, health_of
+from musota.workbook.answers import health_of
+from musota.workbook.evidence import Evidence
 
 
 class _Cells(Formatter):
