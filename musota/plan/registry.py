@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from musota.errors import nearest_name
-from musota.plan.config import Experiment, MuConfig, TrainConfig
+from musota.plan.config import Experiment, MuConfig, OwnConfig, TrainConfig
 from musota.plan.profiles import twin
 
 
@@ -52,10 +52,14 @@ registry: dict[str, Row] = {
 
 
 def find_experiment(name: str) -> Experiment:
-    """A row's experiment at full size, or that of `<row>_twin`.
+    """A row's experiment at full size, `FILE.py:NAME` (a model of one's own, trained as the plan
+    trains), or the twin of either: `<name>_twin`.
 
-    Raises MusotaError for an unknown name, and for a tuned row.
+    Raises MusotaError for an unknown name, a tuned row and a file that cannot be read.
     """
+    if ".py:" in name:
+        own = Experiment(OwnConfig(name.removesuffix("_twin")), TrainConfig())
+        return twin(own) if name.endswith("_twin") else own
     row = registry.get(name)
     if row and row.experiment:
         return row.experiment
