@@ -157,9 +157,9 @@ class OwnConfig:
 
     `OwnConfig("my_model.py:build", {"width": 64})` calls `build(width=64, vocab_size=…,
     max_seq_len=…)`, the last two where it takes them. The file's name and sha256 belong to what the
-    experiment is, its folder does not. A config read from a record runs nothing until the caller
-    has named that file, by such a call. Raises MusotaError for a file that cannot be read, and
-    where a property has to build the model, for what goes wrong there.
+    experiment is, its folder does not. A config read from a record remembers its size, and builds
+    no model until the caller has named that file by such a call. Raises MusotaError for a file that
+    cannot be read, and where a property has to build the model, for what goes wrong there.
     """
 
     source: str
@@ -286,13 +286,17 @@ class Experiment:
 def describe(model: ModelConfig) -> dict:
     """A model's configuration for JSON; `model_config` is the inverse."""
     kind = next(kind for kind, config_class in KINDS.items() if type(model) is config_class)
-    return {"kind": kind, **dataclasses.asdict(model)}
+    size = {"size": model.size} if isinstance(model, OwnConfig) else {}
+    return {"kind": kind, **dataclasses.asdict(model), **size}
 
 
 def model_config(described: dict) -> ModelConfig:
     """Raises KeyError or TypeError for a kind or field it does not know."""
     fields = dict(described)
-    kind = KINDS[fields.pop("kind")]
+    kind, size = KINDS[fields.pop("kind")], fields.pop("size", None)
     if kind is OwnConfig and not fields["sha256"]:  # which would name a file, unasked
         raise KeyError("sha256")
-    return kind(**fields)
+    config = kind(**fields)
+    if size:
+        config.__dict__["size"] = own.Size(*size)  # where cached_property looks
+    return config

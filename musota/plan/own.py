@@ -75,8 +75,9 @@ def build(source: str, sha256: str, arguments: dict, sizes: dict):
         )
     with blaming(source):
         taken = inspect.signature(make).parameters
-        any_name = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-        module = make(**{k: v for k, v in sizes.items() if any_name or k in taken} | arguments)
+        if any(p.kind is p.VAR_KEYWORD for p in taken.values()) and "vocab_size" not in taken:
+            taken = sizes  # def build(**everything)
+        module = make(**{k: v for k, v in sizes.items() if k in taken} | arguments)
     if not isinstance(module, nn.Module):
         raise MusotaError(f"{source} made {type(module).__name__}, not a torch.nn.Module.")
     return module

@@ -76,10 +76,21 @@ TUNED = {name: row.tuned_from for name, row in registry.items() if row.tuned_fro
 PAIRS = {row.twin_of: name for name, row in registry.items() if row.twin_of}  # and its twin
 
 
+def run_name(name: str, experiment: Experiment) -> str:
+    """What runs of a row are called; of FILE.py:NAME, FILE.NAME@hash: versions are kept apart."""
+    if ".py:" not in name:
+        return name
+    model, twins = experiment.twin_of or experiment.model, "_twin" * bool(experiment.twin_of)
+    return f"{model.source.replace('.py:', '.')}@{model.sha256[:6]}{twins}"
+
+
 def title_of(name: str) -> str:
     """What people read for a row's name, or for `row,field=value,…`."""
     row, *changes = name.split(",")
     title = registry[row].title if row in registry else row.replace("_", " ")
+    if "@" in row:
+        title = row.removesuffix("_twin")
+        title = title if title == row else f"dense twin of {title}"
     return ", ".join([title, *changes])
 
 

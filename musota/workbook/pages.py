@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from musota.data.sources import SOURCES
 from musota.errors import MusotaError
 from musota.files import write_json, write_whole
-from musota.plan.config import DenseConfig
+from musota.plan.config import MuConfig, OwnConfig
 from musota.plan.profiles import profiles, scaled
 from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
 from musota.rules import verdicts
@@ -142,6 +142,9 @@ def _training_again(evidence: Evidence, shown: Sequence[Run]) -> dict:
     named, by_hand = [], []
     for run in shown:
         profile = profiles.get(run.config["profile"], profiles["full"])
+        if isinstance(run.experiment.model, OwnConfig):
+            named.append(f"FOLDER/{run.experiment.model.source}")
+            continue
         own, changes = run.experiment.fields(), {}
         for name in registry:
             losses = name in TUNED and swept(evidence.sweep_runs, TUNED[name], profile)
@@ -186,7 +189,7 @@ def write_front_page(path: str | os.PathLike, folders: Sequence[Path]) -> None:
 def _answer(evidence: Evidence) -> list[str]:
     """At most three sentences: how MU-SOTA does, why, and whether the plan's goal is met."""
     groups = figures.by_name(evidence.runs)
-    ours = [n for n, g in groups.items() if not isinstance(g[0].experiment.model, DenseConfig)]
+    ours = [n for n, g in groups.items() if isinstance(g[0].experiment.model, MuConfig)]
     if not ours:
         return []
     name = min(ours, key=lambda name: tables.mean_ppl(groups[name]))

@@ -17,7 +17,7 @@ from musota.errors import MusotaError, check_seed, nearest_name
 from musota.files import cache_folder, sha256, write_json
 from musota.plan.config import Experiment
 from musota.plan.profiles import Profile, find_profile, scaled, twin
-from musota.plan.registry import TUNED, find_experiment
+from musota.plan.registry import TUNED, find_experiment, run_name
 from musota.plan.suspects import Cell, Suspect, grid
 from musota.rules.findings import Finding
 from musota.rules.plan import plan_does_not_apply
@@ -219,7 +219,7 @@ class Workbook(Results):
         return plan_does_not_apply(self.corpus.name, vocab_size, self.profile.name)
 
     def experiment(self, name: str) -> Experiment:
-        """A row of the registry, or `<row>_twin`, at this profile's size."""
+        """A row of the registry, FILE.py:NAME, or `<either>_twin`, at this profile's size."""
         if name in TUNED:
             kept = results_folder(self.profile.name, self.corpus)
             losses = self._swept(self.root, name) or self._swept(kept, name)
@@ -239,7 +239,9 @@ class Workbook(Results):
         """
         from musota.workbook.widgets import live_view
 
-        experiment, folder = self.experiment(name), self.folder / f"{name}-seed{self.seed}"
+        experiment = self.experiment(name)
+        name = run_name(name, experiment)
+        folder = self.folder / f"{name}-seed{self.seed}"
         wanted = experiment, self.corpus.fingerprint, self.seed
         same = [run for run in self.known if run.finished and run.identity == wanted]
         if same and not self.fresh and not (folder / "config.json").exists():
