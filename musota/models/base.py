@@ -96,8 +96,20 @@ class CausalLM(nn.Module, Watched, Shareable):
             self.check_tokens(input_ids)
         hidden = self.hidden_states(input_ids)
         if targets is None:
-            return F.linear(hidden, self.output_weight, self.output_bias), None
-        return None, linear_cross_entropy(hidden, self.output_weight, self.output_bias, targets)
+            return self.logits_of(hidden), None
+        return None, self.loss_of(hidden, targets)
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """(…, C) hidden states to logits (…, V)."""
+        return F.linear(hidden, self.output_weight, self.output_bias)
+
+    def loss_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, see `linear_cross_entropy`."""
+        return linear_cross_entropy(hidden, self.output_weight, self.output_bias, targets)
+
+    def score_of(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Nats and hits by token, see `score_tokens`."""
+        return score_tokens(hidden, self.output_weight, self.output_bias, targets)
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Raises MusotaError unless every id is one of the vocabulary."""
@@ -184,7 +196,7 @@ class CausalLM(nn.Module, Watched, Shareable):
         ids = input_ids.to(self.device)
         for _ in range(max_new_tokens):
             hidden = self.hidden_states(ids[:, -self.config.max_seq_len :])[:, -1]
-            logits = F.linear(hidden, self.output_weight, self.output_bias).float().cpu()
+            logits = self.logits_of(hidden).float().cpu()
             ids = torch.cat([ids, _draw(logits, temperature, top_k, top_p, generator).to(ids)], 1)
         self.train(was_training)
         return ids
@@ -260,9 +272,7 @@ def score(
         for batch in alike.split(batch_size):
             window = tokens[batch[:, None] + span]  # (batch, width + 1)
             hidden = model.hidden_states(window[:, :-1])[:, -new:]
-            losses, correct = score_tokens(
-                hidden, model.output_weight, model.output_bias, window[:, -new:]
-            )
+            losses, correct = model.score_of(hidden, window[:, -new:])
             nats.append(losses.flatten())
             hits.append(correct.flatten())
     model.train(was_training)
@@ -299,7 +309,8 @@ def weights_sha256(model: CausalLM) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8)  # bf16 has no numpy
+        digest.update(data.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from musota.errors import MusotaError, nearest_name
+from musota.plan import own
 from musota.plan.layout import NAMES, BlockLayout
 
 # Each semantic block attends with two heads, whatever its size.
@@ -248,12 +251,72 @@ def _step_flops(multiplications: int) -> int:
     return 3 * 2 * multiplications
 
 
-ModelConfig = MuConfig | DenseConfig | RedesignedConfig
-KINDS = {
+@dataclass(frozen=True)
+class OwnConfig:
+    """A model of the reader's own: what a function or class in a Python file makes.
+
+    `OwnConfig("my_model.py:build", {"width": 64})` calls `build(width=64, vocab_size=…,
+    max_seq_len=…)`, the last two where it takes them. The file's name and sha256 belong to what the
+    experiment is, its folder does not. A config read from a record remembers its size, and builds
+    no model until the caller has named that file by such a call. Raises MusotaError for a file that
+    cannot be read, and where a property has to build the model, for what goes wrong there.
+    """
+
+    source: str
+    arguments: str = "{}"  # JSON; a dict is taken too
+    vocab_size: int = 50_000
+    max_seq_len: int = 192
+    sha256: str = ""
+
+    def __post_init__(self):
+        try:
+            given = self.arguments
+            given = dict(json.loads(given) if isinstance(given, str) else given)
+            object.__setattr__(self, "arguments", json.dumps(given, sort_keys=True))
+        except (TypeError, ValueError):
+            raise MusotaError(
+                f"arguments must be a dict of plain values (or its JSON), not {self.arguments!r}."
+            ) from None
+        if not self.sha256:
+            for name, value in zip(("source", "sha256"), own.name_file(self.source), strict=True):
+                object.__setattr__(self, name, value)
+        _check_fields(self)
+
+    def build(self):
+        """The author's torch module, initialised from torch's random state."""
+        sizes = {"vocab_size": self.vocab_size, "max_seq_len": self.max_seq_len}
+        return own.build(self.source, self.sha256, json.loads(self.arguments), sizes)
+
+    @cached_property
+    def size(self) -> own.Size:
+        return own.measured(self)
+
+    @property
+    def n_parameters(self) -> int:
+        return self.size.n_parameters
+
+    @property
+    def flops_per_token(self) -> int:
+        return self.size.flops_per_token
+
+    @property
+    def n_layer(self) -> int:
+        """The depth of its dense twin: the length of its longest list of layers."""
+        return self.size.n_layer
+
+    @property
+    def dropout(self) -> float:
+        """The dropout of its dense twin: the largest of its own."""
+        return self.size.dropout
+
+
+ModelConfig = MuConfig | DenseConfig | RedesignedConfig | OwnConfig
+KINDS = {  # as records name them
     "mu": MuConfig,
     "dense": DenseConfig,
     "redesigned": RedesignedConfig,
-}  # as records name them
+    "own": OwnConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -351,7 +414,8 @@ class Experiment:
 def describe(model: ModelConfig) -> dict:
     """A model's configuration for JSON; `model_config` is the inverse."""
     kind = next(kind for kind, config_class in KINDS.items() if type(model) is config_class)
-    return {"kind": kind, **dataclasses.asdict(model)}
+    size = {"size": model.size} if isinstance(model, OwnConfig) else {}
+    return {"kind": kind, **dataclasses.asdict(model), **size}
 
 
 def check_changes(changes) -> dict:
@@ -376,4 +440,10 @@ def check_changes(changes) -> dict:
 def model_config(described: dict) -> ModelConfig:
     """Raises KeyError or TypeError for a kind or field it does not know."""
     fields = dict(described)
-    return KINDS[fields.pop("kind")](**fields)
+    kind, size = KINDS[fields.pop("kind")], fields.pop("size", None)
+    if kind is OwnConfig and not fields["sha256"]:  # which would name a file, unasked
+        raise KeyError("sha256")
+    config = kind(**fields)
+    if size:
+        config.__dict__["size"] = own.Size(*size)  # where cached_property looks
+    return config

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from musota.errors import nearest_name
-from musota.plan.config import DenseConfig, Experiment, ModelConfig, RedesignedConfig, TrainConfig
+from musota.plan.config import (
+    DenseConfig,
+    Experiment,
+    ModelConfig,
+    OwnConfig,
+    RedesignedConfig,
+    TrainConfig,
+)
 
 # The plan counts "16,733 training sequences" of 128 tokens; its warm-up shares follow from that.
 PLAN_TRAIN_TOKENS = 16_733 * 128
@@ -170,8 +177,9 @@ def scaled(experiment: Experiment, profile: Profile | str) -> Experiment:
     sizes = {
         "vocab_size": profile.vocab_size,
         "max_seq_len": round(model.max_seq_len * profile.sequence),
-        "n_layer": max(1, round(model.n_layer * profile.layers)),
     }
+    if not isinstance(model, OwnConfig):  # whose depth is its author's
+        sizes["n_layer"] = max(1, round(model.n_layer * profile.layers))
     new_model = dataclasses.replace(model, **sizes)
     epochs = max(profile.fewest_epochs, round(training.epochs * profile.epochs))
     accumulation = max(1, round(training.accumulation_steps * profile.accumulation))

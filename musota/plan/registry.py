@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from musota.errors import nearest_name
-from musota.plan.config import Experiment, MuConfig, TrainConfig
+from musota.plan.config import Experiment, MuConfig, OwnConfig, TrainConfig
 from musota.plan.profiles import redesign, twin
 
 
@@ -57,10 +57,14 @@ registry: dict[str, Row] = {
 
 
 def find_experiment(name: str) -> Experiment:
-    """A row's experiment at full size, or that of `<row>_twin`.
+    """A row's experiment at full size, `FILE.py:NAME` (a model of one's own, trained as the plan
+    trains), or the twin of either: `<name>_twin`.
 
-    Raises MusotaError for an unknown name, and for a tuned row.
+    Raises MusotaError for an unknown name, a tuned row and a file that cannot be read.
     """
+    if ".py:" in name:
+        own = Experiment(OwnConfig(name.removesuffix("_twin")), TrainConfig())
+        return twin(own) if name.endswith("_twin") else own
     row = registry.get(name)
     if row and row.experiment:
         return row.experiment
@@ -77,10 +81,21 @@ TUNED = {name: row.tuned_from for name, row in registry.items() if row.tuned_fro
 PAIRS = {row.twin_of: name for name, row in registry.items() if row.twin_of}  # and its twin
 
 
+def run_name(name: str, experiment: Experiment) -> str:
+    """What runs of a row are called; of FILE.py:NAME, FILE.NAME@hash: versions are kept apart."""
+    if ".py:" not in name:
+        return name
+    model, twins = experiment.twin_of or experiment.model, "_twin" * bool(experiment.twin_of)
+    return f"{model.source.replace('.py:', '.')}@{model.sha256[:6]}{twins}"
+
+
 def title_of(name: str) -> str:
     """What people read for a row's name, or for `row,field=value,…`."""
     row, *changes = name.split(",")
     title = registry[row].title if row in registry else row.replace("_", " ")
+    if "@" in row:
+        title = row.removesuffix("_twin")
+        title = title if title == row else f"dense twin of {title}"
     return ", ".join([title, *changes])
 
 

@@ -1,4 +1,4 @@
-"""The command line: python -m musota run | train | compare | score | evidence | bench | report."""
+"""The command line: python -m musota run | train | compare | score | audit | evidence | …"""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 os.environ["MPLBACKEND"] = "Agg"
 TRAIN_HELP = (
     f"Train one EXPERIMENT: {', '.join(name for name in registry if name not in TUNED)}. "
-    f"Or {', '.join(TUNED)}: at the best rate of the recorded sweeps."
+    f"Or {', '.join(TUNED)}: at the best rate of the recorded sweeps. Or a model of your own, "
+    "FILE.py:NAME (a function or class that makes it), or its dense twin, FILE.py:NAME_twin."
 )
 
 
@@ -228,6 +229,37 @@ def evidence(seeds, only, **parameters):
     write_report(book.folder)
     book.deliver()
     click.echo(f"The report: {book.home / 'README.md'}")
+
+
+@cli.command()
+@click.argument("model", metavar="FILE.py:NAME")
+@click.option("--vocab-size", default=512, show_default=True, help="Tokens to audit it with.")
+@click.option("--max-seq-len", default=64, show_default=True, help="Tokens a sequence.")
+@click.option("--arguments", default="{}", help="For NAME, as JSON: '{\"width\": 64}'.")
+@click.option("--loss", default="", help="The file's function loss(module, ids), if it has one.")
+@click.option(
+    "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw what was found here."
+)
+def audit(model, vocab_size, max_seq_len, arguments, loss, picture):
+    """Does a model of your own see the future? Runs FILE.py, and calls NAME to make the model.
+
+    Ends with status 1 where it is not honest. NAME is called with vocab_size and max_seq_len,
+    where it takes them.
+    """
+    from musota.plan import own
+    from musota.plan.config import OwnConfig
+    from musota.studies.audit import audit as audit_module
+    from musota.workbook.style import save_figure
+
+    config = OwnConfig(model, arguments, vocab_size, max_seq_len)
+    file = config.source.partition(":")[0]
+    given = own.find(f"{file}:{loss}", config.sha256) if loss else None
+    found = audit_module(config.build(), vocab_size, max_seq_len, given)
+    click.echo(f"{found}")
+    if picture:
+        save_figure(found.figure(), picture, f"measured: {config.source}, freshly made")
+        click.echo(f"The picture: {picture}")
+    sys.exit(not found.honest)
 
 
 @cli.command()

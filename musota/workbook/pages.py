@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from musota.data.sources import SOURCES
 from musota.errors import MusotaError
 from musota.files import write_json, write_text
-from musota.plan.config import MuConfig
+from musota.plan.config import MuConfig, OwnConfig
 from musota.plan.path import EARNED
 from musota.plan.profiles import profiles, scaled
 from musota.plan.registry import TUNED, find_experiment, registry, title_of
@@ -135,6 +135,9 @@ def _training_again(evidence: Evidence, shown: Sequence[Run]) -> dict:
     named, by_hand = [], []
     for run in shown:
         profile = profiles.get(run.config["profile"], profiles["full"])
+        if isinstance(run.experiment.model, OwnConfig):
+            named.append(f"FOLDER/{run.experiment.model.source}")
+            continue
         own, changes = run.experiment.fields(), {}
         for name in registry:
             losses = name in TUNED and swept(evidence.sweep_runs, TUNED[name], profile)

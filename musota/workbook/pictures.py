@@ -9,15 +9,17 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from musota.models.base import ScoredText
 from musota.plan.layout import BlockLayout
+from musota.rules.audit import GUILTY
 from musota.rules.plan import PLAN_LADDER, REPORTED
 from musota.rules.stats import Interval
+from musota.studies.audit import Audit
 from musota.workbook.style import (
     BLUE,
     GREY,
@@ -108,6 +110,37 @@ def causality(change: np.ndarray) -> Figure:
     axis.set(xlabel="position whose logits are compared", ylabel="position of the replaced token")
     axis.set_title("White: not one logit changed")
     figure.colorbar(image, label="log₁₀ of the largest change of a logit")
+    return figure
+
+
+def audited(audit: Audit) -> Figure:
+    """Which guess moves with which token, and the loss on random tokens, for whoever never heard
+    of either."""
+    figure, (left, right) = new_figure(11.5, 5.2, columns=2)
+    moved = audit.change.numpy() > 0
+    ahead = np.tril(moved, -1)
+    left.imshow(1 * moved + ahead, cmap=ListedColormap(["white", BLUE, RED]), vmin=0, vmax=2)
+    left.set(xlabel="… does the guess made at this position move?", ylabel="replace this token …")
+    left.set_title("Does it see what comes?")
+    keys = {"it moves, and may: the token was known": BLUE, "it moves: IT SAW WHAT COMES": RED}
+    handles = [Patch(color=colour, label=text) for text, colour in keys.items()]
+    left.legend(handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    if not ahead.any():
+        place = {"ha": "center", "fontsize": 9, "transform": left.transAxes}
+        left.text(0.3, 0.2, "nothing red here:\nno guess moved\nbefore its token came", **place)
+    floor, losses = np.log(audit.symbols), pd.Series(audit.losses, dtype=float)
+    right.plot(losses, color="0.75", linewidth=0.8, label="each step, on fresh random tokens")
+    right.plot(losses.rolling(15, min_periods=1).mean(), color=BLUE, label="mean of 15")
+    text = f"ln {audit.symbols} = {floor:.2f}: nobody can do better honestly"
+    right.axhline(floor, color="black", linestyle="--", label=text)
+    right.axhspan(0, floor, color=RED, alpha=0.08)
+    right.set_ylim(0, 1.15 * max(floor, losses.max(skipna=True) if len(losses) else floor))
+    right.set(xlabel="training step", ylabel="its loss (nats a token)")
+    right.set_title("Can it foretell what is random?")
+    right.legend(fontsize=8, loc="upper right")
+    guilty = [finding.verdict for finding in audit.findings if finding.verdict in GUILTY]
+    said = f"NOT honest: {', '.join(guilty)}" if guilty else "Honest, in all that was asked"
+    figure.suptitle(said, color=RED if guilty else "black")
     return figure
 
 

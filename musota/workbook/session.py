@@ -14,7 +14,7 @@ from musota.data.corpus import Corpus, load_corpus
 from musota.errors import MusotaError, check_seed, nearest_name
 from musota.plan.config import Experiment, check_changes
 from musota.plan.profiles import Profile, changed, find_profile, scaled, twin
-from musota.plan.registry import TUNED, find_experiment, registry
+from musota.plan.registry import TUNED, find_experiment, registry, run_name
 from musota.plan.suspects import Cell, Suspect, turned_by
 from musota.plan.suspects import grid as suspects_grid
 from musota.rules.findings import Finding
@@ -81,13 +81,15 @@ class Workbook(Results):
         return plan_does_not_apply(self.corpus.name, self.vocab_size, self.profile.name)
 
     def experiment(self, name: str) -> Experiment:
-        """A row of the registry, or `<row>_twin`, at this profile's size, with the changes asked
-        for: what they say is what trains."""
+        """A row of the registry, FILE.py:NAME, or `<either>_twin`, at this profile's size, with the
+        changes asked for: what they say is what trains."""
         return changed(self._unchanged(name), self.changes)
 
-    def called(self, name: str) -> str:
+    def called(self, name: str, experiment: Experiment | None = None) -> str:
         """A row's name with what is changed in it here, as in `optimized,epochs=50`."""
-        return ",".join([name, *self.experiment(name).differences(self._unchanged(name))])
+        experiment = experiment or self.experiment(name)
+        changes = experiment.differences(self._unchanged(name))
+        return ",".join([run_name(name, experiment), *changes])
 
     def _unchanged(self, name: str) -> Experiment:
         if name in TUNED:
@@ -112,8 +114,8 @@ class Workbook(Results):
         experiment, row = self.experiment(name), name
         if source := choices.get("continue_from"):
             experiment, _ = started_from(source, experiment, self.corpus)
-        name = ",".join([row, *experiment.differences(self._unchanged(row))])
-        if self.changes and name == row:
+        name = self.called(row, experiment)
+        if self.changes and experiment == self._unchanged(row):
             print(f"The changes leave {row} as it is.")
         folder = self.folder / f"{name}-seed{self.seed}"
         wanted = experiment, self.corpus.fingerprint, self.seed

@@ -1,0 +1,157 @@
+"""The audit: every fault is found, nobody honest is accused. Each model has just one fault."""
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from musota import DenseConfig, MuConfig, build_model
+
+V, T, D = 40, 24, 32
+
+
+class Attention(nn.Module):
+    """A GPT-2 block and what stands around it; `window` tokens to come are seen, or all (None)."""
+
+    def __init__(self, window=0, dropout=0.1, zero_output=False, only_in_training=False):
+        super().__init__()
+        self.window, self.only_in_training = window, only_in_training
+        self.embedding, self.places = nn.Embedding(V, D), nn.Embedding(T, D)
+        self.norm, self.qkv, self.out = nn.LayerNorm(D), nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.mlp = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.GELU(),
+                                 nn.Linear(4 * D, D), nn.Dropout(dropout))  # fmt: skip
+        self.output = nn.Linear(D, V)
+        if zero_output:
+            nn.init.zeros_(self.output.weight)
+
+    def forward(self, ids):
+        length = ids.shape[1]
+        window = 0 if self.only_in_training and not self.training else self.window
+        window = length if window is None else window
+        mask = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril(window)
+        x = self.embedding(ids) + self.places(torch.arange(length, device=ids.device))
+        q, k, v = self.qkv(self.norm(x)).view(*ids.shape, 3, 4, D // 4).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.out(y.transpose(1, 2).reshape(*ids.shape, D))
+        return self.output(x + self.mlp(x))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, keeps_state=False, over_batch=False):
+        super().__init__()
+        self.embedding, self.output = nn.Embedding(V, D), nn.Linear(D, V)
+        self.lstm = nn.LSTM(D, D, 2, batch_first=True, dropout=0.2)
+        self.keeps_state, self.over_batch, self.state = keeps_state, over_batch, None
+
+    def forward(self, ids):
+        same = self.state is not None and self.state[0].shape[1] == len(ids)
+        hidden, state = self.lstm(self.embedding(ids), self.state if same else None)
+        if self.keeps_state:
+            self.state = tuple(one.detach() for one in state)
+        if self.over_batch:
+            hidden = hidden - hidden.mean(0, keepdim=True)
+        return self.output(hidden)
+
+
+class Convolution(nn.Module):
+    """Padded on the left; `old_norm` weights have a history, `fft` spreads rounding everywhere."""
+
+    def __init__(self, old_norm=False, fft=False):
+        super().__init__()
+        self.embedding, self.output, self.fft = nn.Embedding(V, D), nn.Linear(D, V), fft
+        self.convolution = nn.Conv1d(D, D, 3)
+        if old_norm:
+            self.convolution = torch.nn.utils.weight_norm(self.convolution)
+        self.filter = nn.Parameter(torch.randn(T, D) / T**0.5)
+
+    def forward(self, ids):
+        x = self.embedding(ids).mT
+        x = self.convolution(F.pad(x, (2, 0))).relu().mT
+        if self.fft:
+            length = x.shape[1]
+            spectra = (torch.fft.rfft(one, 2 * length, dim=-2) for one in (x, self.filter[:length]))
+            x = torch.fft.irfft(torch.mul(*spectra), 2 * length, dim=-2)[:, :length]
+        return self.output(x)
+
+
+class BatchNormed(Recurrent):
+    """A leak through the batch that shows in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(D)
+
+    def forward(self, ids):
+        x = self.embedding(ids)[:, -1:]  # the same for every position: no leak in time
+        x = self.norm(x.mT).mT
+        return super().forward(ids) + 0 * x.sum((1, 2), keepdim=True)
+
+
+class KeywordOnly(Attention):
+    def forward(self, *, input_ids):
+        return super().forward(input_ids)
+
+
+class Returns(Attention):
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, ids):
+        return self.wrap(super().forward(ids))
+
+
+class OneToken(nn.Sequential):
+    """A table of which token follows which."""
+
+    def __init__(self):
+        super().__init__(nn.Embedding(V, D), nn.Linear(D, V))
+
+
+def shifted(by):
+    """A training loss with the targets shifted `by`."""
+
+    def loss(module, ids):
+        logits = module(ids)[:, : ids.shape[1] - by]
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, by:].flatten())
+
+    return loss
+
+
+def smoothed(module, ids):
+    logits, targets = module(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    return F.cross_entropy(logits, targets, label_smoothing=0.1)
+
+
+FAULTS = {  # model, loss, and the verdict that names it
+    "no mask": (lambda: Attention(window=None), None, "looks ahead"),
+    "a mask one too wide": (lambda: Attention(window=1), None, "looks ahead"),
+    "leaks in training only": (
+        lambda: Attention(window=None, only_in_training=True), None, "looks ahead",
+    ),
+    "leaks behind a zero output": (
+        lambda: Attention(window=None, zero_output=True), None, "looks ahead",
+    ),
+    "leaks through the batch": (lambda: Recurrent(over_batch=True), None, "rows talk"),
+    "keeps a hidden state": (lambda: Recurrent(keeps_state=True), None, "keeps a state"),
+    "targets not shifted": (Attention, shifted(0), "not shifted"),
+    "targets shifted twice": (Attention, shifted(2), "shifted twice"),
+}  # fmt: skip
+HONEST = {
+    "LSTM": (Recurrent, None),
+    "left-padded convolution": (Convolution, None),
+    "old weight_norm": (lambda: Convolution(old_norm=True), None),
+    "FFT convolution": (lambda: Convolution(fft=True), None),
+    "GPT-2 block": (Attention, shifted(1)),
+    "zero output": (lambda: Attention(zero_output=True), None),
+    "label smoothing": (Attention, smoothed),
+    "scaled loss": (Attention, lambda module, ids: shifted(1)(module, ids) / 4),
+    "MU-SOTA": (lambda: build_model(MuConfig(V, T, 2, 4, 0.1, 4, 4)), None),
+    "the dense twin": (lambda: build_model(DenseConfig(V, T, 2, 2, 0.1, D)), None),
+    "returns a tuple": (lambda: Returns(lambda logits: (logits, "hidden")), None),
+    "returns .logits": (lambda: Returns(lambda logits: SimpleNamespace(logits=logits)), None),
+    "takes only input_ids=": (KeywordOnly, None),
+    "bf16": (lambda: Attention().bfloat16(), None),
+    "one token": (OneToken, None),
+}
