@@ -2,11 +2,12 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from musota import DenseConfig, MuConfig, build_model
+from musota import DenseConfig, MuConfig, MusotaError, audit, build_model
 
 V, T, D = 40, 24, 32
 
@@ -38,6 +39,8 @@ class Attention(nn.Module):
 
 
 class Recurrent(nn.Module):
+    """Honest, unless it keeps its state for the next call, or centres it over the batch."""
+
     def __init__(self, keeps_state=False, over_batch=False):
         super().__init__()
         self.embedding, self.output = nn.Embedding(V, D), nn.Linear(D, V)
@@ -75,19 +78,6 @@ class Convolution(nn.Module):
         return self.output(x)
 
 
-class BatchNormed(Recurrent):
-    """A leak through the batch that shows in training alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(D)
-
-    def forward(self, ids):
-        x = self.embedding(ids)[:, -1:]  # the same for every position: no leak in time
-        x = self.norm(x.mT).mT
-        return super().forward(ids) + 0 * x.sum((1, 2), keepdim=True)
-
-
 class KeywordOnly(Attention):
     def forward(self, *, input_ids):
         return super().forward(input_ids)
@@ -96,7 +86,7 @@ class KeywordOnly(Attention):
 class Returns(Attention):
     def __init__(self, wrap):
         super().__init__()
-        self.wrap = wrap
+        self.wrap = wrap  # of the logits
 
     def forward(self, ids):
         return self.wrap(super().forward(ids))
@@ -119,6 +109,12 @@ def shifted(by):
     return loss
 
 
+def told(module, ids):
+    """Hands the targets over; what the module itself returns is honest."""
+    hint = 5 * F.one_hot(ids[:, 1:], V)
+    return F.cross_entropy((module(ids)[:, :-1] + hint).flatten(0, 1), ids[:, 1:].flatten())
+
+
 def smoothed(module, ids):
     logits, targets = module(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     return F.cross_entropy(logits, targets, label_smoothing=0.1)
@@ -137,6 +133,10 @@ FAULTS = {  # model, loss, and the verdict that names it
     "keeps a hidden state": (lambda: Recurrent(keeps_state=True), None, "keeps a state"),
     "targets not shifted": (Attention, shifted(0), "not shifted"),
     "targets shifted twice": (Attention, shifted(2), "shifted twice"),
+    "targets in the loss's input": (Attention, told, "under the floor"),
+    "a leak of a thousandth": (
+        lambda: Returns(lambda x: x + 1e-3 * x.roll(-1, 1)), None, "looks ahead",
+    ),
 }  # fmt: skip
 HONEST = {
     "LSTM": (Recurrent, None),
@@ -155,3 +155,65 @@ HONEST = {
     "bf16": (lambda: Attention().bfloat16(), None),
     "one token": (OneToken, None),
 }
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_fault_is_found(name):
+    make, loss, verdict = FAULTS[name]
+    torch.manual_seed(0)
+    found = audit(make(), V, T, loss)
+    assert not found.honest and verdict in [finding.verdict for finding in found.findings]
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_nobody_honest_is_accused(name):
+    make, loss = HONEST[name]
+    torch.manual_seed(0)
+    module = make()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    state = torch.get_rng_state()
+    found = audit(module, V, T, loss)
+    assert found.honest, str(found)
+    assert [finding.verdict for finding in found.findings[:3]] == ["causal", "apart", "holds"]
+    assert all(value.equal(before[name]) for name, value in module.state_dict().items())
+    assert torch.get_rng_state().equal(state)
+
+
+def test_the_first_distance_is_named_and_drawn():
+    found = audit(Attention(window=1), V, T)
+    assert "the logits at t see token t+1 " not in found.findings[0].saw  # in every setting
+    assert found.findings[0].saw == "the logits at t see token t+1"
+    rows, columns = found.change.nonzero(as_tuple=True)
+    assert int((rows - columns).max()) == 1
+    only = audit(Attention(window=None, only_in_training=True), V, T).findings[0]
+    assert only.saw == f"the logits at t see token t+1, and up to t+{T - 1} (only in training)"
+    assert found.figure()._suptitle.get_text() == "NOT honest: looks ahead, under the floor"
+
+
+def test_one_token_is_a_sequence_too():
+    assert audit(OneToken(), V, 1).honest
+
+
+def test_the_size_finds_the_twin():
+    found = audit(build_model(MuConfig(V, T, 2, 4, 0.1, 4, 4)), V, T).findings[-1]
+    assert "layers" in found.saw and "2 layers" in found.conclusion
+
+
+@pytest.mark.parametrize(
+    ("module", "sizes", "message"),
+    [
+        ("a model", (V, T), "audit needs a torch.nn.Module, not str."),
+        (OneToken(), (1, T), "vocab_size must be a whole number of at least 2, not 1."),
+        (OneToken(), (V, 0), "max_seq_len must be a whole number of at least 1, not 0."),
+        (Returns(lambda x: x[:, -1:]), (V, T), "logits of every position are needed"),
+        (Returns(lambda x: None), (V, T), "The model returned NoneType and not (2, 24, 40)"),
+        (OneToken(), (V - 1, T), "say vocab_size=40, or build it for 39"),
+        (OneToken(), (V + 9, T), "up to 48 in shape (2, 24), raised IndexError"),
+        (Returns(lambda x: x * torch.nan), (V, T), "Not all logits of the fresh model are finite"),
+        (OneToken().to("meta"), (V, T), "The model lies on meta: move all of it to one device"),
+    ],
+)
+def test_what_cannot_be_audited_is_told_in_a_sentence(module, sizes, message):
+    with pytest.raises(MusotaError) as told:
+        audit(module, *sizes)
+    assert message in str(told.value) and "\n" not in str(told.value)

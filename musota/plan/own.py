@@ -46,7 +46,7 @@ def find(source: str, sha256: str):
             f'first, musota.OwnConfig("folder/{source}"), as it was (sha256 {sha256[:12]}…).'
         )
     (path, data), title, name = _named[sha256], f"own_{sha256[:12]}", source.rpartition(":")[2]
-    if title not in sys.modules:
+    if getattr(sys.modules.get(title), "__file__", "") != str(path):
         module = sys.modules[title] = types.ModuleType(title)
         module.__file__ = str(path)
         sys.path.insert(0, str(path.parent))  # what stands beside it can be imported
