@@ -95,7 +95,14 @@ def system_error(what: str, error: OSError, instead: str) -> MusotaError:
     """What the system refused, as a sentence with a way out."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     advice = f"make room there, or {instead}" if full else instead
-    return MusotaError(f"{what} cannot be written ({error.strerror or error}): {advice}.")
+    return MusotaError(f"{what} cannot be used ({error.strerror or error}): {advice}.")
+
+
+def sentence(error: Exception) -> str:
+    """An error as people read it, where nothing above knows more of it."""
+    if isinstance(error, OSError) and error.filename:
+        error = system_error(error.filename, error, "choose another folder (save_to)")
+    return str(error)
 
 
 def cache_folder() -> Path:

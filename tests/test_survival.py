@@ -301,7 +301,7 @@ def test_a_folder_that_vanishes_does_not_stop_training(finished, short, tmp_path
 def test_no_room_for_the_first_file_gets_one_sentence(short, tmp_path, monkeypatch):
     _full(monkeypatch, lambda: True)
     monkeypatch.setattr("musota.files.write_whole", runs_room.write_whole)
-    with pytest.raises(MusotaError, match="cannot be written .No space left on device.: make room"):
+    with pytest.raises(MusotaError, match="cannot be used .No space left on device.: make room"):
         musota.train(EXPERIMENT, short, tmp_path)
 
 

@@ -11,16 +11,25 @@ from pathlib import Path
 import click
 
 from musota.errors import MusotaError, nearest_name
+from musota.files import as_path, sentence
 from musota.plan.profiles import profiles
 from musota.plan.registry import TUNED, find_experiment, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 # A backend inherited from a notebook would break scripts that are started from one.
 os.environ["MPLBACKEND"] = "Agg"
+TEXTS = ("profile", "corpus", "save_to")  # parameters that are text even where they look otherwise
 TRAIN_HELP = (
     f"Train one EXPERIMENT: {', '.join(name for name in registry if name not in TUNED)}. "
     f"Or {', '.join(TUNED)}: at the best rate of the recorded sweeps."
 )
+
+
+class Place(click.Path):
+    """A path; `~` is expanded, which a shell does not do everywhere."""
+
+    def convert(self, value, parameter, context):
+        return Path(super().convert(as_path(value), parameter, context))
 
 
 def experiment_options(command):
@@ -72,7 +81,7 @@ def run(only, parameters, **values):
     for name, text in parameters:
         if name not in PARAMETERS:
             raise nearest_name("notebook parameter", name, PARAMETERS)
-        values[name] = _literal(text)
+        values[name] = text if name in TEXTS else _literal(text)
     notebooks = _chosen_notebooks(only)
     book = Workbook(**values)  # answers bad parameters before any kernel starts
     executed = book.home / "executed"
@@ -110,6 +119,7 @@ def _execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> Non
             output,
             parameters,
             kernel_name="python3",
+            kernel_manager_class=_this_python(),
             cwd=os.getcwd(),
             progress_bar=False,
             log_output=False,
@@ -124,7 +134,24 @@ def _execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> Non
             f"{notebook.stem} stopped in cell {error.cell_index}: {error.ename}: {error.evalue}\n"
             f"The executed notebook is {output}. The same command goes on from here."
         ) from None
+    except (RuntimeError, TimeoutError) as error:
+        raise MusotaError(
+            f"{notebook.stem}: its kernel died or does not answer, perhaps for want of memory "
+            f"({error}). The same command goes on from here."
+        ) from None
     click.echo(f"{prefix} {notebook.stem} done in {time.perf_counter() - started:.0f} s")
+
+
+def _this_python():
+    """What starts a kernel of this very Python, whatever is installed here under that name."""
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class ThisPython(AsyncKernelManager):
+        kernel_spec = property(lambda _: KernelSpec(**get_kernel_dict()))
+
+    return ThisPython
 
 
 class _Relay:
@@ -147,7 +174,8 @@ def _tell_end(book, seconds: float) -> None:
     write_report(book.folder)
     evidence = read_evidence(book.folder)
     if evidence.runs:
-        columns = ["model", "seed", "parameters", "valid PPL", "valid word PPL", "valid accuracy"]
+        columns = ["model", "seed", "parameters", "valid PPL", "valid word PPL", "valid bits/byte"]
+        columns.append("valid accuracy")
         click.echo("\n" + comparison_table(evidence.runs)[columns].to_string(index=False) + "\n")
     for line in verdict_lines(evidence):
         click.echo(f"- {line}")
@@ -164,14 +192,16 @@ def _tell_end(book, seconds: float) -> None:
     help="Use torch.compile [default: in long runs on a GPU].",
 )
 @click.option("--auto-remedy", is_flag=True, help="Let the plan's remedies apply themselves.")
-def train(experiment, compile, auto_remedy, **parameters):
+@click.option("--device", default=None, help="cpu, cuda or mps [default: the best one here].")
+def train(experiment, compile, auto_remedy, device, **parameters):
     from musota.workbook.session import Workbook
 
     if int(os.environ.get("RANK", 0)):  # of several processes one speaks
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if experiment not in TUNED:
         find_experiment(experiment)  # a wrong name is answered before the corpus is read
-    finished = Workbook(**parameters).train(experiment, compile=compile, auto_remedy=auto_remedy)
+    how = {"compile": compile, "auto_remedy": auto_remedy, "device": device}
+    finished = Workbook(**parameters).train(experiment, **how)
     click.echo(f"{finished}")
     if not finished.finished:
         sys.exit(130)
@@ -213,12 +243,7 @@ def evidence(seeds, only, **parameters):
 
 @cli.command()
 @click.option("--device", default=None, help="cpu or cuda [default: cuda if there is one].")
-@click.option(
-    "--json",
-    "file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the numbers here.",
-)
+@click.option("--json", "file", type=Place(dir_okay=False), help="Write the numbers here.")
 @click.option(
     "--repeats", default=7, show_default=True, help="Rounds in which all take turns.",
     type=click.IntRange(1, 1000),
@@ -247,7 +272,7 @@ def bench(device, file, repeats, scaling):
 
 
 @cli.command()
-@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folders", nargs=-1, type=Place(exists=True, file_okay=False))
 @click.option("--pack", is_flag=True, help="First pack run folders and probes into a few files.")
 def report(folders, pack):
     """Write README.md and figures of results FOLDERS anew from their records [default: all].
@@ -287,6 +312,6 @@ def _literal(text: str):
 def main() -> None:
     try:
         cli()
-    except MusotaError as error:
-        click.echo(f"Error: {error}", err=True)
+    except (MusotaError, OSError) as error:
+        click.echo(f"Error: {sentence(error)}", err=True)
         sys.exit(1)
