@@ -42,10 +42,11 @@ def evaluate(
         some = ids[:CHECKED_TOKENS].tolist()
         again = model.tokenizer.encode(model.tokenizer.decode(some)).tolist()
         if (Counter(some) & Counter(again)).total() < LEAST_AGREEMENT * len(some):
-            said = (
-                "These tokens are not the model's own tokenizer's: its PPL on them means nothing."
+            warnings.warn(
+                "The model's tokenizer would make other tokens of this text: if another one made "
+                "these, the PPL means nothing.",
+                stacklevel=2,
             )
-            warnings.warn(said, stacklevel=2)
     return measured
 
 
