@@ -10,7 +10,7 @@ from fakecard import CARDS, backward, fake_card
 import musota
 from musota.models import attention, base, loss
 from musota.models.base import score
-from musota.plan.config import RedesignedConfig
+from musota.plan.architectures import RedesignedConfig
 from musota.plan.profiles import find_profile
 from musota.studies import audit, probes
 from musota.training import machine, remedies

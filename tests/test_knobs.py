@@ -11,7 +11,8 @@ from conftest import ROOT
 
 import musota
 from musota.errors import MusotaError
-from musota.plan.config import DenseConfig, check_changes
+from musota.plan.architectures import DenseConfig
+from musota.plan.config import check_changes
 from musota.plan.profiles import changed, scaled
 from musota.plan.suspects import grid
 from musota.rules import curves, verdicts

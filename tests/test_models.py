@@ -15,7 +15,7 @@ from musota.models.base import Dropout
 from musota.models.health import effective_rank
 from musota.models.literal import Literal
 from musota.models.musota import CrossAttention
-from musota.plan.config import CHANGES
+from musota.plan.architectures import CHANGES
 
 SMALL = {"vocab_size": 60, "max_seq_len": 12, "n_layer": 2}
 CONFIGS = {

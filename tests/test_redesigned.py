@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import musota
 from musota.errors import MusotaError
 from musota.models.base import score
-from musota.plan.config import CHANGES
+from musota.plan.architectures import CHANGES
 from musota.plan.path import steps
 from musota.plan.profiles import scaled, twin
 from musota.plan.registry import find_experiment

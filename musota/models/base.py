@@ -24,7 +24,7 @@ from musota.errors import MusotaError
 from musota.models.health import Watched
 from musota.models.loss import linear_cross_entropy, score_tokens
 from musota.models.sharing import Shareable
-from musota.plan.config import ModelConfig
+from musota.plan.architectures import ModelConfig
 
 
 class CausalLM(nn.Module, Watched, Shareable):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from musota.models.attention import causal_attention, largest_score, library_attention, split_heads
 from musota.models.base import CausalLM, Dropout, Layer
-from musota.plan.config import DenseConfig
+from musota.plan.architectures import DenseConfig
 
 
 class DenseLayer(Layer):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from musota.models.attention import causal_attention, largest_score, merge_heads, split_heads
 from musota.models.base import CausalLM, Dropout, Layer
-from musota.plan.config import HEADS_PER_BLOCK, MuConfig
+from musota.plan.architectures import HEADS_PER_BLOCK, MuConfig
 
 
 class BlockAttention(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from musota.errors import MusotaError
 from musota.models.base import CausalLM
-from musota.plan.config import OwnConfig
+from musota.plan.architectures import OwnConfig
 from musota.plan.own import logits_of
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from musota.models.attention import causal_attention, largest_score, library_attention
 from musota.models.base import CausalLM, Dropout, Layer
-from musota.plan.config import RedesignedConfig
+from musota.plan.architectures import RedesignedConfig
 
 
 class Attention(nn.Module):

@@ -18,15 +18,15 @@ from torch import Tensor
 from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError
 from musota.files import as_path, write_json, write_whole
-from musota.plan.config import (
+from musota.plan.architectures import (
     DenseConfig,
-    Experiment,
     ModelConfig,
     MuConfig,
     OwnConfig,
     RedesignedConfig,
     describe,
 )
+from musota.plan.config import Experiment
 
 if TYPE_CHECKING:
     from musota.models.base import CausalLM

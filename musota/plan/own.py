@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from musota.errors import MusotaError, blaming
+from musota.files import as_path
 from musota.files import sha256 as hash_of
 
 _named: dict[str, tuple[Path, bytes]] = {}  # by hash: where it stood and what it held
@@ -28,7 +29,7 @@ def name_file(source: str) -> tuple[str, str]:
         raise MusotaError(
             f"A model of one's own is named FILE.py:NAME, like my_model.py:build, not {source!r}."
         )
-    path = Path(place).expanduser().absolute()
+    path = as_path(place).absolute()
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from musota.plan.config import CHANGES, Experiment
+from musota.plan.architectures import CHANGES
+from musota.plan.config import Experiment
 from musota.plan.profiles import redesign, twin
 from musota.plan.registry import experiments
 

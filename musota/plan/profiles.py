@@ -7,14 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from musota.errors import nearest_name
-from musota.plan.config import (
-    DenseConfig,
-    Experiment,
-    ModelConfig,
-    OwnConfig,
-    RedesignedConfig,
-    TrainConfig,
-)
+from musota.plan.architectures import DenseConfig, ModelConfig, OwnConfig, RedesignedConfig
+from musota.plan.config import Experiment, TrainConfig
 
 # The plan counts "16,733 training sequences" of 128 tokens; its warm-up shares follow from that.
 PLAN_TRAIN_TOKENS = 16_733 * 128

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from musota.errors import nearest_name
-from musota.plan.config import Experiment, MuConfig, OwnConfig, TrainConfig
+from musota.plan.architectures import MuConfig, OwnConfig
+from musota.plan.config import Experiment, TrainConfig
 from musota.plan.profiles import redesign, twin
 
 

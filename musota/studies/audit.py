@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from musota.errors import MusotaError, blaming
 from musota.models.base import CausalLM
-from musota.plan.config import DenseConfig
+from musota.plan.architectures import DenseConfig
 from musota.plan.own import checked_logits, logits_of, size_of
 from musota.plan.profiles import match_width
 from musota.rules import audit as rules

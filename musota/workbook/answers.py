@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from musota.plan.config import MuConfig
+from musota.plan.architectures import MuConfig
 from musota.rules import curves, plan, verdicts
 from musota.rules.findings import Finding, not_applicable
 from musota.studies.grid import judge

@@ -22,7 +22,7 @@ from musota.errors import MusotaError
 from musota.models.base import CausalLM
 from musota.models.literal import Literal
 from musota.models.sharing import build_model
-from musota.plan.config import DenseConfig, ModelConfig, MuConfig
+from musota.plan.architectures import DenseConfig, ModelConfig, MuConfig
 from musota.training.machine import (
     about_machine,
     dtype_of,

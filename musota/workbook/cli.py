@@ -76,7 +76,7 @@ changes_option = click.option(
 def place_options(command):
     """Where the labels of recorded runs are sought."""
     results = click.option(
-        "--save-to", "results", default=ROOT / "results", type=click.Path(path_type=Path),
+        "--save-to", "results", default=ROOT / "results", type=Place(),
         help="Folder of results [default: results/].",
     )  # fmt: skip
     return click.option("--profile", default="quick", show_default=True)(results(command))
@@ -182,7 +182,7 @@ def compare(runs, profile, results):
 
 @cli.command()
 @click.argument("run")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=Place(exists=True, dir_okay=False))
 @place_options
 def score(run, file, profile, results):
     """Score a text FILE (UTF-8) with the best weights of a RUN (as in `compare`): perplexity, bits
@@ -248,9 +248,7 @@ def evidence(seeds, only, **parameters):
 @click.option("--max-seq-len", default=64, show_default=True, help="Tokens a sequence.")
 @click.option("--arguments", default="{}", help="For NAME, as JSON: '{\"width\": 64}'.")
 @click.option("--loss", default="", help="The file's function loss(module, ids), if it has one.")
-@click.option(
-    "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw what was found here."
-)
+@click.option("--picture", type=Place(dir_okay=False), help="Draw what was found here.")
 def audit(model, vocab_size, max_seq_len, arguments, loss, picture):
     """Does a model of your own see the future? Runs FILE.py, and calls NAME to make the model.
 
@@ -258,7 +256,7 @@ def audit(model, vocab_size, max_seq_len, arguments, loss, picture):
     where it takes them.
     """
     from musota.plan import own
-    from musota.plan.config import OwnConfig
+    from musota.plan.architectures import OwnConfig
     from musota.studies.audit import audit as audit_module
     from musota.workbook.style import save_figure
 

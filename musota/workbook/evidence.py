@@ -11,7 +11,8 @@ from pathlib import Path
 
 from musota.errors import MusotaError
 from musota.files import as_path
-from musota.plan.config import DenseConfig, Experiment
+from musota.plan.architectures import DenseConfig
+from musota.plan.config import Experiment
 from musota.plan.profiles import Profile, grid_profiles, profiles, scaled, twin
 from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
 from musota.plan.suspects import Suspect, grid

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from musota.data.sources import SOURCES
 from musota.errors import MusotaError
 from musota.files import write_json, write_text
-from musota.plan.config import MuConfig, OwnConfig
+from musota.plan.architectures import MuConfig, OwnConfig
 from musota.plan.path import EARNED
 from musota.plan.profiles import profiles, scaled
 from musota.plan.registry import TUNED, find_experiment, registry, title_of
