@@ -26,8 +26,8 @@ from musota.models.base import CausalLM
 from musota.plan.config import TrainConfig
 from musota.plan.profiles import Profile
 from musota.training import evaluate as evaluate_room
-from musota.training import remedies, runs, schedule, trainer
-from musota.training import runs as runs_room
+from musota.training import folder as folder_room
+from musota.training import remedies, schedule, trainer
 from musota.training import trainer as training_room
 from musota.training.trainer import Diverged
 from musota.workbook.pages import write_report
@@ -82,13 +82,13 @@ def test_killed_runs_end_as_if_nothing_had_been(text_folder):
 def test_checkpoints_come_by_the_clock_too_and_two_are_kept(short, tmp_path, monkeypatch):
     monkeypatch.setattr(training_room, "CHECKPOINT_SECONDS", 0)
     seen = []
-    save = runs.RunFolder.save_checkpoint
+    save = folder_room.RunFolder.save_checkpoint
 
     def watched(folder, tensors, state):
         save(folder, tensors, state)
         seen.append((state["step"], len([*folder.checkpoints.glob("step-*")])))
 
-    monkeypatch.setattr(runs.RunFolder, "save_checkpoint", watched)
+    monkeypatch.setattr(folder_room.RunFolder, "save_checkpoint", watched)
     run = musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path)
     assert [step for step, _ in seen] == list(range(1, run.history.step[0] + 1))
     assert max(kept for _, kept in seen) == 2
@@ -290,14 +290,14 @@ def test_a_full_disk_leaves_packed_records_as_they_were(short, tmp_path, monkeyp
 
 def _full(monkeypatch, is_full):
     """Let writing fail while `is_full()` says so."""
-    write, rename = runs_room.write_whole, os.replace
+    write, rename = folder_room.write_whole, os.replace
 
     def failing(path, content):
         if is_full():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, content)
 
-    for room in (runs_room, lm_room):
+    for room in (folder_room, lm_room):
         monkeypatch.setattr(room, "write_whole", failing)
     monkeypatch.setattr("musota.files.os.replace", lambda a, b: None if is_full() else rename(a, b))
 
@@ -370,13 +370,13 @@ def test_a_folder_that_vanishes_does_not_stop_training(finished, short, tmp_path
 
 def test_no_room_for_the_first_file_gets_one_sentence(short, tmp_path, monkeypatch):
     _full(monkeypatch, lambda: True)
-    monkeypatch.setattr("musota.files.write_whole", runs_room.write_whole)
+    monkeypatch.setattr("musota.files.write_whole", folder_room.write_whole)
     with pytest.raises(MusotaError, match="cannot be used .No space left on device.: make room"):
         musota.train(EXPERIMENT, short, tmp_path)
 
 
 def test_a_line_lost_to_a_full_disk_is_made_good_before_the_end(short, tmp_path, monkeypatch):
-    append, lost = runs.RunFolder.append, []
+    append, lost = folder_room.RunFolder.append, []
 
     def losing(folder, record):
         before = folder.path / "metrics.jsonl"
@@ -386,7 +386,7 @@ def test_a_line_lost_to_a_full_disk_is_made_good_before_the_end(short, tmp_path,
             before.write_bytes(kept)
             lost.append(record)
 
-    monkeypatch.setattr(runs.RunFolder, "append", losing)
+    monkeypatch.setattr(folder_room.RunFolder, "append", losing)
     musota.train(EXPERIMENT, short, tmp_path)
     assert lost and list(musota.Run(tmp_path).history.epoch) == [1, 2]
 

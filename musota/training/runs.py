@@ -11,36 +11,20 @@ best/, a checkpoint has its own in its name and all of metrics.jsonl inside. Not
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
-from safetensors import safe_open
-from safetensors.torch import load, save
-from torch import Tensor
 
 from musota.errors import MusotaError
-from musota.files import (
-    as_path,
-    jsonable,
-    read_sealed,
-    sha256,
-    system_error,
-    write_sealed,
-    write_whole,
-)
+from musota.files import as_path, read_sealed, sha256
 from musota.models.base import CausalLM
 from musota.models.sharing import load_model
 from musota.plan.config import Experiment
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what network disks answer
 # What every record of a kind holds at least.
 RECORDED = {
     "step": {"step", "loss", "learning_rate", "grad_norm", "tokens", "seconds"},
@@ -171,195 +155,6 @@ class Run:
         return f"Run({self.name}, seed {self.seed}{ppl}, {self.path})"
 
 
-class RunFolder:
-    """The trainer's side of a run folder: writes it, and guards it against another experiment.
-
-    What cannot be written (a full disk) is told and tried again with the next checkpoint: `trouble`
-    says what is still unsaved. One of several processes writes, the others only read.
-    """
-
-    def __init__(self, path: str | os.PathLike, identity: dict, writes: bool = True):
-        self.path = as_path(path)
-        self.checkpoints = self.path / "checkpoints"
-        self.identity, self.writes = identity, writes
-        self.metrics = b""  # of metrics.jsonl, as it should be
-        self.trouble = ""
-        self.lock = FileLock(self.checkpoints / ".lock")
-
-    @property
-    def finished(self) -> bool:
-        """Whether this very run stands here finished. Raises MusotaError for another's folder."""
-        if not (self.path / "config.json").exists():
-            return False
-        self._refuse_other(read_sealed(self.path / "config.json"))
-        return Run(self.path).finished
-
-    def prepare(self, fresh: bool) -> None:
-        """Make the folder and lock it, empty of an earlier run if `fresh`.
-
-        Raises MusotaError if it cannot be written or another process trains in it.
-        """
-        if not self.writes:
-            return
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._acquire_lock()
-            if fresh:
-                self._clear()
-        except OSError as error:
-            raise self._unwritable(error) from None
-
-    def _acquire_lock(self) -> None:
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise MusotaError(
-                f"Another process is training in {self.path}: wait for it, or use another folder."
-            ) from None
-        except (OSError, NotImplementedError) as error:
-            if getattr(error, "errno", errno.ENOTSUP) not in NO_LOCKS:
-                raise
-            print(
-                f"The disk of {self.path} knows no locks: train in it once at a time.", flush=True
-            )
-
-    def _clear(self) -> None:
-        """Remove what a run writes, and nothing else."""
-        shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
-        for path in self.checkpoints.glob("step-*"):
-            path.unlink(missing_ok=True)
-        for name in ("config.json", "metrics.jsonl", "summary.json"):
-            (self.path / name).unlink(missing_ok=True)
-
-    def _refuse_other(self, found: dict, what: str = "folder", path: Path | None = None) -> None:
-        """Raises MusotaError, naming what differs, where `found` describes another run."""
-        wanted, present = _compared(self.identity), _compared(found)
-        for key in sorted(wanted.keys() | present.keys()):
-            if wanted.get(key) != present.get(key):
-                raise MusotaError(
-                    f"The {what} {path or self.path} belongs to another run: its {key} is "
-                    f"{present.get(key)!r}, not {wanted.get(key)!r}. Use another folder, or start "
-                    "over there with fresh=True (--fresh)."
-                )
-
-    def attempt(self, write: Callable[[], object] | None) -> bool:
-        """Write something, if there is something; False, and a sentence, where that fails."""
-        if not self.writes or not write:
-            return True
-        try:
-            write()
-        except OSError as error:
-            if not self.trouble:
-                print(
-                    f"\nNot saved: {self.path}: {error.strerror or error}. Training goes on, and "
-                    "saving is tried again with every checkpoint.",
-                    flush=True,
-                )
-            self.trouble = error.strerror or str(error)
-            return False
-        return True
-
-    def append(self, record: dict) -> None:
-        """A line for metrics.jsonl."""
-        line = (json.dumps(jsonable(record), ensure_ascii=False) + "\n").encode()
-        before, self.metrics = len(self.metrics), self.metrics + line
-        path = self.path / "metrics.jsonl"
-
-        def write() -> None:
-            if (path.stat().st_size if path.exists() else 0) == before:
-                with path.open("ab") as file:
-                    file.write(line)
-            else:  # an earlier line could not be written
-                self.write_metrics()
-
-        self.attempt(write)
-
-    def write_metrics(self) -> None:
-        """metrics.jsonl as it should be, where it is not."""
-        path = self.path / "metrics.jsonl"
-        if (path.read_bytes() if path.exists() else b"") != self.metrics:
-            write_whole(path, lambda target: target.write_bytes(self.metrics))
-
-    def write_config(self, choices: dict) -> None:
-        """Raises MusotaError where it cannot be written."""
-        path = self.path / "config.json"
-        if self.writes and not path.exists():
-            try:
-                write_sealed(path, {**self.identity, **choices})
-            except OSError as error:
-                raise self._unwritable(error) from None
-
-    def _unwritable(self, error: OSError) -> MusotaError:
-        return system_error(f"The run folder {self.path}", error, "choose another results folder")
-
-    def refuse_unsaved(self) -> None:
-        """Raises MusotaError where the end of a run could not be saved."""
-        if self.trouble:
-            raise MusotaError(
-                f"The end of the run could not be saved in {self.path}: {self.trouble}. Make room "
-                "there and repeat the call: it goes on from the last checkpoint that could be "
-                "written."
-            )
-
-    def forget_summary(self) -> None:
-        """Remove the summary of epochs that this run has not come to."""
-        self.attempt(lambda: (self.path / "summary.json").unlink(missing_ok=True))
-
-    def save_checkpoint(self, tensors: Mapping[str, Tensor], state: dict) -> bool:
-        """Write what to resume from, metrics.jsonl included, and keep the last two."""
-
-        def write() -> None:
-            self.write_metrics()
-            about = {"metrics": self.metrics.decode(), "identity": self.identity}
-            described = json.dumps({**jsonable(state), **about})
-            data = save(dict(tensors), {"state": described})
-            name = f"step-{state['step']:09d}-{sha256(data)[:16]}.safetensors"
-            write_whole(self.checkpoints / name, lambda target: target.write_bytes(data))
-            for old in self._newest_first()[2:]:
-                if old.name != name:
-                    old.unlink()
-
-        return self.attempt(write)
-
-    def _newest_first(self) -> list[Path]:
-        found = self.checkpoints.glob("step-*.safetensors")
-        return sorted(found, key=lambda path: (path.name[:14], path.stat().st_mtime), reverse=True)
-
-    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
-        """Tensors and state to resume from, with metrics.jsonl as it was; None to start anew.
-
-        A damaged checkpoint is named and set aside, and the one before it taken. Raises MusotaError
-        if all are, or if one is another run's.
-        """
-        found, damaged = self._newest_first(), []
-        for path in found:
-            data = path.read_bytes()
-            if sha256(data)[:16] != path.stem.rsplit("-", 1)[1]:
-                print(f"The checkpoint {path} is damaged and is skipped.")
-                damaged.append(path)
-                continue
-            with safe_open(path, "pt") as file:
-                state = json.loads(file.metadata()["state"])
-            self._refuse_other(state.pop("identity"), "checkpoint", path)
-            self.metrics = state.pop("metrics").encode()
-            metrics = self.path / "metrics.jsonl"
-            if not (metrics.read_bytes() if metrics.exists() else b"").startswith(self.metrics):
-                print(f"{metrics} was damaged: it is restored from the checkpoint.")
-            self.attempt(self.write_metrics)
-            for bad in damaged:  # out of the way: they must not count among the two that are kept
-                self.attempt(lambda bad=bad: bad.rename(bad.with_suffix(".damaged")))
-            return load(data), state
-        if found:
-            raise MusotaError(
-                f"No checkpoint in {self.checkpoints} can be read any more: start over with "
-                "fresh=True (--fresh)."
-            )
-        if self.writes:
-            (self.path / "metrics.jsonl").unlink(missing_ok=True)
-            self.forget_summary()
-        return None
-
-
 def steps_table(records: list[dict]) -> pd.DataFrame:
     """One row a logged step of the records of a metrics.jsonl."""
     rows = [record for record in records if record["kind"] == "step"]
@@ -383,12 +178,3 @@ def read_metrics(data: bytes, path: Path) -> list[dict]:
                 f"Line {number} of {path} is damaged: delete that line, or train the run again."
             ) from None
     return records
-
-
-def _compared(described: dict) -> dict:
-    """What a run is, by field: of model and training, with defaults where a record is older than
-    a field, the seed, and the corpus by its fingerprint."""
-    experiment = Experiment.from_dict(described["experiment"])
-    corpus = {"corpus.fingerprint": described["corpus"]["fingerprint"]}
-    kind = {"model": type(experiment.model).__name__}
-    return experiment.fields() | kind | {"seed": described["seed"]} | corpus

@@ -23,6 +23,7 @@ from musota.models.base import CausalLM
 from musota.plan.config import Experiment
 from musota.training import keeping, remedies
 from musota.training.evaluate import exp_nats
+from musota.training.folder import RunFolder
 from musota.training.machine import (
     Interruption,
     default_choices,
@@ -32,7 +33,7 @@ from musota.training.machine import (
 )
 from musota.training.optimizer import OPTIMIZERS, build_optimizer, update_ratios
 from musota.training.remedies import SHORTER, Diverged, TooLong
-from musota.training.runs import Run, RunFolder
+from musota.training.runs import Run
 from musota.training.schedule import SCHEDULES, learning_rate_at
 from musota.training.start import begin, first_model, started_from
 
