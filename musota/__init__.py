@@ -1,16 +1,23 @@
 """MU-SOTA workbook: train it, train its dense twin, compare, and say what holds it back."""
 
+import contextlib
+import sys
 from importlib import import_module
+
+with contextlib.suppress(AttributeError):  # other things stand in for it in notebooks
+    sys.stdout.reconfigure(errors="replace")  # where "→" cannot be shown nothing may fail
 
 _HOMES = {
     "musota.data.corpus": "Corpus load_corpus",
     "musota.errors": "MusotaError",
     "musota.models.base": "CausalLM",
     "musota.models.sharing": "build_model load_model",
-    "musota.plan.config": "DenseConfig Experiment MuConfig TrainConfig",
+    "musota.plan.architectures": "DenseConfig MuConfig OwnConfig RedesignedConfig",
+    "musota.plan.config": "Experiment TrainConfig",
     "musota.plan.layout": "BlockLayout",
     "musota.plan.profiles": "match_width profiles scaled twin",
     "musota.plan.registry": "experiments",
+    "musota.studies.audit": "Audit audit",
     "musota.training.evaluate": "evaluate",
     "musota.training.runs": "Run",
     "musota.training.trainer": "train",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from musota.errors import MusotaError
@@ -16,20 +17,35 @@ SEAL = "sha256"
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write(temporary_path)` make a file, then move it into place: never half a file."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    write_together({path: write})
+
+
+def write_together(writes: Mapping[Path, Callable[[Path], object]]) -> None:
+    """`write_whole` of files that belong together: all of them, or none."""
+    temporary = {path: path.with_name(f".{path.name}-{os.getpid()}") for path in writes}
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:  # on the disk before it takes the other's place
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        for path, write in writes.items():
+            write(temporary[path])
+            with temporary[path].open("rb+") as file:  # on the disk before it takes another's place
+                os.fsync(file.fileno())
+        for path in writes:
+            os.replace(temporary[path], path)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a full disk's names none
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, and line ends as they stand, on every system: texts are hashed."""
+    write_whole(path, lambda target: target.write_bytes(text.encode()))
 
 
 def write_json(path: Path, data) -> None:
     """JSON for people and programs alike: indented, numbers it has no word for (inf, nan) null."""
-    write_whole(path, lambda target: target.write_text(_dump(data), encoding="utf-8"))
+    write_text(path, _dump(data))
 
 
 def write_sealed(path: Path, data: dict) -> None:
@@ -77,13 +93,34 @@ def _dump(data) -> str:
     return json.dumps(jsonable(data), indent=1, ensure_ascii=False) + "\n"
 
 
+def as_path(place: str | os.PathLike) -> Path:
+    """A path as people write it, `~` being their home. Raises MusotaError for what is none."""
+    try:
+        return Path(place).expanduser()
+    except (TypeError, RuntimeError) as error:  # no path; nobody's home
+        raise MusotaError(f"{place!r} is no path that can be used here: {error}") from None
+
+
+def system_error(what: str, error: OSError, instead: str) -> MusotaError:
+    """What the system refused, as a sentence with a way out."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = f"make room there, or {instead}" if full else instead
+    return MusotaError(f"{what} cannot be used ({error.strerror or error}): {advice}.")
+
+
+def sentence(error: Exception) -> str:
+    """An error as people read it, where nothing above knows more of it."""
+    if isinstance(error, OSError) and error.filename:
+        error = system_error(error.filename, error, "choose another folder (save_to)")
+    return str(error)
+
+
 def cache_folder() -> Path:
-    folder = Path(os.environ.get("MUSOTA_CACHE", Path.home() / ".cache" / "musota"))
+    folder = as_path(os.environ.get("MUSOTA_CACHE") or "~/.cache/musota")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MusotaError(
-            f"The cache folder {folder} cannot be made ({error.strerror}): set MUSOTA_CACHE to a "
-            "folder that can be written."
+        raise system_error(
+            f"The cache folder {folder}", error, "set MUSOTA_CACHE to another"
         ) from None
     return folder

@@ -12,7 +12,7 @@ import musota
 from musota.data import sources
 from musota.models.dense import DenseTransformer
 from musota.models.sharing import ARCHITECTURES
-from musota.plan.config import KINDS, DenseConfig
+from musota.plan.architectures import KINDS, DenseConfig
 from musota.plan.profiles import profiles
 from musota.training.optimizer import OPTIMIZERS
 from musota.training.schedule import SCHEDULES

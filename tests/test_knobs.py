@@ -11,15 +11,17 @@ from conftest import ROOT
 
 import musota
 from musota.errors import MusotaError
-from musota.plan.config import DenseConfig, check_changes
+from musota.plan.architectures import DenseConfig
+from musota.plan.config import check_changes
 from musota.plan.profiles import changed, scaled
 from musota.plan.suspects import grid
 from musota.rules import curves, verdicts
 from musota.studies.grid import LINES, advised_changes, next_line
 from musota.training import trainer
 from musota.workbook import figures
+from musota.workbook.answers import health_of, run_findings
 from musota.workbook.compare import against_first, chosen_runs, find_runs
-from musota.workbook.evidence import health_of, read_evidence, run_findings
+from musota.workbook.evidence import read_evidence
 from musota.workbook.session import Workbook
 from musota.workbook.tables import comparison_table, differences_table
 

@@ -15,7 +15,7 @@ from musota.workbook.session import PARAMETERS
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [
     "01_data", "02_train_optimized", "03_train_baseline", "04_compare", "05_simplify",
-    "06_root_causes",
+    "06_root_causes", "08_your_model",
 ]  # fmt: skip
 
 
@@ -259,7 +259,7 @@ def test_an_unknown_parameter_is_an_error(text_folder, tmp_path):
         (["run", "--only", "9"], "Unknown notebook number '09'"),
         (["run", "-p", "seed", "-3"], "seed must be a whole number from 0 to 2147483647, not -3."),
         (["train", "optimised"], "Unknown experiment 'optimised': did you mean 'optimized'?"),
-        (["train", "optimized", "--save-to", "/dev/null/x"], "cannot be made"),
+        (["train", "optimized", "--save-to", "/dev/null/x"], "cannot be used"),
     ],
 )
 def test_mistakes_on_the_command_line_get_one_sentence(arguments, message, text_folder):

@@ -7,7 +7,7 @@ import pytest
 
 import musota
 from musota.errors import MusotaError
-from musota.plan.config import KINDS, MuConfig
+from musota.plan.architectures import KINDS, MuConfig
 from musota.plan.profiles import Profile
 from musota.workbook import records
 from musota.workbook.evidence import read_evidence

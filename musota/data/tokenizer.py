@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 UNKNOWN, LINE_END = "<unk>", "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 2  # every byte, and the two special tokens
+LONGEST_WORD = 256  # bytes; what is longer (no spaces, no punctuation) is cut: BPE stays linear
 
 
 class TextTokenizer:
@@ -30,7 +31,9 @@ class TextTokenizer:
     def train(cls, pieces: Iterable[str], vocab_size: int) -> TextTokenizer:
         """Merges learned on a text, for a vocabulary of at least SMALLEST_VOCABULARY."""
         backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bounded = pre_tokenizers.FixedLength(LONGEST_WORD)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, bounded])
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -59,7 +62,7 @@ class TextTokenizer:
 
     def decode(self, ids) -> str:
         """The text of token ids (any 1-D sequence of whole numbers)."""
-        ids = np.asarray(ids, dtype=np.int64)
+        ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids, dtype=np.int64)
         lines = np.split(ids, np.flatnonzero(ids == self.line_end))
         pieces = [lines[0].tolist(), *(line[1:].tolist() for line in lines[1:])]
         return "\n".join(self.backend.decode_batch(pieces, skip_special_tokens=False))

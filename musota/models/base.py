@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -23,7 +24,7 @@ from musota.errors import MusotaError
 from musota.models.health import Watched
 from musota.models.loss import linear_cross_entropy, score_tokens
 from musota.models.sharing import Shareable
-from musota.plan.config import ModelConfig
+from musota.plan.architectures import ModelConfig
 
 
 class CausalLM(nn.Module, Watched, Shareable):
@@ -44,13 +45,14 @@ class CausalLM(nn.Module, Watched, Shareable):
     # Groups whose matrices are maps of activations: only these are decayed.
     decayed_groups: frozenset[str] = frozenset()
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, learned_positions: bool = True):
         super().__init__()
         self.config = config
-        self.compiled_body = None
         self.tokenizer: TextTokenizer | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions = nn.Embedding(config.max_seq_len, config.d_model)
+        self.positions = None
+        if learned_positions:
+            self.positions = nn.Embedding(config.max_seq_len, config.d_model)
         self.dropout = Dropout(config.dropout)
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
@@ -58,9 +60,11 @@ class CausalLM(nn.Module, Watched, Shareable):
         raise NotImplementedError
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """(B, T) token ids to (B, T, C): embeddings plus learned positions."""
-        place = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return self.dropout(self.embedding(input_ids) + self.positions(place))
+        """(B, T) token ids to (B, T, C): embeddings, plus positions where those are learned."""
+        x = self.embedding(input_ids)
+        if self.positions:
+            x = x + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
+        return self.dropout(x)
 
     @property
     def output_weight(self) -> Tensor:  # (V, C)
@@ -80,22 +84,33 @@ class CausalLM(nn.Module, Watched, Shareable):
         """(B, T) token ids to (logits (B, T, V), None), or with `targets` to (None, mean loss).
 
         `targets` (B, T) are already shifted: targets[:, t] follows input_ids[:, t]. The loss is in
-        nats per token. Raises MusotaError for a sequence longer than the learned positions and, on
+        nats per token. Raises MusotaError for a sequence longer than max_seq_len and, on
         a CPU, for a token id out of range.
         """
         length, longest = input_ids.shape[-1], self.config.max_seq_len
         if not 1 <= length <= longest:
             raise MusotaError(
-                f"A sequence of {length} tokens does not fit the {longest} learned positions: "
+                f"A sequence of {length} tokens does not fit the {longest} positions: "
                 "shorten it or raise max_seq_len."
             )
         if input_ids.device.type == "cpu":  # on a GPU a look at the values would have to wait
             self.check_tokens(input_ids)
-        body = self.compiled_body if self.training else None
-        hidden = (body or self.hidden_states)(input_ids)
+        hidden = self.hidden_states(input_ids)
         if targets is None:
-            return F.linear(hidden, self.output_weight, self.output_bias), None
-        return None, linear_cross_entropy(hidden, self.output_weight, self.output_bias, targets)
+            return self.logits_of(hidden), None
+        return None, self.loss_of(hidden, targets)
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """(…, C) hidden states to logits (…, V)."""
+        return F.linear(hidden, self.output_weight, self.output_bias)
+
+    def loss_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, see `linear_cross_entropy`."""
+        return linear_cross_entropy(hidden, self.output_weight, self.output_bias, targets)
+
+    def score_of(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Nats and hits by token, see `score_tokens`."""
+        return score_tokens(hidden, self.output_weight, self.output_bias, targets)
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Raises MusotaError unless every id is one of the vocabulary."""
@@ -106,13 +121,32 @@ class CausalLM(nn.Module, Watched, Shareable):
                 f"{self.config.vocab_size}: tokenize with the model's own tokenizer."
             )
 
-    def compile_body(self) -> None:
-        """Let training steps run `hidden_states` through torch.compile, for one static shape each.
+    def as_ids(self, text: str | Sequence[int] | Tensor) -> Tensor:
+        """Token ids, whole numbers of any shape, from whatever holds them: a text, a list, an
+        array, a tensor. Raises MusotaError for what is none of these."""
+        if isinstance(text, str):
+            if not self.tokenizer:
+                raise MusotaError("This model came without its tokenizer: give token ids.")
+            text = self.tokenizer.encode(text)
+        try:
+            ids = torch.as_tensor(text)
+        except (TypeError, ValueError, RuntimeError):
+            ids = torch.tensor(math.nan)
+        if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+            raise MusotaError(f"Give a text or whole-numbered token ids, not {text!r:.80}.")
+        return ids
+
+    def compile_layers(self, on: bool = True) -> None:
+        """Let training steps run their layers through torch.compile: one graph for all, a shape.
 
         Evaluation and generation, whose shapes vary, stay as they are, and so does the loss: a few
-        large kernels that have nothing to gain.
+        large kernels that have nothing to gain. More shapes than torch allows are an error of it.
         """
-        self.compiled_body = torch.compile(self.hidden_states, dynamic=False)
+        torch.compiler.reset()  # shapes of earlier models count against torch's limit, too
+        kind = type(self.layers[0])
+        compiled = torch.compile(kind.forward, dynamic=False, fullgraph=True) if on else None
+        for layer in self.layers:
+            layer.compiled = compiled
 
     def ledger_group(self, name: str) -> str:
         """The group of the ledger that the parameter `name` belongs to."""
@@ -159,7 +193,8 @@ class CausalLM(nn.Module, Watched, Shareable):
         top_p: float | None = None,
         seed: int = 0,
     ) -> Tensor:
-        """Continue (B, T) prompts to (B, T + max_new_tokens), the last max_seq_len tokens in view.
+        """Continue (B, T) prompts to (B, T + max_new_tokens), the last max_seq_len tokens in view;
+        a text or (T,) ids are one prompt.
 
         Temperature 0 takes the likeliest token. `top_k` keeps the k likeliest, `top_p` the fewest
         whose probability reaches p. The draw depends on `seed` alone. Raises MusotaError for an
@@ -169,6 +204,8 @@ class CausalLM(nn.Module, Watched, Shareable):
             raise MusotaError("temperature must be a number of at least 0, and top_k at least 1.")
         if top_p is not None and not 0 < top_p <= 1:
             raise MusotaError(f"top_p must lie in (0, 1], not {top_p!r}.")
+        input_ids = self.as_ids(input_ids)
+        input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
         if input_ids.dim() != 2 or not input_ids.numel():
             raise MusotaError("generate needs token ids of shape (B, T) with at least one token.")
         self.check_tokens(input_ids)
@@ -178,7 +215,7 @@ class CausalLM(nn.Module, Watched, Shareable):
         ids = input_ids.to(self.device)
         for _ in range(max_new_tokens):
             hidden = self.hidden_states(ids[:, -self.config.max_seq_len :])[:, -1]
-            logits = F.linear(hidden, self.output_weight, self.output_bias).float().cpu()
+            logits = self.logits_of(hidden).float().cpu()
             ids = torch.cat([ids, _draw(logits, temperature, top_k, top_p, generator).to(ids)], 1)
         self.train(was_training)
         return ids
@@ -200,6 +237,17 @@ def _draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor
         drop[:, 0] = False  # also where top_p is too small for float32
         logits = logits.masked_fill(drop.gather(1, order.argsort(-1)), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+class Layer(nn.Module):
+    """One of a model's `layers`; training steps may run it compiled."""
+
+    compiled = None
+
+    def __call__(self, *inputs):
+        if self.training and self.compiled:
+            return self.compiled(self, *inputs)
+        return super().__call__(*inputs)
 
 
 @torch.no_grad()
@@ -243,9 +291,7 @@ def score(
         for batch in alike.split(batch_size):
             window = tokens[batch[:, None] + span]  # (batch, width + 1)
             hidden = model.hidden_states(window[:, :-1])[:, -new:]
-            losses, correct = score_tokens(
-                hidden, model.output_weight, model.output_bias, window[:, -new:]
-            )
+            losses, correct = model.score_of(hidden, window[:, -new:])
             nats.append(losses.flatten())
             hits.append(correct.flatten())
     model.train(was_training)
@@ -282,7 +328,8 @@ def weights_sha256(model: CausalLM) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8)  # bf16 has no numpy
+        digest.update(data.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -290,11 +337,13 @@ class Dropout(nn.Dropout):
     """nn.Dropout, but on a CPU four elements share one 64-bit random number.
 
     Torch draws there one element after another, a tenth of a whole training step; the probability
-    is rounded to 1/65,536. A GPU takes torch's own.
+    is rounded to 1/65,536. A GPU and compiled layers
+    take torch's own.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p or x.device.type != "cpu":
+        torchs_own = x.device.type != "cpu" or torch.compiler.is_compiling()
+        if not self.training or not self.p or torchs_own:
             return super().forward(x)
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         dropped = round(self.p * 2**16)

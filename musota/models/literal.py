@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musota.models.base import CausalLM
-from musota.plan.config import DenseConfig, MuConfig
+from musota.plan.architectures import DenseConfig, MuConfig
 
 
 class LiteralMuLayer(nn.Module):

@@ -1,163 +1,22 @@
-"""What an experiment is: frozen dataclasses for the models, the training, and both together.
-
-Everything here is plain arithmetic on names and numbers, so it imports in milliseconds.
-"""
+"""What an experiment is: a model, how to train it, and what a person may change in both."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
 import dataclasses
-import math
 from dataclasses import dataclass
 
 from musota.errors import MusotaError, nearest_name
-from musota.plan.layout import BlockLayout
-
-# Each semantic block attends with two heads, whatever its size.
-HEADS_PER_BLOCK = 2
-LARGEST_MODEL = 20_000_000_000  # parameters; what is larger is a slip of the keyboard
-# What a field may be, where it is not "a whole number from 1 on" or "a number from 0 on".
-BOUNDS = {
-    "dropout": (0, 0.99),
-    "warmup_steps": (0, math.inf),
-    "matrix_size": (1, 64),
-    "n_block": (1, 4096),
-}
-ABOVE_ZERO = ("learning_rate", "grad_clip")
-
-
-def _check_fields(config) -> None:
-    """Raises MusotaError for the first field whose value is not allowed."""
-    for field in dataclasses.fields(config):
-        _check_field(field, getattr(config, field.name))
-
-
-def _check_field(field: dataclasses.Field, value) -> None:
-    name, whole = field.name, field.type == "int"
-    if field.type == "str":
-        if not isinstance(value, str):
-            raise MusotaError(f"{name} must be a name, not {value!r}.")
-        return
-    low, high = BOUNDS.get(name, (1 if whole else 0, math.inf))
-    allowed = f"a {'whole ' if whole else 'finite '}number of at least {low}"
-    allowed += f", at most {high}" if high < math.inf else ""
-    if name in ABOVE_ZERO:
-        allowed = "a finite number above 0"
-    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not fits or not low <= value <= high or value == math.inf or (
-        name in ABOVE_ZERO and not value
-    ):  # fmt: skip
-        raise MusotaError(f"{name} must be {allowed}, not {value!r}.")
-
-
-def _check_model(config) -> None:
-    """Raises MusotaError for bad fields, heads that do not divide, or an absurd size."""
-    _check_fields(config)
-    if config.d_model % config.n_head:
-        raise MusotaError(
-            f"n_head={config.n_head} does not divide d_model={config.d_model}: choose a divisor."
-        )
-    if config.n_parameters > LARGEST_MODEL:
-        raise MusotaError(
-            f"A model of {config.n_parameters:,} parameters (vocab_size={config.vocab_size:,}, "
-            f"n_layer={config.n_layer:,}) is beyond the {LARGEST_MODEL:,} allowed: choose smaller "
-            "sizes."
-        )
-
-
-@dataclass(frozen=True)
-class MuConfig:
-    """MU-SOTA: each token a matrix of `matrix_size`² cells cut into `n_block` semantic blocks.
-
-    `n_head` counts the heads of the attention across all blocks; inside a block there are two.
-    Raises MusotaError for a layout that does not tile the matrix or heads that do not divide.
-    """
-
-    vocab_size: int = 50_000
-    max_seq_len: int = 192
-    n_layer: int = 12
-    n_head: int = 8
-    dropout: float = 0.1
-    matrix_size: int = 8
-    n_block: int = 16
-
-    def __post_init__(self):
-        _check_model(self)
-        for block in self.layout.blocks:
-            if block.size % HEADS_PER_BLOCK:
-                raise MusotaError(
-                    f"Block {block.name} has {block.size} cells, which {HEADS_PER_BLOCK} heads do "
-                    "not divide: choose another n_block."
-                )
-
-    @property
-    def layout(self) -> BlockLayout:
-        return BlockLayout.standard(self.matrix_size, self.n_block)
-
-    @property
-    def d_model(self) -> int:
-        """Cells of a token's matrix."""
-        return self.matrix_size**2
-
-    @property
-    def n_parameters(self) -> int:
-        """Parameters by hand; a test holds the built model to it."""
-        vocab, d, blocks = self.vocab_size, self.d_model, self.n_block
-        block_attention = sum(4 * (size**2 + size) for size in self.layout.sizes)
-        cross_attention = 4 * (d * d + d)
-        feed_forward = 8 * d * d + 5 * d
-        gate = (blocks + 1) * 2 * blocks + 2 * blocks + 2 * blocks * blocks + blocks + blocks
-        layer = block_attention + cross_attention + feed_forward + 4 * d + gate + vocab * blocks
-        return vocab * d + self.max_seq_len * d + self.n_layer * layer + 2 * d + vocab * d + vocab
-
-    @property
-    def flops_per_token(self) -> int:
-        """Floating-point operations of a training step per token, by hand (see `_step_flops`)."""
-        d, blocks = self.d_model, self.n_block
-        block_maps = sum(4 * size**2 for size in self.layout.sizes)
-        gate = (blocks + 1) * 2 * blocks + 2 * blocks * blocks
-        # Maps of both attentions and of the feed-forward; each attention's scores and averages.
-        layer = block_maps + 4 * d * d + 8 * d * d + gate + 2 * (2 * d * self.max_seq_len)
-        return _step_flops(self.n_layer * layer + d * self.vocab_size)
-
-
-@dataclass(frozen=True)
-class DenseConfig:
-    """The baseline: a GPT-2 style transformer. Raises MusotaError on bad values."""
-
-    vocab_size: int = 50_000
-    max_seq_len: int = 192
-    n_layer: int = 12
-    n_head: int = 13
-    dropout: float = 0.1
-    d_model: int = 208
-
-    def __post_init__(self):
-        _check_model(self)
-
-    @property
-    def n_parameters(self) -> int:
-        """Parameters by hand; a test holds the built model to it."""
-        d = self.d_model
-        return (self.vocab_size + self.max_seq_len + 2) * d + self.n_layer * (12 * d * d + 13 * d)
-
-    @property
-    def flops_per_token(self) -> int:
-        """Floating-point operations of a training step per token, by hand (see `_step_flops`)."""
-        d = self.d_model
-        layer = 12 * d * d + 2 * d * self.max_seq_len
-        return _step_flops(self.n_layer * layer + d * self.vocab_size)
-
-
-def _step_flops(multiplications: int) -> int:
-    """Of so many multiply-adds in the forward pass: two operations each, and backward costs two
-    more products for each. Matrix products only, attention as full squares, nothing recomputed."""
-    return 3 * 2 * multiplications
-
-
-ModelConfig = MuConfig | DenseConfig
-KINDS = {"mu": MuConfig, "dense": DenseConfig}  # as records name them
+from musota.plan.architectures import (
+    KINDS,
+    ModelConfig,
+    RedesignedConfig,
+    check_field,
+    check_fields,
+    describe,
+    model_config,
+)
 
 
 @dataclass(frozen=True)
@@ -176,7 +35,7 @@ class TrainConfig:
     started_from: str = ""  # hash of another run's weights; empty: freshly initialised
 
     def __post_init__(self):
-        _check_fields(self)
+        check_fields(self)
 
     @property
     def sequences_per_step(self) -> int:
@@ -211,22 +70,30 @@ class Experiment:
         )
 
     def fields(self) -> dict:
-        """Every field of model and training by name; those that hold no name are left out."""
+        """Every field of model and training by name; what a run was started from, if anything."""
         fields = dataclasses.asdict(self.model) | dataclasses.asdict(self.training)
-        return {name: value for name, value in fields.items() if value != ""}
+        if not self.training.started_from:
+            del fields["started_from"]
+        return fields
 
     def differences(self, base: Experiment) -> list[str]:
-        """What was changed in `base`, as `field=value`; in a twin, what was in the model it is
-        matched to."""
-        one, other = self, base
-        if self != base and self.twin_of and base.twin_of and self.twin_of != base.twin_of:
-            one, other = (Experiment(e.twin_of, e.training) for e in (self, base))
-        before = other.fields()
+        """What was changed in `base`, as `field=value`; in a model that is matched to another, what
+        was changed in that other: the rest follows."""
+        before, after = base.fields(), self.fields()
+        if self.twin_of and base.twin_of:
+            before, after = base._asked(), self._asked()
         return [
             f"{name}={value if isinstance(value, str) else format(value, '.9g')}"
-            for name, value in one.fields().items()
+            for name, value in after.items()
             if before.get(name) != value
         ]
+
+    def _asked(self) -> dict:
+        """The fields that the size of a matched model follows from."""
+        fields = Experiment(self.twin_of, self.training).fields()
+        if isinstance(self.model, RedesignedConfig):
+            fields |= {"n_block": self.model.n_block, "without": self.model.without}
+        return fields
 
     def to_dict(self) -> dict:
         """For JSON; `from_dict` is the inverse."""
@@ -244,12 +111,6 @@ class Experiment:
             raise MusotaError(f"Not the description of an experiment: {error}.") from None
 
 
-def describe(model: ModelConfig) -> dict:
-    """A model's configuration for JSON; `model_config` is the inverse."""
-    kind = next(kind for kind, config_class in KINDS.items() if type(model) is config_class)
-    return {"kind": kind, **dataclasses.asdict(model)}
-
-
 def check_changes(changes) -> dict:
     """What a person wants changed, by field: a dict, or the text of one.
 
@@ -265,11 +126,5 @@ def check_changes(changes) -> dict:
     for name, value in changes.items():
         if name not in known:
             raise nearest_name("field", name, sorted(known))
-        _check_field(known[name], value)
+        check_field(known[name], value)
     return changes
-
-
-def model_config(described: dict) -> ModelConfig:
-    """Raises KeyError or TypeError for a kind or field it does not know."""
-    fields = dict(described)
-    return KINDS[fields.pop("kind")](**fields)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from musota.errors import nearest_name
-from musota.plan.config import Experiment, MuConfig, TrainConfig
-from musota.plan.profiles import twin
+from musota.plan.architectures import MuConfig, OwnConfig
+from musota.plan.config import Experiment, TrainConfig
+from musota.plan.profiles import redesign, twin
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,26 @@ _first_run = TrainConfig(
     epochs=10, learning_rate=3e-4, warmup_steps=500, batch_size=6, accumulation_steps=4
 )
 _small = MuConfig(n_layer=8, matrix_size=6, n_block=8, n_head=6)
+_optimized = Experiment(MuConfig(), TrainConfig())
+# The rate and the warm-up that small runs found, in place of the plan's.
+_redesigned = redesign(_optimized).with_(learning_rate=3e-3, warmup_steps=500)
 registry: dict[str, Row] = {
     "original": Row(
         "MU-SOTA original",
         ("#E69F00", "-.", "v"),
         Experiment(MuConfig(max_seq_len=128), _first_run),
     ),
-    "optimized": Row(
-        "MU-SOTA optimized", ("#0072B2", "-", "o"), Experiment(MuConfig(), TrainConfig())
-    ),
+    "optimized": Row("MU-SOTA optimized", ("#0072B2", "-", "o"), _optimized),
     "baseline": Row("dense baseline", ("#D55E00", "--", "s"), twin_of="optimized"),
     "simplified": Row(
         "MU-SOTA simplified", ("#56B4E9", "-", "^"), Experiment(_small, TrainConfig())
     ),
     "simplified_twin": Row(
         "dense twin of simplified", ("#CC79A7", "--", "D"), twin_of="simplified"
+    ),
+    "redesigned": Row("redesigned", ("#009E73", "-", "P"), _redesigned),
+    "modern_twin": Row(
+        "modern dense twin of redesigned", ("#7A5C00", "--", "X"), twin_of="redesigned"
     ),
     "tuned": Row("MU-SOTA, its best rate", ("#000080", "-", "*"), tuned_from="optimized"),
     "tuned_baseline": Row(
@@ -52,10 +58,14 @@ registry: dict[str, Row] = {
 
 
 def find_experiment(name: str) -> Experiment:
-    """A row's experiment at full size, or that of `<row>_twin`.
+    """A row's experiment at full size, `FILE.py:NAME` (a model of one's own, trained as the plan
+    trains), or the twin of either: `<name>_twin`.
 
-    Raises MusotaError for an unknown name, and for a tuned row.
+    Raises MusotaError for an unknown name, a tuned row and a file that cannot be read.
     """
+    if ".py:" in name:
+        own = Experiment(OwnConfig(name.removesuffix("_twin")), TrainConfig())
+        return twin(own) if name.endswith("_twin") else own
     row = registry.get(name)
     if row and row.experiment:
         return row.experiment
@@ -66,16 +76,27 @@ def find_experiment(name: str) -> Experiment:
     return twin(find_experiment(other))
 
 
-PUBLIC = ("original", "optimized", "baseline", "simplified")
+PUBLIC = ("original", "optimized", "baseline", "simplified", "redesigned")
 experiments: dict[str, Experiment] = {name: find_experiment(name) for name in PUBLIC}
 TUNED = {name: row.tuned_from for name, row in registry.items() if row.tuned_from}
 PAIRS = {row.twin_of: name for name, row in registry.items() if row.twin_of}  # and its twin
+
+
+def run_name(name: str, experiment: Experiment) -> str:
+    """What runs of a row are called; of FILE.py:NAME, FILE.NAME@hash: versions are kept apart."""
+    if ".py:" not in name:
+        return name
+    model, twins = experiment.twin_of or experiment.model, "_twin" * bool(experiment.twin_of)
+    return f"{model.source.replace('.py:', '.')}@{model.sha256[:6]}{twins}"
 
 
 def title_of(name: str) -> str:
     """What people read for a row's name, or for `row,field=value,…`."""
     row, *changes = name.split(",")
     title = registry[row].title if row in registry else row.replace("_", " ")
+    if "@" in row:
+        title = row.removesuffix("_twin")
+        title = title if title == row else f"dense twin of {title}"
     return ", ".join([title, *changes])
 
 

@@ -148,6 +148,8 @@ def health(
     if not epochs:
         return []
     trained = _training_health(epochs, grad_norms, grad_clip, warmed_up)
+    if "effective_rank" not in epochs[-1]:  # a model of one's own, whose inside nobody knows
+        return [*trained]
     return [*trained, *_inner_health(epochs[0], epochs[-1], d_model, length)]
 
 

@@ -212,6 +212,7 @@ def ablation_effects(
     return {part: paired_bootstrap(nats[part], nats["none"], tokens) for part in parts}
 
 
+CONTEXT = {"attention", "both attentions"}  # without it no token sees another
 _REDESIGN = {  # what to do with a mechanism that is hardly used
     "block attention": "give the blocks more cells, or let the cross attention do its work",
     "cross attention": "drop it, or widen it until it helps",
@@ -224,16 +225,18 @@ _HARDLY_USED = f"under {RELEVANT} nats a part is hardly used"
 def weak_spots(
     effects: Mapping[str, Interval], ledger: Mapping[str, int], blocks: Sequence[str]
 ) -> list[Finding]:
-    """Which parts of a trained MU-SOTA earn their parameters, from what disabling each one costs.
+    """Which parts of a trained model with blocks earn their parameters, from what disabling each
+    one costs.
 
     `effects` as `ablation_effects` gives them, `ledger` the parameters by group, `blocks` the
     names of the semantic blocks.
     """
     found = []
     share = {group: count / sum(ledger.values()) for group, count in ledger.items()}
-    if "both attentions" in effects:  # the first thing to know
-        cost, both = effects["both attentions"], share["block attention"] + share["cross attention"]
-        saw = f"disabling both attentions costs {cost}, they hold {both:.1%} of the parameters"
+    if part := next(iter(CONTEXT & effects.keys()), None):  # the first thing to know
+        cost, held = effects[part], sum(s for group, s in share.items() if "attention" in group)
+        whom = "it holds" if part == "attention" else "they hold"
+        saw = f"disabling {part} costs {cost}, {whom} {held:.1%} of the parameters"
         idle = (
             "the text before the current token is hardly used: this is a table of which token "
             "follows which, and cannot be much better than the bigram rung"
@@ -242,6 +245,8 @@ def weak_spots(
         advice = "give attention a residual path that the gate does not scale, and width"
         found.append(_part("Context", cost, saw, idle, used, advice))
     for part, advice in _REDESIGN.items():
+        if part not in effects:
+            continue
         saw = f"disabling it costs {effects[part]}, it holds {share[part]:.1%} of the parameters"
         title = part.capitalize()
         found.append(_part(title, effects[part], saw, "hardly used", "used", advice))
@@ -263,3 +268,24 @@ def _part(title: str, cost: Interval, saw: str, idle: str, used: str, advice: st
         1: ("used", used, ""),
     }[cost.beyond(RELEVANT)]
     return Finding(title, verdict, saw, _HARDLY_USED, conclusion, next_step)
+
+
+def names_mean(found: Mapping, expected: Mapping[str, str]) -> Finding:
+    """Do the blocks' names mean anything? `found` as `studies.names` measures it; `expected`: the
+    block that the plan's names would lead one to read a property from."""
+    reads = {name: of for name, of in found["reads"].items() if expected.get(name) in of}
+    best = {name: max(of, key=lambda block: of[block][0]) for name, of in reads.items()}
+    right = [name for name, block in best.items() if block == expected[name]]
+    others = [row[:n] + row[n + 1 :] for n, row in enumerate(found["similarity"])]
+    still = min(found["moves"], key=lambda block: found["moves"][block][0])
+    saw = (
+        f"{len(right)} of {len(reads)} properties are read best from the block named for them "
+        f"({', '.join(f'{name}: {best[name]}' for name in reads)}); a word moves least with its "
+        f"context in {still}; similarity of two blocks {np.mean(others):.2f} on average"
+    )
+    rule = f"chance: 1 in {len(found['blocks'])}"
+    named = len(right) > len(reads) / 2
+    verdict, conclusion = ("names", "the names say where to look") if named else (
+        "labels", "the names are labels: training does not fill a block with what it is called"
+    )  # fmt: skip
+    return Finding("The blocks' names", verdict, saw, rule, conclusion)

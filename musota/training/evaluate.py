@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from musota.data.corpus import Corpus
 from musota.models.base import CausalLM, score
+from musota.training.machine import is_out_of_memory
 
 BLOCK_TOKENS = 1024  # valid losses are kept by blocks of so many tokens, for the paired bootstrap
 HEALTH_WINDOWS = 8  # of valid, looked at closely after each epoch
+CHECKED_TOKENS, LEAST_AGREEMENT = 2000, 0.9  # generated text may be cut a little otherwise
 CLEAN_SHARE = 32  # one training token in so many is scored without dropout after each epoch
 SAMPLE_PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 32
 SAMPLE_SETTINGS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0}
@@ -20,7 +24,7 @@ SAMPLE_SETTINGS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0}
 
 def evaluate(
     model: CausalLM,
-    tokens: Tensor,
+    tokens: str | Sequence[int] | Tensor,
     words: int | None = None,
     bytes: int | None = None,
     stride: int | None = None,
@@ -30,8 +34,20 @@ def evaluate(
 
     Given the counts of the same text also `word_ppl` = exp(total nats / words), line ends counted
     as words, and `bits_per_byte` = total bits / UTF-8 bytes; both survive a change of tokenizer.
+    `tokens` may be a text. Warns of tokens that another tokenizer has made.
     """
-    return metrics_of(*score(model, tokens, stride, batch_size), words, bytes)
+    ids = model.as_ids(tokens)
+    measured = metrics_of(*score(model, ids, stride, batch_size), words, bytes)
+    if model.tokenizer:  # the text these ids would spell has other tokens, then
+        some = ids[:CHECKED_TOKENS].tolist()
+        again = model.tokenizer.encode(model.tokenizer.decode(some)).tolist()
+        if (Counter(some) & Counter(again)).total() < LEAST_AGREEMENT * len(some):
+            warnings.warn(
+                "The model's tokenizer would make other tokens of this text: if another one made "
+                "these, the PPL means nothing.",
+                stacklevel=2,
+            )
+    return measured
 
 
 def metrics_of(
@@ -64,8 +80,10 @@ def score_in_memory(
     """`score`; where its batches do not fit the memory, one window at a time, and `tell` so."""
     try:
         return score(model, tokens)
-    except torch.OutOfMemoryError:
-        pass  # outside of the handler, which would hold on to the memory
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside of the handler, which would hold on to the memory.
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
     tell("out of memory in validation: one window at a time")

@@ -1,4 +1,4 @@
-"""The command line: python -m musota run | train | compare | score | evidence | bench | report."""
+"""The command line: python -m musota run | train | compare | score | audit | evidence | …"""
 
 from __future__ import annotations
 
@@ -11,16 +11,26 @@ from pathlib import Path
 import click
 
 from musota.errors import MusotaError, nearest_name
+from musota.files import as_path, sentence
 from musota.plan.profiles import profiles
 from musota.plan.registry import TUNED, find_experiment, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 # A backend inherited from a notebook would break scripts that are started from one.
 os.environ["MPLBACKEND"] = "Agg"
+TEXTS = ("profile", "corpus", "save_to")  # parameters that are text even where they look otherwise
 TRAIN_HELP = (
     f"Train one EXPERIMENT: {', '.join(name for name in registry if name not in TUNED)}. "
-    f"Or {', '.join(TUNED)}: at the best rate of the recorded sweeps."
+    f"Or {', '.join(TUNED)}: at the best rate of the recorded sweeps. Or a model of your own, "
+    "FILE.py:NAME (a function or class that makes it), or its dense twin, FILE.py:NAME_twin."
 )
+
+
+class Place(click.Path):
+    """A path; `~` is expanded, which a shell does not do everywhere."""
+
+    def convert(self, value, parameter, context):
+        return Path(super().convert(as_path(value), parameter, context))
 
 
 def experiment_options(command):
@@ -66,7 +76,7 @@ changes_option = click.option(
 def place_options(command):
     """Where the labels of recorded runs are sought."""
     results = click.option(
-        "--save-to", "results", default=ROOT / "results", type=click.Path(path_type=Path),
+        "--save-to", "results", default=ROOT / "results", type=Place(),
         help="Folder of results [default: results/].",
     )  # fmt: skip
     return click.option("--profile", default="quick", show_default=True)(results(command))
@@ -98,7 +108,8 @@ def run(only, parameters, **values):
     for name, text in parameters:
         if name not in known:
             raise nearest_name("notebook parameter", name, known)
-        (own if name == "runs" else values)[name] = _literal(text)
+        value = text if name in TEXTS else _literal(text)
+        (own if name == "runs" else values)[name] = value
     notebooks = chosen_notebooks(only)
     run_notebooks(Workbook(**values), notebooks, values, own)
 
@@ -117,16 +128,17 @@ def run(only, parameters, **values):
     help="Use torch.compile [default: in long runs on a GPU].",
 )
 @click.option("--auto-remedy", is_flag=True, help="Let the plan's remedies apply themselves.")
-def train(experiment, compile, auto_remedy, continue_from, **parameters):
+@click.option("--device", default=None, help="cpu, cuda or mps [default: the best one here].")
+def train(experiment, compile, auto_remedy, continue_from, device, **parameters):
     from musota.workbook.compare import find_runs
     from musota.workbook.session import Workbook
 
     if int(os.environ.get("RANK", 0)):  # of several processes one speaks
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if experiment not in TUNED:
         find_experiment(experiment)  # a wrong name is answered before the corpus is read
     book = Workbook(**parameters)
-    choices = {"compile": compile, "auto_remedy": auto_remedy}
+    choices = {"compile": compile, "auto_remedy": auto_remedy, "device": device}
     if continue_from:
         choices["continue_from"] = find_runs(continue_from, book.root.parent, book.root.name)[0]
     finished = book.train(experiment, **choices)
@@ -170,7 +182,7 @@ def compare(runs, profile, results):
 
 @cli.command()
 @click.argument("run")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=Place(exists=True, dir_okay=False))
 @place_options
 def score(run, file, profile, results):
     """Score a text FILE (UTF-8) with the best weights of a RUN (as in `compare`): perplexity, bits
@@ -199,12 +211,15 @@ def score(run, file, profile, results):
     "--seeds", default=3, show_default=True, help="How many, from --seed on.",
     type=click.IntRange(1, 100),
 )  # fmt: skip
-@click.option("--only", default="models,sweep,tuned,grid", show_default=True, help="Parts to do.")
+@click.option(
+    "--only", default="models,sweep,tuned,grid,path", show_default=True, help="Parts to do."
+)
 def evidence(seeds, only, **parameters):
     """Carry the plan out with several seeds, then write the report.
 
-    The five models; both large ones over a sweep of learning rates; both again at their own best
-    rate (tuned); the root-cause grid. The same command goes on where it was stopped.
+    The models; both large ones over a sweep of learning rates; both again at their own best rate
+    (tuned); the root-cause grid; the path to the redesign, each row at its own best rate. The same
+    command goes on where it was stopped.
     """
     from musota.workbook.pages import write_report
     from musota.workbook.session import PARTS, Workbook
@@ -222,18 +237,43 @@ def evidence(seeds, only, **parameters):
             book.carry_out(part, seeds)
     for name, ppl in book.ladder.items():  # measured once, and in the report
         click.echo(f"rung {name}: {ppl:,.1f}")
-    click.echo(f"The report: {write_report(book.folder)}")
-    book.push()
+    write_report(book.folder)
+    book.deliver()
+    click.echo(f"The report: {book.home / 'README.md'}")
+
+
+@cli.command()
+@click.argument("model", metavar="FILE.py:NAME")
+@click.option("--vocab-size", default=512, show_default=True, help="Tokens to audit it with.")
+@click.option("--max-seq-len", default=64, show_default=True, help="Tokens a sequence.")
+@click.option("--arguments", default="{}", help="For NAME, as JSON: '{\"width\": 64}'.")
+@click.option("--loss", default="", help="The file's function loss(module, ids), if it has one.")
+@click.option("--picture", type=Place(dir_okay=False), help="Draw what was found here.")
+def audit(model, vocab_size, max_seq_len, arguments, loss, picture):
+    """Does a model of your own see the future? Runs FILE.py, and calls NAME to make the model.
+
+    Ends with status 1 where it is not honest. NAME is called with vocab_size and max_seq_len,
+    where it takes them.
+    """
+    from musota.plan import own
+    from musota.plan.architectures import OwnConfig
+    from musota.studies.audit import audit as audit_module
+    from musota.workbook.style import save_figure
+
+    config = OwnConfig(model, arguments, vocab_size, max_seq_len)
+    file = config.source.partition(":")[0]
+    given = own.find(f"{file}:{loss}", config.sha256) if loss else None
+    found = audit_module(config.build(), vocab_size, max_seq_len, given)
+    click.echo(f"{found}")
+    if picture:
+        save_figure(found.figure(), picture, f"measured: {config.source}, freshly made")
+        click.echo(f"The picture: {picture}")
+    sys.exit(not found.honest)
 
 
 @cli.command()
 @click.option("--device", default=None, help="cpu or cuda [default: cuda if there is one].")
-@click.option(
-    "--json",
-    "file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the numbers here.",
-)
+@click.option("--json", "file", type=Place(dir_okay=False), help="Write the numbers here.")
 @click.option(
     "--repeats", default=7, show_default=True, help="Rounds in which all take turns.",
     type=click.IntRange(1, 1000),
@@ -262,7 +302,7 @@ def bench(device, file, repeats, scaling):
 
 
 @cli.command()
-@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folders", nargs=-1, type=Place(exists=True, file_okay=False))
 @click.option("--pack", is_flag=True, help="First pack run folders and probes into a few files.")
 def report(folders, pack):
     """Write README.md and figures of results FOLDERS anew from their records [default: all].
@@ -270,7 +310,7 @@ def report(folders, pack):
     Without FOLDERS also the measured part of the workbook's own README.
     """
     from musota.workbook import pages, records
-    from musota.workbook.session import COMMITTED
+    from musota.workbook.results import COMMITTED
 
     everything = not folders
     if everything:
@@ -303,6 +343,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's: as Ctrl-C
     try:
         cli()
-    except MusotaError as error:
-        click.echo(f"Error: {error}", err=True)
+    except (MusotaError, OSError) as error:
+        click.echo(f"Error: {sentence(error)}", err=True)
         sys.exit(1)

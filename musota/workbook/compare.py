@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from musota.errors import MusotaError, nearest_name
+from musota.files import as_path
 from musota.plan.registry import title_of
 from musota.rules.findings import Finding
 from musota.rules.stats import Interval
@@ -24,7 +25,7 @@ def find_runs(name: str, results: Path, profile: str) -> list[Run]:
     `optimized,epochs=50-seed0`), or one of another folder (`study/tuned`). Raises MusotaError,
     with the nearest label, where there is none.
     """
-    path, known = Path(name).expanduser(), {}
+    path, known = as_path(name), {}
     for place in (path, results / path, results / profile / path):
         if (place / "config.json").exists():
             return [Run(place)]

@@ -9,15 +9,28 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from musota.models.base import ScoredText
 from musota.plan.layout import BlockLayout
+from musota.rules.audit import GUILTY
 from musota.rules.plan import PLAN_LADDER, REPORTED
-from musota.workbook.style import BLUE, GREY, HATCHES, ORANGE, PLAIN, RED, SHADES, new_figure
+from musota.rules.stats import Interval
+from musota.studies.audit import Audit
+from musota.workbook.style import (
+    BLUE,
+    GREY,
+    HATCHES,
+    ORANGE,
+    PLAIN,
+    RED,
+    SHADES,
+    draw_intervals,
+    new_figure,
+)
 
 BENCH_NAMES = {"mu": "MU-SOTA", "dense": "dense"}
 # In this order a group looks the same in every figure; others come after, in theirs.
@@ -70,7 +83,6 @@ def layouts(shown: Mapping[str, BlockLayout]) -> Figure:
     """The semantic blocks on the token's matrix, with the order in which cells are stored."""
     figure, axes = new_figure(4.6 * len(shown), 5.3, columns=len(shown))
     for axis, (title, layout) in zip(np.atleast_1d(axes), shown.items(), strict=True):
-        m = layout.matrix_size
         _outline(axis, layout, "black")
         for index, block in enumerate(layout.blocks):
             corner, shade = (block.column, block.row), SHADES[(index + index // 4) % 8]
@@ -79,11 +91,12 @@ def layouts(shown: Mapping[str, BlockLayout]) -> Figure:
             large = {"ha": "center", "va": "center", "fontsize": 13, "fontweight": "bold"}
             axis.text(x, block.row + 0.6, block.name, **large)
             axis.text(x, bottom, block.title.replace(" ", "\n"), ha="center", fontsize=7.5)
-        for (row, column), place in np.ndenumerate(layout.to_matrix(np.arange(m * m))):
+        for (row, column), place in np.ndenumerate(layout.to_matrix(np.arange(sum(layout.sizes)))):
             axis.text(column + 0.04, row + 0.04, place, fontsize=5.5, color="0.35", va="top")
-        axis.set(xlim=(0, m), ylim=(m, 0), aspect="equal", title=title)
-        axis.set_xticks(range(m + 1), [])
-        axis.set_yticks(range(m + 1), [])
+        limits = {"xlim": (0, layout.width), "ylim": (layout.height, 0)}
+        axis.set(**limits, aspect="equal", title=title)
+        axis.set_xticks(range(layout.width + 1), [])
+        axis.set_yticks(range(layout.height + 1), [])
         axis.set_xlabel("columns (small numbers: place in the stored vector)", fontsize=8)
         axis.set_ylabel("rows", fontsize=8)
     return figure
@@ -97,6 +110,37 @@ def causality(change: np.ndarray) -> Figure:
     axis.set(xlabel="position whose logits are compared", ylabel="position of the replaced token")
     axis.set_title("White: not one logit changed")
     figure.colorbar(image, label="log₁₀ of the largest change of a logit")
+    return figure
+
+
+def audited(audit: Audit) -> Figure:
+    """Which guess moves with which token, and the loss on random tokens, for whoever never heard
+    of either."""
+    figure, (left, right) = new_figure(11.5, 5.2, columns=2)
+    moved = audit.change.numpy() > 0
+    ahead = np.tril(moved, -1)
+    left.imshow(1 * moved + ahead, cmap=ListedColormap(["white", BLUE, RED]), vmin=0, vmax=2)
+    left.set(xlabel="… does the guess made at this position move?", ylabel="replace this token …")
+    left.set_title("Does it see what comes?")
+    keys = {"it moves, and may: the token was known": BLUE, "it moves: IT SAW WHAT COMES": RED}
+    handles = [Patch(color=colour, label=text) for text, colour in keys.items()]
+    left.legend(handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    if not ahead.any():
+        place = {"ha": "center", "fontsize": 9, "transform": left.transAxes}
+        left.text(0.3, 0.2, "nothing red here:\nno guess moved\nbefore its token came", **place)
+    floor, losses = np.log(audit.symbols), pd.Series(audit.losses, dtype=float)
+    right.plot(losses, color="0.75", linewidth=0.8, label="each step, on fresh random tokens")
+    right.plot(losses.rolling(15, min_periods=1).mean(), color=BLUE, label="mean of 15")
+    text = f"ln {audit.symbols} = {floor:.2f}: nobody can do better honestly"
+    right.axhline(floor, color="black", linestyle="--", label=text)
+    right.axhspan(0, floor, color=RED, alpha=0.08)
+    right.set_ylim(0, 1.15 * max(floor, losses.max(skipna=True) if len(losses) else floor))
+    right.set(xlabel="training step", ylabel="its loss (nats a token)")
+    right.set_title("Can it foretell what is random?")
+    right.legend(fontsize=8, loc="upper right")
+    guilty = [finding.verdict for finding in audit.findings if finding.verdict in GUILTY]
+    said = f"NOT honest: {', '.join(guilty)}" if guilty else "Honest, in all that was asked"
+    figure.suptitle(said, color=RED if guilty else "black")
     return figure
 
 
@@ -151,7 +195,7 @@ def block_view(
     above.suptitle(title, fontsize=10)
     key, *axes = above.subplots(rows, columns).flat
     key.set_title("the blocks", fontsize=8)
-    key.set(xlim=(0, layout.matrix_size), ylim=(layout.matrix_size, 0), aspect="equal")
+    key.set(xlim=(0, layout.width), ylim=(layout.height, 0), aspect="equal")
     _outline(key, layout, "black")
     for block in layout.blocks:
         middle = block.column + block.width / 2, block.row + block.height / 2
@@ -258,4 +302,36 @@ def bench_scaling(result: Mapping) -> Figure:
     figure.legend(
         *first.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center"
     )
+    return figure
+
+
+def names(found: Mapping) -> Figure:
+    """What each block tells (see `studies.names`): alike which others, what a linear probe reads
+    from it alone, and how much of a word's place in it depends on the word before."""
+    blocks, reads, moves = found["blocks"], found["reads"], found["moves"]
+    figure = Figure(figsize=(12.5, 5), layout="constrained", dpi=110)
+    alike, read, move = figure.subplots(1, 3, width_ratios=(1, 1.1, 0.75))
+    values = [[of[block][0] for block in blocks] for of in reads.values()]
+    for axis, table, look in ((alike, found["similarity"], "Blues"), (read, values, "Oranges")):
+        axis.imshow(table, cmap=look, vmin=0, vmax=1 if axis is alike else None, aspect="auto")
+        for (row, column), value in np.ndenumerate(np.array(table)):
+            dark = value > (0.6 if axis is alike else 0.6 * np.max(values))
+            colour = "white" if dark else "0.25"
+            size = 8 if len(blocks) <= 8 else 5.5
+            text = f"{value:.2f}".replace("0.", ".")
+            axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+        axis.set_xticks(range(len(blocks)), blocks, fontsize=8)
+    alike.set_yticks(range(len(blocks)), blocks, fontsize=8)
+    alike.set_title(
+        "How alike two blocks are\n(linear CKA: 0 nothing shared, 1 the same)", fontsize=10
+    )
+    read.set_yticks(range(len(reads)), list(reads), fontsize=8)
+    read.set_title(
+        "What is read from one block alone\n(accuracy beyond shuffled labels)", fontsize=10
+    )
+    draw_intervals(move, {block: Interval(*moves[block]) for block in blocks})
+    move.tick_params(axis="y", labelsize=8)
+    move.spines[["top", "right"]].set_visible(False)
+    words = f"share of variance, {found['words']} words"
+    move.set_title(f"How far the word before\nmoves a word ({words})", fontsize=10)
     return figure

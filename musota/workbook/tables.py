@@ -17,11 +17,15 @@ from musota.plan.profiles import PLAN_TRAIN_TOKENS
 from musota.plan.registry import experiments, title_of
 from musota.rules.stats import seed_interval
 from musota.rules.verdicts import Cause
+from musota.studies.path import Judged
 from musota.training.evaluate import exp_nats
 from musota.training.runs import Run
 from musota.training.schedule import learning_rate_at
 from musota.workbook import figures, pictures
-from musota.workbook.evidence import Evidence, health_of
+from musota.workbook.answers import health_of
+from musota.workbook.evidence import Evidence
+
+MEANINGLESS = 1e12  # a perplexity over so many words, where a "word" is a paragraph
 
 
 class _Cells(Formatter):
@@ -33,7 +37,8 @@ class _Cells(Formatter):
     def format_field(self, value, spec):
         if isinstance(value, str) or not spec:
             return str(value)
-        return "–" if value is None or not math.isfinite(value) else format(value, spec)
+        known = value is not None and abs(value) < MEANINGLESS  # which NaN is not, either
+        return format(value, spec) if known else "–"
 
 
 def table(rows: Iterable[Mapping], columns: Mapping[str, str]) -> pd.DataFrame:
@@ -82,6 +87,15 @@ CAUSE = {
     "changed here": "{here}",
     "effect of mending it": "{gain}",
     "PPL": "{ppl_before:,.1f} → {after:,.1f}",
+    "verdict": "{verdict}",
+}
+PATH_ROW = {
+    "change": "{step.title}",
+    "parameters": "{parameters:,}",
+    "best rate": "{rate:g} of {tried}",
+    "seeds": "{seeds}",
+    "valid PPL": "{ppl:,.1f}",
+    "nats against the row it is one change away from": "{against}",
     "verdict": "{verdict}",
 }
 HEALTH = {"statistic": "{rule}", "value": "{saw}", "band": "{threshold}", "meaning": "{conclusion}"}
@@ -192,9 +206,10 @@ def model_table(evidence: Evidence) -> pd.DataFrame:
 
 
 def front_table(evidence: Evidence, names: Iterable[str]) -> pd.DataFrame:
-    """The rows of `names` that were trained, and the bigram rung, in four columns."""
+    """The rows of `names` that were trained, and what counting reaches, in four columns."""
     groups = [list(evidence.seeds(name).values()) for name in names]
-    rungs = [rung for rung in _of_rungs(evidence) if rung["title"] == "rung: bigram"]
+    wanted = ("rung: bigram", "rung: trigram")
+    rungs = [rung for rung in _of_rungs(evidence) if rung["title"] in wanted]
     return table([_of_seeds(evidence, group) for group in groups if group] + rungs, FRONT)
 
 
@@ -247,6 +262,15 @@ def causes_table(causes: Iterable[Cause]) -> pd.DataFrame:
         after = cause.ppl_after if cause.effect else "diverges"
         rows.append({**vars(cause), "gain": cause.effect or "diverges", "after": after})
     return table(rows, CAUSE)
+
+
+def path_table(judged: Mapping[str, Judged]) -> pd.DataFrame:
+    """The path to the redesign, a change a row, and each change taken back alone."""
+    rows = []
+    for row in judged.values():
+        about = {"ppl": row.ppl, "seeds": len(row.runs), "against": row.effect or ""}
+        rows.append({**vars(row), **about, "parameters": row.runs[0].experiment.model.n_parameters})
+    return table(rows, PATH_ROW)
 
 
 def health_table(run: Run) -> pd.DataFrame:

@@ -29,7 +29,8 @@ from musota.studies import probes
 from musota.training.machine import has_front_end
 from musota.training.runs import Run
 from musota.workbook import figures, pictures
-from musota.workbook.evidence import Evidence, plateau_of
+from musota.workbook.answers import plateau_of
+from musota.workbook.evidence import Evidence
 from musota.workbook.style import figure_png
 
 # What can be shown: (records, column, label, where a rung's perplexity stands, if anywhere).

@@ -1,0 +1,64 @@
+"""A module of the reader's own, as a model of this workbook: trained, scored and sampled alike."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from musota.errors import MusotaError
+from musota.models.base import CausalLM
+from musota.plan.architectures import OwnConfig
+from musota.plan.own import logits_of
+
+
+class OwnModel(CausalLM):
+    """Its hidden states are the author's logits; nothing else of its inside is known."""
+
+    def __init__(self, config: OwnConfig):
+        nn.Module.__init__(self)  # the embeddings of a CausalLM are not its own
+        self.config, self.compiled_body, self.tokenizer = config, None, None
+        self.module = config.build()
+        if not config.n_parameters:  # one that does not even run is told here, too
+            raise MusotaError(f"{config.source} has no parameters, so nothing to train.")
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        return logits_of(self.module, input_ids)  # (B, T, V)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def loss_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(hidden.float().flatten(0, -2), targets.flatten())
+
+    def score_of(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        rows = zip(hidden, targets, strict=True)  # one at a time, for the memory
+        nats = [F.cross_entropy(row.float(), y, reduction="none") for row, y in rows]
+        return torch.stack(nats), hidden.argmax(-1) == targets
+
+    def health(self, input_ids: Tensor) -> dict:
+        return {}
+
+    def ledger_group(self, name: str) -> str:
+        """The author's own parts: the first name below the module."""
+        return name.split(".")[1].replace("_", " ")
+
+    def optimizer_groups(self, weight_decay: float) -> list[dict]:
+        """Decay on every matrix but those of embeddings."""
+        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+        groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+        for parameter in filter(lambda p: p.requires_grad, self.parameters()):
+            decayed = parameter.dim() >= 2 and id(parameter) not in tables
+            groups[0 if decayed else 1]["params"].append(parameter)
+        return groups
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Copies: tied weights have two names for one memory, which a file refuses."""
+        held = super().state_dict(*args, **kwargs)
+        for name, value in held.items():
+            held[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        return held
