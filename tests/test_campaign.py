@@ -133,7 +133,7 @@ def test_its_report_answers_the_plans_questions(recorded):
     for figure in ("answer", "curves", "verdict_tuned", "ablations"):
         assert f"({figure}.png)" in text and (recorded / f"{figure}.png").exists()
     assert "Shown: 4 of 4 runs found." in text
-    assert "\nNAME is one of " in text and "trained from Python" not in text
+    assert "\nNAME is one of " in text and "NAME is `" not in text
     assert "train NAME --profile tiny --corpus FOLDER --seed SEED --save-to elsewhere" in text
 
 
@@ -148,7 +148,7 @@ def test_the_report_says_what_it_leaves_out_and_what_no_command_trains(recorded,
         write_sealed(path, config)
     text = musota.write_report(folder).read_text()
     assert "Shown: 3 of 4 runs found; left out: tuned-seed0 (damaged: " in text
-    assert "was trained from Python: as baseline, but for epochs 7, learning_rate 0.5." in text
+    assert "NAME is `baseline --set epochs=7 --set learning_rate=0.5`." in text
 
 
 def test_a_tuned_row_can_be_trained_again_alone(carried_out, tmp_path, monkeypatch):

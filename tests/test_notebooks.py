@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 from musota.plan.registry import experiments
+from musota.workbook.headless import TAKES_RUNS
 from musota.workbook.session import PARAMETERS
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -49,7 +50,7 @@ def test_notebooks_are_clean(path):
         statement.targets[0].id: ast.literal_eval(statement.value)  # fails unless a literal
         for statement in ast.parse(tagged[0].source).body
     }
-    assert tuple(assigned) == PARAMETERS
+    assert tuple(assigned) == PARAMETERS + (("runs",) if path.stem == TAKES_RUNS else ())
 
 
 def test_the_setup_cell_is_the_same_everywhere():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
@@ -12,9 +13,12 @@ from pathlib import Path
 import click
 
 from musota.errors import MusotaError, nearest_name
+from musota.plan.architectures import OwnConfig
+from musota.plan.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-TAKES_RUNS = "04_compare"
+TAKES_RUNS, OWN_MODEL = "04_compare", "08_your_model"
+OWN_FIELDS = {f.name for kind in (OwnConfig, TrainConfig) for f in dataclasses.fields(kind)}
 
 
 def chosen_notebooks(only: str) -> list[Path]:
@@ -34,13 +38,19 @@ def run_notebooks(book, notebooks: Sequence[Path], values: dict, own: dict) -> N
     """Execute `notebooks` with the parameters `values`, and `own` where runs are compared."""
     for notebook in notebooks:
         for name in re.findall(r'book\.train\(\\"(\w+)', notebook.read_text(encoding="utf-8")):
-            book.experiment(name)  # changes that do not fit it are answered before a kernel starts
+            try:
+                book.experiment(name)
+            except MusotaError as error:  # before a kernel starts
+                message = f"{notebook.stem} trains {name}, which the changes do not fit: {error}"
+                raise MusotaError(f"{message} Choose notebooks with --only.") from None
     executed = book.home / "executed"
     executed.mkdir(exist_ok=True)
     started = time.perf_counter()
     for number, notebook in enumerate(notebooks, start=1):
         output = executed / f"{book.named(notebook.stem)}.ipynb"
         given = values | (own if notebook.stem == TAKES_RUNS else {})
+        if notebook.stem == OWN_MODEL:  # which has none of the other models' sizes
+            given["changes"] = {f: v for f, v in book.changes.items() if f in OWN_FIELDS}
         _execute(notebook, output, given, f"[{number}/{len(notebooks)}]")
     _tell_end(book, time.perf_counter() - started)
 

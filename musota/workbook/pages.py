@@ -131,25 +131,25 @@ def _grid(evidence: Evidence) -> tuple[list[Run], list[Cause]]:
 
 def _training_again(evidence: Evidence, shown: Sequence[Run]) -> dict:
     """What trains each row again: names for the command, and for runs that are no row of the
-    registry what they change in the nearest one. What a run is called decides nothing."""
+    registry what to `--set` in the nearest one. What a run is called decides nothing."""
     named, by_hand = [], []
     for run in shown:
         profile = profiles.get(run.config["profile"], profiles["full"])
         if isinstance(run.experiment.model, OwnConfig):
             named.append(f"FOLDER/{run.experiment.model.source}")
             continue
-        own, changes = run.experiment.fields(), {}
+        changes = {}
         for name in registry:
             losses = name in TUNED and swept(evidence.sweep_runs, TUNED[name], profile)
             if name in TUNED and not losses:
                 continue
             row = tuned(name, profile, losses) if losses else find_experiment(name)
-            fields = scaled(row, profile).fields()
-            changes[name] = {key: own[key] for key in own if own[key] != fields.get(key)}
-        nearest = min(changes, key=lambda name: len(changes[name]))
-        if changes[nearest]:
+            if type(row.model) is type(run.experiment.model):
+                changes[name] = run.experiment.differences(scaled(row, profile))
+        nearest = min(changes, key=lambda name: len(changes[name]), default="")
+        if changes.get(nearest):
             by_hand.append({"run": run, "nearest": nearest, "changes": changes[nearest]})
-        else:
+        elif nearest:
             named.append(nearest)
     corpus = shown[0].config["corpus"]["name"] if shown else ""
     return {"named": named, "by_hand": by_hand, "corpus": corpus if corpus in SOURCES else "FOLDER"}

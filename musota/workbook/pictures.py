@@ -233,7 +233,7 @@ def surprises(scored: ScoredText, most: int = 600, width: int = 90) -> Figure:
         held += len(shown)
         if "\n" in piece:
             lines, held = [*lines, []], 0
-    figure, axis = new_figure(10.5, 1.1 + 0.24 * len(lines))
+    figure, axis = new_figure(10.5, max(2.6, 1.1 + 0.24 * len(lines)))
     shades, scale = colormaps["Blues"], Normalize(0, 16)
     for row, line in enumerate(lines):
         for start, shown, bits in line:
@@ -248,7 +248,7 @@ def surprises(scored: ScoredText, most: int = 600, width: int = 90) -> Figure:
     many = len(scored.pieces)
     cut = f", the first {most:,} of {many:,} tokens" if most < many else ""
     axis.set_title(f"PPL {scored.ppl:,.1f}, {scored.bits_per_byte:.3f} bits per byte{cut}")
-    label = "bits a token cost (16: one guess in 65,536)"
+    label = "bits a token cost"
     figure.colorbar(ScalarMappable(scale, shades), ax=axis, label=label, shrink=0.9, pad=0.01)
     return figure
 

@@ -39,7 +39,9 @@ def styles_of(names: Iterable[str]) -> dict[str, tuple[str, str, str]]:
     """Colour, line style and marker of each: what the registry does not know takes its turn."""
     styles = {name: style_of(name) for name in names}
     unknown = [name for name, style in styles.items() if style == style_of("")]
-    turns = {name: (SHADES[i % 8], ":", "XP*dph<>"[i % 8]) for i, name in enumerate(unknown)}
+    used = {colour for colour, *_ in styles.values()}
+    free = [shade for shade in SHADES if shade not in used] or SHADES
+    turns = {name: (free[i % len(free)], ":", "XP*dph<>"[i % 8]) for i, name in enumerate(unknown)}
     return styles | turns
 
 
