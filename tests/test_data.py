@@ -1,4 +1,5 @@
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -261,7 +262,93 @@ def test_cached_files_are_written_whole(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
+     ("train.txt", "validation.txt", "test.txt"), ("train.raw", "dev.raw", "test.raw")],
+)  # fmt: skip
+def test_splits_are_found_under_the_names_people_give_them(names, tmp_path):
+    usual = _folder(tmp_path / "usual", valid="other words entirely\n" * 30)
+    other = tmp_path / "other"
+    other.mkdir()
+    for split, name in zip(sources.SPLITS, names, strict=True):
+        shutil.copy(usual / f"{split}.txt", other / name)
+    assert load_corpus(str(other), 300).fingerprint == load_corpus(str(usual), 300).fingerprint
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["".join(f"part {n} says\nnothing new\n\n" for n in range(400)),
+     "a line " * 9 + "\n" + "of many words \n" * 400, "word " * 4000, "字" * 9000],
+    ids=["paragraphs", "lines", "one line", "no spaces"],
+)  # fmt: skip
+@pytest.mark.parametrize("given", [".", "input.txt"])
+def test_one_text_is_split_by_itself_and_this_is_said(text, given, tmp_path):
+    (tmp_path / "input.txt").write_text(text, "utf-8")
+    corpus = load_corpus(str(tmp_path / given), 300)
+    assert corpus.name == "input" and "input.txt, split 90/5/5" in corpus.source
+    parts = [corpus.tokenizer.decode(corpus.split(split)) for split in sources.SPLITS]
+    plain = "".join("".join(parts).split())
+    assert plain == "".join(text.split())
+    for part, share in zip(parts, (0.90, 0.05, 0.05), strict=True):
+        assert len(part) / len("".join(parts)) == pytest.approx(share, abs=0.015)
+    if "\n" in text:
+        assert all(part.endswith("\n\n" if "says" in text else "\n") for part in parts[:2])
+
+
+def test_valid_text_that_stands_in_train_is_told(text_folder, tmp_path):
+    folder = shutil.copytree(text_folder, tmp_path / "leaks")
+    assert "stand in train" not in load_corpus(str(_folder(tmp_path / "clean")), 300).source
+    shutil.copy(folder / "train.txt", folder / "valid.txt")
+    source = load_corpus(str(folder), 300).source
+    assert "100% of the longer lines of valid stand in train, too" in source
+    assert "of test" not in source or "100% of the longer lines of test" not in source
+
+
+def test_paths_may_begin_with_a_tilde_and_there_may_be_no_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MUSOTA_CACHE", "~/kept")
+    _folder(tmp_path / "mine")
+    corpus = load_corpus("~/mine", 300)
+    assert load_corpus("mine", 300, data_dir="~").fingerprint == corpus.fingerprint
+    assert [*(tmp_path / "kept").glob("tokens-*")]
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where nobody has a home
+    monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path / "kept"))
+    assert load_corpus(str(tmp_path / "mine"), 300).fingerprint == corpus.fingerprint
+    monkeypatch.delenv("MUSOTA_CACHE")
+    with pytest.raises(MusotaError, match="no path that can be used here"):
+        load_corpus(str(tmp_path / "mine"), 300)
+
+
 # --- large texts ---
+
+
+@pytest.mark.parametrize("text", ["ab cd  " * 3000, "abcd" * 5000, "字" * 5000, " " * 9000 + "x\n"])
+def test_endless_lines_and_words_come_in_bounded_pieces(text, monkeypatch, tmp_path):
+    whole = text.rstrip() + "\n" * text.endswith("\n")
+    monkeypatch.setattr(sources, "PIECE", 500)
+    (tmp_path / "train.txt").write_text(text, "utf-8")
+    pieces = list(sources._read_file(tmp_path / "train.txt"))
+    assert "".join(pieces) == whole
+    assert max(map(len, pieces)) <= 1000 or not whole.split(" ")[0]
+    tokenizer = TextTokenizer.train(pieces, 300)
+    ids = [token for piece in pieces for token in tokenizer.encode(piece).tolist()]
+    assert tokenizer.decode(ids) == whole
+    if "ab cd" in text:  # cut where words end: as if it had not been
+        assert ids == tokenizer.encode(whole).tolist()
+    corpus = load_corpus(str(_folder(tmp_path / "folder", train=text + "end")), 300)
+    assert len(corpus.limited(Profile("some", 300, 40, 40)).train) <= 40
+
+
+def test_a_word_takes_time_in_proportion_to_its_length():
+    generator, seconds = random.Random(0), []
+    for length in (20_000, 160_000):
+        word = "".join(generator.choices("abcdefghij", k=length))
+        started = time.process_time()
+        tokenizer = TextTokenizer.train([word], 400)
+        assert tokenizer.decode(tokenizer.encode(word)) == word
+        seconds.append(time.process_time() - started)
+    assert seconds[1] < 30 * max(seconds[0], 0.05)  # not the square, which is 64
 
 
 def test_a_text_in_pieces_gives_the_tokens_of_the_whole(text_folder, monkeypatch, tmp_path):

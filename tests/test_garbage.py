@@ -1,7 +1,9 @@
 """Nonsense on the public entries: either it works, or one clear sentence says why not."""
 
+import copy
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import musota
+from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError
 from musota.plan.profiles import find_profile, grid_profiles
 from musota.plan.registry import find_experiment
@@ -212,3 +215,33 @@ def test_damaged_rungs_are_named(content, tmp_path):
     (tmp_path / "ladder.json").write_text(content)
     with pytest.raises(MusotaError, match=r"ladder.json is damaged"):
         read_rungs(read_probes(tmp_path), "")
+
+
+# --- what people have at hand ---
+
+
+def test_text_lists_arrays_and_tensors_are_all_taken(model, text_folder):
+    tokenizer = musota.load_corpus(str(text_folder), 300).tokenizer
+    text = (text_folder / "valid.txt").read_text("utf-8")[:2000]
+    ids, owned = tokenizer.encode(text), copy.copy(model)
+    owned.tokenizer = tokenizer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forms = text, ids, ids.tolist(), torch.from_numpy(ids)
+        assert len({musota.evaluate(owned, form)["loss"] for form in forms}) == 1
+    assert torch.equal(owned.generate(text[:20], 3), owned.generate(tokenizer.encode(text[:20]), 3))
+    assert tokenizer.decode(torch.from_numpy(ids)) == text
+    with pytest.raises(MusotaError, match="without its tokenizer"):
+        musota.evaluate(model, text)
+    for wrong in (None, [1.5, 2.0], object(), [[1], [2, 3]], [True, False], {"a": 1}):
+        with pytest.raises(MusotaError, match="whole-numbered token ids"):
+            musota.evaluate(owned, wrong)
+
+
+@pytest.mark.parametrize("other", ["abcdefgh " * 200, "another text entirely, " * 99])
+def test_another_tokenizers_tokens_are_noticed(other, model, text_folder):
+    owned = copy.copy(model)
+    owned.tokenizer = musota.load_corpus(str(text_folder), 300).tokenizer
+    text = (text_folder / "valid.txt").read_text("utf-8")[:2000]
+    with pytest.warns(UserWarning, match="if another one made these, the PPL means nothing"):
+        musota.evaluate(owned, TextTokenizer.train([other], 300).encode(text))

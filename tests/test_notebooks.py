@@ -1,4 +1,5 @@
 import ast
+import errno
 import json
 import os
 import subprocess
@@ -6,10 +7,13 @@ import sys
 
 import nbformat
 import pytest
+from click.testing import CliRunner
 from conftest import ROOT
 
+from musota.errors import MusotaError
 from musota.plan.registry import experiments
-from musota.workbook.headless import TAKES_RUNS
+from musota.workbook import cli
+from musota.workbook.headless import TAKES_RUNS, _execute
 from musota.workbook.session import PARAMETERS
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -294,6 +298,57 @@ def test_one_experiment_can_be_trained_alone(text_folder, tmp_path):
     assert summary["finished"]
     done = _musota("report", _only(tmp_path))
     assert done.returncode == 0 and "README.md" in done.stdout
+
+
+def test_a_terminal_that_cannot_show_a_sign_shows_another():
+    code = "import musota; print('a → b')"
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment,
+                          capture_output=True)  # fmt: skip
+    assert (done.returncode, done.stdout.strip()) == (0, b"a ? b"), done.stderr
+
+
+def test_a_parameter_that_is_text_stays_text(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr("musota.workbook.session.Workbook", lambda **given: asked.update(given))
+    command = ["run", "-p", "corpus", "2024", "-p", "save_to", "007", "-p", "seed", "3"]
+    CliRunner().invoke(cli.cli, command)
+    assert (asked["corpus"], asked["save_to"], asked["seed"]) == ("2024", "007", 3)
+
+
+@pytest.fixture
+def one_cell(tmp_path, monkeypatch):
+    """Runs a notebook of one cell where the kernel called python3 is none of ours."""
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    other = {"argv": ["/bin/false"], "display_name": "another Python", "language": "python"}
+    (spec / "kernel.json").write_text(json.dumps(other))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+
+    def run(source):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+        nbformat.write(notebook, tmp_path / "in.ipynb")
+        _execute(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {}, "")
+        return _cells(tmp_path / "out.ipynb")[0].outputs[0].text.strip()
+
+    return run
+
+
+def test_the_kernel_is_this_python_and_its_death_is_a_sentence(one_cell):
+    assert one_cell("import sys\nprint(sys.executable)") == sys.executable
+    with pytest.raises(MusotaError, match="its kernel died or does not answer.*goes on from here"):
+        one_cell("import os\nos._exit(1)")
+
+
+def test_what_the_system_refuses_is_a_sentence_on_the_command_line(monkeypatch, capsys):
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "/results/full")
+
+    monkeypatch.setattr(cli, "cli", refused)
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = "/results/full cannot be used (Permission denied): choose another folder (save_to)."
+    assert said in capsys.readouterr().err
 
 
 def test_help_is_quick_and_imports_no_torch():

@@ -1,5 +1,7 @@
 """Records: what a run is, and packed files that hold what the folders held."""
 
+import random
+import re
 import shutil
 from dataclasses import dataclass
 
@@ -11,6 +13,8 @@ from musota.plan.architectures import KINDS, MuConfig
 from musota.plan.profiles import Profile
 from musota.workbook import records
 from musota.workbook.evidence import read_evidence
+from musota.workbook.pages import write_report
+from musota.workbook.tables import comparison_table
 
 EXPERIMENT = musota.Experiment(
     MuConfig(vocab_size=512, max_seq_len=24, n_layer=1),
@@ -106,3 +110,25 @@ def test_what_is_no_run_is_skipped_and_named(folder, capsys):
     assert len(musota.load_runs(folder)) == 2
     said = capsys.readouterr().out
     assert "model is left out: no recorded run" in said and "b is left out: damaged" in said
+
+
+@pytest.mark.parametrize("letters", [150, 400])
+def test_a_text_without_spaces_runs_to_the_end_and_shows_dashes(letters, tmp_path):
+    """Its "words" are paragraphs: a perplexity over them is no number, or one of 200 digits."""
+    choose, texts = random.Random(0), tmp_path / "texts"
+    texts.mkdir()
+    signs = [chr(0x4E00 + n) for n in range(99)]
+    for split, lines in (("train", 40), ("valid", 9), ("test", 9)):
+        text = "".join("".join(choose.choices(signs, k=letters)) + "\n" for _ in range(lines))
+        (texts / f"{split}.txt").write_text(text, "utf-8")
+    corpus = musota.load_corpus(str(texts), 300)
+    experiment = EXPERIMENT.with_(vocab_size=300, epochs=1)
+    for name, one in (("a", experiment), ("b", musota.twin(experiment))):
+        run = musota.train(one, corpus, tmp_path / "results" / name, profile="tiny")
+        assert run.finished and run.summary["bits_per_byte"] > 0
+    shown = comparison_table(musota.load_runs(tmp_path / "results")).loc[0]
+    assert shown["valid word PPL"] == "–" and float(shown["valid bits/byte"]) > 0
+    page = write_report(tmp_path / "results").read_text("utf-8")
+    assert "nan" not in page and not re.search(r"\d{12}", re.sub(r"[0-9a-f]{12,}", "", page))
+    assert records.pack(tmp_path / "results")
+    assert "–" in write_report(tmp_path / "results").read_text("utf-8")

@@ -510,3 +510,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(short,
         musota.train(
             EXPERIMENT.with_(learning_rate=1e30, warmup_steps=0, grad_clip=1e30), short, tmp_path
         )
+
+
+def test_the_device_may_be_chosen_and_what_acts_is_recorded(short, tmp_path, monkeypatch):
+    for name in ("tpu", *(() if torch.cuda.is_available() else ("cuda",))):
+        with pytest.raises(MusotaError, match=f"no device '{name}' here: use .*cpu"):
+            musota.train(EXPERIMENT, short, tmp_path / name, device=name)
+    acting = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8", "ACCELERATE_DYNAMO_BACKEND": "EAGER"}
+    one = EXPERIMENT.with_(epochs=1)
+    plain = musota.train(one, short, tmp_path / "plain", device="cpu")
+    for name, value in acting.items():
+        monkeypatch.setenv(name, value)
+    run = musota.train(one, short, tmp_path / "acted upon")
+    assert acting.items() <= run.summary["environment"].items()
+    assert run.summary["weights_sha256"] == plain.summary["weights_sha256"]
+    assert run.summary["device"].startswith("CPU")
+
+
+def test_progress_goes_on_where_the_clock_is_put_back(monkeypatch, capsys):
+    wall, steady = iter(range(10**6, 0, -3600)), iter(range(0, 10**6, 20))
+    monkeypatch.setattr("tqdm.std.time", lambda: next(wall))
+    monkeypatch.setattr(machine.time, "monotonic", lambda: next(steady))
+    bar = machine.progress_bar(100)
+    for _ in range(5):
+        bar.update(10)
+    assert capsys.readouterr().out.count("\n") == 1 + 5

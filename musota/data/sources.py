@@ -119,7 +119,7 @@ def _read_file(path: Path, split: str | None = None) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             size = path.stat().st_size
-            most = min(PIECE, 1 + size // 200) if split else PIECE
+            most = min(PIECE, 1 + size // 1000) if split else PIECE
             lines = iter(partial(file.readline, most), "")
             yield from _in_pieces(_share(lines, split, size) if split else lines)
     except UnicodeDecodeError:
@@ -156,13 +156,14 @@ def _in_pieces(lines: Iterable[str]) -> Iterator[str]:
 def _share(lines: Iterable[str], split: str, size: int) -> Iterator[str]:
     """A split's share of the lines of a text of so many bytes. Splits end with a paragraph; where
     none ends nearby, with a line; failing that anywhere."""
-    at, done = 0, 0
+    at, done, ended = 0, 0, True
     for line in lines:
         if SPLITS[at] == split:
             yield line
         done += len(line.encode())
         beyond = done / size - SHARES[at]
-        if beyond >= 0 and (beyond > (0.01 if line.endswith("\n") else 0.02) or not line.strip()):
+        blank, ended = ended and not line.strip(), line.endswith("\n")
+        if beyond >= 0 and (blank or beyond > (0.005 if ended else 0.01)):
             at = min(at + 1, 2)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from tqdm import tqdm
 
 from musota.errors import MusotaError
@@ -42,7 +42,7 @@ def find_device(name: str | None = None) -> torch.device:
 
 def make_accelerator(device: str | None = None) -> Accelerator:
     """accelerate's, on a device by name or the best one. Whatever its environment variables could
-    change in the mathematics is said explicitly."""
+    change in the mathematics is said explicitly (a number of steps alone they overrule)."""
     if device is None and parse_flag_from_env("ACCELERATE_USE_CPU"):
         device = "cpu"
     chosen = find_device(device)
@@ -50,7 +50,7 @@ def make_accelerator(device: str | None = None) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)  # which keeps the first choice
     return Accelerator(
         cpu=chosen.type == "cpu", mixed_precision=PRECISIONS[dtype_of(chosen)],
-        gradient_accumulation_steps=1, dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), dynamo_backend="no",
     )  # fmt: skip
 
 
