@@ -7,7 +7,7 @@ _HOMES = {
     "musota.errors": "MusotaError",
     "musota.models.base": "CausalLM",
     "musota.models.sharing": "build_model load_model",
-    "musota.plan.config": "DenseConfig Experiment MuConfig OwnConfig TrainConfig",
+    "musota.plan.config": "DenseConfig Experiment MuConfig OwnConfig RedesignedConfig TrainConfig",
     "musota.plan.layout": "BlockLayout",
     "musota.plan.profiles": "match_width profiles scaled twin",
     "musota.plan.registry": "experiments",

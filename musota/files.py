@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -27,9 +28,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, and line ends as they stand, on every system: texts are hashed."""
+    write_whole(path, lambda target: target.write_bytes(text.encode()))
+
+
 def write_json(path: Path, data) -> None:
     """JSON for people and programs alike: indented, numbers it has no word for (inf, nan) null."""
-    write_whole(path, lambda target: target.write_text(_dump(data), encoding="utf-8"))
+    write_text(path, _dump(data))
 
 
 def write_sealed(path: Path, data: dict) -> None:
@@ -77,13 +83,27 @@ def _dump(data) -> str:
     return json.dumps(jsonable(data), indent=1, ensure_ascii=False) + "\n"
 
 
+def as_path(place: str | os.PathLike) -> Path:
+    """A path as people write it, `~` being their home. Raises MusotaError for what is none."""
+    try:
+        return Path(place).expanduser()
+    except (TypeError, RuntimeError) as error:  # no path; nobody's home
+        raise MusotaError(f"{place!r} is no path that can be used here: {error}") from None
+
+
+def system_error(what: str, error: OSError, instead: str) -> MusotaError:
+    """What the system refused, as a sentence with a way out."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = f"make room there, or {instead}" if full else instead
+    return MusotaError(f"{what} cannot be written ({error.strerror or error}): {advice}.")
+
+
 def cache_folder() -> Path:
-    folder = Path(os.environ.get("MUSOTA_CACHE", Path.home() / ".cache" / "musota"))
+    folder = as_path(os.environ.get("MUSOTA_CACHE") or "~/.cache/musota")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MusotaError(
-            f"The cache folder {folder} cannot be made ({error.strerror}): set MUSOTA_CACHE to a "
-            "folder that can be written."
+        raise system_error(
+            f"The cache folder {folder}", error, "set MUSOTA_CACHE to another"
         ) from None
     return folder

@@ -18,7 +18,7 @@ from musota.studies import campaign
 from musota.workbook import pages
 from musota.workbook.cli import cli
 from musota.workbook.evidence import read_evidence
-from musota.workbook.session import COMMITTED
+from musota.workbook.results import COMMITTED
 from musota.workbook.tables import PUBLISHED, comparison_table, front_table, model_table
 
 ROOT = Path(__file__).resolve().parent.parent

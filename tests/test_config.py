@@ -8,9 +8,9 @@ from musota.plan.profiles import _warmup_share, find_profile
 from musota.plan.registry import find_experiment
 
 
-def test_the_four_experiments_are_the_plans():
+def test_the_experiments_are_the_plans_and_the_redesign():
     e = musota.experiments
-    assert set(e) == {"original", "optimized", "baseline", "simplified"}
+    assert set(e) == {"original", "optimized", "baseline", "simplified", "redesigned"}
     assert e["original"].model == musota.MuConfig(50_000, 128, 12, 8, 0.1, 8, 16)
     assert e["optimized"].model == musota.MuConfig(50_000, 192, 12, 8, 0.1, 8, 16)
     assert e["baseline"].model == musota.DenseConfig(50_000, 192, 12, 13, 0.1, 208)

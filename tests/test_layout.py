@@ -66,4 +66,4 @@ def test_the_named_layouts():
 )
 def test_a_layout_must_tile_the_matrix(blocks, message):
     with pytest.raises(ValueError, match=message):
-        BlockLayout(2, tuple(blocks))
+        BlockLayout(2, 2, tuple(blocks))

@@ -1,3 +1,4 @@
+import os
 import shutil
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import musota
 from musota.errors import MusotaError
 from musota.plan.config import TrainConfig
 from musota.plan.profiles import Profile
+from musota.training import keeping
 from musota.training.mirror import Mirror
 from musota.workbook.session import Workbook
 
@@ -101,7 +103,7 @@ def test_a_workbook_works_on_its_own_disk_and_saves_elsewhere(text_folder, tmp_p
                     ignore=shutil.ignore_patterns("work"))  # fmt: skip
     book = Workbook(**given)
     run = book.train("baseline")
-    assert run.finished and book.recorded.names == {"baseline"}
+    assert run.finished and book.recorded.names == ["baseline"]
     book.record("note", [], seen=1)
     assert (book.home / "note.json").exists()
     shutil.rmtree(tmp_path / "drive")
@@ -109,3 +111,67 @@ def test_a_workbook_works_on_its_own_disk_and_saves_elsewhere(text_folder, tmp_p
     with pytest.raises(MusotaError, match="could not be copied to .*make room there, or mount it"):
         book.record("note", [], seen=2)
     assert (book.folder / "note.json").exists()
+
+
+def test_nothing_ends_well_before_its_copy_is_complete(text_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path / "machine"))
+    drive = tmp_path / "drive"
+    given = {"profile": "tiny", "corpus": str(text_folder), "save_to": str(drive)}
+    book, missing = Workbook(**given), pytest.raises(MusotaError, match="could not be (saved|cop)")
+    drive.rename(tmp_path / "away")
+    with missing:
+        book.train("baseline")
+    with missing:  # finished by now, and still not there
+        book.train("baseline")
+    for _ in range(2):
+        run = Workbook(**given).train("baseline")  # on a new drive, then on one that was emptied
+        assert musota.Run(book.home / "baseline-seed0").summary == run.summary
+        shutil.rmtree(drive)
+    copied = []
+    musota.train(run.experiment, book.corpus, run.path, copy=lambda: copied.append(1))
+    assert copied
+
+
+def test_a_run_that_breaks_is_copied_all_the_same(short, tmp_path, monkeypatch):
+    mirror = Mirror(tmp_path / "here", tmp_path / "drive")
+    monkeypatch.setattr(keeping, "end_epoch", lambda trainer: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        musota.train(EXPERIMENT, short, mirror.local, copy=mirror.push)
+    assert _content(mirror.local) == _content(mirror.remote)
+
+
+def test_two_machines_at_one_drive_leave_each_others_runs_alone(short, tmp_path):
+    here, there = (Mirror(tmp_path / name, tmp_path / "drive") for name in ("a", "b"))
+
+    def go_on(share):
+        run = there.local / "run"
+        musota.train(EXPERIMENT, short, run, stop_at=share, copy=there.part(run).push)
+
+    go_on(0.3)
+    here.pull()  # a notebook is opened beside it, and writes its own results
+    go_on(0.7)
+    before = _content(there.remote)
+    (here.local / "note.json").write_text("{}")
+    here.push()
+    assert _content(there.remote) == {**before, "note.json": b"{}"}
+    go_on(1.0)
+    here.push()
+    assert musota.Run(there.remote / "run").finished and musota.Run(there.remote / "run").records
+
+
+def test_copies_come_every_ten_minutes_and_what_goes_is_emptied_first(short, tmp_path, monkeypatch):
+    emptied, truncate, copied = [], os.truncate, []
+    mirror = Mirror(tmp_path / "results", tmp_path / "drive")
+    monkeypatch.setattr(os, "truncate", lambda p, n: (emptied.append(p.name), truncate(p, n)))
+    part = mirror.part(mirror.local / "run")
+
+    def copy():
+        copied.append(1)
+        part.push()
+
+    musota.train(EXPERIMENT.with_(epochs=4), short, part.local, copy=copy)
+    assert len(copied) == 2  # with the first checkpoint, and at the end
+    assert len(emptied) == 1 and len([*part.remote.glob("checkpoints/step-*")]) == 2
+    monkeypatch.setattr(keeping, "COPY_SECONDS", -1)
+    musota.train(EXPERIMENT.with_(epochs=4), short, part.local, resume=False, copy=copy)
+    assert len(copied) == 2 + 4 + 1

@@ -15,7 +15,8 @@ from musota.plan.suspects import Suspect
 from musota.rules.stats import Interval
 from musota.rules.verdicts import Cause
 from musota.workbook import figures, pictures
-from musota.workbook.evidence import read_evidence, verdict_lines
+from musota.workbook.answers import verdict_lines
+from musota.workbook.evidence import read_evidence
 from musota.workbook.style import figure_png, save_figure, styles_of
 from musota.workbook.tables import comparison_table, ledger_table
 

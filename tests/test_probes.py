@@ -59,7 +59,7 @@ def test_look_inside_follows_the_tokens_through_the_layers(model, tokens):
 def test_only_mu_sota_can_be_looked_into(tokens):
     dense = musota.build_model(musota.DenseConfig(512, 24, 1, 2, d_model=32))
     for probe in (probes.look_inside, probes.ablations):
-        with pytest.raises(MusotaError, match="Only MU-SOTA has semantic blocks"):
+        with pytest.raises(MusotaError, match="Only MU-SOTA and its redesign have semantic blocks"):
             probe(dense, tokens)
 
 

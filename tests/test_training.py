@@ -233,10 +233,10 @@ def test_mixed_precision_learns_the_same_to_rounding(text_folder, tmp_path):
     """What a GPU does, on a CPU: bf16 autocast; in a process of its own, where it is set once."""
     code = f"""
 import numpy, musota
+import torch
 from musota.training import machine
-from musota.training import trainer
 from musota.plan.profiles import Profile
-trainer.precision_for_device = lambda: "bf16"
+machine.dtype_of = lambda device: torch.bfloat16
 corpus = musota.load_corpus({str(text_folder)!r}, 512).limited(Profile("short", 512, 4000, 1200))
 experiment = musota.Experiment(
     musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1, dropout=0.0),

@@ -16,15 +16,23 @@ from itertools import chain
 from pathlib import Path
 
 from musota.errors import MusotaError, nearest_name
-from musota.files import cache_folder, write_whole
+from musota.files import as_path, cache_folder, write_text
 
 SPLITS = ("train", "valid", "test")
+# What people call a split's file, before any of ENDINGS.
+FILE_NAMES = {
+    "train": ("train", "wiki.train"),
+    "valid": ("valid", "validation", "val", "dev", "wiki.valid"),
+    "test": ("test", "wiki.test"),
+}
+ENDINGS = (".txt", ".tokens", ".raw")
+SHARES = (0.90, 0.95, 1.0)  # where the splits of one text end
 HUB_REPOSITORY = "Salesforce/wikitext"
 HUB_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 HUB_TIMEOUT = 5  # seconds
 DOCS_PACKAGES = ("numpy", "pandas", "matplotlib", "torch")
 PIECE = 2**20  # characters of text, or tokens, that are looked at together
-RECIPE = "1"  # raise when the same text should give other tokens or another python-docs
+RECIPE = "2"  # raise when the same text should give other tokens or another python-docs
 # Texts that are recognised wherever they lie (see `Corpus.text_hash`).
 KNOWN_TEXTS = {"wikitext-2": "5eaed3defaa96076"}
 
@@ -37,7 +45,8 @@ def content_hash(*parts: str) -> str:
     return digest.hexdigest()[:16]
 
 
-# A text is a function: it gives the text in pieces of about a megabyte that end at line ends.
+# A text is a function: it gives the text in pieces of about a megabyte that end at line ends, or,
+# within a line of more, between two words.
 Text = Callable[[], Iterator[str]]
 
 
@@ -49,17 +58,23 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, Text]]:
         except HubUnreachable as error:
             docs = read_texts("python-docs", data_dir)
             return (docs[0], f"{docs[1]}; instead of wikitext-2, because {error.reason}", docs[2])
-    local = Path(data_dir) / name if data_dir else None
+    local = as_path(data_dir) / name if data_dir else None
     if name in SOURCES:
         if local and os.path.isdir(local):
             return name, "local copy", _read_folder(local)
         return (name, *SOURCES[name]())
-    for folder in filter(None, (Path(name), local)):
-        if os.path.isdir(folder):  # unlike Path's, it bears names that no file can have
-            return folder.resolve().name, "local folder", _read_folder(folder)
+    for place in filter(None, (as_path(name), local)):
+        is_folder = os.path.isdir(place)  # unlike Path's, it bears names that no file can have
+        one = _only_text(place) if is_folder else place if os.path.isfile(place) else None
+        if one:
+            texts = {split: partial(_read_file, one, split) for split in SPLITS}
+            return one.resolve().stem, f"local file {one.name}, split 90/5/5", texts
+        if is_folder:
+            return place.resolve().name, "local folder", _read_folder(place)
     if os.sep in name or "/" in name:
         raise MusotaError(
-            f"There is no folder {name}: give one with train.txt, valid.txt and test.txt."
+            f"There is no folder {name}: give one with train.txt, valid.txt and test.txt, or the "
+            "path of one text."
         )
     raise nearest_name("corpus", name, ["auto", *SOURCES])
 
@@ -78,21 +93,35 @@ def recognised(name: str, source: str, text_hash: str) -> str:
 
 
 def _read_folder(folder: Path) -> dict[str, Text]:
-    paths = {split: folder / f"{split}.txt" for split in SPLITS}
-    for path in paths.values():
-        if not path.exists():
+    texts = {}
+    for split, names in FILE_NAMES.items():
+        paths = [folder / f"{name}{ending}" for name in names for ending in ENDINGS]
+        found = [path for path in paths if path.exists()]
+        if not found:
             raise MusotaError(
-                f"The folder {folder} has no {path.name}: it needs train.txt, valid.txt and "
-                "test.txt."
+                f"The folder {folder} has no {split}.txt: it needs train.txt, valid.txt and "
+                "test.txt, or one text alone, which is split."
             )
-    return {split: partial(_read_file, path) for split, path in paths.items()}
+        texts[split] = partial(_read_file, found[0])
+    return texts
 
 
-def _read_file(path: Path) -> Iterator[str]:
-    """A file in pieces. Raises MusotaError where it cannot be read or is not UTF-8."""
+def _only_text(folder: Path) -> Path | None:
+    """A folder's one text, unless that is a split."""
+    texts = [path for path in folder.iterdir() if path.suffix in ENDINGS]
+    splits = [name for names in FILE_NAMES.values() for name in names]
+    return texts[0] if len(texts) == 1 and texts[0].stem not in splits else None
+
+
+def _read_file(path: Path, split: str | None = None) -> Iterator[str]:
+    """A file, or a split's share of it, in pieces. Raises MusotaError where it cannot be read or is
+    not UTF-8."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            yield from _in_pieces(file)
+            size = path.stat().st_size
+            most = min(PIECE, 1 + size // 200) if split else PIECE
+            lines = iter(partial(file.readline, most), "")
+            yield from _in_pieces(_share(lines, split, size) if split else lines)
     except UnicodeDecodeError:
         try:
             path.read_bytes().decode()  # whole, for the place in the file
@@ -104,16 +133,37 @@ def _read_file(path: Path) -> Iterator[str]:
 
 
 def _in_pieces(lines: Iterable[str]) -> Iterator[str]:
-    """Lines joined, without white space before line ends: local and hub WikiText differ in it."""
-    piece, held = [], 0
+    """Lines joined, without white space before line ends: local and hub WikiText differ in it.
+
+    What has no line end yet goes on in the next of `lines`, from its last word on.
+    """
+    piece, held, rest = [], 0, ""
     for line in lines:
-        end = "\n" if line.endswith("\n") else ""
-        piece.append(line.rstrip() + end)
-        held += len(piece[-1])
-        if held >= PIECE and end:
+        line = rest + line
+        text, end = line.rstrip(), "\n" if line.endswith("\n") else ""
+        cut = len(text)
+        if not end and cut == len(line):
+            cut = max(0, text.rfind(" ", 1)) or cut  # a single word is cut where it stands
+        rest = "" if end else line[cut:]
+        piece.append(text[:cut] + end)
+        held += cut
+        if held >= PIECE:
             yield "".join(piece)
             piece, held = [], 0
-    yield "".join(piece)
+    yield "".join(piece) + rest.rstrip()
+
+
+def _share(lines: Iterable[str], split: str, size: int) -> Iterator[str]:
+    """A split's share of the lines of a text of so many bytes. Splits end with a paragraph; where
+    none ends nearby, with a line; failing that anywhere."""
+    at, done = 0, 0
+    for line in lines:
+        if SPLITS[at] == split:
+            yield line
+        done += len(line.encode())
+        beyond = done / size - SHARES[at]
+        if beyond >= 0 and (beyond > (0.01 if line.endswith("\n") else 0.02) or not line.strip()):
+            at = min(at + 1, 2)
 
 
 class HubUnreachable(MusotaError):
@@ -174,7 +224,7 @@ def _python_docs() -> tuple[str, dict[str, Text]]:
     paths = {split: cache_folder() / f"python-docs-{key}-{split}.txt" for split in SPLITS}
     if not all(path.exists() for path in paths.values()):
         for split, text in _collect_docs().items():
-            write_whole(paths[split], lambda target, text=text: target.write_text(text, "utf-8"))
+            write_text(paths[split], text)
     texts = {split: partial(_read_file, path) for split, path in paths.items()}
     return "docstrings of the Python libraries installed here", texts
 

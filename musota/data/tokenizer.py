@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 UNKNOWN, LINE_END = "<unk>", "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 2  # every byte, and the two special tokens
+LONGEST_WORD = 256  # bytes; what is longer (no spaces, no punctuation) is cut: BPE stays linear
 
 
 class TextTokenizer:
@@ -30,7 +31,9 @@ class TextTokenizer:
     def train(cls, pieces: Iterable[str], vocab_size: int) -> TextTokenizer:
         """Merges learned on a text, for a vocabulary of at least SMALLEST_VOCABULARY."""
         backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bounded = pre_tokenizers.FixedLength(LONGEST_WORD)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, bounded])
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

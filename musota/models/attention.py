@@ -13,6 +13,7 @@ from torch import Tensor
 
 TILE_ROWS = 96  # queries of a tile
 TILE_SIZE = 2**19  # weights of a tile, of several heads: 2 MB
+MOST_HEADS = 65_535  # of one launch of a GPU's kernel
 COLUMNS = 16  # products are fastest with a multiple of so many columns; zeros fill them up
 
 
@@ -33,10 +34,21 @@ def attend_with_library(q: Tensor, k: Tensor, v: Tensor, with_entropy: bool):
         future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
         weights = (q @ k.mT).float().masked_fill(future, float("-inf")).softmax(-1)  # (G, T, T)
         return weights.to(v.dtype) @ v, entropy(weights)
-    # The kernels ask for widths in multiples of 8; zeros and the true scale change nothing.
-    wide_q, wide_k, wide_v = (F.pad(x, (0, -x.shape[-1] % 8))[None] for x in (q, k, v))
-    y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, is_causal=True, scale=1.0)
-    return y[0, ..., : v.shape[-1]], None
+    if len(q) > MOST_HEADS:
+        some = zip(*(x.split(MOST_HEADS) for x in (q, k, v)), strict=True)
+        return torch.cat([attend_with_library(*part, False)[0] for part in some]), None
+    return library_attention(q[None], k[None], v[None])[0], None
+
+
+def library_attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
+    """Causal attention of (B, h, T, c) each, with torch's fused kernel.
+
+    A GPU's asks for widths in multiples of 8: zeros change nothing.
+    """
+    width = v.shape[-1]
+    if q.device.type != "cpu":
+        q, k, v = (F.pad(x, (0, -width % 8)) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :width]
 
 
 def split_heads(qkv: Tensor, h: int) -> tuple[Tensor, Tensor, Tensor]:

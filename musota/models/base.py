@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from typing import ClassVar
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,13 +44,14 @@ class CausalLM(nn.Module, Watched, Shareable):
     # Groups whose matrices are maps of activations: only these are decayed.
     decayed_groups: frozenset[str] = frozenset()
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, learned_positions: bool = True):
         super().__init__()
         self.config = config
-        self.compiled_body = None
         self.tokenizer: TextTokenizer | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions = nn.Embedding(config.max_seq_len, config.d_model)
+        self.positions = None
+        if learned_positions:
+            self.positions = nn.Embedding(config.max_seq_len, config.d_model)
         self.dropout = Dropout(config.dropout)
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
@@ -56,9 +59,11 @@ class CausalLM(nn.Module, Watched, Shareable):
         raise NotImplementedError
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """(B, T) token ids to (B, T, C): embeddings plus learned positions."""
-        place = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return self.dropout(self.embedding(input_ids) + self.positions(place))
+        """(B, T) token ids to (B, T, C): embeddings, plus positions where those are learned."""
+        x = self.embedding(input_ids)
+        if self.positions:
+            x = x + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
+        return self.dropout(x)
 
     @property
     def output_weight(self) -> Tensor:  # (V, C)
@@ -78,19 +83,18 @@ class CausalLM(nn.Module, Watched, Shareable):
         """(B, T) token ids to (logits (B, T, V), None), or with `targets` to (None, mean loss).
 
         `targets` (B, T) are already shifted: targets[:, t] follows input_ids[:, t]. The loss is in
-        nats per token. Raises MusotaError for a sequence longer than the learned positions and, on
+        nats per token. Raises MusotaError for a sequence longer than max_seq_len and, on
         a CPU, for a token id out of range.
         """
         length, longest = input_ids.shape[-1], self.config.max_seq_len
         if not 1 <= length <= longest:
             raise MusotaError(
-                f"A sequence of {length} tokens does not fit the {longest} learned positions: "
+                f"A sequence of {length} tokens does not fit the {longest} positions: "
                 "shorten it or raise max_seq_len."
             )
         if input_ids.device.type == "cpu":  # on a GPU a look at the values would have to wait
             self.check_tokens(input_ids)
-        body = self.compiled_body if self.training else None
-        hidden = (body or self.hidden_states)(input_ids)
+        hidden = self.hidden_states(input_ids)
         if targets is None:
             return self.logits_of(hidden), None
         return None, self.loss_of(hidden, targets)
@@ -116,13 +120,17 @@ class CausalLM(nn.Module, Watched, Shareable):
                 f"{self.config.vocab_size}: tokenize with the model's own tokenizer."
             )
 
-    def compile_body(self) -> None:
-        """Let training steps run `hidden_states` through torch.compile, for one static shape each.
+    def compile_layers(self, on: bool = True) -> None:
+        """Let training steps run their layers through torch.compile: one graph for all, a shape.
 
         Evaluation and generation, whose shapes vary, stay as they are, and so does the loss: a few
-        large kernels that have nothing to gain.
+        large kernels that have nothing to gain. More shapes than torch allows are an error of it.
         """
-        self.compiled_body = torch.compile(self.hidden_states, dynamic=False)
+        torch.compiler.reset()  # shapes of earlier models count against torch's limit, too
+        kind = type(self.layers[0])
+        compiled = torch.compile(kind.forward, dynamic=False, fullgraph=True) if on else None
+        for layer in self.layers:
+            layer.compiled = compiled
 
     def ledger_group(self, name: str) -> str:
         """The group of the ledger that the parameter `name` belongs to."""
@@ -144,6 +152,20 @@ class CausalLM(nn.Module, Watched, Shareable):
             decayed = is_matrix and self.ledger_group(name) in self.decayed_groups
             groups[0 if decayed else 1]["params"].append(parameter)
         return groups
+
+    def score_text(self, text: str) -> ScoredText:
+        """How well a text is foreseen, token by token, the first after a line end.
+
+        Raises MusotaError for a model without its tokenizer, and for what is no text.
+        """
+        if self.tokenizer is None:
+            raise MusotaError("This model has no tokenizer: load one that was saved with it.")
+        if not isinstance(text, str) or not text:
+            raise MusotaError(f"score_text needs a text of a character or more, not {text!r:.40}.")
+        ids = [self.tokenizer.line_end, *self.tokenizer.encode(text).tolist()]
+        nats, _ = score(self, torch.tensor(ids))
+        pieces = tuple(self.tokenizer.decode([token]) for token in ids[1:])
+        return ScoredText(text, pieces, tuple(nats.tolist()))
 
     @torch.no_grad()
     def generate(
@@ -198,6 +220,17 @@ def _draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
+class Layer(nn.Module):
+    """One of a model's `layers`; training steps may run it compiled."""
+
+    compiled = None
+
+    def __call__(self, *inputs):
+        if self.training and self.compiled:
+            return self.compiled(self, *inputs)
+        return super().__call__(*inputs)
+
+
 @torch.no_grad()
 def score(
     model: CausalLM, tokens: Tensor, stride: int | None = None, batch_size: int | None = None
@@ -246,6 +279,31 @@ def score(
     return torch.cat(nats).cpu(), torch.cat(hits).cpu()
 
 
+@dataclass(frozen=True)
+class ScoredText:
+    """A text in pieces, a token each, and the nats each one cost."""
+
+    text: str
+    pieces: tuple[str, ...]
+    nats: tuple[float, ...]
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity per token."""
+        return math.exp(sum(self.nats) / len(self.nats))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return sum(self.nats) / math.log(2) / len(self.text.encode())
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row a token: token, bits, probability."""
+        bits = [nats / math.log(2) for nats in self.nats]
+        chance = [math.exp(-nats) for nats in self.nats]
+        return pd.DataFrame({"token": self.pieces, "bits": bits, "probability": chance})
+
+
 def weights_sha256(model: CausalLM) -> str:
     """A hash of every weight, names included; equal only for bit-identical models."""
     digest = hashlib.sha256()
@@ -260,11 +318,13 @@ class Dropout(nn.Dropout):
     """nn.Dropout, but on a CPU four elements share one 64-bit random number.
 
     Torch draws there one element after another, a tenth of a whole training step; the probability
-    is rounded to 1/65,536. A GPU takes torch's own.
+    is rounded to 1/65,536. A GPU and compiled layers
+    take torch's own.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p or x.device.type != "cpu":
+        torchs_own = x.device.type != "cpu" or torch.compiler.is_compiling()
+        if not self.training or not self.p or torchs_own:
             return super().forward(x)
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         dropped = round(self.p * 2**16)

@@ -6,17 +6,18 @@ so that the two are regularised alike.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musota.models.attention import causal_attention, largest_score, split_heads
-from musota.models.base import CausalLM, Dropout
+from musota.models.attention import causal_attention, largest_score, library_attention, split_heads
+from musota.models.base import CausalLM, Dropout, Layer
 from musota.plan.config import DenseConfig
 
 
-class DenseLayer(nn.Module):
+class DenseLayer(Layer):
     def __init__(self, config: DenseConfig):
         super().__init__()
         d = config.d_model
@@ -39,7 +40,7 @@ class DenseLayer(nn.Module):
         B, T, C = x.shape
         qkv = self.attention_in(self.norm_attention(x)).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, T, C/h)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = library_attention(q, k, v, 1 / math.sqrt(q.shape[-1]))
         y = self.attention_out(y.transpose(1, 2).reshape(B, T, C))
         x = x + self.dropout(y)
         hidden = F.gelu(self.feed_forward_up(self.norm_feed_forward(x)))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musota.models.attention import causal_attention, largest_score, merge_heads, split_heads
-from musota.models.base import CausalLM, Dropout
+from musota.models.base import CausalLM, Dropout, Layer
 from musota.plan.config import HEADS_PER_BLOCK, MuConfig
 
 
@@ -91,7 +91,7 @@ class Gate(nn.Module):
         return self.beta * self.down(F.gelu(self.up(features))).sigmoid()
 
 
-class MuLayer(nn.Module):
+class MuLayer(Layer):
     def __init__(self, config: MuConfig):
         super().__init__()
         d, layout = config.d_model, config.layout

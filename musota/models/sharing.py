@@ -17,8 +17,16 @@ from torch import Tensor
 
 from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError
-from musota.files import write_json, write_whole
-from musota.plan.config import DenseConfig, Experiment, ModelConfig, MuConfig, OwnConfig, describe
+from musota.files import as_path, write_json, write_whole
+from musota.plan.config import (
+    DenseConfig,
+    Experiment,
+    ModelConfig,
+    MuConfig,
+    OwnConfig,
+    RedesignedConfig,
+    describe,
+)
 
 if TYPE_CHECKING:
     from musota.models.base import CausalLM
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
 ARCHITECTURES = {
     MuConfig: "musota.models.musota:MuSota",
     DenseConfig: "musota.models.dense:DenseTransformer",
+    RedesignedConfig: "musota.models.redesigned:Redesigned",
     OwnConfig: "musota.models.own:OwnModel",
 }
 CARD = """\
@@ -67,7 +76,7 @@ def save_model(
     tokenizer: TextTokenizer | None = None,
 ) -> None:
     """Write model.safetensors, config.json and tokenizer.json, each whole or not at all."""
-    folder = Path(folder)
+    folder = as_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = save(weights)
     write_whole(folder / "model.safetensors", lambda path: path.write_bytes(data))
@@ -83,7 +92,7 @@ def load_model(folder: str | os.PathLike, device: str = "cpu") -> CausalLM:
     config says; that is seen before any memory is taken. Of somebody's own model (OwnConfig) also
     where the caller has not named its file in this process: the folder runs no code.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = Experiment.from_dict({"model": described, "training": {}}).model
@@ -120,7 +129,7 @@ class Shareable(ModelHubMixin, library_name="musota"):
     def from_pretrained(cls, name: str | os.PathLike, **download) -> CausalLM:
         """The model in a folder, or in a repository of the Hugging Face hub (`download` is passed
         to its snapshot_download: revision, token, …). Raises MusotaError where there is none."""
-        if Path(name).is_dir():
+        if os.path.isdir(as_path(name)):
             return load_model(name)
         wanted = ["*.json", "model.safetensors"]
         try:

@@ -5,6 +5,8 @@ Everything here is plain arithmetic on names and numbers, so it imports in milli
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import json
 import math
@@ -13,7 +15,7 @@ from functools import cached_property
 
 from musota.errors import MusotaError, nearest_name
 from musota.plan import own
-from musota.plan.layout import BlockLayout
+from musota.plan.layout import NAMES, BlockLayout
 
 # Each semantic block attends with two heads, whatever its size.
 HEADS_PER_BLOCK = 2
@@ -31,19 +33,25 @@ ABOVE_ZERO = ("learning_rate", "grad_clip")
 def _check_fields(config) -> None:
     """Raises MusotaError for the first field whose value is not allowed."""
     for field in dataclasses.fields(config):
-        name, value, whole = field.name, getattr(config, field.name), field.type == "int"
-        if field.type == "str" and isinstance(value, str):
-            continue
-        low, high = BOUNDS.get(name, (1 if whole else 0, math.inf))
-        allowed = f"a {'whole ' if whole else 'finite '}number of at least {low}"
-        allowed += f", at most {high}" if high < math.inf else ""
-        if name in ABOVE_ZERO:
-            allowed = "a finite number above 0"
-        fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not fits or not low <= value <= high or value == math.inf or (
-            name in ABOVE_ZERO and not value
-        ):  # fmt: skip
-            raise MusotaError(f"{name} must be {allowed}, not {value!r}.")
+        _check_field(field, getattr(config, field.name))
+
+
+def _check_field(field: dataclasses.Field, value) -> None:
+    name, whole = field.name, field.type == "int"
+    if field.type == "str":
+        if not isinstance(value, str):
+            raise MusotaError(f"{name} must be a name, not {value!r}.")
+        return
+    low, high = BOUNDS.get(name, (1 if whole else 0, math.inf))
+    allowed = f"a {'whole ' if whole else 'finite '}number of at least {low}"
+    allowed += f", at most {high}" if high < math.inf else ""
+    if name in ABOVE_ZERO:
+        allowed = "a finite number above 0"
+    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not fits or not low <= value <= high or value == math.inf or (
+        name in ABOVE_ZERO and not value
+    ):  # fmt: skip
+        raise MusotaError(f"{name} must be {allowed}, not {value!r}.")
 
 
 def _check_model(config) -> None:
@@ -145,6 +153,98 @@ class DenseConfig:
         return _step_flops(self.n_layer * layer + d * self.vocab_size)
 
 
+# What separates the redesign from MU-SOTA's way of building, in the order of the path. A model
+# `without` some of them takes those back.
+CHANGES = (
+    "stream",  # an update is added to the residual stream, which no gate shrinks
+    "norm before",  # each part reads a normalised copy of the stream
+    "tied",  # the output layer is the embedding
+    "one table",  # one affinity table for all layers
+    "rotary",  # positions enter where tokens are compared
+    "query norm",  # queries and keys are normalised, a head learns how sharply it chooses
+    "quiet start",  # maps start at 1/√fan-in, what is added to the stream at 0
+    "blocks",  # a block's queries and keys read that block alone
+    "gate",  # a token's affinity decides how far each of its blocks moves
+    "names",  # block I keeps the token's own cells, block C1 begins with the previous token's
+)
+
+
+@dataclass(frozen=True)
+class RedesignedConfig:
+    """The redesign: each token `n_block` named blocks of `block_size` cells, one head a block.
+
+    `without` names changes (of `CHANGES`, separated by commas) that are taken back. Raises
+    MusotaError on bad values.
+    """
+
+    vocab_size: int = 50_000
+    max_seq_len: int = 192
+    n_layer: int = 12
+    n_block: int = 8
+    block_size: int = 28
+    d_ff: int = 700
+    dropout: float = 0.1
+    without: str = "names"
+
+    def __post_init__(self):
+        for change in filter(None, self.without.split(",")):
+            if change not in CHANGES:
+                raise nearest_name("change", change, CHANGES)
+        _check_model(self)
+        if self.has("names") and self.n_block not in NAMES:
+            raise MusotaError(
+                f"{self.n_block} blocks have no names: use 8 or 16, or without='names'."
+            )
+
+    def has(self, change: str) -> bool:
+        """Whether a change is made; without a gate there is no table."""
+        taken_back = self.without.split(",")
+        return change not in taken_back and not (change == "one table" and "gate" in taken_back)
+
+    @property
+    def layout(self) -> BlockLayout | None:
+        """None of the modern twin, whose cells belong to no block."""
+        if not (self.has("blocks") or self.has("gate")):
+            return None
+        return BlockLayout.of_equal_blocks(self.n_block, self.block_size)
+
+    @property
+    def d_model(self) -> int:
+        """Cells of a token's matrix."""
+        return self.n_block * self.block_size
+
+    @property
+    def n_head(self) -> int:
+        return self.n_block
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters by hand; a test holds the built model to it."""
+        vocab, d, n, L = self.vocab_size, self.d_model, self.n_block, self.n_layer
+        total = vocab * d + (2 * L + 1) * d + L * self._maps
+        total += 0 if self.has("rotary") else self.max_seq_len * d
+        total += 0 if self.has("tied") else vocab * d + vocab
+        total += L * n if self.has("query norm") else 0
+        if self.has("gate"):
+            total += vocab * n + L * (n * n + n) if self.has("one table") else vocab * n * L
+        return total
+
+    @property
+    def _maps(self) -> int:
+        """Weights of a layer's maps of activations."""
+        d = self.d_model
+        queries_and_keys = 2 * d * (self.block_size if self.has("blocks") else d)
+        return queries_and_keys + 2 * d * d + 2 * d * self.d_ff
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of a training step per token, by hand (see `_step_flops`)."""
+        d, n = self.d_model, self.n_block
+        gate = n * n if self.has("one table") else 0
+        layer = self._maps + gate + 2 * d * self.max_seq_len
+        return _step_flops(self.n_layer * layer + d * self.vocab_size)
+
+
 def _step_flops(multiplications: int) -> int:
     """Of so many multiply-adds in the forward pass: two operations each, and backward costs two
     more products for each. Matrix products only, attention as full squares, nothing recomputed."""
@@ -210,8 +310,13 @@ class OwnConfig:
         return self.size.dropout
 
 
-ModelConfig = MuConfig | DenseConfig | OwnConfig
-KINDS = {"mu": MuConfig, "dense": DenseConfig, "own": OwnConfig}  # as records name them
+ModelConfig = MuConfig | DenseConfig | RedesignedConfig | OwnConfig
+KINDS = {  # as records name them
+    "mu": MuConfig,
+    "dense": DenseConfig,
+    "redesigned": RedesignedConfig,
+    "own": OwnConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -227,6 +332,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     optimizer: str = "adamw"  # a row of training/optimizer.py
     schedule: str = "cosine"  # a row of training/schedule.py
+    started_from: str = ""  # hash of another run's weights; empty: freshly initialised
 
     def __post_init__(self):
         _check_fields(self)
@@ -264,8 +370,30 @@ class Experiment:
         )
 
     def fields(self) -> dict:
-        """Every field of model and training by name."""
-        return dataclasses.asdict(self.model) | dataclasses.asdict(self.training)
+        """Every field of model and training by name; what a run was started from, if anything."""
+        fields = dataclasses.asdict(self.model) | dataclasses.asdict(self.training)
+        if not self.training.started_from:
+            del fields["started_from"]
+        return fields
+
+    def differences(self, base: Experiment) -> list[str]:
+        """What was changed in `base`, as `field=value`; in a model that is matched to another, what
+        was changed in that other: the rest follows."""
+        before, after = base.fields(), self.fields()
+        if self.twin_of and base.twin_of:
+            before, after = base._asked(), self._asked()
+        return [
+            f"{name}={value if isinstance(value, str) else format(value, '.9g')}"
+            for name, value in after.items()
+            if before.get(name) != value
+        ]
+
+    def _asked(self) -> dict:
+        """The fields that the size of a matched model follows from."""
+        fields = Experiment(self.twin_of, self.training).fields()
+        if isinstance(self.model, RedesignedConfig):
+            fields |= {"n_block": self.model.n_block, "without": self.model.without}
+        return fields
 
     def to_dict(self) -> dict:
         """For JSON; `from_dict` is the inverse."""
@@ -288,6 +416,25 @@ def describe(model: ModelConfig) -> dict:
     kind = next(kind for kind, config_class in KINDS.items() if type(model) is config_class)
     size = {"size": model.size} if isinstance(model, OwnConfig) else {}
     return {"kind": kind, **dataclasses.asdict(model), **size}
+
+
+def check_changes(changes) -> dict:
+    """What a person wants changed, by field: a dict, or the text of one.
+
+    Raises MusotaError for a field no experiment has, and for a value none may have.
+    """
+    if isinstance(changes, str):  # from papermill's command line
+        with contextlib.suppress(ValueError, SyntaxError):
+            changes = ast.literal_eval(changes)
+    if not isinstance(changes, dict):
+        raise MusotaError(f'changes must be like {{"learning_rate": 0.003}}, not {changes!r}.')
+    configs = (*KINDS.values(), TrainConfig)
+    known = {f.name: f for config in configs for f in dataclasses.fields(config)}
+    for name, value in changes.items():
+        if name not in known:
+            raise nearest_name("field", name, sorted(known))
+        _check_field(known[name], value)
+    return changes
 
 
 def model_config(described: dict) -> ModelConfig:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from musota.errors import nearest_name
-from musota.plan.config import DenseConfig, Experiment, OwnConfig, TrainConfig
+from musota.plan.config import (
+    DenseConfig,
+    Experiment,
+    ModelConfig,
+    OwnConfig,
+    RedesignedConfig,
+    TrainConfig,
+)
 
 # The plan counts "16,733 training sequences" of 128 tokens; its warm-up shares follow from that.
 PLAN_TRAIN_TOKENS = 16_733 * 128
+OWN_SIZES = {"d_model", "block_size", "d_ff"}  # what a match would choose
+SHARED = ("vocab_size", "max_seq_len", "n_layer", "dropout")  # what twins have in common
 
 
 def match_width(target: int, config: DenseConfig) -> DenseConfig:
@@ -30,13 +40,53 @@ def match_width(target: int, config: DenseConfig) -> DenseConfig:
 
 
 def twin(experiment: Experiment) -> Experiment:
-    """The dense experiment of the same parameter count, depth, sequence length and training."""
+    """The dense experiment of the same parameter count, depth, sequence length and training: of a
+    redesigned model the modern one, which has every change that is not MU-SOTA's own."""
     model = experiment.model
-    shared = {
-        name: getattr(model, name) for name in ("vocab_size", "max_seq_len", "n_layer", "dropout")
-    }
+    if isinstance(model, RedesignedConfig):
+        return redesign(experiment, model.n_block, "blocks,gate,names")
+    shared = {name: getattr(model, name) for name in SHARED}
     dense = match_width(model.n_parameters, DenseConfig(**shared))
     return Experiment(dense, experiment.training, twin_of=model)
+
+
+def fit(config: RedesignedConfig, target: int) -> RedesignedConfig:
+    """`config` with the feed-forward that brings its parameter count nearest `target`."""
+    least = dataclasses.replace(config, d_ff=1)
+    one_more = dataclasses.replace(config, d_ff=2).n_parameters - least.n_parameters
+    more = round((target - least.n_parameters) / one_more)
+    return dataclasses.replace(config, d_ff=1 + max(0, more))
+
+
+def redesign(experiment: Experiment, n_block: int = 8, without: str = "names") -> Experiment:
+    """The redesign at another model's parameter count, depth, sequence length and training: with
+    the widest blocks beside which the feed-forward is still three times the width."""
+    model = experiment.model
+    target = (experiment.twin_of or model).n_parameters
+    shared = {name: getattr(model, name) for name in SHARED}
+    config = RedesignedConfig(n_block=n_block, without=without, block_size=2, **shared)
+    while True:
+        wider = fit(dataclasses.replace(config, block_size=config.block_size + 2), target)
+        if wider.d_ff < 3 * wider.d_model:
+            break
+        config = wider
+    return Experiment(fit(config, target), experiment.training, experiment.twin_of or model)
+
+
+def changed(experiment: Experiment, changes: Mapping) -> Experiment:
+    """`experiment` with fields changed by name (see `Experiment.with_`).
+
+    A comparison stays fair: a model that is matched to another is matched anew, to that other as
+    changed. Only a width of its own (`OWN_SIZES`) leaves it matched to nobody.
+    """
+    model, other = experiment.model, experiment.twin_of
+    if not other or OWN_SIZES & changes.keys():
+        return experiment.with_(**changes)
+    start = Experiment(other, experiment.training)
+    if isinstance(model, DenseConfig):
+        return twin(start.with_(**changes))
+    own = {name: changes.get(name, getattr(model, name)) for name in ("n_block", "without")}
+    return redesign(start.with_(**{k: v for k, v in changes.items() if k not in own}), **own)
 
 
 @dataclass(frozen=True)
@@ -82,12 +132,14 @@ grid_profiles: dict[str, Profile] = {
 def find_profile(name: str, grid: bool = False) -> Profile:
     """A profile by name, with `grid` at the size of notebook 06.
 
-    `auto` is `full` where a CUDA device is at hand, else `quick`.
+    `auto` is `full` where a CUDA device is at hand, else `quick`; with `grid`, whose full size
+    would take a day, `study` there.
     """
     if name == "auto":
         import torch
 
-        name = "full" if torch.cuda.is_available() else "quick"
+        large = "study" if grid else "full"
+        name = large if torch.cuda.is_available() else "quick"
     if not isinstance(name, str) or name not in profiles:
         raise nearest_name("profile", name, ["auto", *profiles])
     return (grid_profiles if grid else profiles)[name]
@@ -99,19 +151,29 @@ def _warmup_share(training: TrainConfig, max_seq_len: int) -> float:
     return training.warmup_steps / steps
 
 
+def rate_factor(model: ModelConfig, profile: Profile) -> float:
+    """What a profile multiplies a learning rate by: a small run needs more than the plan's rates.
+    The redesign's rate was found on small runs."""
+    return 1.0 if isinstance(model, RedesignedConfig) else profile.learning_rate
+
+
 def scaled(experiment: Experiment, profile: Profile | str) -> Experiment:
     """`experiment` at a profile's size: the same rules, smaller numbers.
 
-    The profile's fewest epochs remain, warm-up keeps its share of the steps, and a dense model is
-    matched anew to the model whose twin it is. `full` returns the experiment itself.
+    The profile's fewest epochs remain, warm-up keeps its share of the steps, and a model that is
+    matched to another is matched anew. `full` returns the experiment itself.
     """
     if isinstance(profile, str):
         profile = find_profile(profile)
     if profile.name == "full":
         return experiment
-    if experiment.twin_of:
-        return twin(scaled(Experiment(experiment.twin_of, experiment.training), profile))
     model, training = experiment.model, experiment.training
+    if experiment.twin_of:
+        smaller = scaled(Experiment(experiment.twin_of, training), profile)
+        if isinstance(model, DenseConfig):
+            return twin(smaller)
+        redesigned = redesign(smaller, model.n_block, model.without)
+        return redesigned.with_(learning_rate=training.learning_rate)
     sizes = {
         "vocab_size": profile.vocab_size,
         "max_seq_len": round(model.max_seq_len * profile.sequence),
@@ -127,7 +189,7 @@ def scaled(experiment: Experiment, profile: Profile | str) -> Experiment:
         training,
         epochs=epochs,
         accumulation_steps=accumulation,
-        learning_rate=training.learning_rate * profile.learning_rate,
+        learning_rate=training.learning_rate * rate_factor(model, profile),
         warmup_steps=round(_warmup_share(training, model.max_seq_len) * steps),
     )
     return Experiment(new_model, new_training)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from musota.errors import nearest_name
 from musota.plan.config import Experiment, MuConfig, OwnConfig, TrainConfig
-from musota.plan.profiles import twin
+from musota.plan.profiles import redesign, twin
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,26 @@ _first_run = TrainConfig(
     epochs=10, learning_rate=3e-4, warmup_steps=500, batch_size=6, accumulation_steps=4
 )
 _small = MuConfig(n_layer=8, matrix_size=6, n_block=8, n_head=6)
+_optimized = Experiment(MuConfig(), TrainConfig())
+# The rate and the warm-up that small runs found, in place of the plan's.
+_redesigned = redesign(_optimized).with_(learning_rate=3e-3, warmup_steps=500)
 registry: dict[str, Row] = {
     "original": Row(
         "MU-SOTA original",
         ("#E69F00", "-.", "v"),
         Experiment(MuConfig(max_seq_len=128), _first_run),
     ),
-    "optimized": Row(
-        "MU-SOTA optimized", ("#0072B2", "-", "o"), Experiment(MuConfig(), TrainConfig())
-    ),
+    "optimized": Row("MU-SOTA optimized", ("#0072B2", "-", "o"), _optimized),
     "baseline": Row("dense baseline", ("#D55E00", "--", "s"), twin_of="optimized"),
     "simplified": Row(
         "MU-SOTA simplified", ("#56B4E9", "-", "^"), Experiment(_small, TrainConfig())
     ),
     "simplified_twin": Row(
         "dense twin of simplified", ("#CC79A7", "--", "D"), twin_of="simplified"
+    ),
+    "redesigned": Row("redesigned", ("#009E73", "-", "P"), _redesigned),
+    "modern_twin": Row(
+        "modern dense twin of redesigned", ("#7A5C00", "--", "X"), twin_of="redesigned"
     ),
     "tuned": Row("MU-SOTA, its best rate", ("#000080", "-", "*"), tuned_from="optimized"),
     "tuned_baseline": Row(
@@ -70,7 +75,7 @@ def find_experiment(name: str) -> Experiment:
     return twin(find_experiment(other))
 
 
-PUBLIC = ("original", "optimized", "baseline", "simplified")
+PUBLIC = ("original", "optimized", "baseline", "simplified", "redesigned")
 experiments: dict[str, Experiment] = {name: find_experiment(name) for name in PUBLIC}
 TUNED = {name: row.tuned_from for name, row in registry.items() if row.tuned_from}
 PAIRS = {row.twin_of: name for name, row in registry.items() if row.twin_of}  # and its twin

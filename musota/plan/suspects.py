@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from musota.plan.config import Experiment
@@ -143,3 +143,10 @@ def grid(profile: str) -> tuple[dict[str, Cell], list[Suspect], range]:
         Suspect(back + TWIN[0], TWIN[1], "optimized", "optimized_dense", COMPARE),
     ]
     return cells, suspects, range(3)
+
+
+def turned_by(cells: Mapping[str, Cell]) -> set[str]:
+    """The fields in which a grid's cells differ, whatever their architecture."""
+    first, *others = (cell.experiment for cell in cells.values())
+    alike = (other for other in others if type(other.model) is type(first.model))
+    return {d.split("=")[0] for other in alike for d in other.differences(first)}

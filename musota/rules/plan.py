@@ -122,10 +122,13 @@ def on_the_ladder(ppl: float, rungs: Mapping[str, float]) -> Finding:
     return Finding("Ladder", best or "none", f"valid PPL {ppl:.1f}", rule, conclusion)
 
 
-def broke_through(ppls: Sequence[float], name: str, reason: str | None) -> Finding:
+def broke_through(
+    ppls: Sequence[float], name: str, reason: str | None, budget: str = ""
+) -> Finding:
     """The plan's goals, PPL under 200 and under 100, judged by the best valid PPL of each seed.
 
-    `reason` is why the goals speak of something else (see `plan_does_not_apply`), if they do.
+    `reason` is why the goals speak of something else (see `plan_does_not_apply`), if they do;
+    `budget` says how much less than the plan's was spent: enough to reach a goal, not to miss one.
     """
     mean = float(np.mean(np.log(ppls)))
     loss = seed_interval(np.log(ppls)) if len(ppls) > 1 else Interval(mean, mean, mean)
@@ -138,11 +141,14 @@ def broke_through(ppls: Sequence[float], name: str, reason: str | None) -> Findi
     elif low < 200:
         goal = 100 if low < 100 else 200
         verdict, conclusion = "undecided", f"undecided, the interval reaches over {goal}"
+    if budget and not verdict.startswith("<"):
+        reason = reason or f"it had {budget}"
     if reason:
         conclusion += f"; but {reason}, so the plan's goals are not answered by this"
     saw = f"valid PPL {math.exp(mean):,.1f}"
     if len(ppls) > 1:
         saw += f" [{low:,.1f}, {high:,.1f}] over {len(ppls)} seeds"
+    saw += f" after {budget}" if budget else ""
     return Finding(f"Goal, {name}", verdict, saw, "goals < 200, stretch < 100", conclusion)
 
 

@@ -14,6 +14,7 @@ from musota.rules.findings import Finding
 from musota.rules.stats import Interval, paired_bootstrap
 
 RELEVANT = 0.05  # nats/token, 5 % of the PPL: what less brings is not worth a search
+DECIDED = "decided by 95 % intervals that exclude 0"
 DATA_STARVED = 0.1  # nats gained per doubling of the text
 OPEN = ("undecided", "undecided, the interval reaches over the threshold", "")
 
@@ -30,15 +31,37 @@ def helps_or_hurts(
     the interval over seeds (None from one seed, when the verdict is only provisional). Negative
     differences favour MU-SOTA. Raises ValueError without a common seed or common text.
     """
-    pairs = [(mu[seed], dense[seed]) for seed in sorted(mu.keys() & dense.keys())]
+    title, rule = f"{name} against its dense twin", f"{DECIDED}, {rates}"
+    words = ("helps", "the architecture helps"), ("hurts", "the architecture hurts")
+    return _paired(mu, dense, title, "MU-SOTA minus dense twin", words, rule)
+
+
+def better_or_worse(
+    runs: Mapping[int, Mapping], first: Mapping[int, Mapping], name: str, first_name: str
+) -> tuple[Finding, Interval, Interval | None]:
+    """`helps_or_hurts` for any two models: negative differences favour `runs`."""
+    words = ("better", f"better than {first_name}"), ("worse", f"worse than {first_name}")
+    title = f"{name} against {first_name}"
+    return _paired(runs, first, title, "its loss minus the other's", words, DECIDED)
+
+
+def _paired(
+    one: Mapping[int, Mapping],
+    other: Mapping[int, Mapping],
+    title: str,
+    difference: str,
+    words: tuple[tuple[str, str], tuple[str, str]],
+    rule: str,
+) -> tuple[Finding, Interval, Interval | None]:
+    pairs = [(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
     if not pairs:
-        raise ValueError("MU-SOTA and the dense twin have no seed in common: train both with one.")
+        raise ValueError(f"{title}: they have no seed in common, so train both with one.")
     tokens = pairs[0][0]["valid_block_tokens"]
     if any(summary["valid_block_tokens"] != tokens for pair in pairs for summary in pair):
         raise ValueError("The runs were validated on different texts and cannot be compared.")
     nats = np.mean([[run["valid_block_nats"] for run in pair] for pair in pairs], axis=0)
     text, over_seeds = paired_bootstrap(*nats, tokens), None
-    saw = f"MU-SOTA minus dense twin {text} over blocks of text"
+    saw = f"{difference} {text} over blocks of text"
     doubt = "the interval includes 0"
     if len(pairs) > 1:
         over_seeds = stats.seed_interval([a["valid_loss"] - b["valid_loss"] for a, b in pairs])
@@ -50,16 +73,12 @@ def helps_or_hurts(
     if len(tokens) < stats.MIN_BLOCKS:
         doubt = f"{len(tokens)} blocks are too little text"
     agreed = over_seeds is None or over_seeds.side == text.side
-    verdict, conclusion, next_step = {
-        -1: ("helps", "the architecture helps", ""),
-        0: ("undecided", f"undecided, {doubt}", ""),
-        1: ("hurts", "the architecture hurts", ""),
-    }[text.side if agreed else 0]
+    undecided = "undecided", f"undecided, {doubt}"
+    verdict, conclusion = (words[0], undecided, words[1])[1 + (text.side if agreed else 0)]
+    next_step = ""
     if over_seeds is None:
         conclusion = f"provisional, seeds not measured: {conclusion}"
         next_step = "train both with more seeds (-p seed 1, -p seed 2)"
-    title = f"{name} against its dense twin"
-    rule = f"decided by 95 % intervals that exclude 0, {rates}"
     return Finding(title, verdict, saw, rule, conclusion, next_step), text, over_seeds
 
 
@@ -193,6 +212,7 @@ def ablation_effects(
     return {part: paired_bootstrap(nats[part], nats["none"], tokens) for part in parts}
 
 
+CONTEXT = {"attention", "both attentions"}  # without it no token sees another
 _REDESIGN = {  # what to do with a mechanism that is hardly used
     "block attention": "give the blocks more cells, or let the cross attention do its work",
     "cross attention": "drop it, or widen it until it helps",
@@ -205,16 +225,18 @@ _HARDLY_USED = f"under {RELEVANT} nats a part is hardly used"
 def weak_spots(
     effects: Mapping[str, Interval], ledger: Mapping[str, int], blocks: Sequence[str]
 ) -> list[Finding]:
-    """Which parts of a trained MU-SOTA earn their parameters, from what disabling each one costs.
+    """Which parts of a trained model with blocks earn their parameters, from what disabling each
+    one costs.
 
     `effects` as `ablation_effects` gives them, `ledger` the parameters by group, `blocks` the
     names of the semantic blocks.
     """
     found = []
     share = {group: count / sum(ledger.values()) for group, count in ledger.items()}
-    if "both attentions" in effects:  # the first thing to know
-        cost, both = effects["both attentions"], share["block attention"] + share["cross attention"]
-        saw = f"disabling both attentions costs {cost}, they hold {both:.1%} of the parameters"
+    if part := next(iter(CONTEXT & effects.keys()), None):  # the first thing to know
+        cost, held = effects[part], sum(s for group, s in share.items() if "attention" in group)
+        whom = "it holds" if part == "attention" else "they hold"
+        saw = f"disabling {part} costs {cost}, {whom} {held:.1%} of the parameters"
         idle = (
             "the text before the current token is hardly used: this is a table of which token "
             "follows which, and cannot be much better than the bigram rung"
@@ -223,6 +245,8 @@ def weak_spots(
         advice = "give attention a residual path that the gate does not scale, and width"
         found.append(_part("Context", cost, saw, idle, used, advice))
     for part, advice in _REDESIGN.items():
+        if part not in effects:
+            continue
         saw = f"disabling it costs {effects[part]}, it holds {share[part]:.1%} of the parameters"
         title = part.capitalize()
         found.append(_part(title, effects[part], saw, "hardly used", "used", advice))
@@ -244,3 +268,24 @@ def _part(title: str, cost: Interval, saw: str, idle: str, used: str, advice: st
         1: ("used", used, ""),
     }[cost.beyond(RELEVANT)]
     return Finding(title, verdict, saw, _HARDLY_USED, conclusion, next_step)
+
+
+def names_mean(found: Mapping, expected: Mapping[str, str]) -> Finding:
+    """Do the blocks' names mean anything? `found` as `studies.names` measures it; `expected`: the
+    block that the plan's names would lead one to read a property from."""
+    reads = {name: of for name, of in found["reads"].items() if expected.get(name) in of}
+    best = {name: max(of, key=lambda block: of[block][0]) for name, of in reads.items()}
+    right = [name for name, block in best.items() if block == expected[name]]
+    others = [row[:n] + row[n + 1 :] for n, row in enumerate(found["similarity"])]
+    still = min(found["moves"], key=lambda block: found["moves"][block][0])
+    saw = (
+        f"{len(right)} of {len(reads)} properties are read best from the block named for them "
+        f"({', '.join(f'{name}: {best[name]}' for name in reads)}); a word moves least with its "
+        f"context in {still}; similarity of two blocks {np.mean(others):.2f} on average"
+    )
+    rule = f"chance: 1 in {len(found['blocks'])}"
+    named = len(right) > len(reads) / 2
+    verdict, conclusion = ("names", "the names say where to look") if named else (
+        "labels", "the names are labels: training does not fill a block with what it is called"
+    )  # fmt: skip
+    return Finding("The blocks' names", verdict, saw, rule, conclusion)

@@ -68,10 +68,10 @@ def run_sweeps(profile: Profile, corpus, folder: Path, seed: int, **how) -> None
         done = run_cells(cells, [seed], profile, corpus, folder, **how)
         runs += [run for by_seed in done.values() for run in by_seed.values()]
         losses = [swept(runs, name, profile) for name in TUNED.values()]
-        rates = sorted({rate for of_one in losses for rate in _wider(of_one)})
+        rates = sorted({rate for of_one in losses for rate in wider(of_one)})
 
 
-def _wider(losses: dict[float, list[float]]) -> list[float]:
+def wider(losses: dict[float, list[float]]) -> list[float]:
     """The rate still to be tried beyond the edge the best lies at, if it does."""
     rates, best = sorted(losses), best_of(losses)
     beyond = {rates[0]: -1, rates[-1]: 1}.get(best, 0)

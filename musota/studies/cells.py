@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -20,7 +21,7 @@ from musota.data.corpus import Corpus
 from musota.data.sources import SPLITS
 from musota.errors import MusotaError
 from musota.plan.config import Experiment
-from musota.plan.profiles import Profile, scaled
+from musota.plan.profiles import Profile, changed, scaled
 from musota.plan.suspects import Cell
 from musota.training.runs import Run
 from musota.training.trainer import Diverged, train
@@ -38,9 +39,10 @@ def run_cells(
     workers: int | None = None,
     each: Callable[[], object] | None = None,
     quiet: bool = True,
+    changes: Mapping = MappingProxyType({}),
 ) -> dict[str, dict[int, Run]]:
-    """Train every cell with every seed, scaled by `profile`; what has finished is loaded, from its
-    folder or from among `known` runs.
+    """Train every cell with every seed, scaled by `profile` and then changed by `changes`; what has
+    finished is loaded, from its folder or from among `known` runs.
 
     Returns runs by cell and seed; some may have diverged. On a CPU one process a
     core (`workers`) trains a run each with one thread: small models gain little from a second. On
@@ -58,10 +60,12 @@ def run_cells(
     runs, left = {name: {} for name in cells}, []
     for seed in seeds:
         for name, cell in cells.items():
+            own = scaled(cell.experiment, profile)
+            experiment = changed(own, changes)
+            label = ",".join([name, *experiment.differences(own)])
             job = _Job(
-                scaled(cell.experiment, profile), cell.share,
-                Path(folder) / f"{name}-seed{seed}", seed, name, profile.name, fresh,
-                keep=name in keep, quiet=quiet or workers != 1,
+                experiment, cell.share, Path(folder) / f"{label}-seed{seed}", seed, name, label,
+                profile.name, fresh, keep=name in keep, quiet=quiet or workers != 1,
             )  # fmt: skip
             identity = job.experiment, parts[cell.share].fingerprint, seed
             run = recorded.get(identity) or job.recorded
@@ -80,7 +84,7 @@ def run_cells(
         print(f"{len(left)} runs to train, {workers} at a time.", flush=True)
     started = time.perf_counter()
     for done, (job, run) in enumerate(_each(left, parts, workers), start=1):
-        runs[job.name][job.seed] = run
+        runs[job.cell][job.seed] = run
         minutes = (time.perf_counter() - started) / done * (len(left) - done) / 60
         said = "diverged"
         if run.finished:
@@ -99,7 +103,8 @@ class _Job:
     share: float
     path: Path
     seed: int
-    name: str
+    cell: str
+    name: str  # the cell's, with what was changed in it
     profile: str
     fresh: bool
     keep: bool
@@ -157,6 +162,10 @@ def _each(jobs: list[_Job], parts, workers: int) -> Iterator[tuple[_Job, Run]]:
         waiting = {pool.submit(_run_job, job): job for job in jobs}
         for ended in as_completed(waiting):
             yield waiting[ended], ended.result()
+    except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():  # a SIGTERM reached this process alone
+            worker.terminate()
+        raise
     except BrokenProcessPool:
         raise MusotaError(
             "A training process was killed, perhaps for want of memory: run the cell again, it "

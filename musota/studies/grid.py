@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from musota.plan.suspects import TWIN, Suspect
+from musota.plan.profiles import grid_profiles, scaled
+from musota.plan.registry import experiments
+from musota.plan.suspects import COMPARE, MORE_TEXT, TWIN, Suspect, grid
 from musota.rules.verdicts import Cause, root_causes
 from musota.training.runs import Run
+
+DENSE = "prefer the dense transformer"
+LINES = {  # for advice that changes no field
+    MORE_TEXT: "run --only 01,02,03,04 --corpus wikitext-103",
+    COMPARE: "evidence --only sweep,tuned",
+    DENSE: "run --only 03",
+}
 
 
 def valid_losses(runs: Mapping[str, Mapping[int, Run]]) -> dict[str, dict[int, float]]:
@@ -69,7 +79,7 @@ def judge(runs: Mapping[str, Mapping[int, Run]], suspects: Sequence[Suspect]) ->
             rate = min(swept, key=lambda rate: sum(losses[swept[rate]].values()))
             best.append(swept[rate])
             at_edge |= rate in (min(swept), max(swept))
-    fair = Suspect("", TWIN[1], *best, "prefer the dense transformer") if len(best) == 2 else None
+    fair = Suspect("", TWIN[1], *best, DENSE) if len(best) == 2 else None
     if fair:
         name = f"{TWIN[0]}, each at its best rate" + (" (at an edge)" if at_edge else "")
         fair = replace(fair, name=name)
@@ -85,6 +95,43 @@ def judge(runs: Mapping[str, Mapping[int, Run]], suspects: Sequence[Suspect]) ->
         )
         for cause in causes
     ]
+
+
+def next_line(causes: Sequence[Cause], profile: str, corpus: str) -> str:
+    """The command that makes the change of the largest certain gain, and what that is in the
+    notebooks' parameters; `corpus` as it was asked for."""
+    guilty = [cause.suspect for cause in causes if cause.verdict == "cause"]
+    if not guilty:
+        return "No change is advised: more seeds, or a larger profile, may decide."
+    line, changes = LINES.get(guilty[0].advice, "run --only 02,03,04"), {}
+    if guilty[0].advice not in LINES:
+        changes = advised_changes(guilty[0], profile)
+    line += f" --profile {profile}"
+    line += "" if "--corpus" in line else f" --corpus {shlex.quote(corpus)}"
+    line += "".join(f" --set {name}={value}" for name, value in changes.items())
+    then = f", or in notebooks 02 to 04 `changes = {changes}`" if changes else ""
+    return f"The line for “{guilty[0].advice}”: `python -m musota {line}`{then}."
+
+
+def advised_changes(suspect: Suspect, profile: str) -> dict[str, float]:
+    """What mending a suspect changes in `optimized` at a profile's size, by field; nothing, where
+    `optimized` has it already. Rates are the ones that were measured; counts change in
+    proportion, for the grid's models are smaller."""
+    cells, _, _ = grid(profile)
+    pair = [cells[name].experiment for name in (suspect.before, suspect.after)]
+    before, after = (scaled(one, grid_profiles[profile]).fields() for one in pair)
+    planned = experiments["optimized"].fields()
+    here, changes = scaled(experiments["optimized"], profile).fields(), {}
+    for name, new in after.items():
+        old, value = before[name], new
+        if isinstance(new, int):
+            made = pair[1].fields()[name] == planned[name]
+            value = here[name] if made else max(1, round(here[name] * new / max(1, old)))
+        elif isinstance(new, float):
+            value = float(f"{new:.9g}")
+        if new != old and value != here[name]:
+            changes[name] = value
+    return changes
 
 
 def _changes(runs: Mapping[str, Mapping[int, Run]], suspect: Suspect) -> str:

@@ -19,15 +19,15 @@ from musota.models.musota import MuSota
 from musota.plan.config import Experiment
 from musota.training import keeping
 from musota.training.evaluate import blocks_of
-from musota.training.machine import progress_bar
+from musota.training.machine import autocast_on, find_device, progress_bar
 from musota.training.runs import Run
 from musota.training.trainer import Trainer, train
 
 
 @torch.no_grad()
-def look_inside(model: MuSota, ids: Tensor) -> dict[str, Tensor]:
-    """What MU-SOTA makes of (T,) tokens: `cells` (L + 1, T, d), embeddings first, in cell order,
-    and `gate` (L, T, N), each block's sensitivity. Raises MusotaError for another model."""
+def look_inside(model: CausalLM, ids: Tensor) -> dict[str, Tensor]:
+    """What a model with blocks makes of (T,) tokens: `cells` (L + 1, T, d), embeddings first, in
+    cell order, and `gate` (L, T, N), each block's. Raises MusotaError for another model."""
     require_blocks(model)
     cells, seen = [], defaultdict(list)
     hooks = model.watch(seen)
@@ -44,11 +44,11 @@ def look_inside(model: MuSota, ids: Tensor) -> dict[str, Tensor]:
     return {"cells": torch.stack(cells).cpu(), "gate": torch.stack(seen["gate"])[:, 0].cpu()}
 
 
-def ablations(model: MuSota, tokens: Tensor) -> dict[str, Tensor]:
+def ablations(model: CausalLM, tokens: Tensor) -> dict[str, Tensor]:
     """Nats of every token (see `score`) with nothing changed (`none`), and with a part disabled.
 
-    `block attention`: a token attends to itself alone inside the blocks · `cross attention`: its
-    contribution is left out · `both attentions`: no token sees another · `gate`: held at its mean
+    `attention`: a token attends to itself alone; of MU-SOTA by itself `block attention`, and `cross
+    attention`, whose contribution is left out, and `both attentions` · `gate`: held at its mean
     over tokens, for each layer and block · `affinity tables`: zeros · and the name of each semantic
     block: its cells are zero throughout.
     Raises MusotaError for a model without blocks.
@@ -66,7 +66,9 @@ def measure_ablations(run: Run, corpus: Corpus) -> dict:
 
     Raises MusotaError for a run without blocks or without its checkpoint.
     """
-    return _by_blocks(ablations(run.load_model(), corpus.valid))
+    model = run.load_model(find_device())
+    with autocast_on(model.device):
+        return _by_blocks(ablations(model, corpus.valid))
 
 
 def measure_annealing(experiment: Experiment, corpus: Corpus, seed: int = 0) -> dict:
@@ -92,7 +94,8 @@ def anneal(run: Run, corpus: Corpus, share: float = 0.15) -> dict[str, Tensor]:
             shutil.copytree(run.path, scratch, dirs_exist_ok=True)
             trainer = Trainer(run.experiment, corpus, scratch, seed=run.seed, name=run.name)
             keeping.restore(trainer, trainer.saved)
-            nats.setdefault("before", score(trainer.model, corpus.valid)[0])
+            with trainer.accelerator.autocast():
+                nats.setdefault("before", score(trainer.model, corpus.valid)[0])
             steps, start = math.ceil(share * trainer.step), trainer.applied
             rate = trainer.schedule(start)
 
@@ -104,7 +107,8 @@ def anneal(run: Run, corpus: Corpus, share: float = 0.15) -> dict[str, Tensor]:
             trainer.progress = progress_bar(steps * per_step)
             for _ in range(steps):
                 trainer.one_step()
-            nats[arm] = score(trainer.model, corpus.valid)[0]
+            with trainer.accelerator.autocast():
+                nats[arm] = score(trainer.model, corpus.valid)[0]
             trainer.folder.lock.release()
     return nats
 
@@ -115,7 +119,7 @@ def _by_blocks(nats: Mapping[str, Tensor]) -> dict:
     return {"tokens": tokens, "nats": {name: sums for name, (sums, _) in blocks.items()}}
 
 
-def _disabled_parts(model: MuSota, tokens: Tensor) -> dict:
+def _disabled_parts(model: CausalLM, tokens: Tensor) -> dict:
     """By name, functions that disable a part through hooks and return those."""
 
     def replace(modules, new) -> list:
@@ -139,34 +143,41 @@ def _disabled_parts(model: MuSota, tokens: Tensor) -> dict:
         return replace(gates, lambda gate, _, out: (sums[gate][0] / sums[gate][1]).expand_as(out))
 
     def without(block: int) -> list:
-        kept = 1 - model.layers[0].spread[block]  # 0 at the block's cells
+        kept = torch.ones(model.config.d_model, device=model.device)
+        kept[sum(layout.sizes[:block]) :][: layout.sizes[block]] = 0
         places = [model.dropout, *model.layers, model.norm]  # whatever hands cells on
         return replace(places, lambda _, __, out: out * kept)
 
-    block_attentions = [one for layer in model.layers for one in layer.block_attention]
-    cross_attentions = [layer.cross_attention for layer in model.layers]
-
-    def alone() -> list:
-        return replace(block_attentions, own_value)
+    def alone(attentions) -> list:
+        return replace(attentions, own_value)
 
     def no_cross() -> list:
-        return replace(cross_attentions, lambda _, __, out: (torch.zeros_like(out[0]), out[1]))
+        crosses = [layer.cross_attention for layer in model.layers]
+        return replace(crosses, lambda _, __, out: (torch.zeros_like(out[0]), out[1]))
 
-    parts = {
-        "block attention": alone,
-        "cross attention": no_cross,
-        "both attentions": lambda: [*alone(), *no_cross()],
-        "gate": mean_gate,
-        "affinity tables": lambda: replace([model.affinity], lambda _, __, out: out * 0),
-    }
-    names = model.config.layout.names
+    if isinstance(model, MuSota):
+        in_blocks = [one for layer in model.layers for one in layer.block_attention]
+        parts = {
+            "block attention": lambda: alone(in_blocks),
+            "cross attention": no_cross,
+            "both attentions": lambda: [*alone(in_blocks), *no_cross()],
+        }
+    else:
+        parts = {"attention": lambda: alone([layer.attention for layer in model.layers])}
+    if hasattr(model, "affinity"):
+        zeros = lambda: replace([model.affinity], lambda _, __, out: out * 0)  # noqa: E731
+        parts |= {"gate": mean_gate, "affinity tables": zeros}
+    layout = model.config.layout
+    names = layout.names if layout else ()
     return parts | {name: lambda n=n: without(n) for n, name in enumerate(names)}
 
 
 def require_blocks(model: CausalLM) -> None:
-    """Raises MusotaError for a dense model."""
-    if not isinstance(model, MuSota):
-        raise MusotaError("Only MU-SOTA has semantic blocks and gates: choose a run of it.")
+    """Raises MusotaError for a model without named blocks."""
+    if not getattr(model.config, "layout", None):
+        raise MusotaError(
+            "Only MU-SOTA and its redesign have semantic blocks and gates: choose a run of them."
+        )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from musota.data.corpus import Corpus
 from musota.models.base import CausalLM, score
+from musota.training.machine import is_out_of_memory
 
 BLOCK_TOKENS = 1024  # valid losses are kept by blocks of so many tokens, for the paired bootstrap
 HEALTH_WINDOWS = 8  # of valid, looked at closely after each epoch
@@ -64,8 +65,10 @@ def score_in_memory(
     """`score`; where its batches do not fit the memory, one window at a time, and `tell` so."""
     try:
         return score(model, tokens)
-    except torch.OutOfMemoryError:
-        pass  # outside of the handler, which would hold on to the memory
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside of the handler, which would hold on to the memory.
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
     tell("out of memory in validation: one window at a time")

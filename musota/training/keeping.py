@@ -17,6 +17,7 @@ from musota.training.machine import about_machine, peak_memory
 from musota.training.optimizer import load_state_tensors, state_tensors
 from musota.training.runs import Run
 
+COPY_SECONDS = 600  # between copies to a slower disk; what leaves a run makes the last one
 # Of the trainer's state, besides tensors.
 KEPT = (
     "step", "applied", "update_ratio", "seconds", "best_loss", "choices", "remedies", "summary",
@@ -74,8 +75,9 @@ def checkpoint(trainer) -> None:
     state = {name: getattr(trainer, name) for name in KEPT}
     state["scaler"] = scaler.state_dict() if scaler else None
     folder.save_checkpoint(tensors, state)
-    if trainer.copy:
+    if trainer.copy and time.monotonic() - trainer.copied_at > COPY_SECONDS:
         folder.attempt(trainer.copy)
+        trainer.copied_at = time.monotonic()
 
 
 def _save_best(trainer, weights: dict[str, Tensor]) -> None:
@@ -140,7 +142,7 @@ def write_summary(trainer) -> None:
         "parameter_ledger": trainer.ledger,
         "flops_per_token": trainer.experiment.model.flops_per_token,
         "peak_memory_bytes": peak_memory(trainer.device),
-        **about_machine(),
+        **about_machine(trainer.device),
     }
     if trainer.instead_of:
         about["instead_of"] = trainer.instead_of.to_dict()
@@ -148,5 +150,3 @@ def write_summary(trainer) -> None:
         about |= {"metrics_sha256": sha256(folder.metrics), "metrics_bytes": len(folder.metrics)}
         path, summary = folder.path / "summary.json", {**trainer.summary, **about}
         folder.attempt(lambda: write_sealed(path, summary))
-    if trainer.copy and trainer.summary["finished"]:
-        folder.attempt(trainer.copy)

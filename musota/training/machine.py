@@ -4,66 +4,127 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import signal
 import sys
 import threading
 import time
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
+from musota.errors import MusotaError
+from musota.files import sha256
 from musota.plan.config import Experiment
 
-COMPILE_STEPS = 2000  # a run of so many steps wins back the minute that compiling takes
+PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}  # accelerate's
+ACTING = ("ACCELERATE_", "TORCH_ALLOW_", "NVIDIA_TF32", "CUBLAS_")
+COMPILE_STEPS = 2000  # a run of so many steps wins back what compiling takes
 HEADLESS = "MUSOTA_HEADLESS"  # set where progress goes to a log and not to a screen
 
 
-def precision_for_device() -> str:
-    """What pays here: bf16 on GPUs that really have it, fp16 on older ones, else full precision."""
-    if not torch.cuda.is_available():
-        return "no"
+def find_device(name: str | None = None) -> torch.device:
+    """cpu, cuda or mps, by default the best one here. Raises MusotaError for one that is not."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    known = [*(device for device, there in here.items() if there), "cpu"]
+    if name is not None and name not in known:
+        raise MusotaError(f"There is no device {name!r} here: use {' or '.join(known)}.")
+    return torch.device(name or known[0])
+
+
+def make_accelerator(device: str | None = None) -> Accelerator:
+    """accelerate's, on a device by name or the best one. Whatever its environment variables could
+    change in the mathematics is said explicitly."""
+    if device is None and parse_flag_from_env("ACCELERATE_USE_CPU"):
+        device = "cpu"
+    chosen = find_device(device)
+    if PartialState._shared_state and PartialState().device.type != chosen.type:
+        AcceleratorState._reset_state(reset_partial_state=True)  # which keeps the first choice
+    return Accelerator(
+        cpu=chosen.type == "cpu", mixed_precision=PRECISIONS[dtype_of(chosen)],
+        gradient_accumulation_steps=1, dynamo_backend="no",
+    )  # fmt: skip
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    """What pays there: bf16 on GPUs that really have it, fp16 on older ones, else float32."""
+    if device.type != "cuda":
+        return torch.float32
     # is_bf16_supported() says yes on a T4, which only emulates it.
-    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def autocast_on(device: torch.device) -> torch.autocast:
+    """Where a model is only looked at: computes as training does on that device."""
+    dtype = dtype_of(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whatever a device's libraries call it."""
+    words = "out of memory", "ALLOC_FAILED", "can't allocate memory"
+    said = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return said or isinstance(error, torch.OutOfMemoryError)
 
 
 def default_choices(experiment: Experiment, device: torch.device, total_steps: int) -> dict:
-    """A GPU takes a whole step at once, a CPU about 1,500 tokens. Compiling takes a GPU about a
-    minute, which only a long run wins back, and brings a CPU nothing."""
-    sequences, on_cpu = experiment.training.sequences_per_step, device.type == "cpu"
+    """A GPU takes a whole step at once, a CPU about 1,500 tokens. Compiling takes a CUDA device
+    half a minute, which only a long run wins back, and brings a CPU nothing."""
+    sequences = experiment.training.sequences_per_step
     few = max(1, min(sequences, 1536 // experiment.model.max_seq_len))
     return {
-        "micro_batch": few if on_cpu else sequences,
-        "compile": not on_cpu and total_steps >= COMPILE_STEPS,
+        "micro_batch": few if device.type == "cpu" else sequences,
+        "compile": device.type == "cuda" and total_steps >= COMPILE_STEPS,
     }
 
 
+@cache
+def _code_hash() -> str:
+    """Of the code that decides what a run comes to."""
+    house = Path(__file__).resolve().parents[1]
+    rooms = (house / room for room in ("plan", "data", "models", "training"))
+    files = sorted(path for room in rooms for path in room.glob("*.py"))
+    text = b"".join(path.read_bytes() for path in files)
+    return sha256(text.replace(b"\r\n", b"\n"))[:12]  # git may write either
+
+
 def about_machine(used: torch.device | None = None) -> dict:
-    """What a measurement was taken on (`used`, by default the best device here), and when."""
+    """What a measurement was taken on (`used`, by default the best device here), and when; with
+    the environment variables that change what is computed."""
     threads = torch.get_num_threads()
     device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-    if torch.cuda.is_available() and (used is None or used.type == "cuda"):
-        device = torch.cuda.get_device_name()
+    if (used := used or find_device()).type != "cpu":
+        device = torch.cuda.get_device_name() if used.type == "cuda" else "Apple GPU"
     versions = {package: metadata.version(package) for package in ("torch", "tokenizers")}
+    versions["musota"] = _code_hash()
+    acting = {k: v for k, v in sorted(os.environ.items()) if k.startswith(ACTING)}
     return {
         "device": device,
+        **({"environment": acting} if acting else {}),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": {"python": platform.python_version(), **versions},
     }
 
 
 def prepare_memory(device: torch.device) -> None:
-    """Before a run: a GPU counts its peak anew; a CPU's allocator keeps what one step frees for
-    the next (Linux with glibc).
+    """Before a run: a GPU forgets the last one, and counts its peak anew; a CPU's allocator keeps
+    what one step frees for the next (Linux with glibc).
 
     By default every large tensor is handed back to the system and asked for again page by page,
     which costs a tenth of a training step and more. Holds for the whole process.
     """
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.reset_peak_memory_stats()
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans half a second for every new shape
     elif platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
         libc = ctypes.CDLL(None)
@@ -89,26 +150,30 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Interruption:
-    """Turns the first Ctrl-C into a wish, so that no step is cut in two; a second one is obeyed."""
+    """Turns the first Ctrl-C or SIGTERM (a cluster's, a spot machine's) into a wish, so that no
+    step is cut in two; a second one of the same kind is obeyed."""
+
+    signals = signal.SIGINT, signal.SIGTERM
 
     def __init__(self, processes: int):
         self.alone = processes == 1  # several could not agree on the step to stop at
 
     def __enter__(self):
-        self.asked = False
+        self.asked = 0
         self.main = self.alone and threading.current_thread() is threading.main_thread()
         if self.main:
-            self.before = signal.signal(signal.SIGINT, self._ask)
+            self.before = [signal.signal(number, self._ask) for number in self.signals]
         return self
 
     def __exit__(self, *_):
         if self.main:
-            signal.signal(signal.SIGINT, self.before)
+            for number, handler in zip(self.signals, self.before, strict=True):
+                signal.signal(number, handler)
 
-    def _ask(self, *_):
-        if self.asked:
+    def _ask(self, number, _):
+        if self.asked == number:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = number
 
 
 class _Lines:

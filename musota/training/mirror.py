@@ -25,6 +25,7 @@ class Mirror:
     remote: Path
     pushed: dict[Path, tuple[int, int]] = field(default_factory=dict, compare=False)
     root: tuple[Path, int] | None = None  # the whole copy's folder and the disk it lies on
+    own: set[Path] = field(default_factory=set, compare=False)  # runs that are trained here
 
     def __post_init__(self):
         if not self.root:
@@ -32,20 +33,26 @@ class Mirror:
             object.__setattr__(self, "root", (self.remote, self.remote.stat().st_dev))
 
     def part(self, folder: Path) -> Mirror:
-        """The same for a folder inside `local`."""
-        return Mirror(folder, self.remote / folder.relative_to(self.local), self.pushed, self.root)
+        """The same for the folder, inside `local`, of a run that is trained here."""
+        self.own.add(folder)
+        remote = self.remote / folder.relative_to(self.local)
+        return Mirror(folder, remote, self.pushed, self.root, self.own)
 
     def push(self) -> None:
         """Copy what is new or changed, each file whole or not at all; raises OSError.
 
-        Checkpoints that are no longer kept here go there, too, once the newer ones have arrived.
+        Checkpoints that are no longer kept here go there, too, once the newer ones have arrived. A
+        run that got further there is another machine's, and is left alone.
         """
         root, disk = self.root
         if not root.is_dir() or root.stat().st_dev != disk:
             # A Drive that is no longer mounted: what is written there now would be lost.
             raise FileNotFoundError(errno.ENOENT, "it has vanished", str(root))
         self.remote.mkdir(parents=True, exist_ok=True)
+        theirs = {self.local / run for run in _further(self.remote, self.local)} - self.own
         for path in _files(self.local):
+            if not theirs.isdisjoint(path.parents):
+                continue
             copy = self.remote / path.relative_to(self.local)
             stat = path.stat()
             state = stat.st_size, stat.st_mtime_ns
@@ -57,16 +64,16 @@ class Mirror:
                 _copy(path, copy)
             self.pushed[copy] = state
         for copy in self.remote.rglob("checkpoints/step-*"):
-            if not (self.local / copy.relative_to(self.remote)).exists():
+            here = self.local / copy.relative_to(self.remote)
+            newest = max((path.name for path in here.parent.glob("step-*")), default="")
+            if not here.exists() and (here.parents[1] in self.own or copy.name < newest):
+                os.truncate(copy, 0)  # a Drive's bin counts, too
                 copy.unlink()
 
     def pull(self) -> None:
         """Copy here what only the other has, and runs that got further there."""
-        described = [p for p in self.remote.rglob("config.json") if "best" not in p.parts]
-        for there in {path.parent for path in described}:
-            here = self.local / there.relative_to(self.remote)
-            if _progress(there) > _progress(here):
-                shutil.rmtree(here, ignore_errors=True)
+        for run in _further(self.remote, self.local):
+            shutil.rmtree(self.local / run, ignore_errors=True)
         for path in _files(self.remote):
             copy = self.local / path.relative_to(self.remote)
             # A run that stands here got at least as far: older checkpoints are of no use to it.
@@ -95,6 +102,13 @@ def _copy(path: Path, copy: Path) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _further(one: Path, other: Path) -> set[Path]:
+    """The runs, as paths inside, that got further in one folder than in the other."""
+    described = [path.parent.relative_to(one) for path in one.rglob("config.json")]
+    runs = [run for run in described if run.name != "best"]
+    return {run for run in runs if _progress(one / run) > _progress(other / run)}
 
 
 def _progress(folder: Path) -> tuple[bool, str]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from musota.errors import nearest_name
 from musota.models.base import CausalLM
 from musota.plan.config import TrainConfig
 
@@ -27,12 +26,7 @@ OPTIMIZERS = {"adamw": _adamw}
 def build_optimizer(
     model: CausalLM, training: TrainConfig, loss_scaling: bool
 ) -> torch.optim.Optimizer:
-    """The optimizer `training` names, for all parameters; only maps of activations are decayed.
-
-    Raises MusotaError for an unknown name.
-    """
-    if training.optimizer not in OPTIMIZERS:
-        raise nearest_name("optimizer", training.optimizer, OPTIMIZERS)
+    """The optimizer `training` names, for all parameters; only maps of activations are decayed."""
     groups = model.optimizer_groups(training.weight_decay)
     return OPTIMIZERS[training.optimizer](groups, loss_scaling)
 

@@ -10,6 +10,7 @@ from musota.errors import MusotaError
 from musota.files import sha256
 from musota.rules.curves import oscillation
 from musota.training import keeping
+from musota.training.machine import is_out_of_memory
 from musota.training.runs import read_metrics, steps_table
 
 SHORTER = 160  # tokens a sequence: the plan's remedy for too little memory
@@ -25,7 +26,16 @@ class TooLong(Exception):
     """Not even one sequence fits the memory."""
 
 
-SURPRISES = (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException, Diverged)
+COMPILING = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
+SURPRISES = (RuntimeError, *COMPILING, Diverged)
+
+
+def known(error: Exception) -> Exception:
+    """The error if `mend` can do something about it, without what holds on to the step's memory;
+    raises it otherwise."""
+    if not (isinstance(error, (*COMPILING, Diverged)) or is_out_of_memory(error)):
+        raise error
+    return error.with_traceback(None)
 
 
 def refuse_bad_loss(trainer, loss: float, limit: float = math.inf) -> None:
@@ -46,14 +56,15 @@ def refuse_bad_loss(trainer, loss: float, limit: float = math.inf) -> None:
 
 def mend(trainer, trouble: Exception) -> None:
     """After a step that failed. Raises what cannot be mended here."""
-    if isinstance(trouble, torch.OutOfMemoryError):
+    if is_out_of_memory(trouble):
         _take_less_memory(trainer)
     elif isinstance(trouble, Diverged):
         _go_back(trainer, trouble)
     else:
         reason = str(trouble).strip().splitlines()[0]
         trainer.tell(f"torch.compile failed, training goes on without it ({reason})")
-        trainer.choices["compile"], trainer.model.compiled_body = False, None
+        trainer.choices["compile"] = False
+        trainer.model.compile_layers(False)
     trainer.optimizer.zero_grad()
 
 
@@ -63,13 +74,15 @@ def _take_less_memory(trainer) -> None:
     if trainer.accelerator.num_processes > 1:
         raise MusotaError("Out of memory: start again with a smaller micro_batch.")
     trainer.optimizer.zero_grad()
+    if trainer.accelerator.scaler:  # it may have been between unscaling and the step
+        trainer.accelerator.scaler._per_optimizer_states.clear()
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
     if held > 1:
         trainer.choices["micro_batch"] = -(-held // 2)
         trainer.tell(f"out of memory: micro-batch {held} → {trainer.choices['micro_batch']}")
         return
-    if trainer.auto_remedy and length > SHORTER:
+    if trainer.auto_remedy and length > SHORTER and not trainer.training.started_from:
         trainer.say(f"Out of memory with one sequence: starting over with {SHORTER} tokens.")
         raise TooLong
     raise MusotaError(

@@ -11,6 +11,7 @@ best/, a checkpoint has its own in its name and all of metrics.jsonl inside. Not
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,17 +20,27 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
 from musota.errors import MusotaError
-from musota.files import jsonable, read_sealed, sha256, write_sealed, write_whole
+from musota.files import (
+    as_path,
+    jsonable,
+    read_sealed,
+    sha256,
+    system_error,
+    write_sealed,
+    write_whole,
+)
 from musota.models.base import CausalLM
 from musota.models.sharing import load_model
 from musota.plan.config import Experiment
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what network disks answer
 # What every record of a kind holds at least.
 RECORDED = {
     "step": {"step", "loss", "learning_rate", "grad_norm", "tokens", "seconds"},
@@ -42,7 +53,7 @@ class Run:
     """A recorded run, read from its folder. Raises MusotaError if that holds no readable run."""
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path = as_path(path)
         self._describe(read_sealed(self.path / "config.json"))
 
     @classmethod
@@ -71,6 +82,13 @@ class Run:
     def identity(self) -> tuple[Experiment, str, int]:
         """What a run is, whatever it is called: experiment, corpus, seed."""
         return self.experiment, self.fingerprint, self.seed
+
+    @property
+    def valid_text(self) -> tuple:
+        """What it was validated on: where this is equal, losses are of the same tokens."""
+        corpus = self.config["corpus"]
+        counts = [corpus[key]["valid"] for key in ("tokens", "words", "bytes")]
+        return corpus["vocabulary_in_use"], *counts
 
     @cached_property
     def summary(self) -> dict:
@@ -139,14 +157,14 @@ class Run:
         """Whether the checkpoint of the best epoch is here; committed runs come without."""
         return (self.path / "checkpoints" / "best" / "model.safetensors").exists()
 
-    def load_model(self) -> CausalLM:
+    def load_model(self, device: str | torch.device = "cpu") -> CausalLM:
         """The model of the best epoch. Raises MusotaError where it was not kept, or is damaged."""
         folder = self.path / "checkpoints" / "best"
         for name, expected in self.summary.get("best_files", {}).items():
             path = folder / name
             if path.exists() and sha256(path.read_bytes()) != expected:
                 raise MusotaError(f"{path} is damaged: train the run again with fresh=True.")
-        return load_model(folder)
+        return load_model(folder, device)
 
     def __repr__(self) -> str:
         ppl = f", valid PPL {self.summary['ppl']:.1f}" if self.summary else ""
@@ -161,7 +179,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike, identity: dict, writes: bool = True):
-        self.path = Path(path)
+        self.path = as_path(path)
         self.checkpoints = self.path / "checkpoints"
         self.identity, self.writes = identity, writes
         self.metrics = b""  # of metrics.jsonl, as it should be
@@ -185,15 +203,25 @@ class RunFolder:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
+            self._acquire_lock()
             if fresh:
                 self._clear()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _acquire_lock(self) -> None:
+        try:
+            self.lock.acquire(timeout=0)
         except Timeout:
             raise MusotaError(
                 f"Another process is training in {self.path}: wait for it, or use another folder."
             ) from None
-        except OSError as error:
-            raise self._unwritable(error) from None
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", errno.ENOTSUP) not in NO_LOCKS:
+                raise
+            print(
+                f"The disk of {self.path} knows no locks: train in it once at a time.", flush=True
+            )
 
     def _clear(self) -> None:
         """Remove what a run writes, and nothing else."""
@@ -214,9 +242,9 @@ class RunFolder:
                     "over there with fresh=True (--fresh)."
                 )
 
-    def attempt(self, write: Callable[[], object]) -> bool:
-        """Write something; False, and a sentence, where that fails."""
-        if not self.writes:
+    def attempt(self, write: Callable[[], object] | None) -> bool:
+        """Write something, if there is something; False, and a sentence, where that fails."""
+        if not self.writes or not write:
             return True
         try:
             write()
@@ -262,10 +290,7 @@ class RunFolder:
                 raise self._unwritable(error) from None
 
     def _unwritable(self, error: OSError) -> MusotaError:
-        return MusotaError(
-            f"The run folder {self.path} cannot be written ({error.strerror}): make room there, or "
-            "choose another results folder."
-        )
+        return system_error(f"The run folder {self.path}", error, "choose another results folder")
 
     def refuse_unsaved(self) -> None:
         """Raises MusotaError where the end of a run could not be saved."""

@@ -12,31 +12,29 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from musota.data.corpus import Corpus, window_starts
-from musota.errors import MusotaError, check_seed
-from musota.files import read_sealed
+from musota.errors import MusotaError, check_seed, nearest_name
+from musota.files import as_path, read_sealed
 from musota.models.base import CausalLM
-from musota.models.sharing import build_model
 from musota.plan.config import Experiment
 from musota.training import keeping, remedies
 from musota.training.evaluate import exp_nats
 from musota.training.machine import (
     Interruption,
     default_choices,
-    precision_for_device,
+    make_accelerator,
     prepare_memory,
     progress_bar,
 )
-from musota.training.optimizer import build_optimizer, update_ratios
+from musota.training.optimizer import OPTIMIZERS, build_optimizer, update_ratios
 from musota.training.remedies import SHORTER, Diverged, TooLong
 from musota.training.runs import Run, RunFolder
-from musota.training.schedule import learning_rate_at
+from musota.training.schedule import SCHEDULES, learning_rate_at
+from musota.training.start import begin, first_model, started_from
 
 __all__ = ["Diverged", "Trainer", "train"]
 CHECKPOINT_SECONDS = 180  # between checkpoints inside an epoch
@@ -56,6 +54,8 @@ def train(
     compile: bool | None = None,
     stop_at: float = 1.0,
     auto_remedy: bool = False,
+    continue_from: Run | str | os.PathLike | None = None,
+    device: str | None = None,
     watch: Callable[[Run], None] | None = None,
     copy: Callable[[], None] | None = None,
 ) -> Run:
@@ -65,11 +65,14 @@ def train(
     goes on where its last checkpoint stands; `resume=False` starts over. `name` and `profile` are
     recorded for people and decide nothing. `micro_batch` sequences are computed at a time (a choice
     of speed and memory; at dropout 0 it changes nothing else), and `compile` passes the model's
-    body through torch.compile: both are chosen for the device unless given, and kept when a run
-    goes on. Ctrl-C ends after the step at hand, saves it and returns what has been measured;
-    `stop_at` ends a run in the same way after that share of its steps. `watch` is called with the
-    run at first and whenever something new was recorded, `copy` with nothing after each checkpoint
-    and at the end; an OSError of it is treated like one of the disk.
+    layers through torch.compile: both are chosen for the device (cpu, cuda or mps, by default the
+    best one here) unless given, and kept when a run goes on. Ctrl-C or SIGTERM ends after the step
+    at hand, saves it and returns what has been measured; `stop_at` ends a run in the same way after
+    that share of its steps. `continue_from` (a run or its folder) gives the weights to start from:
+    another run's best, with a fresh schedule; their hash is part of what the run is
+    (`started_from`). `watch` is called with the run at first and whenever something new was
+    recorded, `copy` with nothing every ten minutes and at the end, whichever way that comes; an
+    OSError of it is treated like one of the disk.
 
     Where memory runs out the micro-batch is halved, which changes nothing else. With `auto_remedy`
     the plan's remedies apply themselves, each recorded as an event: after a loss that is not finite
@@ -86,9 +89,11 @@ def train(
     _check_arguments(experiment, corpus, seed, micro_batch, stop_at)
     if auto_remedy and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise MusotaError("auto_remedy works in one process only: leave it out here.")
-    choices = {"micro_batch": micro_batch, "compile": compile}
-    about = {"name": name, "profile": profile, "choices": choices, "auto_remedy": auto_remedy}
-    config, asked = Path(run_dir) / "config.json", None
+    about = {"name": name, "profile": profile, "auto_remedy": auto_remedy, "device": device}
+    about["choices"] = {"micro_batch": micro_batch, "compile": compile}
+    if continue_from:
+        experiment, about["start"] = started_from(continue_from, experiment, corpus)
+    config, asked = as_path(run_dir) / "config.json", None
     longer = read_sealed(config).get("instead_of") if resume and config.exists() else None
     if longer and Experiment.from_dict(longer) == experiment:  # it was shortened when it began
         asked, experiment = experiment, experiment.with_(max_seq_len=SHORTER)
@@ -97,8 +102,10 @@ def train(
         try:
             return trainer.run(stop_at, watch, copy)
         except TooLong:
-            asked, experiment = experiment, experiment.with_(max_seq_len=SHORTER)
-            resume = False
+            pass  # outside of the handler, which would hold on to the memory
+        del trainer
+        asked, experiment = experiment, experiment.with_(max_seq_len=SHORTER)
+        resume = False
 
 
 def _check_arguments(experiment, corpus, seed, micro_batch, stop_at) -> None:
@@ -106,6 +113,9 @@ def _check_arguments(experiment, corpus, seed, micro_batch, stop_at) -> None:
         if not isinstance(value, kind):
             raise MusotaError(f"train needs an Experiment and a Corpus, not {value!r:.80}.")
     check_seed(seed)
+    for kind, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if (name := getattr(experiment.training, kind)) not in table:
+            raise nearest_name(kind, name, table)
     whole = isinstance(micro_batch, int) and not isinstance(micro_batch, bool)
     if micro_batch is not None and not (whole and micro_batch >= 1):
         raise MusotaError(f"micro_batch must be a whole number of at least 1, not {micro_batch!r}.")
@@ -126,19 +136,16 @@ class Trainer:
 
     def __init__(
         self, experiment, corpus, run_dir, resume=True, seed=0, name="run", profile=None,
-        choices=(), auto_remedy=False, instead_of=None,
+        choices=(), auto_remedy=False, instead_of=None, start=None, device=None,
     ):  # fmt: skip
         self.experiment, self.corpus, self.seed = experiment, corpus, seed
         self.training, self.length = experiment.training, experiment.model.max_seq_len
-        self.auto_remedy, self.instead_of = auto_remedy, instead_of
+        self.auto_remedy, self.instead_of, self.start = auto_remedy, instead_of, start
         self.windows = len(window_starts(len(corpus.train), self.length, seed, 0))
         self.steps_per_epoch = math.ceil(self.windows / self.training.sequences_per_step)
         self.total_steps = self.training.epochs * self.steps_per_epoch
         self.log_interval = max(1, self.total_steps // LOG_LINES)
-        # Said explicitly: accelerate's environment variables would change the mathematics.
-        self.accelerator = Accelerator(
-            mixed_precision=precision_for_device(), gradient_accumulation_steps=1
-        )
+        self.accelerator = make_accelerator(device)
         self.device = self.accelerator.device
         identity = _described(experiment, corpus, seed, name, profile, instead_of)
         self.folder = RunFolder(run_dir, identity, self.accelerator.is_main_process)
@@ -163,15 +170,15 @@ class Trainer:
         self.choices = usual | saved | given
         processes = self.accelerator.num_processes
         together = {"precision": self.accelerator.mixed_precision, "processes": processes}
-        self.folder.write_config({**self.choices, **together})
         self._build()
+        self.folder.write_config({**self.choices, **together})
 
     def _build(self) -> None:
         torch.manual_seed(self.seed)
-        model = build_model(self.experiment.model)
+        model = first_model(self)
         self.ledger = model.parameter_ledger()
         if self.choices["compile"]:
-            model.compile_body()
+            model.compile_layers()
         loss_scaling = self.accelerator.scaler is not None
         optimizer = build_optimizer(model, self.training, loss_scaling)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -189,7 +196,7 @@ class Trainer:
         self.remedies = {"rate_factor": 1.0, "step": 0}
         self.watch: Callable[[Run], None] | None = None
         self.copy: Callable[[], None] | None = None
-        self.saved_at = time.monotonic()
+        self.saved_at, self.copied_at = time.monotonic(), -math.inf
         self.progress = progress_bar(0, shown=False)
 
     def schedule(self, step: int) -> float:
@@ -221,13 +228,13 @@ class Trainer:
         if self.folder.writes:
             print(text, flush=True)
 
-    def run(
-        self, stop_at: float, watch: Callable[[Run], None] | None, copy: Callable[[], None] | None
-    ) -> Run:
+    def run(self, stop_at: float, watch, copy) -> Run:
         if self.finished:
             self.say(f"{self.folder.path}: finished before, loaded as it is.")
+            self.folder.attempt(copy)
+            self.folder.refuse_unsaved()
             return Run(self.folder.path)
-        _begin(self)
+        begin(self)
         self.watch, self.copy = watch, copy
         stop = math.ceil(stop_at * self.total_steps)
         if watch and self.folder.writes:
@@ -245,6 +252,7 @@ class Trainer:
                     keeping.checkpoint(self)
         finally:
             self.folder.lock.release()
+            self.folder.attempt(copy)
         self.folder.refuse_unsaved()
         if self.step < stop:
             self.say(
@@ -266,7 +274,7 @@ class Trainer:
             if ends or due:
                 remedies.refuse_bad_loss(self, float(self.epoch_nats))
         except remedies.SURPRISES as error:
-            trouble = error.with_traceback(None)  # which would hold on to the step's memory
+            trouble = remedies.known(error)
         if trouble:
             remedies.mend(self, trouble)
         elif ends:
@@ -305,7 +313,8 @@ class Trainer:
         self.applied += not self.optimizer.step_was_skipped
         self.progress.update(len(batch) * self.length)
         if self.step % self.log_interval == 0 or self.step in (1, self.total_steps):
-            self._log_step(float(loss), float(norm), rate)  # the one place that waits
+            # The one place that waits for the device, but for fp16's scaler, which reads a number.
+            self._log_step(float(loss), float(norm), rate)
 
     def _backward(self, batch: Tensor) -> Tensor:
         """Gradients of the mean loss over a batch of window starts, and that loss."""
@@ -340,21 +349,6 @@ class Trainer:
         best = f", best valid PPL {exp_nats(self.best_loss):,.0f}" if self.summary else ""
         shown = f"epoch {epoch}/{epochs}, training PPL {exp_nats(loss):,.0f}{best}"
         self.progress.set_postfix_str(shown, refresh=False)
-
-
-def _begin(trainer: Trainer) -> None:
-    if trainer.saved:
-        keeping.restore(trainer, trainer.saved)
-        trainer.say(
-            f"{trainer.folder.path}: going on after step {trainer.step} of {trainer.total_steps}."
-        )
-    elif trainer.auto_remedy:
-        keeping.checkpoint(trainer)  # to have something to go back to
-    if trainer.instead_of and not trainer.step:
-        longer = trainer.instead_of.model.max_seq_len
-        short = f"{SHORTER} tokens a sequence, not {longer}, which is another experiment"
-        trainer.tell(f"out of memory: {short}")
-    trainer.saved = None
 
 
 def _described(experiment, corpus, seed, name, profile, instead_of) -> dict:

@@ -23,7 +23,13 @@ from musota.models.base import CausalLM
 from musota.models.literal import Literal
 from musota.models.sharing import build_model
 from musota.plan.config import DenseConfig, ModelConfig, MuConfig
-from musota.training.machine import about_machine, peak_memory, precision_for_device, prepare_memory
+from musota.training.machine import (
+    about_machine,
+    dtype_of,
+    find_device,
+    peak_memory,
+    prepare_memory,
+)
 
 SCALING = {
     "batch": (1, 4, 8, 32),
@@ -56,7 +62,7 @@ def training_step(
     ours, half = isinstance(model, CausalLM), precision == torch.float16
     vocab_size, length = model.config.vocab_size, model.config.max_seq_len
     if ours and device.type == "cuda":
-        model.compile_body()
+        model.compile_layers()
     fused = {"fused": True} if ours and not half else {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, **fused)
     scaler = torch.amp.GradScaler(device.type, enabled=half)
@@ -101,7 +107,7 @@ def _prepare(config, who, batch, device, n_thread) -> None:
     torch.set_num_threads(n_thread)
     if who == OURS and device.type == "cpu":
         prepare_memory(device)
-    precision = _precision(device) if who == OURS else torch.float32
+    precision = dtype_of(device) if who == OURS else torch.float32
     step = training_step(build(config, who, device), batch, device, precision)
     on_gpu = device.type == "cuda"
     held = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
@@ -111,12 +117,6 @@ def _prepare(config, who, batch, device, n_thread) -> None:
 def _measure() -> tuple[float, int]:
     step, device, held = _prepared
     return seconds_per_step(step, device), peak_memory(device) - held
-
-
-def _precision(device: torch.device) -> torch.dtype:
-    """What the trainer computes in on this device."""
-    names = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return names[precision_for_device()] if device.type == "cuda" else torch.float32
 
 
 def seconds_per_step(step: Callable, device: torch.device) -> float:
@@ -163,10 +163,10 @@ def run_bench(
     takes with the arithmetic's prediction, each relative to the reference shape. Raises MusotaError
     for a device that is not there.
     """
-    device = _device(device)
+    device = find_device(device)
     models = models or {"mu": MuConfig(), "dense": DenseConfig()}
     batch = batch or (32 if device.type == "cuda" else 8)
-    rate = matmul_rate(device, _precision(device))
+    rate = matmul_rate(device, dtype_of(device))
     rows, points, differences = [], [], {}
     for kind, config in models.items():
         for against in (LITERAL, ALSO_DROPOUT):
@@ -179,7 +179,7 @@ def run_bench(
         points += [{"model": kind, **p} for p in _scale(config, batch, device, scaling, say)]
     return {
         "batch": batch,
-        "precision": str(_precision(device)).removeprefix("torch."),
+        "precision": str(dtype_of(device)).removeprefix("torch."),
         "matmul_flops": rate,
         **about_machine(device),
         "models": {kind: dataclasses.asdict(config) for kind, config in models.items()},
@@ -238,10 +238,3 @@ def _scale(config, batch: int, device, axes: Mapping[str, Sequence[int]], say) -
                 "time_per_token": np.median(seconds[:, 1] / seconds[:, 0]) * tokens / here_tokens,
                 "arithmetic": changed.flops_per_token / config.flops_per_token,
             }
-
-
-def _device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cpu" or (name == "cuda" and torch.cuda.is_available()):
-        return torch.device(name)
-    raise MusotaError(f"There is no device {name!r} here: use cpu, or cuda where there is a GPU.")

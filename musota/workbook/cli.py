@@ -1,11 +1,11 @@
-"""The command line: python -m musota run | train | audit | evidence | bench | report."""
+"""The command line: python -m musota run | train | compare | score | audit | evidence | …"""
 
 from __future__ import annotations
 
 import ast
 import os
+import signal
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -50,6 +50,29 @@ def experiment_options(command):
     return command
 
 
+def _changes(context, parameter, assignments: tuple[str, ...]) -> dict:
+    for text in assignments:
+        if "=" not in text:
+            raise MusotaError(f"--set takes FIELD=VALUE, for example epochs=50, not {text!r}.")
+    pairs = [text.partition("=") for text in assignments]
+    return {name.strip(): _literal(value.strip()) for name, _, value in pairs}
+
+
+changes_option = click.option(
+    "--set", "changes", multiple=True, metavar="FIELD=VALUE", callback=_changes,
+    help="Change a field of the experiment, after the profile; may be repeated.",
+)  # fmt: skip
+
+
+def place_options(command):
+    """Where the labels of recorded runs are sought."""
+    results = click.option(
+        "--save-to", "results", default=ROOT / "results", type=click.Path(path_type=Path),
+        help="Folder of results [default: results/].",
+    )  # fmt: skip
+    return click.option("--profile", default="quick", show_default=True)(results(command))
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def cli():
     """Train MU-SOTA and its dense twin, compare them, and report what was measured."""
@@ -57,6 +80,7 @@ def cli():
 
 @cli.command()
 @experiment_options
+@changes_option
 @click.option("--only", default="", help="Numbers of notebooks, for example 02,04.")
 @click.option(
     "-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE",
@@ -68,114 +92,106 @@ def run(only, parameters, **values):
     Stops at the first failure. The same command goes on from there: finished training runs are
     loaded, unfinished ones continued.
     """
+    from musota.workbook.headless import chosen_notebooks, run_notebooks
     from musota.workbook.session import PARAMETERS, Workbook
 
+    known, own = (*PARAMETERS, "runs"), {}
     for name, text in parameters:
-        if name not in PARAMETERS:
-            raise nearest_name("notebook parameter", name, PARAMETERS)
-        values[name] = _literal(text)
-    notebooks = _chosen_notebooks(only)
-    book = Workbook(**values)  # answers bad parameters before any kernel starts
-    executed = book.home / "executed"
-    executed.mkdir(exist_ok=True)
-    started = time.perf_counter()
-    for number, notebook in enumerate(notebooks, start=1):
-        _execute(notebook, executed / notebook.name, values, f"[{number}/{len(notebooks)}]")
-    _tell_end(book, time.perf_counter() - started)
-
-
-def _chosen_notebooks(only: str) -> list[Path]:
-    found = {
-        path.name[:2]: path for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    }
-    if not only:
-        return list(found.values())
-    wanted = [part.strip().zfill(2) for part in only.split(",")]
-    for number in wanted:
-        if number not in found:
-            raise nearest_name("notebook number", number, found)
-    return [found[number] for number in sorted(set(wanted))]
-
-
-def _execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None:
-    """One notebook through papermill, its progress relayed line by line."""
-    import papermill
-
-    os.environ["MUSOTA_HEADLESS"] = "1"  # inherited by the kernel
-    started = time.perf_counter()
-    click.echo(f"{prefix} {notebook.stem} …")
-    relay = _Relay()
-    try:
-        papermill.execute_notebook(
-            notebook,
-            output,
-            parameters,
-            kernel_name="python3",
-            cwd=os.getcwd(),
-            progress_bar=False,
-            log_output=False,
-            stdout_file=relay,
-            stderr_file=relay,
-            iopub_timeout=60,
-            extra_arguments=["--log-level=ERROR"],
-            start_timeout=120,
-        )
-    except papermill.PapermillExecutionError as error:
-        raise MusotaError(
-            f"{notebook.stem} stopped in cell {error.cell_index}: {error.ename}: {error.evalue}\n"
-            f"The executed notebook is {output}. The same command goes on from here."
-        ) from None
-    click.echo(f"{prefix} {notebook.stem} done in {time.perf_counter() - started:.0f} s")
-
-
-class _Relay:
-    """Passes the progress lines of a notebook's output on to this command's own output."""
-
-    def write(self, text: str) -> None:
-        for line in text.splitlines():
-            if "tokens/s" in line:
-                click.echo(f"      {line.strip()}")
-
-    def flush(self) -> None:
-        sys.stdout.flush()
-
-
-def _tell_end(book, seconds: float) -> None:
-    from musota.workbook.evidence import read_evidence, verdict_lines
-    from musota.workbook.pages import write_report
-    from musota.workbook.tables import comparison_table
-
-    write_report(book.folder)
-    path = (book.home if book.push() else book.folder) / "README.md"
-    evidence = read_evidence(book.folder)
-    if evidence.runs:
-        columns = ["model", "seed", "parameters", "valid PPL", "valid word PPL", "valid accuracy"]
-        click.echo("\n" + comparison_table(evidence.runs)[columns].to_string(index=False) + "\n")
-    for line in verdict_lines(evidence):
-        click.echo(f"- {line}")
-    click.echo(f"\nDone in {seconds / 60:.1f} minutes. The report: {path}")
+        if name not in known:
+            raise nearest_name("notebook parameter", name, known)
+        (own if name == "runs" else values)[name] = _literal(text)
+    notebooks = chosen_notebooks(only)
+    run_notebooks(Workbook(**values), notebooks, values, own)
 
 
 @cli.command(help=TRAIN_HELP)
 @click.argument("experiment")
 @experiment_options
+@changes_option
+@click.option(
+    "--continue-from", default="", metavar="RUN",
+    help="Start from another run's best weights: its folder, or its label in the results.",
+)  # fmt: skip
 @click.option(
     "--compile/--no-compile",
     default=None,
     help="Use torch.compile [default: in long runs on a GPU].",
 )
 @click.option("--auto-remedy", is_flag=True, help="Let the plan's remedies apply themselves.")
-def train(experiment, compile, auto_remedy, **parameters):
+def train(experiment, compile, auto_remedy, continue_from, **parameters):
+    from musota.workbook.compare import find_runs
     from musota.workbook.session import Workbook
 
     if int(os.environ.get("RANK", 0)):  # of several processes one speaks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if experiment not in TUNED:
         find_experiment(experiment)  # a wrong name is answered before the corpus is read
-    finished = Workbook(**parameters).train(experiment, compile=compile, auto_remedy=auto_remedy)
+    book = Workbook(**parameters)
+    choices = {"compile": compile, "auto_remedy": auto_remedy}
+    if continue_from:
+        choices["continue_from"] = find_runs(continue_from, book.root.parent, book.root.name)[0]
+    finished = book.train(experiment, **choices)
     click.echo(f"{finished}")
     if not finished.finished:
         sys.exit(130)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN ...")
+@place_options
+def compare(runs, profile, results):
+    """Compare recorded RUNs, each with the first: where they differ, curves, table, verdicts.
+
+    A RUN is a run's folder, a label of results/PROFILE as tables have it (optimized,epochs=50,
+    with -seed0 for one seed), or one of another folder there (study/tuned).
+    """
+    from musota.workbook import figures, tables
+    from musota.workbook.compare import against_first, chosen_runs
+    from musota.workbook.style import save_figure
+
+    evidence = chosen_runs(runs, results, profile)
+    click.echo(f"{evidence.note}\n\n{tables.differences_table(evidence.runs).to_string()}\n")
+    shown = tables.comparison_table(evidence.runs)[
+        ["model", "seed", "parameters", "best epoch", "valid PPL", "valid word PPL",
+         "valid bits/byte", "valid accuracy", "test PPL"]
+    ]  # fmt: skip
+    click.echo(shown.to_string(index=False) + "\n")
+    found = list(against_first(evidence.runs))
+    for finding, _ in found:
+        click.echo(f"- {finding.sentence}")
+    folder = results / "compared"
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {"curves": figures.curves(evidence.runs, evidence.rungs, reported=False)}
+    if paired := {f.rule.replace(" against ", "\nagainst "): i for f, i in found if i}:
+        drawn["verdicts"] = figures.difference(paired, "Against the first", figures.FIRST)
+    for name, figure in drawn.items():
+        save_figure(figure, folder / f"{name}.png", evidence.footer)
+        click.echo(f"drawn: {folder / name}.png")
+
+
+@cli.command()
+@click.argument("run")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@place_options
+def score(run, file, profile, results):
+    """Score a text FILE (UTF-8) with the best weights of a RUN (as in `compare`): perplexity, bits
+    per byte, and which tokens were surprising, as a table and a picture in the run's folder."""
+    from musota.workbook.compare import find_runs
+    from musota.workbook.pictures import surprises
+    from musota.workbook.style import save_figure
+
+    found = find_runs(run, results, profile)[0]
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise MusotaError(f"{file} is not UTF-8: convert it, for example with iconv.") from None
+    scored = found.load_model().score_text(text)
+    click.echo(f"{found}\nPPL {scored.ppl:,.1f}, {scored.bits_per_byte:.3f} bits per byte\n")
+    click.echo(scored.table.nlargest(15, "bits").to_string(float_format="%.4g"))
+    path = found.path / f"score-{file.stem}"
+    scored.table.to_csv(path.with_suffix(".csv"), index_label="place")
+    save_figure(surprises(scored), path.with_suffix(".png"), f"{file.name} by {found.name}")
+    click.echo(f"\nEvery token: {path}.csv, {path}.png")
 
 
 @cli.command()
@@ -184,12 +200,15 @@ def train(experiment, compile, auto_remedy, **parameters):
     "--seeds", default=3, show_default=True, help="How many, from --seed on.",
     type=click.IntRange(1, 100),
 )  # fmt: skip
-@click.option("--only", default="models,sweep,tuned,grid", show_default=True, help="Parts to do.")
+@click.option(
+    "--only", default="models,sweep,tuned,grid,path", show_default=True, help="Parts to do."
+)
 def evidence(seeds, only, **parameters):
     """Carry the plan out with several seeds, then write the report.
 
-    The five models; both large ones over a sweep of learning rates; both again at their own best
-    rate (tuned); the root-cause grid. The same command goes on where it was stopped.
+    The models; both large ones over a sweep of learning rates; both again at their own best rate
+    (tuned); the root-cause grid; the path to the redesign, each row at its own best rate. The same
+    command goes on where it was stopped.
     """
     from musota.workbook.pages import write_report
     from musota.workbook.session import PARTS, Workbook
@@ -207,8 +226,9 @@ def evidence(seeds, only, **parameters):
             book.carry_out(part, seeds)
     for name, ppl in book.ladder.items():  # measured once, and in the report
         click.echo(f"rung {name}: {ppl:,.1f}")
-    click.echo(f"The report: {write_report(book.folder)}")
-    book.push()
+    write_report(book.folder)
+    book.deliver()
+    click.echo(f"The report: {book.home / 'README.md'}")
 
 
 @cli.command()
@@ -286,7 +306,7 @@ def report(folders, pack):
     Without FOLDERS also the measured part of the workbook's own README.
     """
     from musota.workbook import pages, records
-    from musota.workbook.session import COMMITTED
+    from musota.workbook.results import COMMITTED
 
     everything = not folders
     if everything:
@@ -316,6 +336,7 @@ def _literal(text: str):
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's: as Ctrl-C
     try:
         cli()
     except MusotaError as error:

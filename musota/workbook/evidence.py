@@ -10,20 +10,22 @@ from functools import cached_property
 from pathlib import Path
 
 from musota.errors import MusotaError
-from musota.plan.config import Experiment, MuConfig
+from musota.files import as_path
+from musota.plan.config import DenseConfig, Experiment
 from musota.plan.profiles import Profile, grid_profiles, profiles, scaled, twin
 from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
 from musota.plan.suspects import Suspect, grid
-from musota.rules import curves, plan, verdicts
-from musota.rules.findings import Finding, not_applicable
+from musota.rules import plan, verdicts
+from musota.rules.findings import Finding
 from musota.rules.stats import Interval
 from musota.studies.campaign import swept, tuned
-from musota.studies.grid import judge
+from musota.studies.path import Judged, sort_out
+from musota.studies.path import judge as judge_path
 from musota.training.runs import Run
 from musota.workbook.records import labelled, read_probes, read_runs
 
-GRID, SWEEP = "root_causes", "sweep"  # parts of a results folder
-ABLATED = (*TUNED, *registry)  # looked into: the first that was
+GRID, SWEEP, PATH = "root_causes", "sweep", "path"  # parts of a results folder
+ABLATED = (*TUNED, "optimized", "original")  # MU-SOTA as looked into: the first that was
 
 
 def footer(corpus: str, vocabulary: int, profile: str | None) -> str:
@@ -56,10 +58,10 @@ class Evidence:
         return dataclasses.replace(self, runs=tuple(r for r in self.runs if r.name in wanted))
 
     @property
-    def names(self) -> set[str]:
-        """The rows that have runs, aliases among them."""
-        own = {run.name for run in self.runs}
-        return own | {alias for alias, name in self.aliases.items() if name in own}
+    def names(self) -> list[str]:
+        """The rows that have runs, in their order, then the aliases among them."""
+        own = [*dict.fromkeys(run.name for run in self.runs)]
+        return own + [alias for alias, name in self.aliases.items() if name in own]
 
     def title(self, name: str) -> str:
         """What people read for a row, with the rows that are the same bit for bit."""
@@ -87,6 +89,13 @@ class Evidence:
     def plan_does_not_apply(self) -> str | None:
         return plan_reason(self.runs[0]) if self.runs else "there are no runs"
 
+    @property
+    def at_the_plans_size(self) -> bool:
+        """Whether these runs stand beside what the plan reported: its text, vocabulary, profile."""
+        corpus, model = (self.runs[0].config["corpus"], self.runs[0].experiment.model)
+        size = model.vocab_size, self.runs[0].config["profile"]
+        return plan.plan_does_not_apply(corpus["name"], *size) is None
+
     @cached_property
     def rungs(self) -> dict[str, float]:
         """Perplexities of the rungs measured on the same tokens; empty if none were."""
@@ -101,26 +110,62 @@ class Evidence:
 
     @property
     def ablated(self) -> tuple[Run, dict[str, Interval]] | None:
-        """The run that was looked into, and what disabling each of its parts costs."""
-        for name in ABLATED:
-            run, recorded = self.best(name), self.probes.get(f"ablations_{name}")
-            if run and recorded:
-                return run, verdicts.ablation_effects(recorded["nats"], recorded["tokens"])
-        return None
+        """MU-SOTA's run that was looked into, and what disabling each of its parts costs."""
+        return next(filter(None, map(self.ablation_of, ABLATED)), None)
+
+    def ablation_of(self, name: str) -> tuple[Run, dict[str, Interval]] | None:
+        """A row's run and what disabling each of its parts costs, if that was measured."""
+        run, recorded = self.best(name), self.probes.get(f"ablations_{name}")
+        if not (run and recorded):
+            return None
+        return run, verdicts.ablation_effects(recorded["nats"], recorded["tokens"])
+
+    def weak_spots(self, name: str = "") -> list[Finding]:
+        """Which parts of a row earn their parameters, by default of `ablated`; empty if no model
+        was looked into."""
+        if not (looked := self.ablation_of(name) if name else self.ablated):
+            return []
+        run, effects = looked
+        names = run.experiment.model.layout.names
+        return verdicts.weak_spots(effects, run.summary["parameter_ledger"], names)
 
     def goal(self, name: str) -> Finding | None:
         """The plan's goals against the seeds of a row; None without a finished one."""
         ppls = [run.summary["ppl"] for run in self.seeds(name).values()]
-        return plan.broke_through(ppls, title_of(name), self.plan_does_not_apply) if ppls else None
+        if not ppls:
+            return None
+        run = self.best(name)
+        return plan.broke_through(ppls, title_of(name), plan_reason(run), smaller_budget(run))
+
+    def twin_of(self, name: str) -> str:
+        """The recorded dense twin of a row, changed or not; empty where there is none."""
+        run, (row, *changes) = self.best(name), name.split(",")
+        if not run or isinstance(run.experiment.model, DenseConfig):
+            return ""
+        expected = twin(run.experiment)
+        if expected == run.experiment:  # it is the modern twin itself
+            return ""
+        if row in TUNED:  # at whatever learning rate is best for it
+            other = self.best(",".join([PAIRS[row], *changes]))
+            rate = other and other.experiment.training.learning_rate
+            twins = other and other.experiment == expected.with_(learning_rate=rate)
+            return other.name if twins else ""
+        return next((run.name for run in self.runs if run.experiment == expected), "")
+
+    @cached_property
+    def compared(self) -> dict[str, tuple[Finding, dict[str, Interval]]]:
+        """What `compare` says of every model whose dense twin is recorded, by name."""
+        names = dict.fromkeys([*PAIRS, *(run.name for run in self.runs)])
+        return {name: found for name in names if (found := self.compare(name))}
 
     def compare(self, name: str = "optimized") -> tuple[Finding, dict[str, Interval]] | None:
         """The verdict on a row against its dense twin and its intervals; None without both."""
-        own, other = self.seeds(name), self.seeds(PAIRS[name])
-        if not own.keys() & other.keys() or not _are_twins(self.best(name), self.best(PAIRS[name])):
+        own, other = self.seeds(name), self.seeds(self.twin_of(name))
+        if not own.keys() & other.keys():
             return None
         sides = [{seed: run.summary for seed, run in runs.items()} for runs in (own, other)]
         rates = "at the one learning rate both were given"
-        if name in TUNED:
+        if name.split(",")[0] in TUNED:
             rates = "each at its own best learning rate"
             if tries := [len(losses) for losses in self.sweeps.values()]:  # not where it was tuned
                 rates = f"each at its own best of {min(tries)} learning rates"
@@ -137,18 +182,12 @@ def _profile_of(runs: Iterable[Run]) -> Profile | None:
     return next((profiles[name] for name in named if name in profiles), None)
 
 
-def _are_twins(run: Run, other: Run) -> bool:
-    """Whether the second is the first's dense twin, both at whatever learning rate."""
-    expected = twin(run.experiment).with_(learning_rate=other.experiment.training.learning_rate)
-    return expected == other.experiment
-
-
 def read_evidence(folder: str | os.PathLike, fingerprint: str | None = None) -> Evidence:
     """The runs of a results folder in the registry's order, with what was measured beside them.
 
     Runs on another corpus than `fingerprint` (default: that of the first run) are left out.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     runs, left_out = read_runs(folder)
     if fingerprint is None and runs:
         fingerprint = runs[0].fingerprint
@@ -194,14 +233,14 @@ def read_rungs(probes: Mapping[str, dict], fingerprint: str | None) -> dict[str,
 
     Raises MusotaError where they are damaged.
     """
-    recorded = probes.get("ladder")
-    if recorded is None:
-        return {}
     try:
-        rungs = {name: float(ppl) for name, ppl in recorded["ppl"].items()}
-        return rungs if recorded["fingerprint"] == fingerprint else {}
+        for name, recorded in probes.items():
+            if name.split(",")[0] == "ladder" and recorded["fingerprint"] == fingerprint:
+                return {rung: float(ppl) for rung, ppl in recorded["ppl"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise MusotaError("ladder.json is damaged: delete it, and it is measured anew.") from None
+        message = f"{name}.json is damaged: delete it, and it is measured anew."
+        raise MusotaError(message) from None
+    return {}
 
 
 def read_grid(folder: Path) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
@@ -218,110 +257,29 @@ def read_grid(folder: Path) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
     return runs, suspects
 
 
+def read_path(folder: Path, fingerprint: str | None = None) -> dict[str, Judged]:
+    """The rows of the path to the redesign that are recorded in a results folder, judged."""
+    runs = [r for r in read_runs(folder, PATH)[0] if fingerprint in (None, r.fingerprint)]
+    profile = _profile_of(runs)
+    return judge_path(sort_out(runs, profile)) if profile else {}
+
+
 def plan_reason(run: Run) -> str | None:
     """Why the plan's thresholds say nothing about a run, or None where they do: the text, the
     vocabulary and the budget must be the plan's, whatever the run is called."""
-    corpus, experiment = run.config["corpus"]["name"], run.experiment
-    size = experiment.model.vocab_size, run.config["profile"]
-    if reason := plan.plan_does_not_apply(corpus, *size, run.finished):
+    corpus, size = run.config["corpus"]["name"], run.experiment.model.vocab_size
+    if reason := plan.plan_does_not_apply(corpus, size, run.config["profile"], run.finished):
         return reason
+    return None if _planned_epochs(run) else "the model is none of the plan's"
+
+
+def smaller_budget(run: Run) -> str:
+    """How many of the plan's epochs a run had, where it had fewer."""
+    epochs, planned = run.experiment.training.epochs, _planned_epochs(run)
+    return f"{epochs} of the plan's {planned} epochs" if planned and epochs < planned else ""
+
+
+def _planned_epochs(run: Run) -> int | None:
+    """The fewest that the plan gives this very model; None if it is none of the plan's."""
     rows = [find_experiment(name) for name in registry if name not in TUNED]
-    planned = [row.training.epochs for row in rows if row.model == experiment.model]
-    if not planned:
-        return "the model is none of the plan's"
-    if experiment.training.epochs < min(planned):
-        return f"it had {experiment.training.epochs} epochs, not the plan's {min(planned)}"
-    return None
-
-
-def run_findings(
-    run: Run, rungs: Mapping[str, float], baseline: Run | None = None
-) -> list[Finding]:
-    """Every rule that speaks of one run: the plan's where they apply, the rungs, the curve's shape.
-
-    The plan's rules judge MU-SOTA; of a dense model only rungs and the curve are told.
-    """
-    ppl, accuracy = run.summary["ppl"], run.summary["accuracy"]
-    found, reason = [], plan_reason(run)
-    judged = isinstance(run.experiment.model, MuConfig)
-    if judged and reason:
-        found = [not_applicable("Scenario, bottom line, expectation", reason)]
-    elif judged:
-        found = [
-            plan.scenario(ppl, accuracy, baseline.summary["ppl"] if baseline else None),
-            plan.bottom_line(ppl),
-            plan.expectation(ppl, accuracy),
-        ]
-    if rungs:
-        found.append(plan.on_the_ladder(ppl, rungs))
-    found.append(plateau_of(run))
-    found.append(curves.oscillation(run.steps, run.experiment.training.warmup_steps))
-    return found
-
-
-def plateau_of(run: Run, **rule) -> Finding:
-    """`curves.plateau` of a run; `rule` may change its window and least gain."""
-    blocks = run.valid_block_nats, run.summary["valid_block_tokens"]
-    return curves.plateau(run.history, run.experiment.training.epochs, *blocks, **rule)
-
-
-def verdict_lines(evidence: Evidence) -> list[str]:
-    """The answer in a few sentences: the comparisons first, then the plan's rules."""
-    compared = [evidence.compare(name) for name in PAIRS]
-    return [found[0].sentence for found in compared if found] + rule_lines(evidence)
-
-
-def rule_lines(evidence: Evidence) -> list[str]:
-    """What the plan's rules say of the optimized model."""
-    reason = evidence.plan_does_not_apply
-    optimized, baseline = evidence.best("optimized"), evidence.best("baseline")
-    found = []
-    if baseline and not reason:
-        found.append(plan.plans_own_test(baseline.summary["ppl"]))
-    if optimized:
-        compared, ppl = evidence.compare(), None if reason else optimized.summary["ppl"]
-        found += run_findings(optimized, evidence.rungs, baseline)
-        found.append(plan.option_three(ppl, compared[0] if compared else None))
-    return [finding.sentence for finding in found]
-
-
-def answers(evidence: Evidence, short: bool = False) -> dict[str, list[str]]:
-    """The plan's questions, each with the sentences that answer it from what is recorded.
-
-    `short` leaves the thresholds out.
-    """
-    goals = [evidence.goal(name) for name in ("original", "optimized", "tuned")]
-    compared = [evidence.compare(name) for name in PAIRS]
-    sweeps, lost = [], []
-    if optimized := evidence.best("optimized"):
-        own = optimized.experiment.training.learning_rate
-        sweeps = [verdicts.best_rate(losses, own, n) for n, losses in evidence.sweeps.items()]
-    runs, suspects = read_grid(evidence.folder)
-    causes = judge(runs, suspects) if runs else []
-    if looked := evidence.ablated:
-        run, effects = looked
-        ledger, layout = run.summary["parameter_ledger"], run.experiment.model.layout
-        lost = verdicts.weak_spots(effects, ledger, layout.names)
-        lost += [f for f in health_of(run) if f.rule.startswith("Effective rank")]
-    said = {
-        "Did the plateau break (PPL < 200? < 100?)": [goal for goal in goals if goal],
-        "Does the architecture help or hurt?": [found[0] for found in compared if found],
-        "Was the learning rate right?": sweeps,
-        "Which suspects were guilty?": [],
-        "Where does the architecture lose, and what should a redesign change?": lost,
-    }
-    told = {
-        question: [finding.short if short else finding.sentence for finding in findings]
-        for question, findings in said.items()
-    }
-    if causes:
-        told["Which suspects were guilty?"] = [verdicts.root_cause_advice(causes)]
-    return {question: sentences for question, sentences in told.items() if sentences}
-
-
-def health_of(run: Run) -> list[Finding]:
-    """The health statistics of a run as findings; empty where none were kept."""
-    model, training, steps = run.experiment.model, run.experiment.training, run.steps
-    norms = steps.grad_norm[steps.step > training.warmup_steps]
-    sizes = training.grad_clip, getattr(model, "d_model", 0), model.max_seq_len
-    return curves.health(run.health, norms, *sizes)
+    return min((e.training.epochs for e in rows if e.model == run.experiment.model), default=None)

@@ -18,6 +18,7 @@ from musota.plan.suspects import MISSED
 from musota.rules.plan import REPORTED
 from musota.rules.stats import Interval
 from musota.rules.verdicts import Cause
+from musota.studies.path import Judged
 from musota.training.runs import Run
 from musota.workbook.style import (
     BLUE,
@@ -37,6 +38,7 @@ VERDICTS = {  # colour, marker, fill
     "undecided": (BLUE, "D", "left"),
     "not a cause": ("#666666", "s", "none"),
 }
+FIRST = "← better than the first · worse →"  # which side of 0 is which
 SWEEP_NATS = 2.5  # what is worse than the best by more is drawn at the upper edge
 Sweeps = Mapping[str, Mapping[float, Sequence[float]]]  # valid losses by model and learning rate
 
@@ -55,22 +57,27 @@ def by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> Figure:
     """Valid PPL (log) and accuracy by epoch, with the rungs and, if asked, the reported 402.
 
-    Runs of one name are seeds: each thin, their mean (of the losses) thick.
+    Runs of one name are seeds: each thin, their mean (of the losses) thick. Where the runs were
+    validated on unlike tokens it is bits per byte, without rungs.
     """
+    measured, shown, unit = "valid_loss", np.exp, "perplexity per token"
+    if len({run.valid_text for run in runs}) > 1:
+        measured, shown, unit = "bits_per_byte", np.asarray, "bits per byte"
+        rungs, reported = {}, False
     figure, (left, right) = new_figure(10, 4.4, columns=2, grid="y")
     groups = by_name(runs)
     styles, last = styles_of(groups), max(run.history.epoch.max() for run in runs)
     for name, group in groups.items():
         colour, line, marker = styles[name]
-        tables = [run.history.set_index("epoch")[["valid_loss", "accuracy"]] for run in group]
+        tables = [run.history.set_index("epoch")[[measured, "accuracy"]] for run in group]
         mean = (sum(tables) / len(tables)).dropna()  # epochs that every seed has reached
         label = f"{title_of(name)}, mean of {len(group)} seeds"
         style = {"color": colour, "linestyle": line, "marker": marker}
         style["label"] = label if len(group) > 1 else label_of(group[0])
         for table in tables if len(group) > 1 else []:
-            left.plot(np.exp(table.valid_loss), color=colour, linewidth=0.7, alpha=0.5)
+            left.plot(table.index, shown(table[measured]), color=colour, linewidth=0.7, alpha=0.5)
             right.plot(100 * table.accuracy, color=colour, linewidth=0.7, alpha=0.5)
-        left.plot(np.exp(mean.valid_loss), **style)
+        left.plot(mean.index, shown(mean[measured]), **style)
         right.plot(100 * mean.accuracy, **style)
     if reported:
         ppl, epochs = REPORTED["ppl"], REPORTED["epochs"]
@@ -79,7 +86,7 @@ def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> F
         right.plot(epochs, 100 * REPORTED["accuracy"], **star)
         last = max(last, epochs)
     logarithmic(left, *left.dataLim.intervaly)
-    left.set(ylabel="valid perplexity per token (log)", title="Perplexity")
+    left.set(ylabel=f"valid {unit} (log)", title=unit.split(" per ")[0].capitalize())
     right.set(ylabel="valid top-1 accuracy (%)", title="Accuracy")
     for axis in (left, right):
         axis.set(xlabel="epoch", xlim=(0.8, last + 0.3))
@@ -206,36 +213,69 @@ def ablations(effects: Mapping[str, Interval], ppl: float, layout: BlockLayout) 
     return figure
 
 
-def answer(runs: Sequence[Run], rungs: Mapping[str, float], sweeps: Sweeps) -> Figure:
-    """Where every model ends (hollow: seeds), beside the rungs; and, if measured, the sweeps."""
-    figure, axes = new_figure(11, 4.6, columns=2 if sweeps else 1)
-    axis = np.atleast_1d(axes)[0]
+def answer(
+    runs: Sequence[Run], rungs: Mapping[str, float], sweeps: Sweeps, reported: bool = False
+) -> Figure:
+    """Where every model ends (hollow: seeds), beside the rungs; with what the plan reported of its
+    first run, if asked, and with the sweeps, if measured."""
     groups = by_name(runs)
-    styles = styles_of(groups)
-    for row, (name, group) in enumerate(groups.items()):
-        colour, _, marker = styles[name]
-        ppls = [run.summary["ppl"] for run in group]
+    figure, axes = new_figure(11, max(4.6, 0.62 * len(groups)), columns=2 if sweeps else 1)
+    styles = list(styles_of(groups).values())
+    ends = {_ending(group): [run.summary["ppl"] for run in group] for group in groups.values()}
+    if reported:
+        told = f"reported by the plan:\nMU-SOTA original, {REPORTED['epochs']} epochs"
+        ends, styles = {told: [REPORTED["ppl"]]} | ends, [("black", "", "*"), *styles]
+    _draw_ends(np.atleast_1d(axes)[0], ends, styles, rungs)
+    if sweeps:
+        _draw_sweep(axes[1], sweeps)
+        axes[1].grid(color="0.9")
+    return figure
+
+
+def _ending(group: Sequence[Run]) -> str:
+    """A row's title; what was changed stands under it, and how far it is if it has not finished."""
+    title, first = title_of(group[0].name).replace(", ", "\n", 1), group[0]
+    if first.finished:
+        return title
+    done, planned = first.summary["epochs_done"], first.experiment.training.epochs
+    return f"{title}\nunfinished: {done} of {planned} epochs"
+
+
+def _draw_ends(axis, ends: Mapping[str, Sequence[float]], styles: Sequence, rungs) -> None:
+    """PPLs of the seeds of each row, and their mean."""
+    for row, (ppls, (colour, _, marker)) in enumerate(zip(ends.values(), styles, strict=True)):
         mean = float(np.exp(np.mean(np.log(ppls))))
         style = {"color": colour, "marker": marker, "linestyle": "none"}
         axis.plot(ppls, [row + 0.22] * len(ppls), fillstyle="none", markersize=5, **style)
         axis.plot(mean, row, markersize=9, **style)
         note(axis, f"{mean:,.0f}", (mean, row), (0, 7), ha="center", fontsize=9)
-    furthest = max(run.summary["ppl"] for run in runs)
+    furthest = max(map(max, ends.values()))
     for name, ppl in rungs.items():
         if ppl < 1.5 * furthest:
             axis.axvline(ppl, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)))
             above = {"xycoords": ("data", "axes fraction"), "ha": "center", "color": "0.3"}
             note(axis, f"{name} {ppl:,.0f}", (ppl, 1.01), **above)
-    axis.set_yticks(range(len(groups)), [title_of(name) for name in groups], fontsize=9)
-    axis.set_ylim(len(groups) - 0.4, -0.6)
+    axis.set_yticks(range(len(ends)), list(ends), fontsize=9)
+    axis.set_ylim(len(ends) - 0.4, -0.6)
     axis.set_xlabel("best valid perplexity per token (less is better)")
     axis.xaxis.set_major_formatter(PLAIN)
     axis.margins(x=0.12)
     axis.grid(axis="x", color="0.9")
     axis.set_title("Where the models end (hollow: each seed)", pad=18)
-    if sweeps:
-        _draw_sweep(axes[1], sweeps)
-        axes[1].grid(color="0.9")
+
+
+def path(judged: Mapping[str, Judged], rungs: Mapping[str, float]) -> Figure:
+    """Where each row of the path to the redesign ends, and its nats over the row before."""
+    figure, (left, right) = new_figure(12, 1.9 + 0.36 * len(judged), columns=2, grid="x")
+    ends = {r.step.title: [run.summary["ppl"] for run in r.runs] for r in judged.values()}
+    styles = [(BLUE if row.step.made else RED, "", "o") for row in judged.values()]
+    _draw_ends(left, ends, styles, rungs)
+    effects = {place: row.effect or Interval(np.nan) for place, row in enumerate(judged.values())}
+    looks = [(colour, marker, "full") for colour, _, marker in styles]
+    draw_intervals(right, effects, [row.verdict for row in judged.values()], looks)
+    right.set_yticks(range(len(effects)), [])
+    right.set_xlabel("nats per token (← better · worse →)")
+    right.set_title("Against the row before; red: against the redesign", pad=18)
     return figure
 
 

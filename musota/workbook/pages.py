@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -17,27 +17,20 @@ from matplotlib.figure import Figure
 
 from musota.data.sources import SOURCES
 from musota.errors import MusotaError
-from musota.files import write_json, write_whole
+from musota.files import write_json, write_text
 from musota.plan.config import MuConfig, OwnConfig
+from musota.plan.path import EARNED
 from musota.plan.profiles import profiles, scaled
-from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
+from musota.plan.registry import TUNED, find_experiment, registry, title_of
 from musota.rules import verdicts
-from musota.rules.findings import Finding
 from musota.rules.plan import REPORTED
 from musota.rules.verdicts import Cause
 from musota.studies.campaign import swept, tuned
 from musota.studies.grid import judge
 from musota.training.runs import Run
 from musota.workbook import figures, pictures, tables
-from musota.workbook.evidence import (
-    GRID,
-    Evidence,
-    answers,
-    footer,
-    read_evidence,
-    read_grid,
-    rule_lines,
-)
+from musota.workbook.answers import answers, rule_lines
+from musota.workbook.evidence import GRID, Evidence, footer, read_evidence, read_grid, read_path
 from musota.workbook.style import save_figure
 
 FRONT_MARKS = ("<!-- measured -->", "<!-- end of measured -->")
@@ -64,7 +57,7 @@ def _render(template: str, **found) -> str:
 
 
 def _write(path: Path, text: str) -> Path:
-    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return path
 
 
@@ -85,6 +78,8 @@ def write_report(folder: str | os.PathLike) -> Path:
     drawn = _figures(evidence, shown) if shown else {}
     for name, figure in drawn.items():
         save_figure(figure, folder / f"{name}.png", evidence.footer)
+    if path := read_path(folder):
+        save_figure(figures.path(path, evidence.rungs), folder / "path.png", evidence.footer)
     grid_runs, causes = _grid(evidence)
     if causes:
         corpus, profile = (grid_runs[0].config[key] for key in ("corpus", "profile"))
@@ -104,30 +99,28 @@ def write_report(folder: str | os.PathLike) -> Path:
         grid=GRID,
         grid_runs=grid_runs,
         causes=causes,
+        path=path,
+        earned=EARNED,
     )
     return _write(folder / "README.md", text)
 
 
 def _figures(evidence: Evidence, shown: Sequence[Run]) -> dict[str, Figure]:
-    plan_applies = evidence.plan_does_not_apply is None
+    beside_plan = evidence.at_the_plans_size
     drawn = {
-        "answer": figures.answer(evidence.runs, evidence.rungs, evidence.sweeps),
-        "curves": figures.curves(evidence.runs, evidence.rungs, reported=plan_applies),
+        "answer": figures.answer(evidence.runs, evidence.rungs, evidence.sweeps, beside_plan),
+        "curves": figures.curves(evidence.runs, evidence.rungs, reported=beside_plan),
     }
-    for name, (finding, intervals) in _compared(evidence):
+    for name, (finding, intervals) in evidence.compared.items():
         title = f"{finding.rule}: {finding.conclusion}"
         drawn[f"verdict_{name}"] = figures.difference(intervals, title)
-    if looked := evidence.ablated:
-        run, effects = looked
+    looked = {"ablations": evidence.ablated}
+    looked["ablations_redesigned"] = evidence.ablation_of("redesigned")
+    for name, (run, effects) in ((n, found) for n, found in looked.items() if found):
         layout = run.experiment.model.layout
-        drawn["ablations"] = figures.ablations(effects, run.summary["ppl"], layout)
+        drawn[name] = figures.ablations(effects, run.summary["ppl"], layout)
     ledgers = {title_of(run.name): run.summary["parameter_ledger"] for run in shown}
     return drawn | {"ledger": pictures.ledgers(ledgers)}
-
-
-def _compared(evidence: Evidence) -> Iterator[tuple[str, tuple]]:
-    """Rows with a dense twin, and what the comparison found."""
-    return ((name, found) for name in PAIRS if (found := evidence.compare(name)))
 
 
 def _grid(evidence: Evidence) -> tuple[list[Run], list[Cause]]:
@@ -179,67 +172,79 @@ def write_front_page(path: str | os.PathLike, folders: Sequence[Path]) -> None:
         rows = [name for name in figures.by_name(evidence.runs) if name not in BESIDE]
         table = tables.front_table(evidence, rows)
         pages.append({"evidence": evidence, "place": place, "table": table, **about})
-    # Where models can be compared stands first; what is not that far yet, below.
-    pages.sort(key=lambda page: not any(map(page["evidence"].compare, PAIRS)))
+    # What is furthest stands first: a profile none of whose runs has finished comes last.
+    pages.sort(key=lambda page: not any(run.finished for run in page["evidence"].runs))
     measured = _render("front", pages=pages)
     before, after = text.split(begin)[0], text.split(end)[1]
     _write(path, f"{before}{begin}\n\n{measured}\n{end}{after}")
 
 
 def _answer(evidence: Evidence) -> list[str]:
-    """At most three sentences: how MU-SOTA does, why, and whether the plan's goal is met."""
+    """At most four sentences: how MU-SOTA does, why, what the redesign brings, and the goal."""
     groups = figures.by_name(evidence.runs)
     ours = [n for n, g in groups.items() if isinstance(g[0].experiment.model, MuConfig)]
     if not ours:
         return []
-    name = min(ours, key=lambda name: tables.mean_ppl(groups[name]))
-    said = (
-        f"**The best MU-SOTA so far, {title_of(name)}, stands at valid PPL {_ppl(groups[name])}**"
-    )
-    best = groups[name][0]
-    if not best.finished:
-        done, planned = best.summary["epochs_done"], best.experiment.training.epochs
+    name = best = min(ours, key=lambda name: tables.mean_ppl(groups[name]))
+    said = f"**The best MU-SOTA, {title_of(name)}, reaches valid PPL {_ppl(groups[name])}**"
+    first = groups[name][0]
+    if not first.finished:
+        done, planned = first.summary["epochs_done"], first.experiment.training.epochs
         said += f" after {done} of {planned} epochs, unfinished"
-    if best.config["corpus"]["name"] == "wikitext-2" and best.experiment.model.vocab_size == 50_000:
+    if evidence.at_the_plans_size:
         said += f" (reported by the plan: {REPORTED['ppl']:.0f} after {REPORTED['epochs']} epochs)"
     if paired := next((n for n in ("tuned", "optimized") if evidence.compare(n)), None):
-        name, (finding, _) = paired, evidence.compare(paired)
-        own, other = (_ppl([*evidence.seeds(n).values()]) for n in (name, PAIRS[name]))
+        best, (finding, _) = paired, evidence.compare(paired)
+        own, other = (_ppl([*evidence.seeds(n).values()]) for n in (best, evidence.twin_of(best)))
         said = f"**MU-SOTA {OUTCOME[finding.verdict]} a plain transformer of its size**"
-        said += ", each at its best learning rate" if name in TUNED else ""
+        said += ", each at its best learning rate" if best in TUNED else ""
         said += f": valid PPL {own} against {other}"
         said += " (provisional: seeds not measured)" if "provisional" in finding.conclusion else ""
-    if "bigram" in evidence.rungs:
-        said += f"; counting pairs of tokens reaches {evidence.rungs['bigram']:,.0f}"
+    if {"bigram", "trigram"} <= evidence.rungs.keys():
+        pairs, triples = (evidence.rungs[name] for name in ("bigram", "trigram"))
+        said += f"; counting pairs of tokens reaches {pairs:,.0f}, triples {triples:,.0f}"
     sentences = [f"{said}."]
-    if any((spot.rule, spot.verdict) == ("Context", "idle") for spot in _weak_spots(evidence)):
-        cost = evidence.ablated[1]["both attentions"].mean
+    if any((spot.rule, spot.verdict) == ("Context", "idle") for spot in evidence.weak_spots()):
         sentences.append(
-            f"It hardly reads its context: with attention switched off it loses {cost:.3f} nats "
-            "a token, so it is mostly a table of which token follows which."
+            f"It hardly reads its context: with attention switched off it loses "
+            f"{_without_attention(evidence.ablated):.3f} nats a token, so it is mostly a table of "
+            "which token follows which."
         )
-    if evidence.plan_does_not_apply is None:
-        goal = evidence.goal(name).conclusion
-        reported = f"{REPORTED['ppl']:.0f} after {REPORTED['epochs']} epochs"
-        sentences.append(f"The plan's goal: {goal} (reported before this workbook: {reported}).")
+    sentences += _of_redesign(evidence, best)
+    if evidence.at_the_plans_size and (goal := evidence.goal(name)):
+        sentences.append(f"The plan's goal (PPL under 200, under 100): {goal.conclusion}.")
     return sentences
+
+
+def _of_redesign(evidence: Evidence, beside: str) -> list[str]:
+    """How the best redesigned model stands beside MU-SOTA's; nothing where there is none."""
+    rows = [name for name in evidence.names if name.split(",")[0] == "redesigned"]
+    rows = [name for name in rows if evidence.seeds(name).keys() & evidence.seeds(beside).keys()]
+    if not rows:
+        return []
+    best = min(rows, key=lambda name: tables.mean_ppl([*evidence.seeds(name).values()]))
+    sides = [{s: run.summary for s, run in evidence.seeds(n).items()} for n in (best, beside)]
+    finding, text, seeds = verdicts.better_or_worse(*sides, "redesigned", "MU-SOTA")
+    said = (
+        f"**[The redesign](notebooks/07_redesign.ipynb), of the same size, reaches "
+        f"{_ppl([*evidence.seeds(best).values()])}**, {finding.conclusion}: {seeds or text}"
+    )
+    if looked := evidence.ablation_of(best):
+        said += f"; without attention it loses {_without_attention(looked):.2f} nats"
+    return [f"{said}."]
+
+
+def _without_attention(looked: tuple[Run, dict]) -> float:
+    return next(looked[1][part].mean for part in verdicts.CONTEXT & looked[1].keys())
 
 
 def _ppl(seeds: Sequence[Run]) -> str:
     return f"{tables.mean_ppl(seeds):,.1f}{tables.interval_of(seeds)}"
 
 
-def _weak_spots(evidence: Evidence) -> list[Finding]:
-    if not (looked := evidence.ablated):
-        return []
-    run, effects = looked
-    names = run.experiment.model.layout.names
-    return verdicts.weak_spots(effects, run.summary["parameter_ledger"], names)
-
-
 def _advice(evidence: Evidence) -> list[str]:
     """What to change next, in the model and in its training."""
-    steps = [spot.next_step for spot in _weak_spots(evidence) if spot.next_step]
+    steps = [spot.next_step for spot in evidence.weak_spots() if spot.next_step]
     _, causes = _grid(evidence)
     training = [verdicts.root_cause_advice(causes)] if causes else []
     return [f"In the model: {step}." for step in steps[:1]] + training

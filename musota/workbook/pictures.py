@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import ListedColormap
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from musota.models.base import ScoredText
 from musota.plan.layout import BlockLayout
 from musota.rules.audit import GUILTY
 from musota.rules.plan import PLAN_LADDER, REPORTED
+from musota.rules.stats import Interval
 from musota.studies.audit import Audit
-from musota.workbook.style import BLUE, GREY, HATCHES, ORANGE, PLAIN, RED, SHADES, new_figure
+from musota.workbook.style import (
+    BLUE,
+    GREY,
+    HATCHES,
+    ORANGE,
+    PLAIN,
+    RED,
+    SHADES,
+    draw_intervals,
+    new_figure,
+)
 
 BENCH_NAMES = {"mu": "MU-SOTA", "dense": "dense"}
 # In this order a group looks the same in every figure; others come after, in theirs.
@@ -68,7 +83,6 @@ def layouts(shown: Mapping[str, BlockLayout]) -> Figure:
     """The semantic blocks on the token's matrix, with the order in which cells are stored."""
     figure, axes = new_figure(4.6 * len(shown), 5.3, columns=len(shown))
     for axis, (title, layout) in zip(np.atleast_1d(axes), shown.items(), strict=True):
-        m = layout.matrix_size
         _outline(axis, layout, "black")
         for index, block in enumerate(layout.blocks):
             corner, shade = (block.column, block.row), SHADES[(index + index // 4) % 8]
@@ -77,11 +91,12 @@ def layouts(shown: Mapping[str, BlockLayout]) -> Figure:
             large = {"ha": "center", "va": "center", "fontsize": 13, "fontweight": "bold"}
             axis.text(x, block.row + 0.6, block.name, **large)
             axis.text(x, bottom, block.title.replace(" ", "\n"), ha="center", fontsize=7.5)
-        for (row, column), place in np.ndenumerate(layout.to_matrix(np.arange(m * m))):
+        for (row, column), place in np.ndenumerate(layout.to_matrix(np.arange(sum(layout.sizes)))):
             axis.text(column + 0.04, row + 0.04, place, fontsize=5.5, color="0.35", va="top")
-        axis.set(xlim=(0, m), ylim=(m, 0), aspect="equal", title=title)
-        axis.set_xticks(range(m + 1), [])
-        axis.set_yticks(range(m + 1), [])
+        limits = {"xlim": (0, layout.width), "ylim": (layout.height, 0)}
+        axis.set(**limits, aspect="equal", title=title)
+        axis.set_xticks(range(layout.width + 1), [])
+        axis.set_yticks(range(layout.height + 1), [])
         axis.set_xlabel("columns (small numbers: place in the stored vector)", fontsize=8)
         axis.set_ylabel("rows", fontsize=8)
     return figure
@@ -180,7 +195,7 @@ def block_view(
     above.suptitle(title, fontsize=10)
     key, *axes = above.subplots(rows, columns).flat
     key.set_title("the blocks", fontsize=8)
-    key.set(xlim=(0, layout.matrix_size), ylim=(layout.matrix_size, 0), aspect="equal")
+    key.set(xlim=(0, layout.width), ylim=(layout.height, 0), aspect="equal")
     _outline(key, layout, "black")
     for block in layout.blocks:
         middle = block.column + block.width / 2, block.row + block.height / 2
@@ -204,6 +219,37 @@ def block_view(
             axis.set_yticks(range(len(layout.blocks)), layout.names, fontsize=6.5)
             axis.set_xticks(range(T), tokens, fontsize=7, rotation=90)
     below.colorbar(moved, ax=list(below.axes), label="sensitivity", shrink=0.8)
+    return figure
+
+
+def surprises(scored: ScoredText, most: int = 600, width: int = 90) -> Figure:
+    """The text, its first `most` tokens, each on a ground as dark as it was surprising."""
+    lines, held = [[]], 0
+    for piece, nats in list(zip(scored.pieces, scored.nats, strict=True))[:most]:
+        shown = piece.replace("\n", "⏎").replace("\t", "→")
+        if held + len(shown) > width:
+            lines, held = [*lines, []], 0
+        lines[-1].append((held, shown, nats / math.log(2)))
+        held += len(shown)
+        if "\n" in piece:
+            lines, held = [*lines, []], 0
+    figure, axis = new_figure(10.5, 1.1 + 0.24 * len(lines))
+    shades, scale = colormaps["Blues"], Normalize(0, 16)
+    for row, line in enumerate(lines):
+        for start, shown, bits in line:
+            dark = scale(min(bits, 16))
+            axis.add_patch(Rectangle((start, row - 0.45), len(shown), 0.9, color=shades(dark)))
+            colour = "white" if dark > 0.6 else "black"
+            for place, character in enumerate(shown):  # one by one: any font becomes monospaced
+                look = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
+                axis.text(start + place + 0.5, row, character, **look)
+    axis.set(xlim=(0, width), ylim=(len(lines) - 0.4, -0.6), xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    many = len(scored.pieces)
+    cut = f", the first {most:,} of {many:,} tokens" if most < many else ""
+    axis.set_title(f"PPL {scored.ppl:,.1f}, {scored.bits_per_byte:.3f} bits per byte{cut}")
+    label = "bits a token cost (16: one guess in 65,536)"
+    figure.colorbar(ScalarMappable(scale, shades), ax=axis, label=label, shrink=0.9, pad=0.01)
     return figure
 
 
@@ -256,4 +302,36 @@ def bench_scaling(result: Mapping) -> Figure:
     figure.legend(
         *first.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center"
     )
+    return figure
+
+
+def names(found: Mapping) -> Figure:
+    """What each block tells (see `studies.names`): alike which others, what a linear probe reads
+    from it alone, and how much of a word's place in it depends on the word before."""
+    blocks, reads, moves = found["blocks"], found["reads"], found["moves"]
+    figure = Figure(figsize=(12.5, 5), layout="constrained", dpi=110)
+    alike, read, move = figure.subplots(1, 3, width_ratios=(1, 1.1, 0.75))
+    values = [[of[block][0] for block in blocks] for of in reads.values()]
+    for axis, table, look in ((alike, found["similarity"], "Blues"), (read, values, "Oranges")):
+        axis.imshow(table, cmap=look, vmin=0, vmax=1 if axis is alike else None, aspect="auto")
+        for (row, column), value in np.ndenumerate(np.array(table)):
+            dark = value > (0.6 if axis is alike else 0.6 * np.max(values))
+            colour = "white" if dark else "0.25"
+            size = 8 if len(blocks) <= 8 else 5.5
+            text = f"{value:.2f}".replace("0.", ".")
+            axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+        axis.set_xticks(range(len(blocks)), blocks, fontsize=8)
+    alike.set_yticks(range(len(blocks)), blocks, fontsize=8)
+    alike.set_title(
+        "How alike two blocks are\n(linear CKA: 0 nothing shared, 1 the same)", fontsize=10
+    )
+    read.set_yticks(range(len(reads)), list(reads), fontsize=8)
+    read.set_title(
+        "What is read from one block alone\n(accuracy beyond shuffled labels)", fontsize=10
+    )
+    draw_intervals(move, {block: Interval(*moves[block]) for block in blocks})
+    move.tick_params(axis="y", labelsize=8)
+    move.spines[["top", "right"]].set_visible(False)
+    words = f"share of variance, {found['words']} words"
+    move.set_title(f"How far the word before\nmoves a word ({words})", fontsize=10)
     return figure

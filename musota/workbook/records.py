@@ -24,7 +24,7 @@ from pathlib import Path
 import pandas as pd
 
 from musota.errors import MusotaError
-from musota.files import jsonable, sha256, write_whole
+from musota.files import as_path, jsonable, sha256, write_whole
 from musota.plan.config import Experiment
 from musota.training.runs import Run
 
@@ -39,7 +39,7 @@ def read_runs(folder: str | os.PathLike, part: str = "") -> tuple[list[Run], dic
     Raises MusotaError for packed records that are damaged, and for two runs equal in all that a
     run is (experiment, corpus, seed).
     """
-    folder, left_out = Path(folder), {}
+    folder, left_out = as_path(folder), {}
     found = {path: run for path, run in _packed(folder).items() if _part_of(path) == part}
     for place in sorted(p for p in (folder / part).glob("*/") if any(p.glob("*.json*"))):
         path = place.relative_to(folder).as_posix()
@@ -65,7 +65,7 @@ def load_runs(folder: str | os.PathLike) -> list[Run]:
     and committed records alike. What is left out is named in the output."""
     runs, left_out = read_runs(folder)
     for path, reason in left_out.items():
-        print(f"{Path(folder) / path} is left out: {reason}")
+        print(f"{as_path(folder) / path} is left out: {reason}")
     return [run for run in runs if run.summary]
 
 
@@ -95,7 +95,8 @@ def labelled(runs: Iterable[Run], roles: Mapping[str, Experiment]) -> list[Run]:
             name = next((role for role, e in roles.items() if e == run.experiment), run.name)
             taken = owners.get(name, run.experiment) != run.experiment or name in names.values()
             if taken:
-                name = ",".join([name, *_differences(owners[name], run)])
+                told = run.experiment.differences(owners[name])
+                name = ",".join([name, *(told or [f"corpus={run.fingerprint[:8]}"])])
             owners.setdefault(name, run.experiment)
             names[key] = name
         copied = copy.copy(run)
@@ -104,20 +105,10 @@ def labelled(runs: Iterable[Run], roles: Mapping[str, Experiment]) -> list[Run]:
     return copies
 
 
-def _differences(first: Experiment, run: Run) -> list[str]:
-    before, after = first.fields(), run.experiment.fields()
-    changed = [
-        f"{k}={v if isinstance(v, str) else format(v, '.9g')}"
-        for k, v in after.items()
-        if before.get(k) != v
-    ]
-    return changed or [f"corpus={run.fingerprint[:8]}"]
-
-
 def read_probes(folder: str | os.PathLike) -> dict[str, dict]:
     """What was measured besides runs, by name (`part/name` in a part). Raises MusotaError for
     damage."""
-    folder, probes = Path(folder), {}
+    folder, probes = as_path(folder), {}
     _packed(folder)  # makes sure that nothing is damaged
     for path in [folder / "probes.json", *_probe_files(folder)]:
         if not path.exists():
@@ -134,7 +125,7 @@ def read_probes(folder: str | os.PathLike) -> dict[str, dict]:
 def pack(folder: str | os.PathLike) -> list[Path]:
     """Write the packed files of a results folder and remove what they hold now: probes, and run
     folders without checkpoints. Nothing is removed before all is written. Returns the files."""
-    folder = Path(folder)
+    folder = as_path(folder)
     runs = {}
     for part in _parts(folder):
         runs |= {r.path.relative_to(folder).as_posix(): r for r in read_runs(folder, part)[0]}

@@ -14,14 +14,16 @@ import pandas as pd
 
 from musota.plan.config import Experiment
 from musota.plan.profiles import PLAN_TRAIN_TOKENS
-from musota.plan.registry import PAIRS, experiments, title_of
+from musota.plan.registry import experiments, title_of
 from musota.rules.stats import seed_interval
 from musota.rules.verdicts import Cause
+from musota.studies.path import Judged
 from musota.training.evaluate import exp_nats
 from musota.training.runs import Run
 from musota.training.schedule import learning_rate_at
 from musota.workbook import figures, pictures
-from musota.workbook.evidence import Evidence, health_of
+from musota.workbook.answers import health_of
+from musota.workbook.evidence import Evidence
 
 
 class _Cells(Formatter):
@@ -82,6 +84,15 @@ CAUSE = {
     "changed here": "{here}",
     "effect of mending it": "{gain}",
     "PPL": "{ppl_before:,.1f} → {after:,.1f}",
+    "verdict": "{verdict}",
+}
+PATH_ROW = {
+    "change": "{step.title}",
+    "parameters": "{parameters:,}",
+    "best rate": "{rate:g} of {tried}",
+    "seeds": "{seeds}",
+    "valid PPL": "{ppl:,.1f}",
+    "nats against the row it is one change away from": "{against}",
     "verdict": "{verdict}",
 }
 HEALTH = {"statistic": "{rule}", "value": "{saw}", "band": "{threshold}", "meaning": "{conclusion}"}
@@ -159,7 +170,7 @@ def _of_seeds(evidence: Evidence, group: Sequence[Run]) -> dict:
 
     name, against = group[0].name, ""
     rate = group[0].experiment.training.learning_rate
-    if name in PAIRS and (compared := evidence.compare(name)):
+    if compared := evidence.compared.get(name):
         difference = str(list(compared[1].values())[-1]).replace(" nats/token", "")
         against = f"{difference}, {compared[0].verdict}"
     about = {"title": evidence.title(name), "seeds": len(group), "rate": rate, "against": against}
@@ -192,9 +203,10 @@ def model_table(evidence: Evidence) -> pd.DataFrame:
 
 
 def front_table(evidence: Evidence, names: Iterable[str]) -> pd.DataFrame:
-    """The rows of `names` that were trained, and the bigram rung, in four columns."""
+    """The rows of `names` that were trained, and what counting reaches, in four columns."""
     groups = [list(evidence.seeds(name).values()) for name in names]
-    rungs = [rung for rung in _of_rungs(evidence) if rung["title"] == "rung: bigram"]
+    wanted = ("rung: bigram", "rung: trigram")
+    rungs = [rung for rung in _of_rungs(evidence) if rung["title"] in wanted]
     return table([_of_seeds(evidence, group) for group in groups if group] + rungs, FRONT)
 
 
@@ -207,8 +219,36 @@ def ledger_table(runs: Iterable[Run]) -> pd.DataFrame:
 
 def fields_table(columns: Mapping[tuple[str, str], Experiment]) -> pd.DataFrame:
     """The fields of experiments side by side, one row a field, and their parameters."""
-    fields = {k: e.fields() | {"parameters": e.model.n_parameters} for k, e in columns.items()}
-    cells, known = _Cells(), pd.DataFrame(fields).astype(object)
+    return _side_by_side(
+        {k: e.fields() | {"parameters": e.model.n_parameters} for k, e in columns.items()}
+    )
+
+
+def differences_table(runs: Iterable[Run]) -> pd.DataFrame:
+    """Where models differ, one column each: fields, corpus, budget, machine, code."""
+    columns = {}
+    for name, group in figures.by_name([*runs]).items():
+        run, corpus = group[0], group[0].config["corpus"]
+        model, parameters = run.experiment.model, run.experiment.model.n_parameters
+        columns[title_of(name)] = {
+            "architecture": type(model).__name__.removesuffix("Config"),
+            **run.experiment.fields(),
+            "parameters": parameters,
+            "corpus": f"{corpus['name']} {run.fingerprint[:8]}",
+            "training tokens": corpus["tokens"]["train"],
+            "vocabulary in use": corpus["vocabulary_in_use"],
+            "profile": run.config["profile"],
+            "seeds": ", ".join(str(run.seed) for run in group),
+            "unfinished after epoch": None if run.finished else run.summary["epochs_done"],
+            "device": run.summary["device"],
+            **{f"{package} version": v for package, v in run.summary["versions"].items()},
+        }
+    table = _side_by_side(columns)
+    return table[table.nunique(axis=1) > 1]
+
+
+def _side_by_side(columns: Mapping[object, Mapping]) -> pd.DataFrame:
+    cells, known = _Cells(), pd.DataFrame([*columns.values()], index=[*columns]).T.astype(object)
     return known.map(lambda v: "" if pd.isna(v) else cells.format_field(v, ",.10g"))
 
 
@@ -219,6 +259,15 @@ def causes_table(causes: Iterable[Cause]) -> pd.DataFrame:
         after = cause.ppl_after if cause.effect else "diverges"
         rows.append({**vars(cause), "gain": cause.effect or "diverges", "after": after})
     return table(rows, CAUSE)
+
+
+def path_table(judged: Mapping[str, Judged]) -> pd.DataFrame:
+    """The path to the redesign, a change a row, and each change taken back alone."""
+    rows = []
+    for row in judged.values():
+        about = {"ppl": row.ppl, "seeds": len(row.runs), "against": row.effect or ""}
+        rows.append({**vars(row), **about, "parameters": row.runs[0].experiment.model.n_parameters})
+    return table(rows, PATH_ROW)
 
 
 def health_table(run: Run) -> pd.DataFrame:

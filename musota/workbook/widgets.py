@@ -29,7 +29,8 @@ from musota.studies import probes
 from musota.training.machine import has_front_end
 from musota.training.runs import Run
 from musota.workbook import figures, pictures
-from musota.workbook.evidence import PAIRS, Evidence, plateau_of
+from musota.workbook.answers import plateau_of
+from musota.workbook.evidence import Evidence
 from musota.workbook.style import figure_png
 
 # What can be shown: (records, column, label, where a rung's perplexity stands, if anywhere).
@@ -183,8 +184,8 @@ class Explorer(Panel):
             self.log_y.value,
         )
         sentences = [f"{figures.label_of(run)}: {found[run].sentence}" for run in chosen]
-        evidence = Evidence(self.path.parent, tuple(chosen))
-        sentences += [pair[0].sentence for name in PAIRS if (pair := evidence.compare(name))]
+        compared = Evidence(self.path.parent, tuple(chosen)).compared
+        sentences += [finding.sentence for finding, _ in compared.values()]
         return figure, sentences or ["Choose a run."]
 
 

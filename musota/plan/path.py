@@ -1,0 +1,69 @@
+"""The path from `optimized` to `redesigned`: one change a row, and each change taken back alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from musota.plan.config import CHANGES, Experiment
+from musota.plan.profiles import redesign, twin
+from musota.plan.registry import experiments
+
+EARNED = 0.02  # nats: a change that brings less is left out
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row: its experiment at full size, and the row it is a single change away from."""
+
+    title: str
+    experiment: Experiment
+    before: str = ""
+    made: bool = True  # a change made on the way; else one taken back from the redesign, or a twin
+
+
+# In the order they are made: a change, and what it is to take it back from the redesign. What a
+# change saves goes into wider blocks, as far as it can.
+FORWARD = {
+    "stream": ("the gate no longer shrinks the residual stream", ""),
+    "norm before": ("norms before each part, not after", "norms after each part"),
+    "tied": ("output tied to the embedding, wider blocks", "an output layer of its own"),
+    "one table": ("one affinity table for all layers, wider blocks", "an affinity table a layer"),
+    "wide heads": ("8 blocks in place of 16, each twice as wide", "16 blocks half as wide"),
+    "rotary": ("rotary positions in place of learned ones", "learned positions"),
+    "query norm": ("queries and keys normalised", "queries and keys as they are"),
+    "quiet start": ("updates start at 0", ""),  # the last: judged where it is made
+    "blocks": ("", "queries and keys read every block"),
+    "gate": ("", "no gate"),
+}
+
+
+def steps() -> dict[str, Step]:
+    """Every row by name, all of one size and one budget: twice the redesign's share of epochs, so
+    that each has turned before the end."""
+    training = experiments["redesigned"].training
+    training = replace(training, epochs=60, warmup_steps=2 * training.warmup_steps)
+    start = Experiment(experiments["optimized"].model, training)
+    left, n_block = [change for change in CHANGES if change not in ("blocks", "gate")], 16
+    rows = {
+        "optimized": Step("MU-SOTA optimized", start),
+        "one attention": Step(
+            "one attention, a head a block; the gate a table", redesign(start, 16, ",".join(left)),
+            "optimized",
+        ),
+    }  # fmt: skip
+    for change, (title, _) in FORWARD.items():
+        if title:
+            before = [*rows][-1]
+            n_block = 8 if change == "wide heads" else n_block
+            left = [other for other in left if other != change]
+            rows[change] = Step(title, redesign(start, n_block, ",".join(left)), before)
+    last = [*rows][-1]  # the redesign
+    others = {"modern dense twin": twin(rows[last].experiment), "dense GPT-2 twin": twin(start)}
+    for change, (_, title) in FORWARD.items():
+        if title:
+            size = (16,) if change == "wide heads" else (8, f"{change},names")
+            others[f"redesigned, but {title}"] = redesign(start, *size)
+    others["redesigned, block I kept and C1 from the token before"] = redesign(start, without="")
+    others["redesigned, dropout 0.2"] = redesign(start.with_(dropout=0.2))
+    others["modern dense twin, dropout 0.2"] = twin(others["redesigned, dropout 0.2"])
+    return rows | {name: Step(name, other, last, False) for name, other in others.items()}

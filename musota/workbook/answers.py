@@ -1,0 +1,116 @@
+"""What the rules say of recorded runs, in sentences: no tables, no figures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from musota.plan.config import MuConfig
+from musota.rules import curves, plan, verdicts
+from musota.rules.findings import Finding, not_applicable
+from musota.studies.grid import judge
+from musota.training.runs import Run
+from musota.workbook.evidence import Evidence, plan_reason, read_grid, smaller_budget
+
+GOALS = ("original", "optimized", "tuned")  # rows the plan has goals for, changed or not
+
+
+def run_findings(
+    run: Run, rungs: Mapping[str, float], baseline: Run | None = None
+) -> list[Finding]:
+    """Every rule that speaks of one run: the plan's where they apply, the rungs, the curve's shape.
+
+    The plan's rules judge MU-SOTA; of a dense model only rungs and the curve are told.
+    """
+    ppl, accuracy = run.summary["ppl"], run.summary["accuracy"]
+    found, reason = [], plan_reason(run) or smaller_budget(run)
+    judged = isinstance(run.experiment.model, MuConfig)
+    if judged and reason:
+        found = [not_applicable("Scenario, bottom line, expectation", reason)]
+    elif judged:
+        found = [
+            plan.scenario(ppl, accuracy, baseline.summary["ppl"] if baseline else None),
+            plan.bottom_line(ppl),
+            plan.expectation(ppl, accuracy),
+        ]
+    if rungs:
+        found.append(plan.on_the_ladder(ppl, rungs))
+    plateau, slow = plateau_of(run), warmup_of(run)
+    if slow:
+        found.append(slow)
+        if plateau.verdict == "plateau":
+            plateau = dataclasses.replace(plateau, next_step=f"first {slow.next_step}")
+    found.append(plateau)
+    found.append(curves.oscillation(run.steps, run.experiment.training.warmup_steps))
+    return found
+
+
+def plateau_of(run: Run, **rule) -> Finding:
+    """`curves.plateau` of a run; `rule` may change its window and least gain."""
+    blocks = run.valid_block_nats, run.summary["valid_block_tokens"]
+    return curves.plateau(run.history, run.experiment.training.epochs, *blocks, **rule)
+
+
+def warmup_of(run: Run) -> Finding | None:
+    """`curves.warmup` of a run; None where its warm-up is as it should be."""
+    first, training = run.history.iloc[0], run.experiment.training
+    return curves.warmup(training.warmup_steps, int(first.step / first.epoch) * training.epochs)
+
+
+def verdict_lines(evidence: Evidence) -> list[str]:
+    """The answer in a few sentences: the comparisons first, then the plan's rules."""
+    return [found.sentence for found, _ in evidence.compared.values()] + rule_lines(evidence)
+
+
+def rule_lines(evidence: Evidence) -> list[str]:
+    """What the plan's rules say of the optimized model."""
+    reason = evidence.plan_does_not_apply
+    optimized, baseline = evidence.best("optimized"), evidence.best("baseline")
+    found = []
+    if baseline and not reason:
+        found.append(plan.plans_own_test(baseline.summary["ppl"]))
+    if optimized:
+        compared, ppl = evidence.compare(), None if reason else optimized.summary["ppl"]
+        found += run_findings(optimized, evidence.rungs, baseline)
+        found.append(plan.option_three(ppl, compared[0] if compared else None))
+    return [finding.sentence for finding in found]
+
+
+def answers(evidence: Evidence, short: bool = False) -> dict[str, list[str]]:
+    """The plan's questions, each with the sentences that answer it from what is recorded.
+
+    `short` leaves the thresholds out.
+    """
+    goals = [evidence.goal(n) for n in evidence.names if n.split(",")[0] in GOALS]
+    sweeps, lost = [], []
+    if optimized := evidence.best("optimized"):
+        own = optimized.experiment.training.learning_rate
+        sweeps = [verdicts.best_rate(losses, own, n) for n, losses in evidence.sweeps.items()]
+    runs, suspects = read_grid(evidence.folder)
+    causes = judge(runs, suspects) if runs else []
+    if looked := evidence.ablated:
+        ranks = [f for f in health_of(looked[0]) if f.rule.startswith("Effective rank")]
+        lost = evidence.weak_spots() + ranks
+    said = {
+        "Did the plateau break (PPL < 200? < 100?)": [goal for goal in goals if goal],
+        "Does the architecture help or hurt?": [found for found, _ in evidence.compared.values()],
+        "Was the learning rate right?": sweeps,
+        "Which suspects were guilty?": [],
+        "Where does the architecture lose, and what should a redesign change?": lost,
+    }
+    told = {
+        question: [finding.short if short else finding.sentence for finding in findings]
+        for question, findings in said.items()
+    }
+    if causes:
+        told["Which suspects were guilty?"] = [verdicts.root_cause_advice(causes)]
+    return {question: sentences for question, sentences in told.items() if sentences}
+
+
+def health_of(run: Run) -> list[Finding]:
+    """The health statistics of a run as findings; empty where none were kept."""
+    model, training, steps = run.experiment.model, run.experiment.training, run.steps
+    norms = steps.grad_norm[steps.step > training.warmup_steps]
+    sizes = training.grad_clip, getattr(model, "d_model", 0), model.max_seq_len
+    slow = warmup_of(run) if run.health else None
+    return curves.health(run.health, norms, *sizes, not slow or slow.verdict != "never ends")

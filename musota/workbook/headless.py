@@ -1,0 +1,105 @@
+"""The notebooks without a front end: through papermill, in order, with their progress told."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from musota.errors import MusotaError, nearest_name
+
+ROOT = Path(__file__).resolve().parents[2]
+TAKES_RUNS = "04_compare"
+
+
+def chosen_notebooks(only: str) -> list[Path]:
+    found = {
+        path.name[:2]: path for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    }
+    if not only:
+        return list(found.values())
+    wanted = [part.strip().zfill(2) for part in only.split(",")]
+    for number in wanted:
+        if number not in found:
+            raise nearest_name("notebook number", number, found)
+    return [found[number] for number in sorted(set(wanted))]
+
+
+def run_notebooks(book, notebooks: Sequence[Path], values: dict, own: dict) -> None:
+    """Execute `notebooks` with the parameters `values`, and `own` where runs are compared."""
+    for notebook in notebooks:
+        for name in re.findall(r'book\.train\(\\"(\w+)', notebook.read_text(encoding="utf-8")):
+            book.experiment(name)  # changes that do not fit it are answered before a kernel starts
+    executed = book.home / "executed"
+    executed.mkdir(exist_ok=True)
+    started = time.perf_counter()
+    for number, notebook in enumerate(notebooks, start=1):
+        output = executed / f"{book.named(notebook.stem)}.ipynb"
+        given = values | (own if notebook.stem == TAKES_RUNS else {})
+        _execute(notebook, output, given, f"[{number}/{len(notebooks)}]")
+    _tell_end(book, time.perf_counter() - started)
+
+
+def _execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None:
+    """One notebook through papermill, its progress relayed line by line."""
+    import papermill
+
+    os.environ["MUSOTA_HEADLESS"] = "1"  # inherited by the kernel
+    started = time.perf_counter()
+    click.echo(f"{prefix} {notebook.stem} …")
+    relay = _Relay()
+    try:
+        papermill.execute_notebook(
+            notebook,
+            output,
+            parameters,
+            kernel_name="python3",
+            cwd=os.getcwd(),
+            progress_bar=False,
+            log_output=False,
+            stdout_file=relay,
+            stderr_file=relay,
+            iopub_timeout=60,
+            extra_arguments=["--log-level=ERROR"],
+            start_timeout=120,
+        )
+    except papermill.PapermillExecutionError as error:
+        raise MusotaError(
+            f"{notebook.stem} stopped in cell {error.cell_index}: {error.ename}: {error.evalue}\n"
+            f"The executed notebook is {output}. The same command goes on from here."
+        ) from None
+    click.echo(f"{prefix} {notebook.stem} done in {time.perf_counter() - started:.0f} s")
+
+
+class _Relay:
+    """Passes the progress lines of a notebook's output on to this command's own output."""
+
+    def write(self, text: str) -> None:
+        for line in text.splitlines():
+            if "tokens/s" in line:
+                click.echo(f"      {line.strip()}")
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+
+def _tell_end(book, seconds: float) -> None:
+    from musota.workbook.answers import verdict_lines
+    from musota.workbook.evidence import read_evidence
+    from musota.workbook.pages import write_report
+    from musota.workbook.tables import comparison_table
+
+    write_report(book.folder)
+    evidence = read_evidence(book.folder)
+    if evidence.runs:
+        columns = ["model", "seed", "parameters", "valid PPL", "valid word PPL", "valid accuracy"]
+        click.echo("\n" + comparison_table(evidence.runs)[columns].to_string(index=False) + "\n")
+    for line in verdict_lines(evidence):
+        click.echo(f"- {line}")
+    book.deliver()
+    click.echo(f"\nDone in {seconds / 60:.1f} minutes. The report: {book.home / 'README.md'}")

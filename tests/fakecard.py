@@ -1,0 +1,111 @@
+"""Cards that are not there: fake tensors say they lie on one. Every operation, forwards and
+backwards, is checked for device, dtype and shape; nothing is computed."""
+
+import ctypes
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CARDS = {  # device, compute capability, what autocast computes in
+    "T4": ("cuda", (7, 5), torch.float16),
+    "A100": ("cuda", (8, 0), torch.bfloat16),
+    "Apple": ("mps", (0, 0), None),
+}
+MOST_HEADS = 65_535  # a grid axis of a launch
+SLOTS = {"cuda": 1, "mps": 13, "meta": 14}  # of torch's device types
+
+
+@contextmanager
+def fake_card(patch, name):
+    """Within it there is a card of CARDS; gives its device. `patch` is pytest's monkeypatch."""
+    device, capability, _ = CARDS[name]
+    with FakeTensorMode(), _Rules(device):  # first: fake tensors must see that there is no driver
+        _let_autograd_take(device)
+        answers = {"is_available": device == "cuda", "device_count": 1, "current_device": 0,
+                   "is_initialized": True, "_lazy_init": None, "is_bf16_supported": True,
+                   "get_device_capability": capability}  # fmt: skip
+        for asked, value in answers.items():
+            patch.setattr(torch.cuda, asked, lambda *_, value=value, **__: value)
+        patch.setattr(fake_tensor, "init_gpu_context", lambda device: None, raising=False)
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", _attend)
+        # Who asks for numbers gets zeros; a list becomes a tensor of zeros.
+        zero = {"__int__": 0, "__float__": 0.0, "__bool__": False, "item": 0.0}
+        for asked, value in zero.items():
+            patch.setattr(torch.Tensor, asked, lambda self, value=value: value)
+        patch.setattr(torch.Tensor, "tolist", lambda self: _zeros(tuple(self.shape)))
+        patch.setattr(torch, "tensor", lambda data, device=None, **_: torch.zeros(
+            len(data), dtype=torch.long, device=device))  # fmt: skip
+        yield torch.device(device, 0)
+
+
+class _Rules(TorchDispatchMode):
+    """What fake tensors let pass and a card does not: Apple's has no float64."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for one in tree_leaves(out) if self.device == "mps" else ():
+            if isinstance(one, torch.Tensor) and one.device.type == "mps":
+                assert one.dtype != torch.float64, f"{function} in float64 on Apple's card"
+        return out
+
+
+def _let_autograd_take(device):
+    """Autograd asks the device's guard for streams. Torch built without it has none: that of meta
+    tensors, which does nothing, takes its place."""
+    library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("*c10.*"))))
+    guards = (ctypes.c_void_p * 15).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    guards[SLOTS[device]] = guards[SLOTS[device]] or guards[SLOTS["meta"]]
+
+
+def _attend(q, k, v, is_causal=False, scale=None):
+    """A kernel that every card has, and what it asks for."""
+    assert max(q.shape[:2]) <= MOST_HEADS, f"more heads than a launch may have: {tuple(q.shape)}"
+    assert q.device.type != "cuda" or q.shape[-1] % 8 == 0, f"heads of {q.shape[-1]}"
+    return (q @ k.mT).softmax(-1).to(v.dtype) @ v
+
+
+def _zeros(shape):
+    return [_zeros(shape[1:]) for _ in range(shape[0])] if shape else 0.0
+
+
+def backward(loss):
+    """loss.backward(), node by node: autograd's own engine would ask a driver for streams."""
+    waiting, seen, stack = Counter(), set(), [loss.grad_fn]
+    while stack:
+        if (node := stack.pop()) not in seen:
+            seen.add(node)
+            following = [other for other, _ in node.next_functions if other is not None]
+            waiting.update(following)
+            stack += following
+    held = defaultdict(dict, {loss.grad_fn: {0: torch.ones_like(loss)}})
+    ready = [loss.grad_fn]
+    while ready:
+        node = ready.pop()
+        given = held.pop(node, {})
+        if hasattr(node, "variable"):
+            node.variable.grad = given.get(0)
+            continue
+        call = node if callable(node) else node.apply
+        grads = call(*(given.get(place) for place in range(len(node._input_metadata))))
+        grads = grads if isinstance(grads, tuple) else (grads,)
+        for grad, (other, place) in zip(grads, node.next_functions, strict=False):
+            if other is None:
+                continue
+            if grad is not None:
+                meant = other._input_metadata[place]
+                assert grad.device == meant.device, (node, grad.device)
+                grad = grad.sum_to_size(*meant.shape).to(meant.dtype)  # as the engine does
+                held[other][place] = held[other].get(place, 0) + grad
+            waiting[other] -= 1
+            if not waiting[other]:
+                ready.append(other)

@@ -1,0 +1,152 @@
+"""The GPU path, on a machine without one (see `fakecard`)."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from fakecard import CARDS, backward, fake_card
+
+import musota
+from musota.models import attention, base, loss
+from musota.models.base import score
+from musota.plan.config import RedesignedConfig
+from musota.plan.profiles import find_profile
+from musota.studies import audit, probes
+from musota.training import machine, remedies
+
+TOKENS = 3000
+MODELS = {name: experiment.model for name, experiment in musota.experiments.items()}
+MODELS |= {"redesigned": RedesignedConfig()}
+
+
+@pytest.fixture(params=CARDS)
+def card(request, monkeypatch):
+    with fake_card(monkeypatch, request.param) as device:
+        yield device, CARDS[request.param][2]
+
+
+def _model(name, device):
+    with device:
+        return musota.build_model(dataclasses.replace(MODELS[name], n_layer=2))
+
+
+def _train(name, card):
+    device, half = card
+    model = _model(name, device)
+    stream = torch.zeros(50_000, dtype=torch.int32, device=device)
+    span = torch.arange(model.config.max_seq_len + 1, device=device)
+    window = stream[torch.arange(32, device=device)[:, None] + span].long()
+    with torch.autocast(device.type, half, enabled=half is not None):
+        loss = model(window[:, :-1], window[:, 1:])[1]
+    backward(loss)
+    for parameter, p in model.named_parameters():
+        assert (p.grad.dtype, p.grad.device, p.grad.shape) == (torch.float32, p.device, p.shape), (
+            parameter
+        )
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+def _look(name, card):
+    device, half = card
+    model, tokens = _model(name, device), torch.zeros(TOKENS, dtype=torch.int32)  # as a corpus is
+    with torch.autocast(device.type, half, enabled=half is not None):
+        nats, hits = score(model, tokens)
+        assert (nats.device.type, hits.device.type) == ("cpu", "cpu")
+        assert model.generate(tokens[None, :8].long(), 3, top_k=5, top_p=0.9).shape == (1, 11)
+        model.health(tokens[:384].view(2, 192).long().to(device))
+        audit.causality_matrix(model, tokens, 8)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_training_step(name, card):
+    _train(name, card)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scoring_generation_health_and_causality(name, card):
+    _look(name, card)
+
+
+def test_every_part_of_mu_sota_can_be_disabled(card):
+    model = _model("optimized", card[0])
+    tokens = torch.zeros(64 * 192 + 1, dtype=torch.int32)
+    probes.look_inside(model, tokens[:7])
+    assert len(probes.ablations(model, tokens)) == 6 + 16
+
+
+# --- what is planted is seen ---
+
+
+def _plant_in_embedding(monkeypatch):
+    def embed(model, ids):
+        return model.embedding(ids) + model.positions(torch.arange(ids.shape[1]))
+
+    monkeypatch.setattr(musota.CausalLM, "embed", embed)
+
+
+def _plant_in_backward(monkeypatch):
+    def on_the_cpu(ctx, grad):
+        hidden, weight, bias = ctx.saved_tensors
+        scale = grad / ctx.n_token
+        bias = None if bias is None else bias * scale
+        return hidden * scale, weight * torch.ones(weight.shape), bias, None, None
+
+    monkeypatch.setattr(loss._LinearCrossEntropy, "backward", staticmethod(on_the_cpu))
+
+
+def _plant_in_scoring(monkeypatch):
+    tell = loss.score_tokens
+    monkeypatch.setattr(base, "score_tokens", lambda h, w, b, targets: tell(h, w, b, targets.cpu()))
+
+
+@pytest.mark.parametrize(
+    ("plant", "see"),
+    [(_plant_in_embedding, _train), (_plant_in_backward, _train), (_plant_in_scoring, _look)],
+)
+def test_an_index_left_on_the_cpu_is_seen(plant, see, card, monkeypatch):
+    plant(monkeypatch)
+    with pytest.raises(RuntimeError, match="found two different devices|same device"):
+        see("optimized", card)
+
+
+# --- what a GPU needs besides ---
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_what_is_chosen_for_a_card(name, monkeypatch):
+    with fake_card(monkeypatch, name) as device:
+        assert machine.dtype_of(device) == (CARDS[name][2] or torch.float32)
+        assert machine.autocast_on(device)._enabled == (CARDS[name][2] is not None)
+        choices = machine.default_choices(musota.experiments["optimized"], device, 9999)
+        assert choices == {"micro_batch": 32, "compile": device.type == "cuda"}
+        if device.type == "cuda":
+            assert machine.find_device() == torch.device("cuda")
+            assert find_profile("auto").name == "full"
+            assert find_profile("auto", grid=True).name == "study"  # not twenty hours
+
+
+def test_more_heads_than_a_launch_may_have_are_several_launches(monkeypatch):
+    q, k, v = torch.randn(3, 50, 9, 2)
+    whole = attention.attend_with_library(q, k, v, False)[0]
+    monkeypatch.setattr(attention, "MOST_HEADS", 8)
+    torch.testing.assert_close(attention.attend_with_library(q, k, v, False)[0], whole)
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_one_graph_serves_all_layers_and_too_many_shapes_are_told(config, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    sizes = {"vocab_size": 64, "max_seq_len": 8, "n_layer": 3, "dropout": 0.1}
+    model = musota.build_model(dataclasses.replace(config, **sizes)).train()
+    ids = torch.zeros(12, 8, dtype=torch.long)
+    torch._dynamo.utils.counters.clear()
+    model.compile_layers()
+    for size in (2, 2, 1):  # the last batch of an epoch is smaller
+        model(ids[:size], ids[:size])[1].backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    model.eval()(ids[:3])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(remedies.COMPILING):
+        model.train()(ids[:4], ids[:4])
+    model.compile_layers()  # a model of the next run starts anew
+    model(ids, ids)
