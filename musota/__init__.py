@@ -1,6 +1,11 @@
 """MU-SOTA workbook: train it, train its dense twin, compare, and say what holds it back."""
 
+import contextlib
+import sys
 from importlib import import_module
+
+with contextlib.suppress(AttributeError):  # other things stand in for it in notebooks
+    sys.stdout.reconfigure(errors="replace")  # where "→" cannot be shown nothing may fail
 
 _HOMES = {
     "musota.data.corpus": "Corpus load_corpus",

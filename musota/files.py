@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from musota.errors import MusotaError
@@ -17,14 +17,24 @@ SEAL = "sha256"
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write(temporary_path)` make a file, then move it into place: never half a file."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    write_together({path: write})
+
+
+def write_together(writes: Mapping[Path, Callable[[Path], object]]) -> None:
+    """`write_whole` of files that belong together: all of them, or none."""
+    temporary = {path: path.with_name(f".{path.name}-{os.getpid()}") for path in writes}
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:  # on the disk before it takes the other's place
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        for path, write in writes.items():
+            write(temporary[path])
+            with temporary[path].open("rb+") as file:  # on the disk before it takes another's place
+                os.fsync(file.fileno())
+        for path in writes:
+            os.replace(temporary[path], path)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a full disk's names none
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
         raise
 
 
@@ -95,7 +105,14 @@ def system_error(what: str, error: OSError, instead: str) -> MusotaError:
     """What the system refused, as a sentence with a way out."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     advice = f"make room there, or {instead}" if full else instead
-    return MusotaError(f"{what} cannot be written ({error.strerror or error}): {advice}.")
+    return MusotaError(f"{what} cannot be used ({error.strerror or error}): {advice}.")
+
+
+def sentence(error: Exception) -> str:
+    """An error as people read it, where nothing above knows more of it."""
+    if isinstance(error, OSError) and error.filename:
+        error = system_error(error.filename, error, "choose another folder (save_to)")
+    return str(error)
 
 
 def cache_folder() -> Path:

@@ -258,7 +258,7 @@ def test_an_unknown_parameter_is_an_error(text_folder, tmp_path):
         (["run", "--only", "9"], "Unknown notebook number '09'"),
         (["run", "-p", "seed", "-3"], "seed must be a whole number from 0 to 2147483647, not -3."),
         (["train", "optimised"], "Unknown experiment 'optimised': did you mean 'optimized'?"),
-        (["train", "optimized", "--save-to", "/dev/null/x"], "cannot be made"),
+        (["train", "optimized", "--save-to", "/dev/null/x"], "cannot be used"),
     ],
 )
 def test_mistakes_on_the_command_line_get_one_sentence(arguments, message, text_folder):

@@ -1,10 +1,15 @@
 import errno
+import gc
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +19,7 @@ from filelock import FileLock
 
 import musota
 from musota.errors import MusotaError
-from musota.files import read_sealed, write_sealed
+from musota.files import read_sealed, sentence, write_sealed
 from musota.models import base
 from musota.models import sharing as lm_room
 from musota.models.base import CausalLM
@@ -25,6 +30,8 @@ from musota.training import remedies, runs, schedule, trainer
 from musota.training import runs as runs_room
 from musota.training import trainer as training_room
 from musota.training.trainer import Diverged
+from musota.workbook.pages import write_report
+from musota.workbook.records import load_runs, pack
 
 EXPERIMENT = musota.Experiment(
     musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1, dropout=0.0),
@@ -215,7 +222,70 @@ def test_a_second_process_is_refused_while_the_first_trains(short, tmp_path):
     assert musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path).finished
 
 
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [(NotImplementedError("use SoftFileLock"), None), (OSError(errno.ENOLCK, "No locks"), None),
+     (PermissionError(errno.EACCES, "Permission denied"), "Permission denied.: choose another")],
+)  # fmt: skip
+def test_a_disk_without_locks_is_told_and_used(error, end, short, tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    if end:
+        with pytest.raises(MusotaError, match=end):
+            musota.train(EXPERIMENT, short, tmp_path)
+    else:
+        assert musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path).finished
+        assert "knows no locks" in capsys.readouterr().out
+
+
 # --- the disk ---
+
+
+def test_files_are_the_same_where_text_has_other_line_ends(short, tmp_path, monkeypatch):
+    """Windows writes \\r\\n in text mode: what is hashed must not go through it."""
+    write_bytes = Path.write_bytes
+
+    def write_text(path, text, *_, **__):
+        return write_bytes(path, text.replace("\n", "\r\n").encode())
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    run = musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path / "run", profile="tiny")
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "away")
+    write_report(tmp_path)
+    pack(tmp_path)
+    assert (
+        load_runs(tmp_path)[0].records
+        == musota.Run.from_records(
+            run.path, run.config, run.summary, load_runs(tmp_path)[0].records
+        ).records
+    )
+    for path in tmp_path.rglob("*"):
+        assert path.suffix not in (".json", ".jsonl", ".md") or b"\r" not in path.read_bytes()
+
+
+def test_a_full_disk_leaves_packed_records_as_they_were(short, tmp_path, monkeypatch):
+    for seed in (0, 1):
+        musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path / f"run-seed{seed}", seed=seed)
+        shutil.rmtree(tmp_path / f"run-seed{seed}" / "checkpoints")
+        if seed == 0:
+            pack(tmp_path)
+    kept = {path.name: path.read_bytes() for path in tmp_path.glob("[!.]*") if path.is_file()}
+    write_bytes = Path.write_bytes
+
+    def write(path, data):
+        if "probes" in path.name:  # the last but one
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(OSError) as full:
+        pack(tmp_path)
+    said = r"probes.json cannot be used .No space left on device.: make room there"
+    assert re.search(said, sentence(full.value))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == kept
+    assert len(load_runs(tmp_path)) == 2
 
 
 def _full(monkeypatch, is_full):
@@ -301,7 +371,7 @@ def test_a_folder_that_vanishes_does_not_stop_training(finished, short, tmp_path
 def test_no_room_for_the_first_file_gets_one_sentence(short, tmp_path, monkeypatch):
     _full(monkeypatch, lambda: True)
     monkeypatch.setattr("musota.files.write_whole", runs_room.write_whole)
-    with pytest.raises(MusotaError, match="cannot be written .No space left on device.: make room"):
+    with pytest.raises(MusotaError, match="cannot be used .No space left on device.: make room"):
         musota.train(EXPERIMENT, short, tmp_path)
 
 
@@ -324,22 +394,26 @@ def test_a_line_lost_to_a_full_disk_is_made_good_before_the_end(short, tmp_path,
 # --- memory ---
 
 
-def _too_large(monkeypatch, sequences=None, length=None):
+def _too_large(monkeypatch, sequences=None, length=None, said="CUDA out of memory"):
     """Out of memory for more than so many sequences, or tokens a sequence."""
     forward = CausalLM.forward
 
     def limited(model, ids, targets=None):
         if targets is not None and (len(ids) > (sequences or 99) or ids.shape[1] > (length or 999)):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            raise RuntimeError(said)
         return forward(model, ids, targets)
 
     monkeypatch.setattr(CausalLM, "forward", limited)
 
 
+@pytest.mark.parametrize(
+    "said", ["MPS backend out of memory (MPS allocated", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
+             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"],
+)  # fmt: skip
 def test_out_of_memory_halves_the_micro_batch_and_nothing_else(
-    finished, short, tmp_path, monkeypatch
+    finished, short, tmp_path, monkeypatch, said
 ):
-    _too_large(monkeypatch, sequences=4)
+    _too_large(monkeypatch, sequences=4, said=said)
     run = musota.train(EXPERIMENT, short, tmp_path, micro_batch=16)
     assert _events(run) == [
         "out of memory: micro-batch 16 → 8", "out of memory: micro-batch 8 → 4",
@@ -366,6 +440,44 @@ def test_validation_out_of_memory_goes_on_a_window_at_a_time(
     assert _events(run) == ["out of memory in validation: one window at a time"] * 2
     assert list(run.history.valid_loss) == pytest.approx(list(finished.history.valid_loss))
     assert run.summary["weights_sha256"] == finished.summary["weights_sha256"]
+
+
+def test_another_error_of_a_step_keeps_its_name_and_place(short, tmp_path, monkeypatch):
+    _too_large(monkeypatch, sequences=1, said="an index is out of bounds")
+    with pytest.raises(RuntimeError, match="out of bounds") as caught:
+        musota.train(EXPERIMENT, short, tmp_path)
+    assert caught.traceback[-1].name == "limited"
+
+
+def test_memory_may_run_out_between_unscaling_and_the_step():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.SGD([weight], 0.1), torch.amp.GradScaler("cpu")
+    for _ in range(2):
+        scaler.scale(weight.sum()).backward()
+        scaler.unscale_(optimizer)  # an error where it was done before
+        trainer = SimpleNamespace(
+            choices={"micro_batch": 4}, experiment=EXPERIMENT, optimizer=optimizer,
+            accelerator=SimpleNamespace(num_processes=1, scaler=scaler),
+            device=torch.device("cpu"), tell=lambda _: None,
+        )  # fmt: skip
+        remedies.mend(trainer, torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def test_nothing_holds_on_to_a_trainer_that_has_ended(short, tmp_path, monkeypatch):
+    """On a GPU it would keep its model and optimizer there, and count in the next run's peak."""
+    alive, begin = [], trainer.Trainer.__init__
+
+    def __init__(self, *given, **named):
+        alive.append(weakref.ref(self))
+        begin(self, *given, **named)
+
+    monkeypatch.setattr(trainer.Trainer, "__init__", __init__)
+    gc.disable()
+    try:
+        musota.train(EXPERIMENT, short, tmp_path, auto_remedy=True, watch=lambda run: None)
+        assert alive[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_the_smaller_micro_batch_is_remembered(short, tmp_path, monkeypatch):

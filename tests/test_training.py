@@ -496,7 +496,7 @@ def test_metrics_with_a_half_written_end_are_read_and_damage_is_named(tmp_path):
 
 def test_an_unwritable_folder_gets_one_sentence(short, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(MusotaError, match="cannot be written"):
+    with pytest.raises(MusotaError, match="cannot be used"):
         musota.train(EXPERIMENT, short, tmp_path / "file" / "run")
 
 

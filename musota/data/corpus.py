@@ -204,7 +204,6 @@ def _shown(pieces: Iterable[str], size: int, doing: str) -> Iterator[str]:
         for piece in pieces:
             yield piece
             bar.update(len(piece.encode()))
-            bar.refresh()
 
 
 def _survey(pieces: Iterable[str], what: str) -> tuple[str, int, int, int, np.ndarray]:

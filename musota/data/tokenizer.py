@@ -62,7 +62,7 @@ class TextTokenizer:
 
     def decode(self, ids) -> str:
         """The text of token ids (any 1-D sequence of whole numbers)."""
-        ids = np.asarray(ids, dtype=np.int64)
+        ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids, dtype=np.int64)
         lines = np.split(ids, np.flatnonzero(ids == self.line_end))
         pieces = [lines[0].tolist(), *(line[1:].tolist() for line in lines[1:])]
         return "\n".join(self.backend.decode_batch(pieces, skip_special_tokens=False))

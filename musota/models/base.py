@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -120,6 +121,21 @@ class CausalLM(nn.Module, Watched, Shareable):
                 f"{self.config.vocab_size}: tokenize with the model's own tokenizer."
             )
 
+    def as_ids(self, text: str | Sequence[int] | Tensor) -> Tensor:
+        """Token ids, whole numbers of any shape, from whatever holds them: a text, a list, an
+        array, a tensor. Raises MusotaError for what is none of these."""
+        if isinstance(text, str):
+            if not self.tokenizer:
+                raise MusotaError("This model came without its tokenizer: give token ids.")
+            text = self.tokenizer.encode(text)
+        try:
+            ids = torch.as_tensor(text)
+        except (TypeError, ValueError, RuntimeError):
+            ids = torch.tensor(math.nan)
+        if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+            raise MusotaError(f"Give a text or whole-numbered token ids, not {text!r:.80}.")
+        return ids
+
     def compile_layers(self, on: bool = True) -> None:
         """Let training steps run their layers through torch.compile: one graph for all, a shape.
 
@@ -177,7 +193,8 @@ class CausalLM(nn.Module, Watched, Shareable):
         top_p: float | None = None,
         seed: int = 0,
     ) -> Tensor:
-        """Continue (B, T) prompts to (B, T + max_new_tokens), the last max_seq_len tokens in view.
+        """Continue (B, T) prompts to (B, T + max_new_tokens), the last max_seq_len tokens in view;
+        a text or (T,) ids are one prompt.
 
         Temperature 0 takes the likeliest token. `top_k` keeps the k likeliest, `top_p` the fewest
         whose probability reaches p. The draw depends on `seed` alone. Raises MusotaError for an
@@ -187,6 +204,8 @@ class CausalLM(nn.Module, Watched, Shareable):
             raise MusotaError("temperature must be a number of at least 0, and top_k at least 1.")
         if top_p is not None and not 0 < top_p <= 1:
             raise MusotaError(f"top_p must lie in (0, 1], not {top_p!r}.")
+        input_ids = self.as_ids(input_ids)
+        input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
         if input_ids.dim() != 2 or not input_ids.numel():
             raise MusotaError("generate needs token ids of shape (B, T) with at least one token.")
         self.check_tokens(input_ids)

@@ -29,7 +29,7 @@ def look_inside(model: CausalLM, ids: Tensor) -> dict[str, Tensor]:
     """What a model with blocks makes of (T,) tokens: `cells` (L + 1, T, d), embeddings first, in
     cell order, and `gate` (L, T, N), each block's. Raises MusotaError for another model."""
     require_blocks(model)
-    cells, seen = [], defaultdict(list)
+    ids, cells, seen = model.as_ids(ids), [], defaultdict(list)
     hooks = model.watch(seen)
     hooks += [
         layer.register_forward_pre_hook(lambda _, inputs: cells.append(inputs[0][0]))

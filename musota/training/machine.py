@@ -204,7 +204,7 @@ def has_front_end() -> bool:
 def progress_bar(total_tokens: int, done: int = 0, shown: bool = True) -> tqdm:
     """Tokens done, tokens/s and time left: a live bar for people, a line every 10 s for logs."""
     live = sys.stderr.isatty() or has_front_end()
-    return tqdm(
+    bar = tqdm(
         total=total_tokens,
         initial=done,
         disable=not shown,
@@ -216,3 +216,6 @@ def progress_bar(total_tokens: int, done: int = 0, shown: bool = True) -> tqdm:
         ncols=None if live else 120,
         dynamic_ncols=live,
     )
+    bar._time = time.monotonic  # the clock on the wall may be put back an hour
+    bar.start_t = bar.last_print_t = bar._time()
+    return bar

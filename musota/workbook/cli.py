@@ -11,17 +11,26 @@ from pathlib import Path
 import click
 
 from musota.errors import MusotaError, nearest_name
+from musota.files import as_path, sentence
 from musota.plan.profiles import profiles
 from musota.plan.registry import TUNED, find_experiment, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 # A backend inherited from a notebook would break scripts that are started from one.
 os.environ["MPLBACKEND"] = "Agg"
+TEXTS = ("profile", "corpus", "save_to")  # parameters that are text even where they look otherwise
 TRAIN_HELP = (
     f"Train one EXPERIMENT: {', '.join(name for name in registry if name not in TUNED)}. "
     f"Or {', '.join(TUNED)}: at the best rate of the recorded sweeps. Or a model of your own, "
     "FILE.py:NAME (a function or class that makes it), or its dense twin, FILE.py:NAME_twin."
 )
+
+
+class Place(click.Path):
+    """A path; `~` is expanded, which a shell does not do everywhere."""
+
+    def convert(self, value, parameter, context):
+        return Path(super().convert(as_path(value), parameter, context))
 
 
 def experiment_options(command):
@@ -99,7 +108,8 @@ def run(only, parameters, **values):
     for name, text in parameters:
         if name not in known:
             raise nearest_name("notebook parameter", name, known)
-        (own if name == "runs" else values)[name] = _literal(text)
+        value = text if name in TEXTS else _literal(text)
+        (own if name == "runs" else values)[name] = value
     notebooks = chosen_notebooks(only)
     run_notebooks(Workbook(**values), notebooks, values, own)
 
@@ -118,16 +128,17 @@ def run(only, parameters, **values):
     help="Use torch.compile [default: in long runs on a GPU].",
 )
 @click.option("--auto-remedy", is_flag=True, help="Let the plan's remedies apply themselves.")
-def train(experiment, compile, auto_remedy, continue_from, **parameters):
+@click.option("--device", default=None, help="cpu, cuda or mps [default: the best one here].")
+def train(experiment, compile, auto_remedy, continue_from, device, **parameters):
     from musota.workbook.compare import find_runs
     from musota.workbook.session import Workbook
 
     if int(os.environ.get("RANK", 0)):  # of several processes one speaks
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if experiment not in TUNED:
         find_experiment(experiment)  # a wrong name is answered before the corpus is read
     book = Workbook(**parameters)
-    choices = {"compile": compile, "auto_remedy": auto_remedy}
+    choices = {"compile": compile, "auto_remedy": auto_remedy, "device": device}
     if continue_from:
         choices["continue_from"] = find_runs(continue_from, book.root.parent, book.root.name)[0]
     finished = book.train(experiment, **choices)
@@ -264,12 +275,7 @@ def audit(model, vocab_size, max_seq_len, arguments, loss, picture):
 
 @cli.command()
 @click.option("--device", default=None, help="cpu or cuda [default: cuda if there is one].")
-@click.option(
-    "--json",
-    "file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the numbers here.",
-)
+@click.option("--json", "file", type=Place(dir_okay=False), help="Write the numbers here.")
 @click.option(
     "--repeats", default=7, show_default=True, help="Rounds in which all take turns.",
     type=click.IntRange(1, 1000),
@@ -298,7 +304,7 @@ def bench(device, file, repeats, scaling):
 
 
 @cli.command()
-@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folders", nargs=-1, type=Place(exists=True, file_okay=False))
 @click.option("--pack", is_flag=True, help="First pack run folders and probes into a few files.")
 def report(folders, pack):
     """Write README.md and figures of results FOLDERS anew from their records [default: all].
@@ -339,6 +345,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's: as Ctrl-C
     try:
         cli()
-    except MusotaError as error:
-        click.echo(f"Error: {error}", err=True)
+    except (MusotaError, OSError) as error:
+        click.echo(f"Error: {sentence(error)}", err=True)
         sys.exit(1)

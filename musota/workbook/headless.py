@@ -59,6 +59,7 @@ def _execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> Non
             output,
             parameters,
             kernel_name="python3",
+            kernel_manager_class=_this_python(),
             cwd=os.getcwd(),
             progress_bar=False,
             log_output=False,
@@ -73,7 +74,24 @@ def _execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> Non
             f"{notebook.stem} stopped in cell {error.cell_index}: {error.ename}: {error.evalue}\n"
             f"The executed notebook is {output}. The same command goes on from here."
         ) from None
+    except (RuntimeError, TimeoutError) as error:
+        raise MusotaError(
+            f"{notebook.stem}: its kernel died or does not answer, perhaps for want of memory "
+            f"({error}). The same command goes on from here."
+        ) from None
     click.echo(f"{prefix} {notebook.stem} done in {time.perf_counter() - started:.0f} s")
+
+
+def _this_python():
+    """What starts a kernel of this very Python, whatever is installed here under that name."""
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class ThisPython(AsyncKernelManager):
+        kernel_spec = property(lambda _: KernelSpec(**get_kernel_dict()))
+
+    return ThisPython
 
 
 class _Relay:
@@ -97,7 +115,8 @@ def _tell_end(book, seconds: float) -> None:
     write_report(book.folder)
     evidence = read_evidence(book.folder)
     if evidence.runs:
-        columns = ["model", "seed", "parameters", "valid PPL", "valid word PPL", "valid accuracy"]
+        columns = ["model", "seed", "parameters", "valid PPL", "valid word PPL", "valid bits/byte"]
+        columns.append("valid accuracy")
         click.echo("\n" + comparison_table(evidence.runs)[columns].to_string(index=False) + "\n")
     for line in verdict_lines(evidence):
         click.echo(f"- {line}")

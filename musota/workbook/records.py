@@ -24,7 +24,7 @@ from pathlib import Path
 import pandas as pd
 
 from musota.errors import MusotaError
-from musota.files import as_path, jsonable, sha256, write_whole
+from musota.files import as_path, jsonable, sha256, write_together
 from musota.plan.config import Experiment
 from musota.training.runs import Run
 
@@ -147,14 +147,17 @@ def pack(folder: str | os.PathLike) -> list[Path]:
     contents = dict(zip(PACKED, written, strict=True))
     sums = "".join(f"{sha256(data)}  {name}\n" for name, data in contents.items())
     no_longer_needed = _probe_files(folder)
-    for name, data in {**contents, SUMS: sums.encode()}.items():
-        write_whole(folder / name, lambda target, data=data: target.write_bytes(data))
+    contents[SUMS] = sums.encode()
+    write_together(
+        {folder / name: lambda target, data=data: target.write_bytes(data)
+         for name, data in contents.items()}
+    )  # fmt: skip
     for path in no_longer_needed:
         path.unlink()
     for run in runs.values():
         if run.path.exists() and not (run.path / "checkpoints").exists():
             shutil.rmtree(run.path)
-    return [folder / name for name in contents]
+    return [folder / name for name in PACKED]
 
 
 def _parts(folder: Path) -> list[str]:

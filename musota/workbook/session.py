@@ -12,6 +12,7 @@ import pandas as pd
 
 from musota.data.corpus import Corpus, load_corpus
 from musota.errors import MusotaError, check_seed, nearest_name
+from musota.files import sentence
 from musota.plan.config import Experiment, check_changes
 from musota.plan.profiles import Profile, changed, find_profile, scaled, twin
 from musota.plan.registry import TUNED, find_experiment, registry, run_name
@@ -238,13 +239,13 @@ def _refuse_unknown_parameters() -> None:
 
 
 def _plain_errors() -> None:
-    """In a notebook, show a MusotaError as its sentence instead of a traceback."""
+    """In a notebook, show a MusotaError, or what the system refuses, without a traceback."""
     try:
         shell = get_ipython()
     except NameError:
         return
 
     def show(shell, kind, error, _, tb_offset=None):
-        shell._showtraceback(kind, error, [f"{kind.__name__}: {error}"])
+        shell._showtraceback(kind, error, [f"{kind.__name__}: {sentence(error)}"])
 
-    shell.set_custom_exc((MusotaError,), show)
+    shell.set_custom_exc((MusotaError, OSError), show)

@@ -25,6 +25,8 @@ from musota.workbook import figures, pictures
 from musota.workbook.answers import health_of
 from musota.workbook.evidence import Evidence
 
+MEANINGLESS = 1e12  # a perplexity over so many words, where a "word" is a paragraph
+
 
 class _Cells(Formatter):
     """Leaves empty what a row does not know, and shows "–" where a number has no meaning."""
@@ -35,7 +37,8 @@ class _Cells(Formatter):
     def format_field(self, value, spec):
         if isinstance(value, str) or not spec:
             return str(value)
-        return "–" if value is None or not math.isfinite(value) else format(value, spec)
+        known = value is not None and abs(value) < MEANINGLESS  # which NaN is not, either
+        return format(value, spec) if known else "–"
 
 
 def table(rows: Iterable[Mapping], columns: Mapping[str, str]) -> pd.DataFrame:
