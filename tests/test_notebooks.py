@@ -19,7 +19,7 @@ from musota.workbook.session import PARAMETERS
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [
     "01_data", "02_train_optimized", "03_train_baseline", "04_compare", "05_simplify",
-    "06_root_causes", "08_your_model",
+    "06_root_causes", "07_redesign", "08_your_model",
 ]  # fmt: skip
 
 
