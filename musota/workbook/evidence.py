@@ -92,10 +92,9 @@ class Evidence:
 
     @property
     def at_the_plans_size(self) -> bool:
-        """Whether these runs stand beside what the plan reported: its text, vocabulary, profile."""
-        corpus, model = (self.runs[0].config["corpus"], self.runs[0].experiment.model)
-        size = model.vocab_size, self.runs[0].config["profile"]
-        return plan.plan_does_not_apply(corpus["name"], *size) is None
+        """Whether these runs stand beside what the plan reported: its text and vocabulary."""
+        corpus, model = self.runs[0].config["corpus"], self.runs[0].experiment.model
+        return plan.plan_does_not_apply(corpus["name"], model.vocab_size, "full") is None
 
     @cached_property
     def rungs(self) -> dict[str, float]:

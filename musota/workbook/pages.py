@@ -186,13 +186,11 @@ def _answer(evidence: Evidence) -> list[str]:
     if not ours:
         return []
     name = best = min(ours, key=lambda name: tables.mean_ppl(groups[name]))
-    said = f"**The best MU-SOTA, {title_of(name)}, reaches valid PPL {_ppl(groups[name])}**"
-    first = groups[name][0]
-    if not first.finished:
-        done, planned = first.summary["epochs_done"], first.experiment.training.epochs
-        said += f" after {done} of {planned} epochs, unfinished"
+    said = f"**MU-SOTA reaches valid PPL {_ppl(groups[name])}**"
+    said += f"{_unfinished(groups[name][0])} ({title_of(name)})"
     if evidence.at_the_plans_size:
-        said += f" (reported by the plan: {REPORTED['ppl']:.0f} after {REPORTED['epochs']} epochs)"
+        told = f"Reported by the plan: PPL {REPORTED['ppl']:.0f} after {REPORTED['epochs']} epochs."
+        said = f"{told} Measured here: {said}"
     if paired := next((n for n in ("tuned", "optimized") if evidence.compare(n)), None):
         best, (finding, _) = paired, evidence.compare(paired)
         own, other = (_ppl([*evidence.seeds(n).values()]) for n in (best, evidence.twin_of(best)))
@@ -218,20 +216,29 @@ def _answer(evidence: Evidence) -> list[str]:
 
 def _of_redesign(evidence: Evidence, beside: str) -> list[str]:
     """How the best redesigned model stands beside MU-SOTA's; nothing where there is none."""
-    rows = [name for name in evidence.names if name.split(",")[0] == "redesigned"]
-    rows = [name for name in rows if evidence.seeds(name).keys() & evidence.seeds(beside).keys()]
+    groups = figures.by_name(evidence.runs)
+    seeds = {n: {run.seed: run.summary for run in group} for n, group in groups.items()}
+    rows = [name for name in groups if name.split(",")[0] == "redesigned"]
+    rows = [name for name in rows if seeds[name].keys() & seeds[beside].keys()]
     if not rows:
         return []
-    best = min(rows, key=lambda name: tables.mean_ppl([*evidence.seeds(name).values()]))
-    sides = [{s: run.summary for s, run in evidence.seeds(n).items()} for n in (best, beside)]
-    finding, text, seeds = verdicts.better_or_worse(*sides, "redesigned", "MU-SOTA")
+    best = min(rows, key=lambda name: tables.mean_ppl(groups[name]))
+    finding, text, over_seeds = verdicts.better_or_worse(
+        seeds[best], seeds[beside], "redesigned", "MU-SOTA"
+    )
     said = (
         f"**[The redesign](notebooks/07_redesign.ipynb), of the same size, reaches "
-        f"{_ppl([*evidence.seeds(best).values()])}**, {finding.conclusion}: {seeds or text}"
+        f"{_ppl(groups[best])}**{_unfinished(groups[best][0])}, {finding.conclusion}: "
+        f"{over_seeds or text}"
     )
     if looked := evidence.ablation_of(best):
         said += f"; without attention it loses {_without_attention(looked):.2f} nats"
     return [f"{said}."]
+
+
+def _unfinished(run: Run) -> str:
+    done, planned = run.summary["epochs_done"], run.experiment.training.epochs
+    return "" if run.finished else f" after {done} of {planned} epochs, unfinished"
 
 
 def _without_attention(looked: tuple[Run, dict]) -> float:

@@ -125,7 +125,7 @@ def read_probes(folder: str | os.PathLike) -> dict[str, dict]:
 def pack(folder: str | os.PathLike) -> list[Path]:
     """Write the packed files of a results folder and remove what they hold now: probes, and run
     folders without checkpoints. Nothing is removed before all is written. Returns the files."""
-    folder = as_path(folder)
+    folder = as_path(folder).resolve()
     runs = {}
     for part in _parts(folder):
         runs |= {r.path.relative_to(folder).as_posix(): r for r in read_runs(folder, part)[0]}

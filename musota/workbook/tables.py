@@ -176,7 +176,11 @@ def _of_seeds(evidence: Evidence, group: Sequence[Run]) -> dict:
     if compared := evidence.compared.get(name):
         difference = str(list(compared[1].values())[-1]).replace(" nats/token", "")
         against = f"{difference}, {compared[0].verdict}"
-    about = {"title": evidence.title(name), "seeds": len(group), "rate": rate, "against": against}
+    title = evidence.title(name)
+    if not group[0].finished:
+        planned = group[0].experiment.training.epochs
+        title += f" ({group[0].summary['epochs_done']} of {planned} epochs, unfinished)"
+    about = {"title": title, "seeds": len(group), "rate": rate, "against": against}
     means = {key: mean_ppl(group, key) for key in PPLS}
     means |= {key: _mean(group, key) for key in ("bits_per_byte", "accuracy")}
     return _of_run(group[0]) | about | means | {"interval": interval_of(group)}
@@ -207,7 +211,7 @@ def model_table(evidence: Evidence) -> pd.DataFrame:
 
 def front_table(evidence: Evidence, names: Iterable[str]) -> pd.DataFrame:
     """The rows of `names` that were trained, and what counting reaches, in four columns."""
-    groups = [list(evidence.seeds(name).values()) for name in names]
+    groups = [[run for run in evidence.runs if run.name == name] for name in names]
     wanted = ("rung: bigram", "rung: trigram")
     rungs = [rung for rung in _of_rungs(evidence) if rung["title"] in wanted]
     return table([_of_seeds(evidence, group) for group in groups if group] + rungs, FRONT)
