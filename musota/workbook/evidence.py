@@ -83,8 +83,8 @@ class Evidence:
     def footer(self) -> str:
         if not self.runs:
             return ""
-        corpus, profile = self.runs[0].config["corpus"], self.runs[0].config["profile"]
-        return footer(corpus["name"], corpus["vocabulary_in_use"], profile)
+        corpus, profile = self.runs[0].config["corpus"], _profile_of(self.runs)
+        return footer(corpus["name"], corpus["vocabulary_in_use"], profile and profile.name)
 
     @property
     def plan_does_not_apply(self) -> str | None:

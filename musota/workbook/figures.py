@@ -31,6 +31,7 @@ from musota.workbook.style import (
     new_figure,
     note,
     styles_of,
+    wrapped,
 )
 
 VERDICTS = {  # colour, marker, fill
@@ -73,7 +74,7 @@ def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> F
         mean = (sum(tables) / len(tables)).dropna()  # epochs that every seed has reached
         label = f"{title_of(name)}, mean of {len(group)} seeds"
         style = {"color": colour, "linestyle": line, "marker": marker}
-        style["label"] = label if len(group) > 1 else label_of(group[0])
+        style["label"] = wrapped(label if len(group) > 1 else label_of(group[0]), 60)
         for table in tables if len(group) > 1 else []:
             left.plot(table.index, shown(table[measured]), color=colour, linewidth=0.7, alpha=0.5)
             right.plot(100 * table.accuracy, color=colour, linewidth=0.7, alpha=0.5)
@@ -234,7 +235,7 @@ def answer(
 
 def _ending(group: Sequence[Run]) -> str:
     """A row's title; what was changed stands under it, and how far it is if it has not finished."""
-    title, first = title_of(group[0].name).replace(", ", "\n", 1), group[0]
+    title, first = wrapped(title_of(group[0].name)), group[0]
     if first.finished:
         return title
     done, planned = first.summary["epochs_done"], first.experiment.training.epochs
@@ -250,11 +251,12 @@ def _draw_ends(axis, ends: Mapping[str, Sequence[float]], styles: Sequence, rung
         axis.plot(mean, row, markersize=9, **style)
         note(axis, f"{mean:,.0f}", (mean, row), (0, 7), ha="center", fontsize=9)
     furthest = max(map(max, ends.values()))
-    for name, ppl in rungs.items():
+    for place, (name, ppl) in enumerate(sorted(rungs.items(), key=lambda rung: rung[1])):
         if ppl < 1.5 * furthest:
             axis.axvline(ppl, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)))
-            above = {"xycoords": ("data", "axes fraction"), "ha": "center", "color": "0.3"}
-            note(axis, f"{name} {ppl:,.0f}", (ppl, 1.01), **above)
+            above = {"xycoords": ("data", "axes fraction"), "color": "0.3"}
+            side = "left" if place else "right"  # they may be close
+            note(axis, f"{name} {ppl:,.0f}", (ppl, 1.01), ha=side, **above)
     axis.set_yticks(range(len(ends)), list(ends), fontsize=9)
     axis.set_ylim(len(ends) - 0.4, -0.6)
     axis.set_xlabel("best valid perplexity per token (less is better)")

@@ -30,6 +30,7 @@ from musota.workbook.style import (
     SHADES,
     draw_intervals,
     new_figure,
+    wrapped,
 )
 
 BENCH_NAMES = {"mu": "MU-SOTA", "dense": "dense"}
@@ -58,7 +59,9 @@ def ledgers(ledgers: Mapping[str, Mapping[str, int]]) -> Figure:
     for group, sizes in table.items():
         i = looks.index(group)
         look = {"color": SHADES[i % 8], "hatch": HATCHES[(i + i // 8) % 8], "edgecolor": "white"}
-        bars = axis.barh(table.index, sizes, left=left, label=group, linewidth=0.6, **look)
+        bars = axis.barh(
+            table.index.map(wrapped), sizes, left=left, label=group, linewidth=0.6, **look
+        )
         shares = (sizes / totals).map("{:.0%}".format).where(sizes > 0.07 * totals.max(), "")
         axis.bar_label(bars, shares, label_type="center", bbox=white)
         left = left + sizes

@@ -7,6 +7,7 @@ and hatches repeat the distinction for black-and-white prints.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -43,6 +44,11 @@ def styles_of(names: Iterable[str]) -> dict[str, tuple[str, str, str]]:
     free = [shade for shade in SHADES if shade not in used] or SHADES
     turns = {name: (free[i % len(free)], ":", "XP*dph<>"[i % 8]) for i, name in enumerate(unknown)}
     return styles | turns
+
+
+def wrapped(title: str, width: int = 36) -> str:
+    """A title on lines that leave room for the picture: the names of changed runs are long."""
+    return "\n".join(textwrap.wrap(title, width, break_long_words=False, break_on_hyphens=False))
 
 
 def note(axis, text: str, at: tuple, offset: tuple = (0, 0), **look) -> None:
