@@ -82,7 +82,7 @@ def random_floor(losses: Sequence[float], symbols: int) -> Finding:
         conclusion = f"{floor - mean:.3f} nats under what can be known: it is told what to predict"
         step = "look at the mask, the shift of the targets, and what the loss hands to the model"
         return Finding(rule, "under the floor", saw, band, conclusion, step)
-    return Finding(rule, "holds", saw, band, "it cannot foretell what is random")
+    return Finding(rule, "holds", saw, band, "it did not learn to foretell what is random")
 
 
 def which_shift(own: Sequence[float], plain: Sequence[Sequence[float]]) -> tuple[int | None, float]:

@@ -33,7 +33,8 @@ def helps_or_hurts(
     """
     title, rule = f"{name} against its dense twin", f"{DECIDED}, {rates}"
     words = ("helps", "the architecture helps"), ("hurts", "the architecture hurts")
-    return _paired(mu, dense, title, "MU-SOTA minus dense twin", words, rule)
+    one = name if "@" in name else "MU-SOTA"  # a model of the reader's own
+    return _paired(mu, dense, title, f"{one} minus dense twin", words, rule)
 
 
 def better_or_worse(

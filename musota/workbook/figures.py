@@ -123,7 +123,7 @@ def training_curve(run: Run) -> Figure:
 
 
 def difference(
-    intervals: Mapping[str, Interval], title: str, sides: str = "← MU-SOTA better · dense better →"
+    intervals: Mapping[str, Interval], title: str, sides: str = "← better than its twin · worse →"
 ) -> Figure:
     """Differences in loss with their 95 % intervals around 0; `sides` names left and right."""
     figure, axis = new_figure(8.5, 1.8 + 0.6 * len(intervals), grid="x")
