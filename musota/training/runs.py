@@ -11,7 +11,6 @@ best/, a checkpoint has its own in its name and all of metrics.jsonl inside. Not
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -21,13 +20,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
 from musota.errors import MusotaError
 from musota.files import (
+    acquire,
     as_path,
     jsonable,
     read_sealed,
@@ -40,7 +40,6 @@ from musota.models.base import CausalLM
 from musota.models.sharing import load_model
 from musota.plan.config import Experiment
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what network disks answer
 # What every record of a kind holds at least.
 RECORDED = {
     "step": {"step", "loss", "learning_rate", "grad_norm", "tokens", "seconds"},
@@ -196,25 +195,11 @@ class RunFolder:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._acquire_lock()
+            acquire(self.lock, self.path)
             if fresh:
                 self._clear()
         except OSError as error:
             raise self._unwritable(error) from None
-
-    def _acquire_lock(self) -> None:
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise MusotaError(
-                f"Another process is training in {self.path}: wait for it, or use another folder."
-            ) from None
-        except (OSError, NotImplementedError) as error:
-            if getattr(error, "errno", errno.ENOTSUP) not in NO_LOCKS:
-                raise
-            print(
-                f"The disk of {self.path} knows no locks: train in it once at a time.", flush=True
-            )
 
     def _clear(self) -> None:
         """Remove what a run writes, and nothing else."""
