@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from musota.errors import MusotaError
 
 SEAL = "sha256"
@@ -113,6 +115,20 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         error = system_error(error.filename, error, "choose another folder (save_to)")
     return str(error)
+
+
+def acquire(lock: FileLock, folder: Path) -> None:
+    """Raises MusotaError while another process holds the lock. Disks without locks are told."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise MusotaError(
+            f"Another process is training in {folder}: wait for it, or use another folder."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        print(f"The disk of {folder} knows no locks: train in it once at a time.", flush=True)
 
 
 def cache_folder() -> Path:

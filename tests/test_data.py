@@ -326,7 +326,7 @@ def test_paths_may_begin_with_a_tilde_and_there_may_be_no_home(tmp_path, monkeyp
 @pytest.mark.parametrize("text", ["ab cd  " * 3000, "abcd" * 5000, "字" * 5000, " " * 9000 + "x\n"])
 def test_endless_lines_and_words_come_in_bounded_pieces(text, monkeypatch, tmp_path):
     whole = text.rstrip() + "\n" * text.endswith("\n")
-    monkeypatch.setattr(sources, "PIECE", 500)
+    monkeypatch.setattr(sources, "LINE", 500)
     (tmp_path / "train.txt").write_text(text, "utf-8")
     pieces = list(sources._read_file(tmp_path / "train.txt"))
     assert "".join(pieces) == whole

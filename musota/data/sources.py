@@ -32,6 +32,7 @@ HUB_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 HUB_TIMEOUT = 5  # seconds
 DOCS_PACKAGES = ("numpy", "pandas", "matplotlib", "torch")
 PIECE = 2**20  # characters of text, or tokens, that are looked at together
+LINE = 2**16  # characters of a line that are looked at together
 RECIPE = "2"  # raise when the same text should give other tokens or another python-docs
 # Texts that are recognised wherever they lie (see `Corpus.text_hash`).
 KNOWN_TEXTS = {"wikitext-2": "5eaed3defaa96076"}
@@ -45,8 +46,8 @@ def content_hash(*parts: str) -> str:
     return digest.hexdigest()[:16]
 
 
-# A text is a function: it gives the text in pieces of about a megabyte that end at line ends, or,
-# within a line of more, between two words.
+# A text is a function: it gives the text in pieces of about a megabyte at most that end at line
+# ends, or, within a long line, between two words.
 Text = Callable[[], Iterator[str]]
 
 
@@ -119,7 +120,7 @@ def _read_file(path: Path, split: str | None = None) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             size = path.stat().st_size
-            most = min(PIECE, 1 + size // 1000) if split else PIECE
+            most = min(LINE, 1 + size // 1000) if split else LINE
             lines = iter(partial(file.readline, most), "")
             yield from _in_pieces(_share(lines, split, size) if split else lines)
     except UnicodeDecodeError:
@@ -147,7 +148,7 @@ def _in_pieces(lines: Iterable[str]) -> Iterator[str]:
         rest = "" if end else line[cut:]
         piece.append(text[:cut] + end)
         held += cut
-        if held >= PIECE:
+        if held >= PIECE or (not end and len(line) >= LINE):
             yield "".join(piece)
             piece, held = [], 0
     yield "".join(piece) + rest.rstrip()

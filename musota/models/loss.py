@@ -25,13 +25,18 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
     """Slices of tokens, each with its hidden states in `dtype` and its float32 logits.
 
-    The logits stand in a buffer that the next chunk overwrites; the caller may do so too.
+    The next chunk may overwrite the logits, and so may the caller.
     """
     size = CHUNK_TOKENS.get(hidden.device.type, 512)
-    buffer = hidden.new_empty(min(size, len(hidden)), len(weight), dtype=dtype)
+    # A GPU adds up in float32 anyway; rounded to bf16, the likeliest tokens would often be equal.
+    exact = hidden.is_cuda and dtype != torch.float32
+    buffer = None if exact else hidden.new_empty(min(size, len(hidden)), len(weight), dtype=dtype)
     for start in range(0, len(hidden), size):
         x = hidden[start : start + size].to(dtype)
-        logits = torch.mm(x, weight.T, out=buffer[: len(x)]).float()
+        if exact:
+            logits = torch.mm(x, weight.T, out_dtype=torch.float32)
+        else:
+            logits = torch.mm(x, weight.T, out=buffer[: len(x)]).float()
         if bias is not None:
             logits += bias
         yield slice(start, start + size), x, logits

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
 from musota.errors import MusotaError
 from musota.files import (
+    acquire,
     as_path,
     jsonable,
     read_sealed,
@@ -26,8 +26,6 @@ from musota.files import (
 )
 from musota.plan.config import Experiment
 from musota.training.runs import Run
-
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what network disks answer
 
 
 class RunFolder:
@@ -62,25 +60,11 @@ class RunFolder:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._acquire_lock()
+            acquire(self.lock, self.path)
             if fresh:
                 self._clear()
         except OSError as error:
             raise self._unwritable(error) from None
-
-    def _acquire_lock(self) -> None:
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise MusotaError(
-                f"Another process is training in {self.path}: wait for it, or use another folder."
-            ) from None
-        except (OSError, NotImplementedError) as error:
-            if getattr(error, "errno", errno.ENOTSUP) not in NO_LOCKS:
-                raise
-            print(
-                f"The disk of {self.path} knows no locks: train in it once at a time.", flush=True
-            )
 
     def _clear(self) -> None:
         """Remove what a run writes, and nothing else."""
