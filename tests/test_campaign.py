@@ -133,7 +133,7 @@ def test_its_report_answers_the_plans_questions(recorded):
     for figure in ("answer", "curves", "verdict_tuned", "ablations"):
         assert f"({figure}.png)" in text and (recorded / f"{figure}.png").exists()
     assert "Shown: 4 of 4 runs found." in text
-    assert "\nNAME is one of " in text and "NAME is `" not in text
+    assert "Train a row again, with NAME " in text and "NAME is `" not in text
     assert "train NAME --profile tiny --corpus FOLDER --seed SEED --save-to elsewhere" in text
 
 

@@ -83,8 +83,14 @@ class Evidence:
     def footer(self) -> str:
         if not self.runs:
             return ""
-        corpus, profile = self.runs[0].config["corpus"], _profile_of(self.runs)
-        return footer(corpus["name"], corpus["vocabulary_in_use"], profile and profile.name)
+        corpus = self.runs[0].config["corpus"]
+        return footer(corpus["name"], corpus["vocabulary_in_use"], self.profile)
+
+    @property
+    def profile(self) -> str | None:
+        """The profile these runs were made at, by name; None for runs from Python alone."""
+        found = _profile_of(self.runs)
+        return found and found.name
 
     @property
     def plan_does_not_apply(self) -> str | None:

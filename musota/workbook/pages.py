@@ -168,7 +168,7 @@ def write_front_page(path: str | os.PathLike, folders: Sequence[Path]) -> None:
     pages = []
     for evidence in filter(lambda found: found.runs, map(read_evidence, folders)):
         place = evidence.folder.resolve().relative_to(path.parent.resolve()).as_posix()
-        about = {"answer": _answer(evidence), "advice": _advice(evidence)}
+        about = dict(zip(("answer", "advice"), _answer(evidence), strict=True))
         rows = [name for name in figures.by_name(evidence.runs) if name not in BESIDE]
         table = tables.front_table(evidence, rows)
         pages.append({"evidence": evidence, "place": place, "table": table, **about})
@@ -179,12 +179,13 @@ def write_front_page(path: str | os.PathLike, folders: Sequence[Path]) -> None:
     _write(path, f"{before}{begin}\n\n{measured}\n{end}{after}")
 
 
-def _answer(evidence: Evidence) -> list[str]:
-    """At most four sentences: how MU-SOTA does, why, what the redesign brings, and the goal."""
+def _answer(evidence: Evidence) -> tuple[list[str], list[str]]:
+    """At most four sentences: how MU-SOTA does, why, what the redesign brings, and the goal; and
+    what to do next."""
     groups = figures.by_name(evidence.runs)
     ours = [n for n, g in groups.items() if isinstance(g[0].experiment.model, MuConfig)]
     if not ours:
-        return []
+        return [], []
     name = best = min(ours, key=lambda name: tables.mean_ppl(groups[name]))
     said = f"**MU-SOTA reaches valid PPL {_ppl(groups[name])}**"
     said += f"{_unfinished(groups[name][0])} ({title_of(name)})"
@@ -208,20 +209,23 @@ def _answer(evidence: Evidence) -> list[str]:
             f"{_without_attention(evidence.ablated):.3f} nats a token, so it is mostly a table of "
             "which token follows which."
         )
-    sentences += _of_redesign(evidence, best)
+    told, verdict = _of_redesign(evidence, best)
+    sentences += told
+    advice = ["Train the redesign: `python -m musota train redesigned`."] * (verdict == "better")
     if evidence.at_the_plans_size and (goal := evidence.goal(name)):
         sentences.append(f"The plan's goal (PPL under 200, under 100): {goal.conclusion}.")
-    return sentences
+    return sentences, advice + _advice(evidence)
 
 
-def _of_redesign(evidence: Evidence, beside: str) -> list[str]:
-    """How the best redesigned model stands beside MU-SOTA's; nothing where there is none."""
+def _of_redesign(evidence: Evidence, beside: str) -> tuple[list[str], str]:
+    """How the best redesigned model stands beside MU-SOTA's, and the verdict's word; nothing where
+    there is none."""
     groups = figures.by_name(evidence.runs)
     seeds = {n: {run.seed: run.summary for run in group} for n, group in groups.items()}
     rows = [name for name in groups if name.split(",")[0] == "redesigned"]
     rows = [name for name in rows if seeds[name].keys() & seeds[beside].keys()]
     if not rows:
-        return []
+        return [], ""
     best = min(rows, key=lambda name: tables.mean_ppl(groups[name]))
     finding, text, over_seeds = verdicts.better_or_worse(
         seeds[best], seeds[beside], "redesigned", "MU-SOTA"
@@ -233,7 +237,7 @@ def _of_redesign(evidence: Evidence, beside: str) -> list[str]:
     )
     if looked := evidence.ablation_of(best):
         said += f"; without attention it loses {_without_attention(looked):.2f} nats"
-    return [f"{said}."]
+    return [f"{said}."], finding.verdict
 
 
 def _unfinished(run: Run) -> str:
