@@ -17,13 +17,19 @@ class OwnModel(CausalLM):
 
     def __init__(self, config: OwnConfig):
         nn.Module.__init__(self)  # the embeddings of a CausalLM are not its own
-        self.config, self.compiled_body, self.tokenizer = config, None, None
+        self.config, self.compiled, self.tokenizer = config, None, None
         self.module = config.build()
         if not config.n_parameters:  # one that does not even run is told here, too
             raise MusotaError(f"{config.source} has no parameters, so nothing to train.")
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
-        return logits_of(self.module, input_ids)  # (B, T, V)
+        compiled = self.compiled if self.training else None
+        return (compiled or logits_of)(self.module, input_ids)  # (B, T, V)
+
+    def compile_layers(self, on: bool = True) -> None:
+        """The whole module, of whose parts nothing is known."""
+        torch.compiler.reset()
+        self.compiled = torch.compile(logits_of, dynamic=False, fullgraph=True) if on else None
 
     @property
     def device(self) -> torch.device:
