@@ -77,7 +77,9 @@ def test_it_trains_resumes_and_is_loaded_again(source, corpus, tmp_path, name):
     assert musota.Run(tmp_path / "whole").experiment == experiment
 
 
-def test_it_has_a_dense_twin_also_where_its_file_is_not_at_hand(source, corpus, tmp_path):
+def test_it_has_a_dense_twin_also_where_its_file_is_not_at_hand(
+    source, corpus, tmp_path, monkeypatch
+):
     experiment = Experiment(config(source), TRAINING)
     dense = twin(experiment)
     assert dense.model.n_layer == 2 and dense.model.dropout == 0.1 and dense.twin_of
@@ -85,13 +87,13 @@ def test_it_has_a_dense_twin_also_where_its_file_is_not_at_hand(source, corpus, 
     run = musota.train(dense, corpus, tmp_path / "twin")
     recorded = musota.Run(tmp_path / "twin").experiment
     assert run.finished and recorded == dense and recorded.twin_of == experiment.model
-    own._named.clear()
+    monkeypatch.setattr(own, "_named", {})
     assert twin(Experiment.from_dict(experiment.to_dict())) == dense  # its size is remembered
 
 
-def test_a_record_runs_no_code_until_its_file_is_named_again(source, corpus, tmp_path):
+def test_a_record_runs_no_code_until_its_file_is_named_again(source, corpus, tmp_path, monkeypatch):
     run = musota.train(Experiment(config(source), TRAINING), corpus, tmp_path / "run")
-    own._named.clear()
+    monkeypatch.setattr(own, "_named", {})
     with pytest.raises(MusotaError, match="name the file yourself first"):
         musota.Run(run.path).load_model()
     elsewhere = tmp_path / "elsewhere"
