@@ -23,7 +23,7 @@ from musota.rules.findings import Finding
 from musota.training.machine import prepare_memory
 
 SYMBOLS = 16  # of the vocabulary are drawn at random: so few that a leak is learned at once
-STEPS, STEP_ROWS, STEP_TOKENS, RATE = 150, 8, 16, 3e-3  # of training on them
+STEPS, STEP_ROWS, STEP_TOKENS, RATE = 250, 8, 16, 2e-3  # of training on them
 SHOWN = 24  # tokens of the picture
 ROUNDING = 1e-5  # of the largest logit: what a convolution by FFT spreads everywhere
 Loss = Callable[[nn.Module, Tensor], Tensor]
