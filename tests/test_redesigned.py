@@ -13,7 +13,7 @@ from musota.errors import MusotaError
 from musota.models.base import score
 from musota.plan.architectures import CHANGES
 from musota.plan.path import steps
-from musota.plan.profiles import scaled, twin
+from musota.plan.profiles import find_profile, scaled, twin
 from musota.plan.registry import find_experiment
 from musota.studies import names, path, probes
 from musota.workbook import figures, tables
@@ -296,7 +296,7 @@ def test_the_path_judges_each_row_at_its_best_rate_with_the_seeds_all_have(named
     runs += [run("optimized", 1e-2, seed, 5.4 + seed / 100) for seed in (1, 2)]
     runs += [run("one attention", 3e-3, seed, 5.3 + seed / 100) for seed in (0, 1, 2)]
     runs += [run("stream", 3e-3, seed, 5.295 + seed / 100) for seed in (0, 1, 2, 3)]
-    judged = path.judge(path.sort_out(runs, musota.plan.profiles.find_profile("study")))
+    judged = path.judge(path.sort_out(runs, find_profile("study")))
     assert list(judged) == ["optimized", "one attention", "stream"]
     assert judged["optimized"].rate == 1e-2 and judged["optimized"].tried == 2
     assert [r.seed for r in judged["stream"].runs] == [0, 1, 2]
@@ -304,6 +304,13 @@ def test_the_path_judges_each_row_at_its_best_rate_with_the_seeds_all_have(named
     assert judged["one attention"].verdict == "earns its place"
     assert judged["stream"].verdict == "does not"  # 0.005 nats
     assert judged["optimized"].effect is None
+    # A row that has one seed yet is shown, without an interval, and takes none from the others.
+    more = path.sort_out([*runs, run("norm before", 3e-3, 0, 5.2)], find_profile("study"))
+    judged = path.judge(more)
+    assert judged["norm before"].effect.mean == pytest.approx(-0.095)
+    assert math.isinf(judged["norm before"].effect.low) and judged["norm before"].verdict == ""
+    assert judged["one attention"].verdict == "earns its place"
+    judged.pop("norm before")
     table = tables.path_table(judged)
     assert list(table["best rate"]) == ["0.01 of 2", "0.003 of 1", "0.003 of 1"]
     assert figures.path(judged, {"bigram": 215.0}).axes

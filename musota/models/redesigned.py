@@ -107,7 +107,7 @@ class RedesignedLayer(Layer):
         if gate is None:
             return update
         if self.kept is not None:
-            gate = gate.index_fill(-1, torch.tensor(self.kept, device=gate.device), 0)
+            gate = gate * (torch.arange(self.n_block, device=gate.device) != self.kept)
         return (update.unflatten(-1, (self.n_block, -1)) * gate.unsqueeze(-1)).flatten(-2)
 
 

@@ -52,39 +52,45 @@ def check_field(field: dataclasses.Field, value) -> None:
         raise MusotaError(f"{name} must be {allowed}, not {value!r}.")
 
 
-def _check_model(config) -> None:
-    """Raises MusotaError for bad fields, heads that do not divide, or an absurd size."""
-    check_fields(config)
-    if config.d_model % config.n_head:
-        raise MusotaError(
-            f"n_head={config.n_head} does not divide d_model={config.d_model}: choose a divisor."
-        )
-    if config.n_parameters > LARGEST_MODEL:
-        raise MusotaError(
-            f"A model of {config.n_parameters:,} parameters (vocab_size={config.vocab_size:,}, "
-            f"n_layer={config.n_layer:,}) is beyond the {LARGEST_MODEL:,} allowed: choose smaller "
-            "sizes."
-        )
+@dataclass(frozen=True)
+class Sizes:
+    """What the models of this workbook share. A subclass says the rest, and what follows from it:
+    `d_model`, `n_head`, `n_parameters`, `flops_per_token`."""
+
+    vocab_size: int = 50_000
+    max_seq_len: int = 192
+    n_layer: int = 12
+
+    def __post_init__(self):
+        """Raises MusotaError for bad fields, heads that do not divide, or an absurd size."""
+        check_fields(self)
+        if self.d_model % self.n_head:
+            raise MusotaError(
+                f"n_head={self.n_head} does not divide d_model={self.d_model}: choose a divisor."
+            )
+        if self.n_parameters > LARGEST_MODEL:
+            raise MusotaError(
+                f"A model of {self.n_parameters:,} parameters (vocab_size={self.vocab_size:,}, "
+                f"n_layer={self.n_layer:,}) is beyond the {LARGEST_MODEL:,} allowed: choose "
+                "smaller sizes."
+            )
 
 
 @dataclass(frozen=True)
-class MuConfig:
+class MuConfig(Sizes):
     """MU-SOTA: each token a matrix of `matrix_size`² cells cut into `n_block` semantic blocks.
 
     `n_head` counts the heads of the attention across all blocks; inside a block there are two.
     Raises MusotaError for a layout that does not tile the matrix or heads that do not divide.
     """
 
-    vocab_size: int = 50_000
-    max_seq_len: int = 192
-    n_layer: int = 12
     n_head: int = 8
     dropout: float = 0.1
     matrix_size: int = 8
     n_block: int = 16
 
     def __post_init__(self):
-        _check_model(self)
+        super().__post_init__()
         for block in self.layout.blocks:
             if block.size % HEADS_PER_BLOCK:
                 raise MusotaError(
@@ -124,18 +130,12 @@ class MuConfig:
 
 
 @dataclass(frozen=True)
-class DenseConfig:
+class DenseConfig(Sizes):
     """The baseline: a GPT-2 style transformer. Raises MusotaError on bad values."""
 
-    vocab_size: int = 50_000
-    max_seq_len: int = 192
-    n_layer: int = 12
     n_head: int = 13
     dropout: float = 0.1
     d_model: int = 208
-
-    def __post_init__(self):
-        _check_model(self)
 
     @property
     def n_parameters(self) -> int:
@@ -168,16 +168,13 @@ CHANGES = (
 
 
 @dataclass(frozen=True)
-class RedesignedConfig:
+class RedesignedConfig(Sizes):
     """The redesign: each token `n_block` named blocks of `block_size` cells, one head a block.
 
     `without` names changes (of `CHANGES`, separated by commas) that are taken back. Raises
     MusotaError on bad values.
     """
 
-    vocab_size: int = 50_000
-    max_seq_len: int = 192
-    n_layer: int = 12
     n_block: int = 8
     block_size: int = 28
     d_ff: int = 700
@@ -188,7 +185,7 @@ class RedesignedConfig:
         for change in filter(None, self.without.split(",")):
             if change not in CHANGES:
                 raise nearest_name("change", change, CHANGES)
-        _check_model(self)
+        super().__post_init__()
         if self.has("names") and self.n_block not in NAMES:
             raise MusotaError(
                 f"{self.n_block} blocks have no names: use 8 or 16, or without='names'."

@@ -46,7 +46,8 @@ class TrainConfig:
 class Experiment:
     """A model and how to train it. Experiments are equal when both are, whatever they are called.
 
-    A dense model remembers whose twin it is, so that a profile can match its scaled twin anew.
+    A model that was matched to another (a dense twin, the redesign) remembers to which, so that a
+    profile or a change can match it anew.
     """
 
     model: ModelConfig

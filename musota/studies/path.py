@@ -86,21 +86,31 @@ class Judged:
 
 def judge(trained: Trained) -> dict[str, Judged]:
     """Every row that has been trained, in the order of the path. Effects are paired by the seeds
-    that all rows have; their interval pools the spread of all rows (see `pooled_contrast`)."""
+    that all rows with several have; their interval pools the spread of those rows (see
+    `pooled_contrast`). A row that has not all of them yet gets no interval."""
     rows, best = steps(), {name: best_rate(by_rate) for name, by_rate in trained.items()}
     runs = {name: trained[name][rate] for name, rate in best.items()}
-    common = set.intersection(*map(set, runs.values())) if runs else set()
-    losses = {name: {seed: _loss(runs[name][seed]) for seed in common} for name in runs}
+    several = [set(by_seed) for by_seed in runs.values() if len(by_seed) > 1]
+    common = set.intersection(*several or map(set, runs.values())) if runs else set()
+    whole = {
+        name: {seed: _loss(by_seed[seed]) for seed in common}
+        for name, by_seed in runs.items()
+        if common <= by_seed.keys()
+    }
     judged = {}
     for name in runs:
         step, effect, verdict = rows[name], None, ""
-        if step.before in runs:
-            effect = pooled_contrast(losses, {step.before: -1, name: 1})
+        if {name, step.before} <= whole.keys():
+            effect = pooled_contrast(whole, {step.before: -1, name: 1})
+        elif paired := runs[name].keys() & runs.get(step.before, {}).keys():
+            gains = [_loss(runs[name][seed]) - _loss(runs[step.before][seed]) for seed in paired]
+            effect = Interval(sum(gains) / len(gains))
+        if effect:
             gain = -1 if step.made else 1  # of a change made, or one taken back
             side = effect.beyond(gain * EARNED) * gain
             if not math.isinf(effect.low):
                 verdict = {1: "earns its place", 0: "undecided", -1: "does not"}[side]
-        seeds = tuple(runs[name][seed] for seed in sorted(common))
+        seeds = tuple(runs[name][seed] for seed in sorted(common & runs[name].keys()))
         judged[name] = Judged(step, best[name], len(trained[name]), seeds, effect, verdict)
     return judged
 
