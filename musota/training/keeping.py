@@ -13,7 +13,7 @@ from musota.files import sha256, write_sealed
 from musota.models.base import weights_sha256
 from musota.models.sharing import save_model
 from musota.training.evaluate import blocks_of, health_of, metrics_of, samples_of, score_in_memory
-from musota.training.machine import about_machine, peak_memory
+from musota.training.machine import about_machine, autocast_on, peak_memory
 from musota.training.optimizer import load_state_tensors, state_tensors
 from musota.training.runs import Run
 
@@ -29,7 +29,7 @@ def end_epoch(trainer) -> None:
     if not trainer.folder.writes:
         return
     corpus, epoch = trainer.corpus, trainer.step // trainer.steps_per_epoch
-    with trainer.accelerator.autocast():
+    with autocast_on(trainer.device):
         nats, hits = score_in_memory(trainer.model, corpus.valid, trainer.tell)
         samples = samples_of(trainer.model, corpus)
         health = health_of(trainer.model, corpus, trainer.tell)
@@ -122,7 +122,7 @@ def finish(trainer) -> None:
         return
     final_weights, seconds = weights_sha256(trainer.model), trainer.seconds
     best = Run(folder.path).load_model().to(trainer.device)
-    with trainer.accelerator.autocast(), torch.no_grad():
+    with autocast_on(trainer.device), torch.no_grad():
         scored = score_in_memory(best, corpus.test, trainer.tell)
     measured = metrics_of(*scored, corpus.words["test"], corpus.bytes["test"])
     trainer.summary |= {f"test_{key}": value for key, value in measured.items()}

@@ -40,16 +40,22 @@ def find_device(name: str | None = None) -> torch.device:
     return torch.device(name or known[0])
 
 
-def make_accelerator(device: str | None = None) -> Accelerator:
-    """accelerate's, on a device by name or the best one. Whatever its environment variables could
-    change in the mathematics is said explicitly (a number of steps alone they overrule)."""
+def make_accelerator(device: str | None = None, precision: str | None = None) -> Accelerator:
+    """accelerate's, on a device by name or the best one, in a precision by its name or in what
+    pays there. Whatever its environment variables could change in the mathematics is said
+    explicitly (a number of steps alone they overrule)."""
     if device is None and parse_flag_from_env("ACCELERATE_USE_CPU"):
         device = "cpu"
     chosen = find_device(device)
-    if PartialState._shared_state and PartialState().device.type != chosen.type:
+    precision = precision or PRECISIONS[dtype_of(chosen)]
+    if precision not in PRECISIONS.values() or (precision == "fp16" and chosen.type == "cpu"):
+        raise MusotaError(f"There is no precision {precision!r} on {chosen.type}: no, bf16 or fp16.")
+    other_device = PartialState._shared_state and PartialState().device.type != chosen.type
+    before = AcceleratorState._shared_state and AcceleratorState().mixed_precision
+    if other_device or (before and before != precision):
         AcceleratorState._reset_state(reset_partial_state=True)  # which keeps the first choice
     return Accelerator(
-        cpu=chosen.type == "cpu", mixed_precision=PRECISIONS[dtype_of(chosen)],
+        cpu=chosen.type == "cpu", mixed_precision=precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), dynamo_backend="no",
     )  # fmt: skip
 
@@ -63,7 +69,7 @@ def dtype_of(device: torch.device) -> torch.dtype:
 
 
 def autocast_on(device: torch.device) -> torch.autocast:
-    """Where a model is only looked at: computes as training does on that device."""
+    """Where a model is only looked at: in what pays on a GPU, exactly on a CPU."""
     dtype = dtype_of(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 

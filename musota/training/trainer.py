@@ -57,6 +57,7 @@ def train(
     auto_remedy: bool = False,
     continue_from: Run | str | os.PathLike | None = None,
     device: str | None = None,
+    precision: str | None = None,
     watch: Callable[[Run], None] | None = None,
     copy: Callable[[], None] | None = None,
 ) -> Run:
@@ -67,9 +68,12 @@ def train(
     recorded for people and decide nothing. `micro_batch` sequences are computed at a time (a choice
     of speed and memory; at dropout 0 it changes nothing else), and `compile` passes the model's
     layers through torch.compile: both are chosen for the device (cpu, cuda or mps, by default the
-    best one here) unless given, and kept when a run goes on. Ctrl-C or SIGTERM ends after the step
-    at hand, saves it and returns what has been measured; `stop_at` ends a run in the same way after
-    that share of its steps. `continue_from` (a run or its folder) gives the weights to start from:
+    best one here) unless given, and kept when a run goes on. `precision` (no, bf16 or fp16, as
+    accelerate names them) is what maps are multiplied in while training, by default what pays on
+    the device. A CPU with instructions for bf16 trains a large vocabulary nearly twice as fast in
+    it, and still scores in float32. Ctrl-C or SIGTERM ends after the step at hand, saves it and
+    returns what has been measured; `stop_at` ends a run in the same way after that share of its
+    steps. `continue_from` (a run or its folder) gives the weights to start from:
     another run's best, with a fresh schedule; their hash is part of what the run is
     (`started_from`). `watch` is called with the run at first and whenever something new was
     recorded, `copy` with nothing every ten minutes and at the end, whichever way that comes; an
@@ -91,6 +95,7 @@ def train(
     if auto_remedy and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise MusotaError("auto_remedy works in one process only: leave it out here.")
     about = {"name": name, "profile": profile, "auto_remedy": auto_remedy, "device": device}
+    about["precision"] = precision
     about["choices"] = {"micro_batch": micro_batch, "compile": compile}
     if continue_from:
         experiment, about["start"] = started_from(continue_from, experiment, corpus)
@@ -138,6 +143,7 @@ class Trainer:
     def __init__(
         self, experiment, corpus, run_dir, resume=True, seed=0, name="run", profile=None,
         choices=(), auto_remedy=False, instead_of=None, start=None, device=None,
+        precision=None,
     ):  # fmt: skip
         self.experiment, self.corpus, self.seed = experiment, corpus, seed
         self.training, self.length = experiment.training, experiment.model.max_seq_len
@@ -146,7 +152,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(self.windows / self.training.sequences_per_step)
         self.total_steps = self.training.epochs * self.steps_per_epoch
         self.log_interval = max(1, self.total_steps // LOG_LINES)
-        self.accelerator = make_accelerator(device)
+        self.accelerator = make_accelerator(device, precision)
         self.device = self.accelerator.device
         identity = _described(experiment, corpus, seed, name, profile, instead_of)
         self.folder = RunFolder(run_dir, identity, self.accelerator.is_main_process)

@@ -129,7 +129,11 @@ def run(only, parameters, **values):
 )
 @click.option("--auto-remedy", is_flag=True, help="Let the plan's remedies apply themselves.")
 @click.option("--device", default=None, help="cpu, cuda or mps [default: the best one here].")
-def train(experiment, compile, auto_remedy, continue_from, device, **parameters):
+@click.option(
+    "--precision", type=click.Choice(["no", "bf16", "fp16"]),
+    help="Of training [default: what pays on the device]. bf16 suits a CPU that has it, too.",
+)  # fmt: skip
+def train(experiment, compile, auto_remedy, continue_from, device, precision, **parameters):
     from musota.workbook.compare import find_runs
     from musota.workbook.session import Workbook
 
@@ -139,6 +143,7 @@ def train(experiment, compile, auto_remedy, continue_from, device, **parameters)
         find_experiment(experiment)  # a wrong name is answered before the corpus is read
     book = Workbook(**parameters)
     choices = {"compile": compile, "auto_remedy": auto_remedy, "device": device}
+    choices["precision"] = precision
     if continue_from:
         choices["continue_from"] = find_runs(continue_from, book.root.parent, book.root.name)[0]
     finished = book.train(experiment, **choices)
