@@ -49,7 +49,7 @@ def make_accelerator(device: str | None = None, precision: str | None = None) ->
     chosen = find_device(device)
     precision = precision or PRECISIONS[dtype_of(chosen)]
     if precision not in PRECISIONS.values() or (precision == "fp16" and chosen.type == "cpu"):
-        raise MusotaError(f"There is no precision {precision!r} on {chosen.type}: no, bf16 or fp16.")
+        raise MusotaError(f"No precision {precision!r} on {chosen.type}: take no, bf16 or fp16.")
     other_device = PartialState._shared_state and PartialState().device.type != chosen.type
     before = AcceleratorState._shared_state and AcceleratorState().mixed_precision
     if other_device or (before and before != precision):
