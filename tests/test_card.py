@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from musota.models import attention, base, loss
 from musota.models.base import score
 from musota.plan.profiles import find_profile
 from musota.studies import probes
-from musota.training import machine, remedies
+from musota.training import keeping, machine, remedies, trainer
 
 TOKENS = 3000
 
@@ -84,11 +86,14 @@ def test_scoring_generation_and_health(name, card):
     _look(name, card)
 
 
-def test_every_part_of_mu_sota_can_be_disabled(card):
-    model = _model("optimized", card[0])
+@pytest.mark.parametrize(("name", "parts"), [("optimized", 6 + 16), ("simplified", 6 + 8),
+                                             ("redesigned", 4 + 8)])  # fmt: skip
+def test_every_part_can_be_disabled(name, parts, card):
+    model = _model(name, card[0])
     tokens = torch.zeros(64 * 192 + 1, dtype=torch.int32)
-    probes.look_inside(model, tokens[:7])
-    assert len(probes.ablations(model, tokens)) == 6 + 16
+    if name != "redesigned":
+        probes.look_inside(model, tokens[:7])
+    assert len(probes.ablations(model, tokens)) == parts
 
 
 # --- what is planted is seen ---
@@ -127,6 +132,74 @@ def test_an_index_left_on_the_cpu_is_seen(plant, see, card, monkeypatch):
 
 
 # --- what a GPU needs besides ---
+
+
+def test_ablations_are_measured_on_the_card_as_it_computes(card, monkeypatch):
+    device, half = card
+    seen = []
+    monkeypatch.setattr(probes, "find_device", lambda: device)
+    monkeypatch.setattr(probes, "ablations", lambda model, _: seen.append(
+        (model.device, torch.is_autocast_enabled(device.type))) or {"none": torch.zeros(9)}
+    )  # fmt: skip
+    run = SimpleNamespace(load_model=lambda device: SimpleNamespace(device=device))
+    probes.measure_ablations(run, SimpleNamespace(valid=None))
+    assert seen == [(device, half is not None)]
+
+
+def test_a_run_on_a_card_leaves_cudnns_attention_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        machine.prepare_memory(torch.device("cuda"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
+def test_a_process_that_does_not_write_checkpoints_waits_as_long_for_the_next():
+    reader = SimpleNamespace(folder=SimpleNamespace(writes=False), saved_at=-1e9, best_unsaved=None,
+                             accelerator=SimpleNamespace(scaler=None))  # fmt: skip
+    keeping.checkpoint(reader)
+    assert reader.saved_at > 0
+
+
+def test_the_trainer_of_too_long_sequences_is_gone_before_the_next_is_built(
+    corpus, tmp_path, monkeypatch
+):
+    built = []
+
+    class Big(trainer.Trainer):
+        def __init__(self, experiment, *_, **__):
+            assert not any(earlier() for earlier in built)
+            built.append(weakref.ref(self))
+            self.length = experiment.model.max_seq_len
+
+        def run(self, *_):
+            if self.length > remedies.SHORTER:
+                raise remedies.TooLong
+            return self.length
+
+    monkeypatch.setattr(trainer, "Trainer", Big)
+    experiment = musota.experiments["optimized"]
+    assert trainer.train(experiment, corpus, tmp_path / "run", auto_remedy=True) == 160
+    assert len(built) == 2
+
+
+def test_entropy_keeps_no_weights_for_the_way_back():
+    q, k, v = torch.randn(3, 4, 32, 8).unbind()
+    q.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
+        y, spread = attention.attend_with_library(q, k, v, True)
+    assert kept and max(kept) < 4 * 32 * 32
+    (y.sum() + spread.sum()).backward()
+    expected = torch.autograd.grad(
+        sum(part.sum() for part in attention.causal_attention(q, k, v, True)), q
+    )[0]
+    torch.testing.assert_close(q.grad, expected)
 
 
 @pytest.mark.parametrize("name", CARDS)

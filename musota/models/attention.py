@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 TILE_ROWS = 96  # queries of a tile
 TILE_SIZE = 2**19  # weights of a tile, of several heads: 2 MB
@@ -30,14 +31,18 @@ def causal_attention(
 
 def attend_with_library(q: Tensor, k: Tensor, v: Tensor, with_entropy: bool):
     """`causal_attention` as a GPU does it: torch's fused kernel, or all weights for the entropy."""
-    if with_entropy:
-        future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
-        weights = (q @ k.mT).float().masked_fill(future, float("-inf")).softmax(-1)  # (G, T, T)
-        return weights.to(v.dtype) @ v, entropy(weights)
+    if with_entropy:  # its weights are made again backwards: kept, they were half of all memory
+        return checkpoint(_attend_and_look, q, k, v, use_reentrant=False, preserve_rng_state=False)
     if len(q) > MOST_HEADS:
         some = zip(*(x.split(MOST_HEADS) for x in (q, k, v)), strict=True)
         return torch.cat([attend_with_library(*part, False)[0] for part in some]), None
     return library_attention(q[None], k[None], v[None])[0], None
+
+
+def _attend_and_look(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
+    weights = (q @ k.mT).float().masked_fill(future, float("-inf")).softmax(-1)  # (G, T, T)
+    return weights.to(v.dtype) @ v, entropy(weights)
 
 
 def library_attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:

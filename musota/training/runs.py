@@ -158,7 +158,8 @@ class Run:
 def steps_table(records: list[dict]) -> pd.DataFrame:
     """One row a logged step of the records of a metrics.jsonl."""
     rows = [record for record in records if record["kind"] == "step"]
-    return pd.DataFrame(rows).drop(columns="kind", errors="ignore")
+    table = pd.DataFrame(rows).drop(columns="kind", errors="ignore")
+    return table.astype(float).astype({"step": int, "tokens": int}) if rows else table
 
 
 def read_metrics(data: bytes, path: Path) -> list[dict]:

@@ -110,7 +110,7 @@ def answers(evidence: Evidence, short: bool = False) -> dict[str, list[str]]:
 def health_of(run: Run) -> list[Finding]:
     """The health statistics of a run as findings; empty where none were kept."""
     model, training, steps = run.experiment.model, run.experiment.training, run.steps
-    norms = steps.grad_norm[steps.step > training.warmup_steps]
+    norms = steps.grad_norm[steps.step > training.warmup_steps].dropna()  # fp16 skips steps
     sizes = training.grad_clip, getattr(model, "d_model", 0), model.max_seq_len
     slow = warmup_of(run) if run.health else None
     return curves.health(run.health, norms, *sizes, not slow or slow.verdict != "never ends")
