@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.signal import find_peaks
 
 from musota.rules.findings import Finding
-from musota.rules.stats import Interval, paired_bootstrap, weights_per_doubling
+from musota.rules.stats import paired_bootstrap, weights_per_doubling
 
 PLATEAU_GAIN, PLATEAU_EPOCHS = 0.01, 3
 STRETCHES, SWING_NATS, SWINGS = 25, 0.05, 3
@@ -21,19 +21,17 @@ LOWER_RATE = "halve the learning rate (the plan, coming from 1e-4: 5e-5)"
 def plateau(
     history: pd.DataFrame,
     planned_epochs: int,
-    block_nats: Sequence[Sequence[float]] | None = None,
-    block_tokens: Sequence[int] | None = None,
+    block_nats: Sequence[Sequence[float]],
+    block_tokens: Sequence[int],
     window: int = PLATEAU_EPOCHS,
     least_gain: float = PLATEAU_GAIN,
 ) -> Finding:
     """Has validation stopped improving, and since which epoch?
 
     The rule: the best valid PPL improved by less than `least_gain` over the last `window` epochs
-    (the plan's rule: 1 % over three). Given total nats by epoch and block of text and the blocks'
-    tokens, the slope of the valid loss per doubling of training tokens over the same epochs is
-    bootstrapped over blocks, and the plateau holds only if its interval does not lie below 0.
-
-    `history` needs the columns epoch, tokens, ppl and valid_loss, one row an epoch.
+    (the plan's rule: 1 % over three), and the slope of the valid loss per doubling of training
+    tokens over the same epochs, bootstrapped over blocks of text (total nats by epoch and block,
+    tokens by block), has no interval below 0. `history` as `Run.history`.
     """
     best = history.ppl.cummin().to_numpy()
     span = f"{window} epoch{'s' if window > 1 else ''}"
@@ -44,10 +42,8 @@ def plateau(
     gain = 1 - best[-1] / best[-1 - window]
     recent = history.tail(window + 1)
     weights = weights_per_doubling(recent.tokens.to_numpy(float))
-    slope = Interval(float(weights @ recent.valid_loss.to_numpy(float)))
-    if block_nats is not None:
-        per_block = weights @ np.array(block_nats[-len(recent) :], float)
-        slope = paired_bootstrap(per_block, np.zeros_like(per_block), block_tokens)
+    per_block = weights @ np.array(block_nats[-len(recent) :], float)
+    slope = paired_bootstrap(per_block, np.zeros_like(per_block), block_tokens)
     saw = (
         f"best valid PPL {best[-1 - window]:.1f} → {best[-1]:.1f}, {gain:.1%} lower over "
         f"{span}; valid loss per doubling of tokens {slope}"

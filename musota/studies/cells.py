@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,22 @@ from musota.plan.profiles import Profile, changed, scaled
 from musota.plan.suspects import Cell
 from musota.training.runs import Run
 from musota.training.trainer import Diverged, train
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run to train."""
+
+    cell: str
+    name: str  # the cell's, with what was changed in it
+    seed: int
+    experiment: Experiment
+    share: float
+    path: Path
+    profile: str
+    fresh: bool
+    keep: bool
+    quiet: bool
 
 
 def run_cells(
@@ -56,23 +72,23 @@ def run_cells(
     }
     if workers is None and torch.cuda.is_available():
         workers = 1
-    recorded = {} if fresh else {r.identity: r for r in known if r.finished or r.diverged}
+    recorded = {} if fresh else {run.identity: run for run in known if run.ended}
     runs, left = {name: {} for name in cells}, []
     for seed in seeds:
         for name, cell in cells.items():
             own = scaled(cell.experiment, profile)
             experiment = changed(own, changes)
             label = ",".join([name, *experiment.differences(own)])
-            job = _Job(
-                experiment, cell.share, Path(folder) / f"{label}-seed{seed}", seed, name, label,
-                profile.name, fresh, keep=name in keep, quiet=quiet or workers != 1,
-            )  # fmt: skip
-            identity = job.experiment, parts[cell.share].fingerprint, seed
-            run = recorded.get(identity) or job.recorded
-            if run and run.identity == identity:
+            path = Path(folder) / f"{label}-seed{seed}"
+            identity = experiment, parts[cell.share].fingerprint, seed
+            run = recorded.get(identity)
+            if not run and not fresh and (path / "config.json").exists():
+                run = Run(path)
+            if run and run.identity == identity and run.ended:
                 runs[name][seed] = run
-            else:
-                left.append(job)
+                continue
+            how = fresh, name in keep, quiet or workers != 1
+            left.append(_Job(name, label, seed, experiment, cell.share, path, profile.name, *how))
     total = len(cells) * len(seeds)
     if len(left) < total:
         print(f"{total - len(left)} of {total} runs are here already.")
@@ -86,37 +102,12 @@ def run_cells(
     for done, (job, run) in enumerate(_each(left, parts, workers), start=1):
         runs[job.cell][job.seed] = run
         minutes = (time.perf_counter() - started) / done * (len(left) - done) / 60
-        said = "diverged"
-        if run.finished:
-            rate = f"{run.summary['tokens_per_second']:,.0f} tokens/s"
-            said = f"valid PPL {run.summary['ppl']:,.1f}, {rate}"
+        said = f"valid PPL {run.summary['ppl']:,.1f}" if run.finished else "diverged"
         count = f"[{total - len(left) + done}/{total}]"
         print(f"{count} {job.name}, seed {job.seed}: {said}, {minutes:.1f} min left", flush=True)
         if each:
             each()
     return {name: dict(sorted(by_seed.items())) for name, by_seed in runs.items()}
-
-
-@dataclass(frozen=True)
-class _Job:
-    experiment: Experiment
-    share: float
-    path: Path
-    seed: int
-    cell: str
-    name: str  # the cell's, with what was changed in it
-    profile: str
-    fresh: bool
-    keep: bool
-    quiet: bool
-
-    @property
-    def recorded(self) -> Run | None:
-        """The run in the job's folder, if it has ended one way or the other."""
-        if self.fresh or not (self.path / "config.json").exists():
-            return None
-        run = Run(self.path)
-        return run if run.finished or run.diverged else None
 
 
 _parts: dict[float, Corpus] = {}  # of this process: sent once, not with every job
@@ -130,20 +121,16 @@ def _take_parts(parts: Mapping[float, Corpus], threads: int | None = None) -> No
 
 
 def _run_job(job: _Job) -> Run:
-    with _silence() if job.quiet else nullcontext(), suppress(Diverged):
-        train(
-            job.experiment, _parts[job.share], job.path, not job.fresh, job.seed,
-            name=job.name, profile=job.profile,
-        )  # fmt: skip
+    with ExitStack() as silence:
+        if job.quiet:
+            silence.enter_context(redirect_stdout(io.StringIO()))
+            silence.enter_context(redirect_stderr(io.StringIO()))
+        silence.enter_context(suppress(Diverged))
+        where = _parts[job.share], job.path, not job.fresh, job.seed
+        train(job.experiment, *where, name=job.name, profile=job.profile)
     if not job.keep:
         shutil.rmtree(job.path / "checkpoints", ignore_errors=True)
     return Run(job.path)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield
 
 
 def _each(jobs: list[_Job], parts, workers: int) -> Iterator[tuple[_Job, Run]]:
