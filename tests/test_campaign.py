@@ -31,17 +31,16 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_a_sweep_trains_at_the_rates_it_names(profile):
     profile = profiles[profile]
     cells = campaign.sweep("optimized", profile)
-    assert len(cells) == 6
+    assert (len(cells), min(campaign.FIRST_RATES), max(campaign.FIRST_RATES)) == (6, 1e-4, 3e-2)
+    whole = find_experiment("optimized").training
     for rate, (name, cell) in zip(campaign.FIRST_RATES, cells.items(), strict=True):
         training = musota.scaled(cell.experiment, profile).training
         assert name == f"optimized_rate_{rate:g}"
         assert training.learning_rate == pytest.approx(rate, rel=1e-12)
-    assert campaign.FIRST_RATES[0] == 1e-4 and campaign.FIRST_RATES[-1] == 3e-2
-    # Five of the plan's thirty epochs, with the plan's share of warm-up.
-    whole, short = find_experiment("optimized").training, cells["optimized_rate_0.001"].experiment
-    assert short.training.epochs == 5
-    shares = [t.warmup_steps / t.epochs for t in (whole, short.training)]
-    assert shares[0] == pytest.approx(shares[1], rel=0.01)
+        # Five of the plan's thirty epochs, with the plan's share of warm-up.
+        short = cell.experiment.training
+        share = whole.warmup_steps / whole.epochs
+        assert short.epochs == 5 and short.warmup_steps / 5 == pytest.approx(share, rel=0.01)
 
 
 def _sweep_with(monkeypatch, tmp_path, best):
@@ -65,15 +64,12 @@ def _sweep_with(monkeypatch, tmp_path, best):
     return {model: sorted(rates) for model, rates in tried.items()}
 
 
-def test_a_bracketed_best_ends_the_sweep(monkeypatch, tmp_path):
-    tried = _sweep_with(monkeypatch, tmp_path, {"optimized": 1e-2, "baseline": 1e-3})
-    assert tried == {name: list(campaign.FIRST_RATES) for name in ("optimized", "baseline")}
-
-
 def test_a_best_at_an_edge_widens_the_sweep_for_both_alike(monkeypatch, tmp_path):
+    tried = _sweep_with(monkeypatch, tmp_path, {"optimized": 1e-2, "baseline": 1e-3})
+    assert tried["optimized"] == tried["baseline"] == [*campaign.FIRST_RATES]
     tried = _sweep_with(monkeypatch, tmp_path, {"optimized": 1e-1, "baseline": 3e-5})
     wider = [1e-5, 3e-5, *campaign.FIRST_RATES, 1e-1, 3e-1]
-    assert tried == dict.fromkeys(("optimized", "baseline"), wider)
+    assert tried["optimized"] == tried["baseline"] == wider
 
 
 def test_without_a_sweep_nothing_is_tuned():

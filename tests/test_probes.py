@@ -1,9 +1,11 @@
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import EXPERIMENT, each_step
 
 import musota
 from musota.errors import MusotaError
@@ -15,7 +17,7 @@ from musota.studies import grid as grid_room
 from musota.studies import probes
 from musota.studies.cells import run_cells
 from musota.training import evaluate as evaluate_room
-from musota.training import schedule, trainer
+from musota.training import schedule
 
 MODEL = musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=2)
 
@@ -32,11 +34,6 @@ def model():
 @pytest.fixture(scope="module")
 def tokens():
     return torch.randint(512, (600,), generator=torch.Generator().manual_seed(1)).int()
-
-
-@pytest.fixture(scope="module")
-def short(corpus):
-    return corpus.limited(Profile("short", 512, 4000, 1200))
 
 
 # --- looking inside ---
@@ -82,8 +79,8 @@ def test_ablations_equal_models_changed_by_hand(model, tokens):
 
     def no_cross(copy):
         for layer in copy.layers:
-            layer.cross_attention.out.weight.data.zero_()
-            layer.cross_attention.out.bias.data.zero_()
+            for parameter in layer.cross_attention.out.parameters():
+                parameter.data.zero_()
 
     torch.testing.assert_close(nats["cross attention"], changed(no_cross))
     no_tables = changed(lambda copy: copy.affinity.weight.data.zero_())
@@ -98,33 +95,36 @@ def test_ablations_equal_models_changed_by_hand(model, tokens):
     torch.testing.assert_close(nats["none"], score(model, tokens)[0])  # and leaves nothing behind
 
 
+@contextmanager
+def _without(part, model, tokens):
+    hooks = probes._disabled_parts(model, tokens)[part]()
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
 def test_without_block_attention_a_token_sees_itself_alone_inside_its_blocks(model, tokens):
     attention = model.layers[0].block_attention[0]
     x = torch.randn(2, 5, 64)
-    hooks = probes._disabled_parts(model, tokens)["block attention"]()
-    alone = attention(x)
-    for hook in hooks:
-        hook.remove()
+    with _without("block attention", model, tokens):
+        alone = attention(x)
     one_by_one = torch.stack([attention(x[:, t : t + 1])[:, 0] for t in range(5)], 1)
     torch.testing.assert_close(alone, one_by_one)
     assert not torch.allclose(alone[:, 1:], attention(x)[:, 1:])
 
 
 def test_a_fixed_gate_is_the_mean_over_all_tokens(model, tokens):
-    seen = []
-    hooks = probes._disabled_parts(model, tokens)["gate"]()
-    hooks.append(model.layers[1].gate.register_forward_hook(lambda _, __, out: seen.append(out)))
-    score(model, tokens)
-    for hook in hooks:
+    def gates():
+        seen = []
+        hook = model.layers[1].gate.register_forward_hook(lambda _, __, out: seen.append(out))
+        score(model, tokens)
         hook.remove()
-    fixed = seen[0][0, 0]
-    assert all((out == fixed).all() for out in seen)
-    live = []
-    hook = model.layers[1].gate.register_forward_hook(lambda _, __, out: live.append(out))
-    score(model, tokens)
-    hook.remove()
-    every = torch.cat([out.flatten(0, 1) for out in live])
-    torch.testing.assert_close(fixed, every.mean(0))
+        return torch.cat([out.flatten(0, 1) for out in seen])
+
+    with _without("gate", model, tokens):
+        fixed = gates()
+    assert (fixed == fixed[0]).all()
+    torch.testing.assert_close(fixed[0], gates().mean(0))
 
 
 @torch.no_grad()
@@ -145,51 +145,30 @@ def test_a_zeroed_block_is_zero_before_and_after_every_layer_and_at_the_output(m
 
 # --- anneal ---
 
-EXPERIMENT = musota.Experiment(
-    musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1),
-    musota.TrainConfig(epochs=2, learning_rate=3e-3, warmup_steps=5, batch_size=16),
-)
 
-
-def test_annealing_goes_on_from_a_checkpoint_and_leaves_it_alone(short, tmp_path, monkeypatch):
+def test_annealing_goes_on_from_a_checkpoint_and_leaves_it_alone(short, tmp_path):
     run = musota.train(EXPERIMENT, short, tmp_path / "run", stop_at=0.5)
     assert not run.finished and len(run.history) == 1
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    rates, one_step = [], trainer.Trainer.one_step
-
-    def watched(trainer):
-        one_step(trainer)
-        rates.append((trainer.step, trainer.optimizer.param_groups[0]["lr"]))
-
-    monkeypatch.setattr(trainer.Trainer, "one_step", watched)
-    nats = probes.anneal(run, short, share=0.5)
+    seen = []
+    with each_step(after=lambda t: seen.append((t.step, t.optimizer.param_groups[0]["lr"]))):
+        nats = probes.anneal(run, short, share=0.5)
     assert {path: path.read_bytes() for path in before} == before
-    step, half = rates[0][0] - 1, len(rates) // 2
+    step, half = run.history.step[0], len(seen) // 2
     assert half == math.ceil(0.5 * step)
+    assert [at for at, _ in seen] == [*range(step + 1, step + half + 1)] * 2
     rate = schedule.learning_rate_at(step, EXPERIMENT.training, 2 * step)
-    expected = [(step + n, rate * (1 - n / half)) for n in range(1, half + 1)]
-    assert [s for s, _ in rates[:half]] == [s for s, _ in expected]
-    assert [r for _, r in rates[:half]] == pytest.approx([r for _, r in expected])
-    assert rates[half - 1][1] == 0
-    assert [r for _, r in rates[half:]] == pytest.approx([rate] * half)
+    falling = [rate * (1 - n / half) for n in range(1, half + 1)]
+    assert [lr for _, lr in seen] == pytest.approx([*falling, *[rate] * half])
     assert len(nats["before"]) == len(short.valid) - 1
     assert not nats["decayed"].equal(nats["held"])
-    torch.testing.assert_close(
-        nats["before"].double().mean(), torch.tensor(run.history.valid_loss[0]).double()
-    )
+    before = nats["before"].double().mean()
+    assert float(before) == pytest.approx(run.history.valid_loss[0])
 
 
-def test_a_finished_run_cannot_be_annealed(short, tmp_path):
-    run = musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path / "run")
+def test_a_finished_run_cannot_be_annealed(short, finished):
     with pytest.raises(MusotaError, match="is finished, its rate is 0"):
-        probes.anneal(run, short)
-
-
-def test_a_run_stopped_early_goes_on_as_if_nothing_had_been(short, tmp_path):
-    whole = musota.train(EXPERIMENT, short, tmp_path / "whole")
-    musota.train(EXPERIMENT, short, tmp_path / "parts", stop_at=0.3)
-    parts = musota.train(EXPERIMENT, short, tmp_path / "parts")
-    assert parts.summary["weights_sha256"] == whole.summary["weights_sha256"]
+        probes.anneal(finished, short)
 
 
 # --- the grid ---

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.signal import find_peaks
+from scipy import signal
 
 from musota.rules.findings import Finding
 from musota.rules.stats import paired_bootstrap, weights_per_doubling
@@ -105,9 +105,10 @@ def oscillation(steps: pd.DataFrame, warmup_steps: int) -> Finding:
         return Finding("Oscillation", "too early", saw, rule, "too early to say")
     stretches = np.array_split(losses, STRETCHES)
     means = np.array([stretch.mean() for stretch in stretches])
-    error = np.mean([_noise(stretch) / math.sqrt(len(stretch)) for stretch in stretches])
+    noise = [signal.detrend(stretch).std(ddof=2) for stretch in stretches]  # around a line
+    error = np.mean(noise / np.sqrt([len(stretch) for stretch in stretches]))
     least = max(SWING_NATS, 4 * math.sqrt(2) * error)
-    swings = find_peaks(means, prominence=least)[0]
+    swings = signal.find_peaks(means, prominence=least)[0]
     unfinished = means[-1] - means[swings[-1] if len(swings) else 0 :].min()
     verdict, conclusion, next_step = "none", "no oscillation", ""
     if unfinished > 5 * least:
@@ -117,12 +118,6 @@ def oscillation(steps: pd.DataFrame, warmup_steps: int) -> Finding:
         verdict, conclusion, next_step = "oscillating", "the loss oscillates", LOWER_RATE
     saw = f"{len(swings)} swings of more than {least:.2f} nats, last loss {means[-1]:.2f} nats"
     return Finding("Oscillation", verdict, saw, rule, conclusion, next_step)
-
-
-def _noise(losses: np.ndarray) -> float:
-    """Standard deviation of losses around a straight line through them."""
-    place = np.arange(len(losses))
-    return float((losses - np.polyval(np.polyfit(place, losses, 1), place)).std(ddof=2))
 
 
 def health(

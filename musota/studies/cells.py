@@ -11,34 +11,28 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
 from musota.data.corpus import Corpus
 from musota.data.sources import SPLITS
 from musota.errors import MusotaError
-from musota.plan.config import Experiment
 from musota.plan.profiles import Profile, changed, scaled
 from musota.plan.suspects import Cell
 from musota.training.runs import Run
 from musota.training.trainer import Diverged, train
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A run to train."""
+class _Job(NamedTuple):
+    """A run to train: what `train` is given, and what else to know of it."""
 
+    given: dict
     cell: str
-    name: str  # the cell's, with what was changed in it
-    seed: int
-    experiment: Experiment
     share: float
-    path: Path
-    profile: str
-    fresh: bool
     keep: bool
     quiet: bool
 
@@ -60,11 +54,11 @@ def run_cells(
     """Train every cell with every seed, scaled by `profile` and then changed by `changes`; what has
     finished is loaded, from its folder or from among `known` runs.
 
-    Returns runs by cell and seed; some may have diverged. On a CPU one process a
-    core (`workers`) trains a run each with one thread: small models gain little from a second. On
-    a GPU runs follow each other, and show their progress unless `quiet`. Checkpoints of finished
-    runs are removed, but for the cells to `keep`: a grid of full-size ones would fill the disk.
-    `each` is called after every run. Raises MusotaError if a process dies.
+    Returns runs by cell and seed; some may have diverged. On a CPU one process a core (`workers`)
+    trains a run each with one thread: small models gain little from a second. On a GPU runs follow
+    each other, and show their progress unless `quiet`. Checkpoints of finished runs are removed,
+    but for the cells to `keep`. `each` is called after every run. Raises MusotaError if a process
+    dies.
     """
     parts = {
         share: corpus.limited(Profile("part", train_tokens=round(share * len(corpus.train))))
@@ -87,8 +81,9 @@ def run_cells(
             if run and run.identity == identity and run.ended:
                 runs[name][seed] = run
                 continue
-            how = fresh, name in keep, quiet or workers != 1
-            left.append(_Job(name, label, seed, experiment, cell.share, path, profile.name, *how))
+            given = {"experiment": experiment, "run_dir": path, "resume": not fresh, "seed": seed}
+            given |= {"name": label, "profile": profile.name}
+            left.append(_Job(given, name, cell.share, name in keep, quiet or workers != 1))
     total = len(cells) * len(seeds)
     if len(left) < total:
         print(f"{total - len(left)} of {total} runs are here already.")
@@ -100,11 +95,11 @@ def run_cells(
         print(f"{len(left)} runs to train, {workers} at a time.", flush=True)
     started = time.perf_counter()
     for done, (job, run) in enumerate(_each(left, parts, workers), start=1):
-        runs[job.cell][job.seed] = run
+        runs[job.cell][run.seed] = run
         minutes = (time.perf_counter() - started) / done * (len(left) - done) / 60
         said = f"valid PPL {run.summary['ppl']:,.1f}" if run.finished else "diverged"
         count = f"[{total - len(left) + done}/{total}]"
-        print(f"{count} {job.name}, seed {job.seed}: {said}, {minutes:.1f} min left", flush=True)
+        print(f"{count} {run.name}, seed {run.seed}: {said}, {minutes:.1f} min left", flush=True)
         if each:
             each()
     return {name: dict(sorted(by_seed.items())) for name, by_seed in runs.items()}
@@ -126,11 +121,11 @@ def _run_job(job: _Job) -> Run:
             silence.enter_context(redirect_stdout(io.StringIO()))
             silence.enter_context(redirect_stderr(io.StringIO()))
         silence.enter_context(suppress(Diverged))
-        where = _parts[job.share], job.path, not job.fresh, job.seed
-        train(job.experiment, *where, name=job.name, profile=job.profile)
+        train(corpus=_parts[job.share], **job.given)
+    run = Run(job.given["run_dir"])
     if not job.keep:
-        shutil.rmtree(job.path / "checkpoints", ignore_errors=True)
-    return Run(job.path)
+        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+    return run
 
 
 def _each(jobs: list[_Job], parts, workers: int) -> Iterator[tuple[_Job, Run]]:

@@ -131,12 +131,8 @@ def _changes(runs: Runs, suspect: Suspect) -> str:
     )
     if before.keys() != after.keys():
         before = {"d_model": pair[0].experiment.model.d_model, **before}
-    return ", ".join(
-        f"{name} {_shown(before[name])} → {_shown(after[name])}"
-        for name in before
-        if name in after and before[name] != after[name]
-    )
-
-
-def _shown(value) -> str:
-    return value if isinstance(value, str) else f"{value:,.9g}"
+    both = {n: (old, after[n]) for n, old in before.items() if n in after and old != after[n]}
+    shown = {
+        n: [v if isinstance(v, str) else f"{v:,.9g}" for v in pair] for n, pair in both.items()
+    }
+    return ", ".join(f"{name} {old} → {new}" for name, (old, new) in shown.items())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -57,41 +58,32 @@ class RunFolder:
         """
         if not self.writes:
             return
-        try:
+        with self._told():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout:
+                other = f"Another process is training in {self.path}"
+                raise MusotaError(f"{other}: wait for it, or use another folder.") from None
+            except PermissionError:
+                raise
+            except (OSError, NotImplementedError):
+                print(f"The disk of {self.path} knows no locks: train in it once at a time.")
             if fresh:
                 shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
-                names = "config.json", "metrics.jsonl", "summary.json"
-                for path in (
-                    *self.checkpoints.glob("step-*"),
-                    *(self.path / name for name in names),
-                ):
-                    path.unlink(missing_ok=True)
-        except OSError as error:
-            raise self._unwritable(error) from None
-
-    def _lock(self) -> None:
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise MusotaError(
-                f"Another process is training in {self.path}: wait for it, or use another folder."
-            ) from None
-        except PermissionError:
-            raise
-        except (OSError, NotImplementedError):
-            print(f"The disk of {self.path} knows no locks: train in it once at a time.")
+                for name in ("checkpoints/step-*", "config.json", "metrics.jsonl", "summary.json"):
+                    for path in self.path.glob(name):
+                        path.unlink()
 
     def _refuse_other(self, found: dict, where: str) -> None:
         """Raises MusotaError, naming what differs, where `found` describes another run."""
         wanted, present = _compared(self.identity), _compared(found)
         for key in sorted(wanted.keys() | present.keys()):
             if wanted.get(key) != present.get(key):
+                differs = f"its {key} is {present.get(key)!r}, not {wanted.get(key)!r}"
                 raise MusotaError(
-                    f"The {where} belongs to another run: its {key} is {present.get(key)!r}, not "
-                    f"{wanted.get(key)!r}. Use another folder, or start over there with "
-                    "fresh=True (--fresh)."
+                    f"The {where} belongs to another run: {differs}. Use another folder, or start "
+                    "over there with fresh=True (--fresh)."
                 )
 
     def attempt(self, write: Callable[[], object] | None) -> bool:
@@ -102,11 +94,10 @@ class RunFolder:
             write()
         except OSError as error:
             if not self.trouble:
-                print(
-                    f"\nNot saved: {self.path}: {error.strerror or error}. Training goes on, and "
-                    "saving is tried again with every checkpoint.",
-                    flush=True,
+                said = (
+                    f"{error.strerror or error}. Training goes on; the next checkpoint tries again"
                 )
+                print(f"\nNot saved: {self.path}: {said}.", flush=True)
             self.trouble = error.strerror or str(error)
             return False
         return True
@@ -133,21 +124,23 @@ class RunFolder:
         """Once. Raises MusotaError where it cannot be written."""
         path = self.path / "config.json"
         if self.writes and not path.exists():
-            try:
+            with self._told():
                 write_sealed(path, {**self.identity, **choices})
-            except OSError as error:
-                raise self._unwritable(error) from None
 
-    def _unwritable(self, error: OSError) -> MusotaError:
-        return system_error(f"The run folder {self.path}", error, "choose another results folder")
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            instead = "choose another results folder"
+            raise system_error(f"The run folder {self.path}", error, instead) from None
 
     def refuse_unsaved(self) -> None:
         """Raises MusotaError where the end of a run could not be saved."""
         if self.trouble:
             raise MusotaError(
                 f"The end of the run could not be saved in {self.path}: {self.trouble}. Make room "
-                "there and repeat the call: it goes on from the last checkpoint that could be "
-                "written."
+                "there and repeat the call."
             )
 
     def forget_summary(self) -> None:
@@ -197,10 +190,8 @@ class RunFolder:
                 self.attempt(lambda bad=bad: bad.rename(bad.with_suffix(".damaged")))
             return load(data), state
         if found:
-            raise MusotaError(
-                f"No checkpoint in {self.checkpoints} can be read any more: start over with "
-                "fresh=True (--fresh)."
-            )
+            none = f"No checkpoint in {self.checkpoints} can be read any more"
+            raise MusotaError(f"{none}: start over with fresh=True (--fresh).")
         if self.writes:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             self.forget_summary()

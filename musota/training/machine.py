@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -93,16 +92,6 @@ def default_choices(experiment: Experiment, device: torch.device, total_steps: i
     }
 
 
-@cache
-def _code_hash() -> str:
-    """Of the code that decides what a run comes to."""
-    house = Path(__file__).resolve().parents[1]
-    rooms = (house / room for room in ("plan", "data", "models", "training"))
-    files = sorted(path for room in rooms for path in room.glob("*.py"))
-    text = b"".join(path.read_bytes() for path in files)
-    return sha256(text.replace(b"\r\n", b"\n"))[:12]  # git may write either
-
-
 def about_machine(used: torch.device | None = None) -> dict:
     """What a measurement was taken on (`used`, by default the best device here), and when; with
     the environment variables that change what is computed."""
@@ -111,7 +100,11 @@ def about_machine(used: torch.device | None = None) -> dict:
     if (used := used or find_device()).type != "cpu":
         device = torch.cuda.get_device_name() if used.type == "cuda" else "Apple GPU"
     versions = {package: metadata.version(package) for package in ("torch", "tokenizers")}
-    versions["musota"] = _code_hash()
+    house = Path(__file__).resolve().parents[1]
+    rooms = (house / room for room in ("plan", "data", "models", "training"))
+    files = sorted(path for room in rooms for path in room.glob("*.py"))  # that decide its result
+    text = b"".join(path.read_bytes() for path in files)
+    versions["musota"] = sha256(text.replace(b"\r\n", b"\n"))[:12]  # git may write either
     acting = {k: v for k, v in sorted(os.environ.items()) if k.startswith(ACTING)}
     return {
         "device": device,

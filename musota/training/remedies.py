@@ -44,8 +44,7 @@ def refuse_bad_loss(trainer, loss: float, limit: float = math.inf) -> None:
     raise Diverged(
         f"The training loss is {loss:.4g} at step {trainer.step} (batch {sha256(batch)[:12]}): "
         f"start over with a lower learning_rate than {trainer.training.learning_rate:g}, or with "
-        "auto_remedy=True. The last good checkpoint, if there was one yet, is kept in "
-        f"{trainer.folder.checkpoints}."
+        f"auto_remedy=True. The last good checkpoint stays in {trainer.folder.checkpoints}."
     )
 
 
@@ -70,8 +69,8 @@ def _take_less_memory(trainer) -> None:
         raise MusotaError("Out of memory: start again with a smaller micro_batch.")
     if held == 1:
         raise MusotaError(
-            f"Out of memory with a single sequence of {trainer.length} tokens. The plan's remedy "
-            "is max_seq_len=160, which is another experiment: ask for it."
+            "Out of memory with a single sequence: the plan's remedy is "
+            "max_seq_len=160, which is another experiment."
         )
     trainer.optimizer.zero_grad()
     if trainer.accelerator.scaler:  # it may have been between unscaling and the step

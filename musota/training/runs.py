@@ -59,9 +59,8 @@ class Run:
             self.name, self.seed = config["name"], config["seed"]
             self.fingerprint = config["corpus"]["fingerprint"]
         except (KeyError, TypeError, MusotaError) as error:
-            raise MusotaError(
-                f"{self.path / 'config.json'} does not describe a run: {error}"
-            ) from None
+            place = self.path / "config.json"
+            raise MusotaError(f"{place} does not describe a run: {error}") from None
 
     @property
     def identity(self) -> tuple[Experiment, str, int]:
@@ -124,19 +123,15 @@ class Run:
         return steps_table(self.records)
 
     @cached_property
-    def valid_block_nats(self) -> list[list[float]] | None:
-        """Total nats by epoch and block of valid text; None for runs that did not keep them."""
-        kept = [record.get("valid_block_nats") for record in self._of_kind("epoch")]
-        return None if None in kept else kept
+    def valid_block_nats(self) -> list[list[float]]:
+        """Total nats by epoch and block of valid text."""
+        return [record["valid_block_nats"] for record in self._of_kind("epoch")]
 
     @cached_property
     def health(self) -> list[dict]:
-        """The health statistics of each epoch that kept them, with `epoch` and `valid_loss`."""
-        return [
-            {"epoch": record["epoch"], "valid_loss": record["valid_loss"], **record["health"]}
-            for record in self._of_kind("epoch")
-            if "health" in record
-        ]
+        """The health statistics of each epoch, with `epoch` and `valid_loss`."""
+        epochs = self._of_kind("epoch")
+        return [{"epoch": r["epoch"], "valid_loss": r["valid_loss"], **r["health"]} for r in epochs]
 
     @cached_property
     def samples(self) -> pd.DataFrame:
@@ -148,7 +143,7 @@ class Run:
     @cached_property
     def events(self) -> list[tuple[int, str]]:
         """(step, what happened) of everything out of the ordinary."""
-        return [(record["step"], record["event"]) for record in self._of_kind("event")]
+        return [(event["step"], event["event"]) for event in self._of_kind("event")]
 
     @property
     def has_model(self) -> bool:
@@ -181,14 +176,13 @@ def read_metrics(data: bytes, path: Path) -> list[dict]:
     Raises MusotaError for damage anywhere else, naming `path`.
     """
     records = []
-    lines = data.split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line end is half
+    for line in data.split(b"\n")[:-1]:  # what follows the last line end is half
         try:
-            records.append(json.loads(line))
-            if not RECORDED[records[-1]["kind"]] <= records[-1].keys():
+            record = json.loads(line)
+            if not RECORDED[record["kind"]] <= record.keys():
                 raise ValueError("a record without its fields")
+            records.append(record)
         except (ValueError, KeyError, TypeError):
-            raise MusotaError(
-                f"Line {number} of {path} is damaged: delete that line, or train the run again."
-            ) from None
+            where = f"Line {len(records) + 1} of {path}"
+            raise MusotaError(f"{where} is damaged: delete it, or train the run again.") from None
     return records

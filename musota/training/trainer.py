@@ -144,26 +144,19 @@ class Trainer:
             return
         self.folder.prepare(fresh=not resume)
         try:
-            self._open(start, choices)
+            self._open(start, {key: value for key, value in choices.items() if value is not None})
         except BaseException:  # whoever keeps the error, as a notebook does, would keep the lock
             self.folder.lock.release()
             raise
 
     def _open(self, start: dict[str, Tensor] | None, choices: dict) -> None:
-        """What the folder holds, and the choices that follow from it and from the device."""
+        """What the folder holds, the choices that follow from it and from the device, the model."""
         self.accelerator.wait_for_everyone()
         self.saved = self.folder.load_checkpoint()
         prepare_memory(self.device)
-        given = {key: value for key, value in choices.items() if value is not None}
         saved = self.saved[1]["choices"] if self.saved else {}
         usual = default_choices(self.experiment, self.device, self.total_steps)
-        self.choices = usual | saved | given
-        processes = self.accelerator.num_processes
-        together = {"precision": self.accelerator.mixed_precision, "processes": processes}
-        self._build(start)
-        self.folder.write_config({**self.choices, **together})
-
-    def _build(self, start: dict[str, Tensor] | None) -> None:
+        self.choices = usual | saved | choices
         if self.training.started_from and not (self.saved or start):
             raise MusotaError(
                 f"This experiment starts from the weights {self.training.started_from}: name the "
@@ -196,6 +189,9 @@ class Trainer:
         self.copy: Callable[[], None] | None = None
         self.saved_at, self.copied_at = time.monotonic(), -math.inf
         self.progress = progress_bar(0, shown=False)
+        processes = self.accelerator.num_processes
+        together = {"precision": self.accelerator.mixed_precision, "processes": processes}
+        self.folder.write_config({**self.choices, **together})
 
     def schedule(self, step: int) -> float:
         """The learning rate of a step; `anneal` puts another in its place."""
@@ -232,7 +228,15 @@ class Trainer:
             self.folder.attempt(copy)
             self.folder.refuse_unsaved()
             return Run(self.folder.path)
-        self._begin()
+        if self.saved:
+            keeping.restore(self, self.saved)
+            self.saved = None
+            place = f"step {self.step} of {self.total_steps}"
+            self.say(f"{self.folder.path}: going on after {place}.")
+        elif self.auto_remedy:
+            keeping.checkpoint(self)  # to have something to go back to
+        if slow := curves.warmup(self.training.warmup_steps, self.total_steps):
+            self.say(slow.sentence)
         self.watch, self.copy = watch, copy
         stop = math.ceil(stop_at * self.total_steps)
         if watch and self.folder.writes:
@@ -253,26 +257,12 @@ class Trainer:
             self.folder.attempt(copy)
         self.folder.refuse_unsaved()
         if self.step < stop:
-            self.say(
-                f"\nInterrupted after step {self.step} of {self.total_steps}; it is saved. The "
-                "same call goes on from there."
-            )
+            place = f"step {self.step} of {self.total_steps}"
+            self.say(f"\nInterrupted after {place}; it is saved. The same call goes on from there.")
             if not self.summary:  # nothing measured that could be returned
                 raise KeyboardInterrupt
         self.accelerator.wait_for_everyone()
         return Run(self.folder.path)
-
-    def _begin(self) -> None:
-        """Go on from the last checkpoint, if there is one; and what is to be said before a step."""
-        if self.saved:
-            keeping.restore(self, self.saved)
-            self.saved = None
-            said = f"going on after step {self.step} of {self.total_steps}"
-            self.say(f"{self.folder.path}: {said}.")
-        elif self.auto_remedy:
-            keeping.checkpoint(self)  # to have something to go back to
-        if slow := curves.warmup(self.training.warmup_steps, self.total_steps):
-            self.say(slow.sentence)
 
     def _careful_step(self) -> None:
         """One step and what is due after it; with remedies for what may go wrong."""
@@ -354,10 +344,9 @@ class Trainer:
         self._tell_progress(loss)
 
     def _tell_progress(self, loss: float) -> None:
-        epochs, best = self.training.epochs, ""
+        epochs = self.training.epochs
         epoch = min(epochs, self.step // self.steps_per_epoch + 1)
-        if self.summary:
-            best = f", best valid PPL {exp_nats(self.summary['valid_loss']):,.0f}"
+        best = f", best valid PPL {self.summary['ppl']:,.0f}" if self.summary else ""
         shown = f"epoch {epoch}/{epochs}, training PPL {exp_nats(loss):,.0f}{best}"
         self.progress.set_postfix_str(shown, refresh=False)
 
