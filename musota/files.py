@@ -71,10 +71,9 @@ def read_sealed(path: Path) -> dict:
     except OSError as error:
         raise MusotaError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise MusotaError(
-            f"{path} is damaged or was changed by hand, and cannot be read: restore it, or train "
-            "the run again with fresh=True (--fresh)."
-        ) from None
+        broken = f"{path} is damaged or was changed by hand, and cannot be read"
+        instead = "restore it, or train the run again with fresh=True (--fresh)"
+        raise MusotaError(f"{broken}: {instead}.") from None
     return data
 
 

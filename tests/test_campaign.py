@@ -195,30 +195,24 @@ def test_tables_keep_what_has_no_meaning_as_a_dash(recorded):
     assert list(titles) == ["MU-SOTA, its best rate", "rung: bigram", "rung: trigram"]
 
 
-def test_goals_are_judged_by_the_interval_over_seeds():
-    def verdict(*ppls):
-        return plan.broke_through(ppls, "it", None).verdict
-
-    assert verdict(90, 91, 92) == "< 100"
-    assert verdict(150, 151, 152) == "< 200"
-    assert verdict(250, 251, 252) == "≥ 200"
-    assert verdict(190, 199, 208) == "undecided"
-    assert verdict(199) == "< 200"  # one seed: no interval
-    finding = plan.broke_through([150.0], "it", "the vocabulary is small")
-    assert "the vocabulary is small" in finding.conclusion
+@pytest.mark.parametrize(
+    ("ppls", "verdict"),
+    [((90, 91, 92), "< 100"), ((150, 151, 152), "< 200"), ((250, 251, 252), "≥ 200"),
+     ((190, 199, 208), "undecided"), ((199,), "< 200")],  # one seed: no interval
+)  # fmt: skip
+def test_goals_are_judged_by_the_interval_over_seeds(ppls, verdict):
+    finding = plan.broke_through(ppls, "it", "the vocabulary is small")
+    assert finding.verdict == verdict and "the vocabulary is small" in finding.conclusion
 
 
 def test_weak_spots_name_what_earns_its_parameters_and_what_does_not():
-    effects = {
-        "block attention": Interval(0.001, -0.002, 0.004),
-        "cross attention": Interval(0.4, 0.35, 0.45),
-        "both attentions": Interval(0.41, 0.36, 0.46),
-        "gate": Interval(0.05, 0.01, 0.09),
-        "affinity tables": Interval(0.02, 0.01, 0.03),
-        "A": Interval(0.01, 0.0, 0.02),
-        "B": Interval(0.3, 0.2, 0.4),
-        "C": Interval(0.02, 0.01, 0.03),
-    }
+    spans = {
+        "block attention": (0.001, -0.002, 0.004), "cross attention": (0.4, 0.35, 0.45),
+        "both attentions": (0.41, 0.36, 0.46), "gate": (0.05, 0.01, 0.09),
+        "affinity tables": (0.02, 0.01, 0.03), "A": (0.01, 0.0, 0.02), "B": (0.3, 0.2, 0.4),
+        "C": (0.02, 0.01, 0.03),
+    }  # fmt: skip
+    effects = {part: Interval(*span) for part, span in spans.items()}
     ledger = {"block attention": 5, "cross attention": 20, "gate": 5, "affinity tables": 70}
     found = {f.rule: f for f in weak_spots(effects, ledger, ("A", "B", "C"))}
     verdicts = [found[name.capitalize()].verdict for name in ledger]

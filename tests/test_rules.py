@@ -381,10 +381,3 @@ def test_ablation_effects_are_paired_over_blocks_of_text():
     few = {name: values[:9] for name, values in nats.items()}
     effect = verdicts.ablation_effects(few, [100] * 9)["gate"]
     assert effect.mean == pytest.approx(0.1) and effect.side == 0  # too little text to decide
-
-
-def test_context_that_was_not_measured_well_is_undecided():
-    unknown, parts = stats.Interval(0.2), ("block attention", "cross attention", "gate")
-    effects = dict.fromkeys([*parts, "affinity tables", "both attentions", "A"], unknown)
-    found = verdicts.weak_spots(effects, dict.fromkeys([*parts, "affinity tables"], 1), ["A"])
-    assert {finding.verdict for finding in found[:-1]} == {"undecided"}

@@ -132,16 +132,14 @@ def health(
     came to its peak.
 
     `epochs` are records as `Run.health` gives them, `grad_norms` the logged norms after warm-up,
-    `length` the model's max_seq_len. Empty for a run that kept no statistics.
+    `length` the model's max_seq_len.
     Bands: updates, CS231n; clipping, google-research/tuning_playbook; scores and entropy, Wortsman
     et al. 2309.14322; rank, Godey et al. 2404.07647.
     """
-    if not epochs:
-        return []
-    trained = _training_health(epochs, grad_norms, grad_clip, warmed_up)
-    if "effective_rank" not in epochs[-1]:  # a model of one's own, whose inside nobody knows
-        return [*trained]
-    return [*trained, *_inner_health(epochs[0], epochs[-1], d_model, length)]
+    found = [*_training_health(epochs, grad_norms, grad_clip, warmed_up)] if epochs else []
+    if epochs and "effective_rank" in epochs[-1]:  # nobody knows the inside of one's own model
+        found += _inner_health(epochs[0], epochs[-1], d_model, length)
+    return found
 
 
 def _training_health(

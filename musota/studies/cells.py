@@ -149,9 +149,7 @@ def _each(jobs: list[_Job], parts, workers: int) -> Iterator[tuple[_Job, Run]]:
             worker.terminate()
         raise
     except BrokenProcessPool:
-        raise MusotaError(
-            "A training process was killed, perhaps for want of memory: run the cell again, it "
-            "goes on from there, with workers=1 if it happens again."
-        ) from None
+        killed = "A training process was killed, perhaps for want of memory"
+        raise MusotaError(f"{killed}: do this again, it goes on from there.") from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -162,9 +162,8 @@ def _disabled_parts(model: CausalLM, tokens: Tensor) -> dict:
 def require_blocks(model: CausalLM) -> None:
     """Raises MusotaError for a model without named blocks."""
     if not getattr(model.config, "layout", None):
-        raise MusotaError(
-            "Only MU-SOTA and its redesign have semantic blocks and gates: choose a run of them."
-        )
+        those = "Only MU-SOTA and its redesign have semantic blocks and gates"
+        raise MusotaError(f"{those}: choose a run of them.")
 
 
 @contextmanager

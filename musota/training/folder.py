@@ -81,10 +81,8 @@ class RunFolder:
         for key in sorted(wanted.keys() | present.keys()):
             if wanted.get(key) != present.get(key):
                 differs = f"its {key} is {present.get(key)!r}, not {wanted.get(key)!r}"
-                raise MusotaError(
-                    f"The {where} belongs to another run: {differs}. Use another folder, or start "
-                    "over there with fresh=True (--fresh)."
-                )
+                instead = "use another folder, or start over with fresh=True (--fresh)"
+                raise MusotaError(f"The {where} belongs to another run: {differs}; {instead}.")
 
     def attempt(self, write: Callable[[], object] | None) -> bool:
         """Write something, if there is something; False, and a sentence, where that fails."""
@@ -138,10 +136,8 @@ class RunFolder:
     def refuse_unsaved(self) -> None:
         """Raises MusotaError where the end of a run could not be saved."""
         if self.trouble:
-            raise MusotaError(
-                f"The end of the run could not be saved in {self.path}: {self.trouble}. Make room "
-                "there and repeat the call."
-            )
+            lost = f"The end of the run could not be saved in {self.path}: {self.trouble}"
+            raise MusotaError(f"{lost}. Make room there and repeat the call.")
 
     def forget_summary(self) -> None:
         """Remove the summary of epochs that this run has not come to."""

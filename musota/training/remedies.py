@@ -68,10 +68,8 @@ def _take_less_memory(trainer) -> None:
     if trainer.accelerator.num_processes > 1:
         raise MusotaError("Out of memory: start again with a smaller micro_batch.")
     if held == 1:
-        raise MusotaError(
-            "Out of memory with a single sequence: the plan's remedy is "
-            "max_seq_len=160, which is another experiment."
-        )
+        other = "the plan's remedy is max_seq_len=160, which is another experiment"
+        raise MusotaError(f"Out of memory with a single sequence: {other}.")
     trainer.optimizer.zero_grad()
     if trainer.accelerator.scaler:  # it may have been between unscaling and the step
         trainer.accelerator.scaler._per_optimizer_states.clear()

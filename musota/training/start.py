@@ -26,12 +26,9 @@ def started_from(
     held = describe(model.config)
     for name, value in describe(experiment.model).items():  # the kind first
         if held[name] != value and name != "dropout":  # which has no weights
-            raise MusotaError(
-                f"{run.path} has {name}={held[name]}, not {value}: weights fit a model of their "
-                "own shape only."
-            )
+            differs = f"{run.path} has {name}={held[name]}, not {value}"
+            raise MusotaError(f"{differs}: weights fit a model of their own shape only.")
     if model.tokenizer.backend.to_str() != corpus.tokenizer.backend.to_str():
-        raise MusotaError(
-            f"{run.path} was trained on another tokenizer's tokens: its weights mean nothing here."
-        )
+        other = f"{run.path} was trained on another tokenizer's tokens"
+        raise MusotaError(f"{other}: its weights mean nothing here.")
     return experiment.with_(started_from=weights_sha256(model)[:12]), model.state_dict()

@@ -112,10 +112,9 @@ def _check_arguments(experiment, corpus, seed, micro_batch, stop_at) -> None:
     if not isinstance(stop_at, (int, float)) or not 0 < stop_at <= 1:
         raise MusotaError(f"stop_at must lie in (0, 1], not {stop_at!r}.")
     if corpus.tokenizer.size > experiment.model.vocab_size:
-        raise MusotaError(
-            f"The corpus uses {corpus.tokenizer.size} tokens but the model's vocab_size is "
-            f"{experiment.model.vocab_size}: load the corpus with that vocab_size."
-        )
+        large = f"The corpus uses {corpus.tokenizer.size} tokens but the model's vocab_size is"
+        size = experiment.model.vocab_size
+        raise MusotaError(f"{large} {size}: load the corpus with that vocab_size.")
     for split in ("valid", "test"):
         if len(corpus.split(split)) < 2:
             raise MusotaError(f"The {split} text has under two tokens: use more text.")
@@ -158,10 +157,8 @@ class Trainer:
         usual = default_choices(self.experiment, self.device, self.total_steps)
         self.choices = usual | saved | choices
         if self.training.started_from and not (self.saved or start):
-            raise MusotaError(
-                f"This experiment starts from the weights {self.training.started_from}: name the "
-                "run that has them with continue_from= (--continue-from)."
-            )
+            wanted = f"This experiment starts from the weights {self.training.started_from}"
+            raise MusotaError(f"{wanted}: name their run with continue_from= (--continue-from).")
         torch.manual_seed(self.seed)
         model = build_model(self.experiment.model)
         if start:
