@@ -192,18 +192,22 @@ SLOW = [7.0, 6.5, 6.2, 6.1, 6.0975, 6.095, 6.0925]
         ([7.0, 6.9, 6.9], 30, 0, "too early", ""),
         ([7.0, 6.5, 6.2, 6.2, 6.2, 6.2, 6.2, 5.9], 30, 0, "none", ""),  # a late gain ends it
         (SLOW, 30, 0.0001, "slow", "beyond the noise of the text"),
-        (SLOW, 30, 0.02, "plateau", ""),  # the text cannot tell it from noise
         ([7.0, 6.0, 5.5, 5.4, 5.5, 5.6, 5.7], 30, 0.01, "plateau", "overfitting"),
     ],
 )
 def test_plateau(losses, planned, noise, verdict, said):
-    found = _plateau(losses, planned, noise, seed=1)
+    found = _plateau(losses, planned, noise)
     assert found.verdict == verdict and said in found.sentence
     assert ("still too high" in found.sentence) == (planned == 10)
 
 
+def test_what_the_text_cannot_tell_from_noise_is_not_called_slow():
+    doubtful = [_plateau(SLOW, noise=0.02, seed=seed).verdict for seed in range(5)]
+    assert "plateau" in doubtful and "slow" not in doubtful
+
+
 def test_the_plateau_rule_can_be_moved():
-    drawn = [7.0, 6.5, 6.2, 6.19, 6.185]
+    drawn = [7.0, 6.5, 6.2, 6.19, 6.19]
     assert _plateau(drawn, noise=0.01, window=3).verdict == "none"
     found = _plateau(drawn, noise=0.01, window=1, least_gain=0.02)
     assert (found.verdict, found.since) == ("plateau", 3)

@@ -65,11 +65,8 @@ def plateau(
 
 
 def warmup(warmup_steps: int, total_steps: int) -> Finding | None:
-    """Whether warm-up takes so much of a run that the rate asked for is hardly trained with.
-
-    None where it does not. Warm-up is counted in steps, which a short run or a small text has few
-    of; the plan's own takes 19 % (google-research/tuning_playbook: over 5 %, rather train longer).
-    """
+    """Whether warm-up takes so much of a run that the rate asked for is hardly trained with; None
+    where it does not. The plan's own takes 19 % (google-research/tuning_playbook: 5 % at most)."""
     share = warmup_steps / total_steps
     if share <= LONG_WARMUP:
         return None
@@ -88,15 +85,12 @@ def warmup(warmup_steps: int, total_steps: int) -> Finding | None:
 
 
 def oscillation(steps: pd.DataFrame, warmup_steps: int) -> Finding:
-    """Does the training loss swing up and down, or run away?
+    """Does the training loss swing up and down, or run away? `steps` as `Run.steps`.
 
-    The logged losses after warm-up are averaged in 25 equal stretches, which leaves the noise of
-    single batches behind. A swing is a rise of that curve from a low to the next high which is
-    later undone, larger than 0.05 nats and than four standard errors of a difference of two
-    stretches (their spread around a straight line). Three swings are an oscillation. A last rise
-    that is not undone, of five times that size, is a divergence.
-
-    `steps` needs the columns step and loss.
+    The logged losses after warm-up are averaged in 25 equal stretches. A swing is a rise of that
+    curve which is later undone, larger than 0.05 nats and than four standard errors of a difference
+    of two stretches (their spread around a straight line). Three swings are an oscillation. A last
+    rise that is not undone, of five times that size, is a divergence.
     """
     losses = steps.loss[steps.step > warmup_steps].to_numpy(float)
     rule = f"{SWINGS} rises of more than {SWING_NATS} nats and four standard errors"

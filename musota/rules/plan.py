@@ -14,10 +14,9 @@ REPORTED = {"ppl": 402.17, "accuracy": 0.1725, "epochs": 10, "plateau_after_epoc
 PLAN_LADDER = {"uniform": 50_000.0, "bigram": 10_000.0}  # the plan's guesses, not measured
 SCENARIOS = (  # up to a PPL: letter, meaning, accuracy from and to, next step
     (250, "A", "success", 0.30, 0.50, "scale to 50 epochs, or switch to WikiText-103"),
-    (350, "B", "partial success", 0.20, 0.30, "train the baseline (notebook 03): whether it is "
-     "better decides"),
+    (350, "B", "partial success", 0.20, 0.30, "train the baseline (notebook 03), which decides"),
     (math.inf, "C", "failure", 0.0, 0.25, "blocks 16 → 8, layers 12 → 8, or WikiText-103"),
-)  # fmt: skip
+)
 
 
 def plan_does_not_apply(
@@ -40,9 +39,9 @@ def scenario(ppl: float, accuracy: float, baseline_ppl: float | None = None) -> 
     """The plan's scenario A, B or C. PPL decides; a contradicting accuracy is mentioned."""
     _, letter, meaning, low, high, next_step = next(row for row in SCENARIOS if ppl <= row[0])
     if letter == "B" and baseline_ppl is not None:
-        next_step = "the baseline is better: simplify (notebook 05)"
-        if baseline_ppl > ppl:
-            next_step = "the baseline is worse: train 50 epochs or more"
+        worse = baseline_ppl > ppl
+        step = "worse: train 50 epochs or more" if worse else "better: simplify (notebook 05)"
+        next_step = f"the baseline is {step}"
     conclusion = f"scenario {letter}, {meaning}"
     if not low <= accuracy <= high:
         where = "under" if accuracy < low else "over"
@@ -65,12 +64,10 @@ def bottom_line(ppl: float) -> Finding:
 def expectation(ppl: float, accuracy: float) -> Finding:
     """Which of the plan's two expectations was met, by PPL; accuracy is shown beside it."""
     verdict = "optimistic" if ppl <= 180 else "conservative" if ppl <= 250 else "neither"
-    conclusion = "neither expectation is met"
-    if verdict != "neither":
-        conclusion = f"the {verdict} expectation is met"
+    said = "neither" if verdict == "neither" else f"the {verdict}"
     saw = f"valid PPL {ppl:.1f}, accuracy {accuracy:.1%}"
     rule = "conservative 200–250 and 25–30 %; optimistic 120–180 and 35–45 %"
-    return Finding("Expectation", verdict, saw, rule, conclusion)
+    return Finding("Expectation", verdict, saw, rule, f"{said} expectation is met")
 
 
 def option_three(ppl: float | None, comparison: Finding | None) -> Finding:
@@ -79,19 +76,19 @@ def option_three(ppl: float | None, comparison: Finding | None) -> Finding:
     `ppl` is None where the plan's threshold does not apply (see `plan_does_not_apply`);
     `comparison` is the finding of `helps_or_hurts`, None where no baseline was trained.
     """
-    about_ppl, about_baseline = "the PPL threshold does not apply here", "no baseline was trained"
+    about_ppl = "the PPL threshold does not apply here"
     if ppl is not None:
         about_ppl = f"the PPL is {'over' if ppl > 300 else 'at most'} 300"
-    if comparison:
-        about_baseline = {
-            "hurts": "the baseline wins",
-            "helps": "the baseline does not win",
-            "undecided": "it is undecided whether the baseline wins",
-        }[comparison.verdict]
-        if comparison.conclusion.startswith("provisional"):
-            about_baseline += " (provisional, seeds not measured)"
+    about_baseline = {
+        None: "no baseline was trained",
+        "hurts": "the baseline wins",
+        "helps": "the baseline does not win",
+        "undecided": "it is undecided whether the baseline wins",
+    }[comparison and comparison.verdict]
+    if comparison and comparison.conclusion.startswith("provisional"):
+        about_baseline += " (provisional, seeds not measured)"
     verdict, conclusion = "keep", "the plan gives no reason to simplify"
-    if (ppl is not None and ppl > 300) or (comparison and comparison.verdict == "hurts"):
+    if (ppl or 0) > 300 or (comparison and comparison.verdict == "hurts"):
         verdict = conclusion = "simplify"
     rule = "PPL > 300 after all epochs, or the baseline wins"
     return Finding("Option 3", verdict, f"{about_ppl}, {about_baseline}", rule, conclusion)

@@ -133,10 +133,8 @@ def root_cause_advice(causes: Sequence[Cause]) -> str:
 
 
 def best_rate(losses: Mapping[float, Sequence[float]], own: float, model: str) -> Finding:
-    """Where a learning-rate sweep has its best, and whether it must be widened.
-
-    `losses`: valid nats/token of each seed by learning rate; `own` is the `model`'s usual rate.
-    """
+    """Where a learning-rate sweep has its best, and whether it must be widened. `losses`: valid
+    nats/token of each seed by learning rate; `own` is the `model`'s usual rate."""
     means = {rate: float(np.mean(values)) for rate, values in sorted(losses.items())}
     best = min(means, key=means.get)
     saw = f"best at {best:g}: PPL {math.exp(means[best]):,.1f}"
@@ -155,11 +153,10 @@ def best_rate(losses: Mapping[float, Sequence[float]], own: float, model: str) -
 def annealing(
     before: Sequence[float], decayed: Sequence[float], held: Sequence[float], tokens: Sequence[int]
 ) -> tuple[Finding, dict[str, Interval]]:
-    """Is learning-rate noise hiding what the model has learned?
+    """Is learning-rate noise hiding what the model has learned? It is what a rate falling to 0
+    brings beyond the held one, 0.05 nats or more.
 
-    Nats by block of valid text at a checkpoint, after steps whose rate falls to 0, and after as
-    many at the held rate; the blocks' tokens. The held steps show what mere training brings: noise
-    is what the falling rate brings beyond that, 0.05 nats or more.
+    Nats by block of valid text at a checkpoint, after steps at either; the blocks' tokens.
     """
     intervals = {
         "rate falling to 0": paired_bootstrap(decayed, before, tokens),
@@ -179,10 +176,8 @@ def annealing(
 
 
 def data_halving(losses: Mapping[int, Mapping[int, float]]) -> tuple[Finding, Interval]:
-    """Nats gained per doubling of the training text, at equal numbers of steps.
-
-    `losses`: valid nats/token by number of training tokens and seed. Interval: `pooled_contrast`.
-    """
+    """Nats gained per doubling of the training text, at equal numbers of steps; `losses`: valid
+    nats/token by number of training tokens and seed. Interval: `pooled_contrast`."""
     weights = stats.weights_per_doubling(np.array([*losses], float))
     slope = stats.pooled_contrast(losses, dict(zip(losses, weights, strict=True)))
     verdict, conclusion, next_step = {
@@ -216,11 +211,8 @@ _HARDLY_USED = f"under {RELEVANT} nats a part is hardly used"
 def weak_spots(
     effects: Mapping[str, Interval], ledger: Mapping[str, int], blocks: Sequence[str]
 ) -> list[Finding]:
-    """Which parts of a trained model with blocks earn their parameters.
-
-    `effects` as `ablation_effects` gives them, `ledger` the parameters by group, `blocks` the
-    names of the semantic blocks.
-    """
+    """Which parts of a trained model with blocks earn their parameters: `ablation_effects`, the
+    parameters by group, the names of the blocks."""
     found, whole = [], sum(ledger.values())
     if part := next(iter(CONTEXT & effects.keys()), None):  # the first thing to know
         held = sum(count for group, count in ledger.items() if "attention" in group) / whole
@@ -259,7 +251,7 @@ def _part(title: str, cost: Interval, saw: str, said: tuple[str, str], advice: s
 
 def names_mean(found: Mapping, expected: Mapping[str, str]) -> Finding:
     """Do the blocks' names mean anything? `found` as `studies.names` measures it; `expected`: the
-    block that the plan's names would lead one to read a property from."""
+    block that one would read a property from by its name."""
     reads = {name: of for name, of in found["reads"].items() if expected.get(name) in of}
     best = {name: max(of, key=lambda block: of[block][0]) for name, of in reads.items()}
     right = [name for name, block in best.items() if block == expected[name]]

@@ -60,9 +60,7 @@ def ablations(model: CausalLM, tokens: Tensor) -> dict[str, Tensor]:
 
 def measure_ablations(run: Run, corpus: Corpus) -> dict:
     """`ablations` of a run's best model on valid, by blocks of text: `tokens` and, by part, `nats`.
-
-    Raises MusotaError for a run without blocks or without its checkpoint.
-    """
+    Raises MusotaError for a run without blocks or without its checkpoint."""
     model = run.load_model(find_device())
     with autocast_on(model.device):
         return _by_blocks(ablations(model, corpus.valid))
@@ -130,7 +128,10 @@ def _disabled_parts(model: CausalLM, tokens: Tensor) -> dict:
     def mean_gate() -> list:
         seen = defaultdict(list)
         gates = [layer.gate for layer in model.layers]
-        keep = lambda gate, _, out: seen[gate].append(out.flatten(0, 1))  # noqa: E731
+
+        def keep(gate, _, out):
+            seen[gate].append(out.flatten(0, 1))
+
         with _removed_after(replace(gates, keep)):
             score(model, tokens)
         means = {gate: torch.cat(outs).mean(0) for gate, outs in seen.items()}
