@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 from filelock import FileLock, Timeout
 from safetensors import safe_open
@@ -15,15 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from musota.errors import MusotaError
-from musota.files import (
-    as_path,
-    jsonable,
-    read_sealed,
-    sha256,
-    system_error,
-    write_bytes,
-    write_sealed,
-)
+from musota.files import as_path, jsonable, sha256, system_error, write_bytes, write_sealed
 from musota.plan.config import Experiment
 from musota.training.runs import Run
 
@@ -41,6 +32,7 @@ class RunFolder:
         self.identity, self.writes = identity, writes
         self.metrics = b""  # of metrics.jsonl, as it should be
         self.trouble = ""
+        self.last = ""  # checkpoint known to be good
         self.lock = FileLock(self.checkpoints / ".lock")
 
     @property
@@ -48,8 +40,9 @@ class RunFolder:
         """Whether this very run stands here finished. Raises MusotaError for another's folder."""
         if not (self.path / "config.json").exists():
             return False
-        self._refuse_other(read_sealed(self.path / "config.json"), f"folder {self.path}")
-        return Run(self.path).finished
+        run = Run(self.path)
+        self._refuse_other(run.config, f"folder {self.path}")
+        return run.finished
 
     def prepare(self, fresh: bool) -> None:
         """Make the folder and lock it, empty of an earlier run if `fresh`.
@@ -152,28 +145,25 @@ class RunFolder:
             data = save(dict(tensors), {"state": json.dumps({**jsonable(state), **about})})
             name = f"step-{state['step']:09d}-{sha256(data)[:16]}.safetensors"
             write_bytes(self.checkpoints / name, data)
-            for old in self._newest_first()[2:]:
-                if old.name != name:
+            for old in self.checkpoints.glob("step-*.safetensors"):  # damaged ones go, too
+                if old.name not in (name, self.last):
                     old.unlink()
+            self.last = name
 
         self.attempt(write)
-
-    def _newest_first(self) -> list[Path]:
-        found = self.checkpoints.glob("step-*.safetensors")
-        return sorted(found, key=lambda path: (path.name[:14], path.stat().st_mtime), reverse=True)
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
         """Tensors and state to resume from, with metrics.jsonl as it was; None to start anew.
 
-        A damaged checkpoint is named and set aside, and the one before it taken. Raises MusotaError
-        if all are, or if one is another run's.
+        A damaged checkpoint is named, and the one before it taken. Raises MusotaError if all are,
+        or if one is another run's.
         """
-        found, damaged = self._newest_first(), []
-        for path in found:
+        found = self.checkpoints.glob("step-*.safetensors")
+        found = sorted(found, key=lambda path: (path.name[:14], path.stat().st_mtime))
+        for path in reversed(found):
             data = path.read_bytes()
             if sha256(data)[:16] != path.stem.rsplit("-", 1)[1]:
                 print(f"The checkpoint {path} is damaged and is skipped.")
-                damaged.append(path)
                 continue
             with safe_open(path, "pt") as file:
                 state = json.loads(file.metadata()["state"])
@@ -182,8 +172,7 @@ class RunFolder:
             if not self._held_metrics().startswith(self.metrics):
                 print(f"{self.path}/metrics.jsonl was damaged: it is restored from the checkpoint.")
             self.attempt(self.write_metrics)
-            for bad in damaged:  # out of the way: they must not count among the two that are kept
-                self.attempt(lambda bad=bad: bad.rename(bad.with_suffix(".damaged")))
+            self.last = path.name
             return load(data), state
         if found:
             none = f"No checkpoint in {self.checkpoints} can be read any more"

@@ -107,11 +107,8 @@ def finish(trainer) -> None:
         return
     if trainer.best_unsaved is not None:
         checkpoint(trainer)
-    if trainer.best_unsaved is not None:  # the disk is still full: it is not finished
-        return
-    if not (folder.path / "config.json").exists():
-        folder.trouble = folder.trouble or "the folder has vanished"
-        return
+    if trainer.best_unsaved is not None or not folder.attempt(folder.write_metrics):
+        return  # the disk is full, or has vanished: not finished
     final_weights, seconds = weights_sha256(trainer.model), trainer.seconds
     best = Run(folder.path).load_model().to(trainer.device)
     with autocast_on(trainer.device), torch.no_grad():
