@@ -225,15 +225,7 @@ class Trainer:
             self.folder.attempt(copy)
             self.folder.refuse_unsaved()
             return Run(self.folder.path)
-        if self.saved:
-            keeping.restore(self, self.saved)
-            self.saved = None
-            place = f"step {self.step} of {self.total_steps}"
-            self.say(f"{self.folder.path}: going on after {place}.")
-        elif self.auto_remedy:
-            keeping.checkpoint(self)  # to have something to go back to
-        if slow := curves.warmup(self.training.warmup_steps, self.total_steps):
-            self.say(slow.sentence)
+        _begin(self)
         self.watch, self.copy = watch, copy
         stop = math.ceil(stop_at * self.total_steps)
         if watch and self.folder.writes:
@@ -346,6 +338,19 @@ class Trainer:
         best = f", best valid PPL {self.summary['ppl']:,.0f}" if self.summary else ""
         shown = f"epoch {epoch}/{epochs}, training PPL {exp_nats(loss):,.0f}{best}"
         self.progress.set_postfix_str(shown, refresh=False)
+
+
+def _begin(trainer: Trainer) -> None:
+    """Go on from the last checkpoint, if there is one; and what is to be said before a step."""
+    if trainer.saved:
+        keeping.restore(trainer, trainer.saved)
+        trainer.saved = None
+        place = f"step {trainer.step} of {trainer.total_steps}"
+        trainer.say(f"{trainer.folder.path}: going on after {place}.")
+    elif trainer.auto_remedy:
+        keeping.checkpoint(trainer)  # to have something to go back to
+    if slow := curves.warmup(trainer.training.warmup_steps, trainer.total_steps):
+        trainer.say(slow.sentence)
 
 
 def _described(experiment, corpus, seed, name, profile) -> dict:
