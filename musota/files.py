@@ -10,8 +10,6 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from musota.errors import MusotaError
 
 SEAL = "sha256"
@@ -40,13 +38,17 @@ def write_together(writes: Mapping[Path, Callable[[Path], object]]) -> None:
         raise
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    write_whole(path, lambda target: target.write_bytes(data))
+
+
 def write_text(path: Path, text: str) -> None:
     """UTF-8, and line ends as they stand, on every system: texts are hashed."""
-    write_whole(path, lambda target: target.write_bytes(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, data) -> None:
-    """JSON for people and programs alike: indented, numbers it has no word for (inf, nan) null."""
+    """Indented, with null for the numbers that JSON has no word for."""
     write_text(path, _dump(data))
 
 
@@ -69,10 +71,9 @@ def read_sealed(path: Path) -> dict:
     except OSError as error:
         raise MusotaError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise MusotaError(
-            f"{path} is damaged or was changed by hand, and cannot be read: restore it, or train "
-            "the run again with fresh=True (--fresh)."
-        ) from None
+        broken = f"{path} is damaged or was changed by hand, and cannot be read"
+        instead = "restore it, or train the run again with fresh=True (--fresh)"
+        raise MusotaError(f"{broken}: {instead}.") from None
     return data
 
 
@@ -117,26 +118,11 @@ def sentence(error: Exception) -> str:
     return str(error)
 
 
-def acquire(lock: FileLock, folder: Path) -> None:
-    """Raises MusotaError while another process holds the lock. Disks without locks are told."""
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise MusotaError(
-            f"Another process is training in {folder}: wait for it, or use another folder."
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            raise
-        print(f"The disk of {folder} knows no locks: train in it once at a time.", flush=True)
-
-
 def cache_folder() -> Path:
     folder = as_path(os.environ.get("MUSOTA_CACHE") or "~/.cache/musota")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise system_error(
-            f"The cache folder {folder}", error, "set MUSOTA_CACHE to another"
-        ) from None
+        what = f"The cache folder {folder}"
+        raise system_error(what, error, "set MUSOTA_CACHE to another") from None
     return folder

@@ -1,5 +1,6 @@
 import os
 import sysconfig
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test reaches for it
@@ -7,8 +8,31 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 import pytest
 import torch
 
+import musota
+
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
+EXPERIMENT = musota.Experiment(  # MU-SOTA, two epochs of a second
+    musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1),
+    musota.TrainConfig(2, learning_rate=3e-3, warmup_steps=5, batch_size=4, accumulation_steps=4),
+)
+
+
+@contextmanager
+def each_step(before=lambda trainer: None, after=lambda trainer: None):
+    """Within it every training step has something done before and after it."""
+    from musota.training.trainer import Trainer
+
+    one_step = Trainer.one_step
+
+    def step(trainer):
+        before(trainer)
+        one_step(trainer)
+        after(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "one_step", step)
+        yield
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
@@ -54,3 +78,18 @@ def corpus(text_folder):
     from musota.plan.profiles import profiles
 
     return load_corpus(str(text_folder), 512).limited(profiles["tiny"])
+
+
+@pytest.fixture(scope="session")
+def short(corpus):
+    """Its first tokens: an epoch of eleven steps."""
+    from musota.plan.profiles import Profile
+
+    return corpus.limited(Profile("short", 512, 4000, 1200))
+
+
+@pytest.fixture(scope="session")
+def finished(short, tmp_path_factory):
+    """EXPERIMENT trained on `short`; to be left as it is."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return musota.train(EXPERIMENT, short, folder, name="finished")

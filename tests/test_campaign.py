@@ -31,17 +31,16 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_a_sweep_trains_at_the_rates_it_names(profile):
     profile = profiles[profile]
     cells = campaign.sweep("optimized", profile)
-    assert len(cells) == 6
+    assert (len(cells), min(campaign.FIRST_RATES), max(campaign.FIRST_RATES)) == (6, 1e-4, 3e-2)
+    whole = find_experiment("optimized").training
     for rate, (name, cell) in zip(campaign.FIRST_RATES, cells.items(), strict=True):
         training = musota.scaled(cell.experiment, profile).training
         assert name == f"optimized_rate_{rate:g}"
         assert training.learning_rate == pytest.approx(rate, rel=1e-12)
-    assert campaign.FIRST_RATES[0] == 1e-4 and campaign.FIRST_RATES[-1] == 3e-2
-    # Five of the plan's thirty epochs, with the plan's share of warm-up.
-    whole, short = find_experiment("optimized").training, cells["optimized_rate_0.001"].experiment
-    assert short.training.epochs == 5
-    shares = [t.warmup_steps / t.epochs for t in (whole, short.training)]
-    assert shares[0] == pytest.approx(shares[1], rel=0.01)
+        # Five of the plan's thirty epochs, with the plan's share of warm-up.
+        short = cell.experiment.training
+        share = whole.warmup_steps / whole.epochs
+        assert short.epochs == 5 and short.warmup_steps / 5 == pytest.approx(share, rel=0.01)
 
 
 def _sweep_with(monkeypatch, tmp_path, best):
@@ -65,15 +64,12 @@ def _sweep_with(monkeypatch, tmp_path, best):
     return {model: sorted(rates) for model, rates in tried.items()}
 
 
-def test_a_bracketed_best_ends_the_sweep(monkeypatch, tmp_path):
-    tried = _sweep_with(monkeypatch, tmp_path, {"optimized": 1e-2, "baseline": 1e-3})
-    assert tried == {name: list(campaign.FIRST_RATES) for name in ("optimized", "baseline")}
-
-
 def test_a_best_at_an_edge_widens_the_sweep_for_both_alike(monkeypatch, tmp_path):
+    tried = _sweep_with(monkeypatch, tmp_path, {"optimized": 1e-2, "baseline": 1e-3})
+    assert tried["optimized"] == tried["baseline"] == [*campaign.FIRST_RATES]
     tried = _sweep_with(monkeypatch, tmp_path, {"optimized": 1e-1, "baseline": 3e-5})
     wider = [1e-5, 3e-5, *campaign.FIRST_RATES, 1e-1, 3e-1]
-    assert tried == dict.fromkeys(("optimized", "baseline"), wider)
+    assert tried["optimized"] == tried["baseline"] == wider
 
 
 def test_without_a_sweep_nothing_is_tuned():
@@ -199,30 +195,24 @@ def test_tables_keep_what_has_no_meaning_as_a_dash(recorded):
     assert list(titles) == ["MU-SOTA, its best rate", "rung: bigram", "rung: trigram"]
 
 
-def test_goals_are_judged_by_the_interval_over_seeds():
-    def verdict(*ppls):
-        return plan.broke_through(ppls, "it", None).verdict
-
-    assert verdict(90, 91, 92) == "< 100"
-    assert verdict(150, 151, 152) == "< 200"
-    assert verdict(250, 251, 252) == "≥ 200"
-    assert verdict(190, 199, 208) == "undecided"
-    assert verdict(199) == "< 200"  # one seed: no interval
-    finding = plan.broke_through([150.0], "it", "the vocabulary is small")
-    assert "the vocabulary is small" in finding.conclusion
+@pytest.mark.parametrize(
+    ("ppls", "verdict"),
+    [((90, 91, 92), "< 100"), ((150, 151, 152), "< 200"), ((250, 251, 252), "≥ 200"),
+     ((190, 199, 208), "undecided"), ((199,), "< 200")],  # one seed: no interval
+)  # fmt: skip
+def test_goals_are_judged_by_the_interval_over_seeds(ppls, verdict):
+    finding = plan.broke_through(ppls, "it", "the vocabulary is small")
+    assert finding.verdict == verdict and "the vocabulary is small" in finding.conclusion
 
 
 def test_weak_spots_name_what_earns_its_parameters_and_what_does_not():
-    effects = {
-        "block attention": Interval(0.001, -0.002, 0.004),
-        "cross attention": Interval(0.4, 0.35, 0.45),
-        "both attentions": Interval(0.41, 0.36, 0.46),
-        "gate": Interval(0.05, 0.01, 0.09),
-        "affinity tables": Interval(0.02, 0.01, 0.03),
-        "A": Interval(0.01, 0.0, 0.02),
-        "B": Interval(0.3, 0.2, 0.4),
-        "C": Interval(0.02, 0.01, 0.03),
-    }
+    spans = {
+        "block attention": (0.001, -0.002, 0.004), "cross attention": (0.4, 0.35, 0.45),
+        "both attentions": (0.41, 0.36, 0.46), "gate": (0.05, 0.01, 0.09),
+        "affinity tables": (0.02, 0.01, 0.03), "A": (0.01, 0.0, 0.02), "B": (0.3, 0.2, 0.4),
+        "C": (0.02, 0.01, 0.03),
+    }  # fmt: skip
+    effects = {part: Interval(*span) for part, span in spans.items()}
     ledger = {"block attention": 5, "cross attention": 20, "gate": 5, "affinity tables": 70}
     found = {f.rule: f for f in weak_spots(effects, ledger, ("A", "B", "C"))}
     verdicts = [found[name.capitalize()].verdict for name in ledger]

@@ -1,9 +1,11 @@
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import EXPERIMENT, each_step
 
 import musota
 from musota.errors import MusotaError
@@ -15,7 +17,7 @@ from musota.studies import grid as grid_room
 from musota.studies import probes
 from musota.studies.cells import run_cells
 from musota.training import evaluate as evaluate_room
-from musota.training import schedule, trainer
+from musota.training import schedule
 
 MODEL = musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=2)
 
@@ -32,11 +34,6 @@ def model():
 @pytest.fixture(scope="module")
 def tokens():
     return torch.randint(512, (600,), generator=torch.Generator().manual_seed(1)).int()
-
-
-@pytest.fixture(scope="module")
-def short(corpus):
-    return corpus.limited(Profile("short", 512, 4000, 1200))
 
 
 # --- looking inside ---
@@ -82,8 +79,8 @@ def test_ablations_equal_models_changed_by_hand(model, tokens):
 
     def no_cross(copy):
         for layer in copy.layers:
-            layer.cross_attention.out.weight.data.zero_()
-            layer.cross_attention.out.bias.data.zero_()
+            for parameter in layer.cross_attention.out.parameters():
+                parameter.data.zero_()
 
     torch.testing.assert_close(nats["cross attention"], changed(no_cross))
     no_tables = changed(lambda copy: copy.affinity.weight.data.zero_())
@@ -98,33 +95,36 @@ def test_ablations_equal_models_changed_by_hand(model, tokens):
     torch.testing.assert_close(nats["none"], score(model, tokens)[0])  # and leaves nothing behind
 
 
+@contextmanager
+def _without(part, model, tokens):
+    hooks = probes._disabled_parts(model, tokens)[part]()
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
 def test_without_block_attention_a_token_sees_itself_alone_inside_its_blocks(model, tokens):
     attention = model.layers[0].block_attention[0]
     x = torch.randn(2, 5, 64)
-    hooks = probes._disabled_parts(model, tokens)["block attention"]()
-    alone = attention(x)
-    for hook in hooks:
-        hook.remove()
+    with _without("block attention", model, tokens):
+        alone = attention(x)
     one_by_one = torch.stack([attention(x[:, t : t + 1])[:, 0] for t in range(5)], 1)
     torch.testing.assert_close(alone, one_by_one)
     assert not torch.allclose(alone[:, 1:], attention(x)[:, 1:])
 
 
 def test_a_fixed_gate_is_the_mean_over_all_tokens(model, tokens):
-    seen = []
-    hooks = probes._disabled_parts(model, tokens)["gate"]()
-    hooks.append(model.layers[1].gate.register_forward_hook(lambda _, __, out: seen.append(out)))
-    score(model, tokens)
-    for hook in hooks:
+    def gates():
+        seen = []
+        hook = model.layers[1].gate.register_forward_hook(lambda _, __, out: seen.append(out))
+        score(model, tokens)
         hook.remove()
-    fixed = seen[0][0, 0]
-    assert all((out == fixed).all() for out in seen)
-    live = []
-    hook = model.layers[1].gate.register_forward_hook(lambda _, __, out: live.append(out))
-    score(model, tokens)
-    hook.remove()
-    every = torch.cat([out.flatten(0, 1) for out in live])
-    torch.testing.assert_close(fixed, every.mean(0))
+        return torch.cat([out.flatten(0, 1) for out in seen])
+
+    with _without("gate", model, tokens):
+        fixed = gates()
+    assert (fixed == fixed[0]).all()
+    torch.testing.assert_close(fixed[0], gates().mean(0))
 
 
 @torch.no_grad()
@@ -145,51 +145,30 @@ def test_a_zeroed_block_is_zero_before_and_after_every_layer_and_at_the_output(m
 
 # --- anneal ---
 
-EXPERIMENT = musota.Experiment(
-    musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1),
-    musota.TrainConfig(epochs=2, learning_rate=3e-3, warmup_steps=5, batch_size=16),
-)
 
-
-def test_annealing_goes_on_from_a_checkpoint_and_leaves_it_alone(short, tmp_path, monkeypatch):
+def test_annealing_goes_on_from_a_checkpoint_and_leaves_it_alone(short, tmp_path):
     run = musota.train(EXPERIMENT, short, tmp_path / "run", stop_at=0.5)
     assert not run.finished and len(run.history) == 1
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    rates, one_step = [], trainer.Trainer.one_step
-
-    def watched(trainer):
-        one_step(trainer)
-        rates.append((trainer.step, trainer.optimizer.param_groups[0]["lr"]))
-
-    monkeypatch.setattr(trainer.Trainer, "one_step", watched)
-    nats = probes.anneal(run, short, share=0.5)
+    seen = []
+    with each_step(after=lambda t: seen.append((t.step, t.optimizer.param_groups[0]["lr"]))):
+        nats = probes.anneal(run, short, share=0.5)
     assert {path: path.read_bytes() for path in before} == before
-    step, half = rates[0][0] - 1, len(rates) // 2
+    step, half = run.history.step[0], len(seen) // 2
     assert half == math.ceil(0.5 * step)
+    assert [at for at, _ in seen] == [*range(step + 1, step + half + 1)] * 2
     rate = schedule.learning_rate_at(step, EXPERIMENT.training, 2 * step)
-    expected = [(step + n, rate * (1 - n / half)) for n in range(1, half + 1)]
-    assert [s for s, _ in rates[:half]] == [s for s, _ in expected]
-    assert [r for _, r in rates[:half]] == pytest.approx([r for _, r in expected])
-    assert rates[half - 1][1] == 0
-    assert [r for _, r in rates[half:]] == pytest.approx([rate] * half)
+    falling = [rate * (1 - n / half) for n in range(1, half + 1)]
+    assert [lr for _, lr in seen] == pytest.approx([*falling, *[rate] * half])
     assert len(nats["before"]) == len(short.valid) - 1
     assert not nats["decayed"].equal(nats["held"])
-    torch.testing.assert_close(
-        nats["before"].double().mean(), torch.tensor(run.history.valid_loss[0]).double()
-    )
+    before = nats["before"].double().mean()
+    assert float(before) == pytest.approx(run.history.valid_loss[0])
 
 
-def test_a_finished_run_cannot_be_annealed(short, tmp_path):
-    run = musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path / "run")
+def test_a_finished_run_cannot_be_annealed(short, finished):
     with pytest.raises(MusotaError, match="is finished, its rate is 0"):
-        probes.anneal(run, short)
-
-
-def test_a_run_stopped_early_goes_on_as_if_nothing_had_been(short, tmp_path):
-    whole = musota.train(EXPERIMENT, short, tmp_path / "whole")
-    musota.train(EXPERIMENT, short, tmp_path / "parts", stop_at=0.3)
-    parts = musota.train(EXPERIMENT, short, tmp_path / "parts")
-    assert parts.summary["weights_sha256"] == whole.summary["weights_sha256"]
+        probes.anneal(finished, short)
 
 
 # --- the grid ---
@@ -203,14 +182,19 @@ def test_each_cell_changes_what_it_says_and_nothing_else():
         fields = cells[cell].experiment.fields()
         return {name: fields[name] for name in fields if fields[name] != original.get(name)}
 
-    assert changed("original") == {} and list(seeds) == [0, 1]
-    assert changed("epochs") == {"epochs": 30}
-    assert changed("learning_rate") == {"learning_rate": 1e-4}
-    assert changed("warmup") == {"warmup_steps": 2000}
-    assert changed("sequence") == {"max_seq_len": 192, "batch_size": 4, "accumulation_steps": 8}
-    assert changed("original_half") == {"epochs": 20} and cells["original_half"].share == 0.5
-    assert changed("blocks_8") == {"n_block": 8} and changed("layers_8") == {"n_layer": 8}
-    assert changed("matrix_6") == {"matrix_size": 6, "n_block": 8, "n_head": 6}
+    expected = {
+        "original": {},
+        "epochs": {"epochs": 30},
+        "learning_rate": {"learning_rate": 1e-4},
+        "warmup": {"warmup_steps": 2000},
+        "sequence": {"max_seq_len": 192, "batch_size": 4, "accumulation_steps": 8},
+        "original_half": {"epochs": 20},
+        "blocks_8": {"n_block": 8},
+        "layers_8": {"n_layer": 8},
+        "matrix_6": {"matrix_size": 6, "n_block": 8, "n_head": 6},
+    }
+    assert {cell: changed(cell) for cell in expected} == expected
+    assert list(seeds) == [0, 1] and cells["original_half"].share == 0.5
     assert cells["dense"].experiment == twin(experiments["original"])
     for factor in (0.1, 3, 10, 30, 100):
         assert changed(f"original_rate_x{factor}")["learning_rate"] == pytest.approx(3e-4 * factor)
@@ -222,12 +206,9 @@ def test_each_cell_changes_what_it_says_and_nothing_else():
 
 def test_larger_profiles_also_put_one_change_back_and_tiny_has_two_cells():
     cells, suspects, seeds = make_grid("study")
-    optimized = experiments["optimized"]
-    assert cells["without_epochs"].experiment == optimized.with_(epochs=10)
-    assert cells["without_learning_rate"].experiment == optimized.with_(learning_rate=3e-4)
+    assert cells["without_epochs"].experiment == experiments["optimized"].with_(epochs=10)
     assert len(seeds) == 3 and sum(s.name.startswith("from optimized") for s in suspects) == 6
-    assert make_grid("full")[0] == cells
-    assert len(make_grid("tiny")[0]) == 2
+    assert make_grid("full")[0] == cells and len(make_grid("tiny")[0]) == 2
 
 
 @pytest.mark.parametrize("profile", grid_profiles.values(), ids=lambda profile: profile.name)
@@ -269,9 +250,8 @@ def test_a_grid_trains_every_cell_and_never_twice(grid, short, capsys):
     assert "9 of 10 runs are here already." in capsys.readouterr().out
     before = runs["dense"][1].summary["ppl"]  # of a process with one thread: rounded otherwise
     assert again["dense"][1].summary["ppl"] == pytest.approx(before, rel=1e-4)
-    for path, content in written.items():
-        if "dense-seed1" not in str(path):
-            assert path.read_bytes() == content
+    kept = {p: data for p, data in written.items() if "dense-seed1" not in str(p)}
+    assert {path: path.read_bytes() for path in kept} == kept
 
 
 def test_half_the_text_is_half_the_text_in_as_many_steps(grid):
@@ -304,13 +284,8 @@ def test_a_diverged_cell_is_remembered_and_no_cause(grid, short, monkeypatch):
     cells = {name: cells[name] for name in ("original",)}
     cells["original_rate_x10"] = make_grid("quick")[0]["original_rate_x10"]
     monkeypatch.setattr(evaluate_room, "score", lambda *_: 1 / 0)  # nothing that has ended
-    losses = CausalLM.forward
-
-    def explode(model, *batch):
-        logits, loss = losses(model, *batch)
-        return logits, loss * math.inf
-
-    monkeypatch.setattr(CausalLM, "forward", explode)
+    losses = CausalLM.loss_of
+    monkeypatch.setattr(CausalLM, "loss_of", lambda *given: losses(*given) * math.inf)
     runs = run_cells(cells, (0, 1), TINY, short, folder, workers=1)
     assert runs["original_rate_x10"][1].diverged and not runs["original"][0].diverged
     records = (folder / "original_rate_x10-seed0" / "metrics.jsonl").read_text().splitlines()

@@ -20,30 +20,16 @@ from musota.rules.verdicts import root_cause_advice, root_causes
      (350.1, "C", "redesign", "neither")],
 )  # fmt: skip
 def test_the_plans_three_scales(ppl, letter, bottom_line, expectation):
-    assert plan.scenario(ppl, 0.3).verdict == letter
-    found, met = plan.bottom_line(ppl), plan.expectation(ppl, 0.4)
-    assert (found.verdict, met.verdict) == (bottom_line, expectation)
-    assert ("stretch" in found.conclusion) == (ppl < 100)
-    assert ("scenario B" in found.conclusion) == (300 < ppl <= 350)
-    assert ("exceeded" in met.conclusion) == (ppl < 120)
+    found = plan.scenario(ppl, 0.3), plan.bottom_line(ppl), plan.expectation(ppl, 0.4)
+    assert [finding.verdict for finding in found] == [letter, bottom_line, expectation]
 
 
 @pytest.mark.parametrize(
-    ("rule", "ppl", "accuracy", "said"),
-    [
-        (plan.scenario, 240, 0.29, "though the accuracy is under"),
-        (plan.scenario, 240, 0.31, None),
-        (plan.scenario, 300, 0.31, "though the accuracy is over that scenario's 20%–30%"),
-        (plan.scenario, 400, 0.24, None),
-        (plan.scenario, 400, 0.26, "though the accuracy is over"),
-        (plan.expectation, 150, 0.34, "not by accuracy"),
-        (plan.expectation, 150, 0.36, None),
-        (plan.expectation, 240, 0.24, "not by accuracy"),
-    ],
+    ("ppl", "accuracy", "where"), [(240, 0.29, "under"), (240, 0.31, ""), (300, 0.31, "over")]
 )
-def test_ppl_decides_and_a_contradicting_accuracy_is_mentioned(rule, ppl, accuracy, said):
-    assert (said or "") in rule(ppl, accuracy).conclusion
-    assert said or "accuracy" not in rule(ppl, accuracy).conclusion
+def test_ppl_decides_a_scenario_and_a_contradicting_accuracy_is_mentioned(ppl, accuracy, where):
+    found = plan.scenario(ppl, accuracy).conclusion
+    assert (f"though the accuracy is {where}" in found) == bool(where)
 
 
 def test_in_scenario_b_the_baseline_decides_what_comes_next():
@@ -59,22 +45,16 @@ def test_in_scenario_b_the_baseline_decides_what_comes_next():
      (None, "helps", "keep")],
 )  # fmt: skip
 def test_option_three(ppl, comparison, verdict):
-    for seeds in ("", "provisional, seeds not measured: "):
-        compared = comparison and findings.Finding("", comparison, "", "", f"{seeds}…")
-        finding = plan.option_three(ppl, compared)
-        assert finding.verdict == verdict
-        assert ("provisional" in finding.sentence) == bool(seeds and comparison)
+    compared = comparison and findings.Finding("", comparison, "", "", "provisional, …")
+    finding = plan.option_three(ppl, compared)
+    assert finding.verdict == verdict and ("provisional" in finding.saw) == bool(comparison)
 
 
-@pytest.mark.parametrize(
-    ("setting", "word"),
-    [(("python-docs", 50_000, "full"), "python-docs"), (("wikitext-2", 8192, "full"), "8,192"),
-     (("wikitext-2", 50_000, "full", False), "not spent its full budget"),
-     (("wikitext-2", 50_000, "study"), "study")],
-)  # fmt: skip
-def test_the_plans_thresholds_apply_to_its_own_setting_only(setting, word):
-    assert word in plan.plan_does_not_apply(*setting)
+def test_the_plans_thresholds_apply_to_its_own_setting_only():
     assert plan.plan_does_not_apply("wikitext-2", 50_000, "full") is None
+    reason = plan.plan_does_not_apply("python-docs", 8192, "study")
+    assert all(word in reason for word in ("python-docs", "8,192", "study"))
+    assert "full budget" in plan.plan_does_not_apply("wikitext-2", 50_000, "full", False)
 
 
 def test_the_ladder_names_the_rungs_on_either_side():
@@ -89,7 +69,7 @@ def test_the_ladder_names_the_rungs_on_either_side():
 def test_the_plans_own_test_is_shown_as_reported():
     found = [plan.plans_own_test(ppl) for ppl in (403, 402)]
     assert [finding.verdict for finding in found] == ["above", "below"]
-    assert "reported" in found[0].rule and found[0].sentence.count("(") == 2
+    assert "reported" in found[0].rule
 
 
 # --- intervals ---
@@ -131,19 +111,6 @@ def test_a_pooled_contrast_equals_the_textbooks_two_way_table():
     assert stats.pooled_contrast(shifted, contrast).high == pytest.approx(effect.high)
     one_seed = {cell: {0: row[0]} for cell, row in losses.items()}
     assert "no interval" in str(stats.pooled_contrast(one_seed, contrast))
-
-
-def test_pooled_intervals_cover_the_truth_as_often_as_they_say():
-    generator, covered = np.random.default_rng(0), 0
-    for _ in range(400):
-        seeds = generator.normal(0, 0.2, 2)  # shared by all cells
-        losses = {
-            str(cell): {s: 6 + 0.1 * cell + seeds[s] + generator.normal(0, 0.03) for s in (0, 1)}
-            for cell in range(6)
-        }
-        effect = stats.pooled_contrast(losses, {"0": -1, "3": 1})
-        covered += effect.low <= 0.3 <= effect.high
-    assert 0.92 <= covered / 400 <= 0.98
 
 
 # --- helps or hurts ---
@@ -207,51 +174,43 @@ def _epochs(losses, noise=0.0, seed=0, blocks=30):
     return history, per_block, [1024] * blocks
 
 
-def _plateau(losses, planned_epochs=30, **drawn):
-    history, nats, tokens = _epochs(losses, **drawn)
-    return curves.plateau(history, planned_epochs, nats, tokens)
+def _plateau(losses, planned_epochs=30, noise=0.0, seed=0, **rule):
+    history, nats, tokens = _epochs(losses, noise, seed)
+    return curves.plateau(history, planned_epochs, nats, tokens, **rule)
 
 
-def test_a_clean_plateau_is_dated():
-    losses = [7.0, 6.6, 6.3, 6.15, 6.05, 6.0, *[6.0 - 0.0005 * k for k in range(1, 5)]]
-    found = _plateau(losses, noise=0.02)
-    assert found.verdict == "plateau" and "since epoch 6" in found.conclusion
-    assert "still too high" not in found.next_step  # 10 of 30 epochs
-    late = _plateau(losses, planned_epochs=10, noise=0.02)
-    assert "learning rate still too high" in late.next_step
+FLAT = [7.0, 6.6, 6.3, 6.15, 6.05, 6.0, *[6.0 - 0.0005 * k for k in range(1, 5)]]
+SLOW = [7.0, 6.5, 6.2, 6.1, 6.0975, 6.095, 6.0925]
 
 
 @pytest.mark.parametrize(
-    ("losses", "noise", "verdict"),
-    [(6.5 - 0.08 * np.arange(12), 0.05, "none"), ([7.0, 6.9, 6.9], 0, "too early"),
-     ([7.0, 6.5, 6.2, 6.2, 6.2, 6.2, 6.2], 0, "plateau"),
-     ([7.0, 6.5, 6.2, 6.2, 6.2, 6.2, 6.2, 5.9], 0, "none")],  # a late improvement ends it
-)  # fmt: skip
-def test_plateau(losses, noise, verdict):
-    assert _plateau(losses, noise=noise).verdict == verdict
+    ("losses", "planned", "noise", "verdict", "said"),
+    [
+        (FLAT, 30, 0.02, "plateau", "since epoch 6"),
+        (FLAT, 10, 0.02, "plateau", "learning rate still too high"),  # after half of the epochs
+        (6.5 - 0.08 * np.arange(12), 30, 0.05, "none", ""),
+        ([7.0, 6.9, 6.9], 30, 0, "too early", ""),
+        ([7.0, 6.5, 6.2, 6.2, 6.2, 6.2, 6.2, 5.9], 30, 0, "none", ""),  # a late gain ends it
+        (SLOW, 30, 0.0001, "slow", "beyond the noise of the text"),
+        ([7.0, 6.0, 5.5, 5.4, 5.5, 5.6, 5.7], 30, 0.01, "plateau", "overfitting"),
+    ],
+)
+def test_plateau(losses, planned, noise, verdict, said):
+    found = _plateau(losses, planned, noise)
+    assert found.verdict == verdict and said in found.sentence
+    assert ("still too high" in found.sentence) == (planned == 10)
 
 
-def test_a_slow_but_certain_improvement_is_no_plateau():
-    losses = [7.0, 6.5, 6.2, 6.1, 6.0975, 6.095, 6.0925]
-    assert _plateau(losses, noise=0.0001).verdict == "slow"
-    # The same curve where the text cannot tell it from noise, or nothing is known of the text.
-    doubtful = [_plateau(losses, noise=0.02, seed=seed).verdict for seed in range(5)]
+def test_what_the_text_cannot_tell_from_noise_is_not_called_slow():
+    doubtful = [_plateau(SLOW, noise=0.02, seed=seed).verdict for seed in range(5)]
     assert "plateau" in doubtful and "slow" not in doubtful
-    unknown = curves.plateau(_epochs(losses, noise=0.0001)[0], 30)
-    assert unknown.verdict == "plateau" and "no interval" in unknown.saw
-
-
-def test_a_rising_valid_loss_is_a_plateau_that_warns_of_overfitting():
-    found = _plateau([7.0, 6.0, 5.5, 5.4, 5.5, 5.6, 5.7], noise=0.01)
-    assert found.verdict == "plateau" and "overfitting" in found.conclusion
 
 
 def test_the_plateau_rule_can_be_moved():
-    history = _epochs([7.0, 6.5, 6.2, 6.19, 6.185], noise=0.01)[0]
-    assert curves.plateau(history, 30, window=3).verdict == "none"
-    found = curves.plateau(history, 30, window=1, least_gain=0.02)
+    drawn = [7.0, 6.5, 6.2, 6.19, 6.19]
+    assert _plateau(drawn, noise=0.01, window=3).verdict == "none"
+    found = _plateau(drawn, noise=0.01, window=1, least_gain=0.02)
     assert (found.verdict, found.since) == ("plateau", 3)
-    assert "2.0% over 1 epoch" in found.threshold
 
 
 def _steps(curve, seed=0):
@@ -272,7 +231,7 @@ def _steps(curve, seed=0):
         (lambda x: 6 - x + np.where(x > 0.7, 12 * (x - 0.7), 0.3 * np.sin(25 * x)), "diverging"),
     ],
 )
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_oscillation(curve, verdict, seed):
     found = curves.oscillation(_steps(curve, seed=seed), warmup_steps=400)
     assert found.verdict == verdict, found.sentence
@@ -371,15 +330,7 @@ def test_root_causes_are_judged_and_ranked():
 
 
 def test_the_advice_is_one_line_that_names_what_is_certain_in_order():
-    gains = {
-        "base": 0,
-        "steps": 0.4,
-        "epochs": 0.8,
-        "rate": -0.3,
-        "blocks": 0,
-        "data": 0.2,
-        "x": 0.1,
-    }
+    gains = dict(base=0, steps=0.4, epochs=0.8, rate=-0.3, blocks=0, data=0.2, x=0.1)  # noqa: C408
     losses = {cell: {0: 6 - gain, 1: 6.1 - gain} for cell, gain in gains.items()}
     losses["epochs"][1] += 0.001
     suspects = _suspects("rate", "data", "epochs", "blocks", "steps", "epochs", "x")
@@ -434,10 +385,3 @@ def test_ablation_effects_are_paired_over_blocks_of_text():
     few = {name: values[:9] for name, values in nats.items()}
     effect = verdicts.ablation_effects(few, [100] * 9)["gate"]
     assert effect.mean == pytest.approx(0.1) and effect.side == 0  # too little text to decide
-
-
-def test_context_that_was_not_measured_well_is_undecided():
-    unknown, parts = stats.Interval(0.2), ("block attention", "cross attention", "gate")
-    effects = dict.fromkeys([*parts, "affinity tables", "both attentions", "A"], unknown)
-    found = verdicts.weak_spots(effects, dict.fromkeys([*parts, "affinity tables"], 1), ["A"])
-    assert {finding.verdict for finding in found[:-1]} == {"undecided"}

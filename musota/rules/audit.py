@@ -14,8 +14,6 @@ GUILTY = (
 )  # fmt: skip
 SURE = 5  # standard errors: a false alarm in millions
 SHIFTS = ("not shifted", "shifted once", "shifted twice")  # targets against logits
-
-
 Setting = tuple[str, str]  # the mode, and what was done to the weights
 SETTINGS = tuple(
     (mode, weights)
@@ -35,10 +33,8 @@ def looks_ahead(ahead: Mapping[Setting, Sequence[int]], unsure: Collection[Setti
     """`ahead` says by setting how far ahead of the logits that moved the replaced token stood;
     `unsure` settings gave unlike answers to one question."""
     rule, band = "Looking ahead", "changing a token must move no logit before it"
-    guilty = [setting for setting, found in ahead.items() if found]
-    if guilty:
-        distances = [distance for found in ahead.values() for distance in found]
-        near, far = min(distances), max(distances)
+    if guilty := [setting for setting, distances in ahead.items() if distances]:
+        near, far = (of(of(ahead[setting]) for setting in guilty) for of in (min, max))
         saw = f"the logits at t see token t+{near}" + (f", and up to t+{far}" if far > near else "")
         conclusion = "it sees the future: its perplexity means nothing"
         step = "mask everything after a position in whatever mixes positions"
@@ -106,11 +102,10 @@ def loss_is_the_loss(own: Sequence[float], plain: Sequence[Sequence[float]]) -> 
     if best is None:
         saw = f"{own[0]:.4f} nats where cross-entropy is {plain[1][0]:.4f}"
         return Finding(rule, "another", saw, band, "it has other terms: report PPL without them")
-    verdict = SHIFTS[best]
-    saw = f"the cross-entropy with targets {verdict}"
+    saw = f"the cross-entropy with targets {SHIFTS[best]}"
     saw += "" if abs(scale - 1) < 1e-3 else f", times {scale:.3g}"
     if best == 1:
-        return Finding(rule, verdict, saw, band, "it is the loss it should be")
+        return Finding(rule, SHIFTS[best], saw, band, "it is the loss it should be")
     wrong = "to repeat each token" if best == 0 else "the token after the next"
     step = "compare logits[:, :-1] with ids[:, 1:], and shift in one place only"
-    return Finding(rule, verdict, saw, band, f"it learns {wrong}", step)
+    return Finding(rule, SHIFTS[best], saw, band, f"it learns {wrong}", step)

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.signal import find_peaks
+from scipy import signal
 
 from musota.rules.findings import Finding
-from musota.rules.stats import Interval, paired_bootstrap, weights_per_doubling
+from musota.rules.stats import paired_bootstrap, weights_per_doubling
 
 PLATEAU_GAIN, PLATEAU_EPOCHS = 0.01, 3
 STRETCHES, SWING_NATS, SWINGS = 25, 0.05, 3
@@ -21,19 +21,17 @@ LOWER_RATE = "halve the learning rate (the plan, coming from 1e-4: 5e-5)"
 def plateau(
     history: pd.DataFrame,
     planned_epochs: int,
-    block_nats: Sequence[Sequence[float]] | None = None,
-    block_tokens: Sequence[int] | None = None,
+    block_nats: Sequence[Sequence[float]],
+    block_tokens: Sequence[int],
     window: int = PLATEAU_EPOCHS,
     least_gain: float = PLATEAU_GAIN,
 ) -> Finding:
     """Has validation stopped improving, and since which epoch?
 
     The rule: the best valid PPL improved by less than `least_gain` over the last `window` epochs
-    (the plan's rule: 1 % over three). Given total nats by epoch and block of text and the blocks'
-    tokens, the slope of the valid loss per doubling of training tokens over the same epochs is
-    bootstrapped over blocks, and the plateau holds only if its interval does not lie below 0.
-
-    `history` needs the columns epoch, tokens, ppl and valid_loss, one row an epoch.
+    (the plan's rule: 1 % over three), and the slope of the valid loss per doubling of training
+    tokens over the same epochs, bootstrapped over blocks of text (total nats by epoch and block,
+    tokens by block), has no interval below 0. `history` as `Run.history`.
     """
     best = history.ppl.cummin().to_numpy()
     span = f"{window} epoch{'s' if window > 1 else ''}"
@@ -44,10 +42,8 @@ def plateau(
     gain = 1 - best[-1] / best[-1 - window]
     recent = history.tail(window + 1)
     weights = weights_per_doubling(recent.tokens.to_numpy(float))
-    slope = Interval(float(weights @ recent.valid_loss.to_numpy(float)))
-    if block_nats is not None:
-        per_block = weights @ np.array(block_nats[-len(recent) :], float)
-        slope = paired_bootstrap(per_block, np.zeros_like(per_block), block_tokens)
+    per_block = weights @ np.array(block_nats[-len(recent) :], float)
+    slope = paired_bootstrap(per_block, np.zeros_like(per_block), block_tokens)
     saw = (
         f"best valid PPL {best[-1 - window]:.1f} → {best[-1]:.1f}, {gain:.1%} lower over "
         f"{span}; valid loss per doubling of tokens {slope}"
@@ -69,11 +65,8 @@ def plateau(
 
 
 def warmup(warmup_steps: int, total_steps: int) -> Finding | None:
-    """Whether warm-up takes so much of a run that the rate asked for is hardly trained with.
-
-    None where it does not. Warm-up is counted in steps, which a short run or a small text has few
-    of; the plan's own takes 19 % (google-research/tuning_playbook: over 5 %, rather train longer).
-    """
+    """Whether warm-up takes so much of a run that the rate asked for is hardly trained with; None
+    where it does not. The plan's own takes 19 % (google-research/tuning_playbook: 5 % at most)."""
     share = warmup_steps / total_steps
     if share <= LONG_WARMUP:
         return None
@@ -92,15 +85,12 @@ def warmup(warmup_steps: int, total_steps: int) -> Finding | None:
 
 
 def oscillation(steps: pd.DataFrame, warmup_steps: int) -> Finding:
-    """Does the training loss swing up and down, or run away?
+    """Does the training loss swing up and down, or run away? `steps` as `Run.steps`.
 
-    The logged losses after warm-up are averaged in 25 equal stretches, which leaves the noise of
-    single batches behind. A swing is a rise of that curve from a low to the next high which is
-    later undone, larger than 0.05 nats and than four standard errors of a difference of two
-    stretches (their spread around a straight line). Three swings are an oscillation. A last rise
-    that is not undone, of five times that size, is a divergence.
-
-    `steps` needs the columns step and loss.
+    The logged losses after warm-up are averaged in 25 equal stretches. A swing is a rise of that
+    curve which is later undone, larger than 0.05 nats and than four standard errors of a difference
+    of two stretches (their spread around a straight line). Three swings are an oscillation. A last
+    rise that is not undone, of five times that size, is a divergence.
     """
     losses = steps.loss[steps.step > warmup_steps].to_numpy(float)
     rule = f"{SWINGS} rises of more than {SWING_NATS} nats and four standard errors"
@@ -109,9 +99,10 @@ def oscillation(steps: pd.DataFrame, warmup_steps: int) -> Finding:
         return Finding("Oscillation", "too early", saw, rule, "too early to say")
     stretches = np.array_split(losses, STRETCHES)
     means = np.array([stretch.mean() for stretch in stretches])
-    error = np.mean([_noise(stretch) / math.sqrt(len(stretch)) for stretch in stretches])
+    noise = [signal.detrend(stretch).std(ddof=2) for stretch in stretches]  # around a line
+    error = np.mean(noise / np.sqrt([len(stretch) for stretch in stretches]))
     least = max(SWING_NATS, 4 * math.sqrt(2) * error)
-    swings = find_peaks(means, prominence=least)[0]
+    swings = signal.find_peaks(means, prominence=least)[0]
     unfinished = means[-1] - means[swings[-1] if len(swings) else 0 :].min()
     verdict, conclusion, next_step = "none", "no oscillation", ""
     if unfinished > 5 * least:
@@ -121,12 +112,6 @@ def oscillation(steps: pd.DataFrame, warmup_steps: int) -> Finding:
         verdict, conclusion, next_step = "oscillating", "the loss oscillates", LOWER_RATE
     saw = f"{len(swings)} swings of more than {least:.2f} nats, last loss {means[-1]:.2f} nats"
     return Finding("Oscillation", verdict, saw, rule, conclusion, next_step)
-
-
-def _noise(losses: np.ndarray) -> float:
-    """Standard deviation of losses around a straight line through them."""
-    place = np.arange(len(losses))
-    return float((losses - np.polyval(np.polyfit(place, losses, 1), place)).std(ddof=2))
 
 
 def health(
@@ -141,16 +126,14 @@ def health(
     came to its peak.
 
     `epochs` are records as `Run.health` gives them, `grad_norms` the logged norms after warm-up,
-    `length` the model's max_seq_len. Empty for a run that kept no statistics.
+    `length` the model's max_seq_len.
     Bands: updates, CS231n; clipping, google-research/tuning_playbook; scores and entropy, Wortsman
     et al. 2309.14322; rank, Godey et al. 2404.07647.
     """
-    if not epochs:
-        return []
-    trained = _training_health(epochs, grad_norms, grad_clip, warmed_up)
-    if "effective_rank" not in epochs[-1]:  # a model of one's own, whose inside nobody knows
-        return [*trained]
-    return [*trained, *_inner_health(epochs[0], epochs[-1], d_model, length)]
+    found = [*_training_health(epochs, grad_norms, grad_clip, warmed_up)] if epochs else []
+    if epochs and "effective_rank" in epochs[-1]:  # nobody knows the inside of one's own model
+        found += _inner_health(epochs[0], epochs[-1], d_model, length)
+    return found
 
 
 def _training_health(

@@ -60,12 +60,11 @@ def paired_bootstrap(
     mean = float(difference.sum() / tokens.sum())
     if len(tokens) < MIN_BLOCKS:
         return Interval(mean)
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
+    generator, means = np.random.default_rng(seed), []
     for start in range(0, resamples, 1000):  # by thousands: memory stays small on long texts
         picked = generator.integers(len(tokens), size=(min(1000, resamples - start), len(tokens)))
-        means[start : start + len(picked)] = difference[picked].sum(1) / tokens[picked].sum(1)
-    return Interval(mean, *np.quantile(means, TAILS).tolist())
+        means.append(difference[picked].sum(1) / tokens[picked].sum(1))
+    return Interval(mean, *np.quantile(np.concatenate(means), TAILS).tolist())
 
 
 def seed_interval(differences: Sequence[float]) -> Interval:
@@ -94,7 +93,5 @@ def pooled_contrast(
 
 
 def _students(mean: float, error: float, freedom: int) -> Interval:
-    if not freedom:
-        return Interval(mean)
-    half = float(stats.t.ppf(TAILS[1], freedom)) * error
+    half = float(stats.t.ppf(TAILS[1], freedom)) * error if freedom else math.inf
     return Interval(mean, mean - half, mean + half)

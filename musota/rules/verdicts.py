@@ -28,13 +28,13 @@ def helps_or_hurts(
     """Does MU-SOTA help against its dense twin? Summaries by seed; seeds in both are paired.
 
     Returns the finding, the bootstrap interval over blocks of text (losses averaged over seeds) and
-    the interval over seeds (None from one seed, when the verdict is only provisional). Negative
-    differences favour MU-SOTA. Raises ValueError without a common seed or common text.
+    the interval over seeds (None from one seed). Negative differences favour MU-SOTA. Raises
+    ValueError without a common seed or common text.
     """
-    title, rule = f"{name} against its dense twin", f"{DECIDED}, {rates}"
     words = ("helps", "the architecture helps"), ("hurts", "the architecture hurts")
     one = name if "@" in name else "MU-SOTA"  # a model of the reader's own
-    return _paired(mu, dense, title, f"{one} minus dense twin", words, rule)
+    saw, rule = f"{one} minus dense twin", f"{DECIDED}, {rates}"
+    return _paired(mu, dense, f"{name} against its dense twin", saw, words, rule)
 
 
 def better_or_worse(
@@ -47,12 +47,7 @@ def better_or_worse(
 
 
 def _paired(
-    one: Mapping[int, Mapping],
-    other: Mapping[int, Mapping],
-    title: str,
-    difference: str,
-    words: tuple[tuple[str, str], tuple[str, str]],
-    rule: str,
+    one, other, title: str, difference: str, words: tuple, rule: str
 ) -> tuple[Finding, Interval, Interval | None]:
     pairs = [(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
     if not pairs:
@@ -96,10 +91,8 @@ class Cause:
 
 
 def _lowers(effect: Interval) -> int:
-    """1 where a change lowers the loss by a relevant amount, −1 where it does not, 0 undecided.
-
-    It does so with a mean of 0.05 nats or more and an interval below 0.
-    """
+    """1 where a change lowers the loss (by 0.05 nats or more, with an interval below 0), −1 where
+    it certainly does not by as much, else 0."""
     if effect.low > -RELEVANT:
         return -1
     return int(effect.high < 0 and effect.mean <= -RELEVANT)
@@ -110,10 +103,9 @@ def root_causes(
 ) -> list[Cause]:
     """Each suspect judged, the largest gain first.
 
-    `losses`: valid nats/token by cell and seed, the same seeds everywhere. A cause is what lowers
-    the loss by 0.05 nats or more, with an interval (see `pooled_contrast`) below 0; what certainly
-    brings less is none; the rest is undecided. A cell that ends above the uniform guess (ln V) with
-    any seed has diverged: it gets no interval, and its suspect is no cause.
+    `losses`: valid nats/token by cell and seed, the same seeds everywhere. A cell that ends above
+    the uniform guess (ln V) with any seed has diverged: it gets no interval (see
+    `pooled_contrast`), and its suspect is no cause.
     """
     guess = math.log(vocab_size)
     usable = {cell: row for cell, row in losses.items() if max(row.values()) <= guess}
@@ -141,10 +133,8 @@ def root_cause_advice(causes: Sequence[Cause]) -> str:
 
 
 def best_rate(losses: Mapping[float, Sequence[float]], own: float, model: str) -> Finding:
-    """Where a learning-rate sweep has its best, and whether it must be widened.
-
-    `losses`: valid nats/token of each seed by learning rate; `own` is the `model`'s usual rate.
-    """
+    """Where a learning-rate sweep has its best, and whether it must be widened. `losses`: valid
+    nats/token of each seed by learning rate; `own` is the `model`'s usual rate."""
     means = {rate: float(np.mean(values)) for rate, values in sorted(losses.items())}
     best = min(means, key=means.get)
     saw = f"best at {best:g}: PPL {math.exp(means[best]):,.1f}"
@@ -163,11 +153,10 @@ def best_rate(losses: Mapping[float, Sequence[float]], own: float, model: str) -
 def annealing(
     before: Sequence[float], decayed: Sequence[float], held: Sequence[float], tokens: Sequence[int]
 ) -> tuple[Finding, dict[str, Interval]]:
-    """Is learning-rate noise hiding what the model has learned?
+    """Is learning-rate noise hiding what the model has learned? It is what a rate falling to 0
+    brings beyond the held one, 0.05 nats or more.
 
-    Nats by block of valid text at a checkpoint, after steps whose rate falls to 0, and after as
-    many at the held rate; the blocks' tokens. The held steps show what mere training brings: noise
-    is what the falling rate brings beyond that, 0.05 nats or more.
+    Nats by block of valid text at a checkpoint, after steps at either; the blocks' tokens.
     """
     intervals = {
         "rate falling to 0": paired_bootstrap(decayed, before, tokens),
@@ -187,10 +176,8 @@ def annealing(
 
 
 def data_halving(losses: Mapping[int, Mapping[int, float]]) -> tuple[Finding, Interval]:
-    """Nats gained per doubling of the training text, at equal numbers of steps.
-
-    `losses`: valid nats/token by number of training tokens and seed. Interval: `pooled_contrast`.
-    """
+    """Nats gained per doubling of the training text, at equal numbers of steps; `losses`: valid
+    nats/token by number of training tokens and seed. Interval: `pooled_contrast`."""
     weights = stats.weights_per_doubling(np.array([*losses], float))
     slope = stats.pooled_contrast(losses, dict(zip(losses, weights, strict=True)))
     verdict, conclusion, next_step = {
@@ -198,10 +185,8 @@ def data_halving(losses: Mapping[int, Mapping[int, float]]) -> tuple[Finding, In
         0: OPEN,
         1: ("not data-starved", "data is not what holds it back", ""),
     }[slope.beyond(-DATA_STARVED)]
-    saw, rule = (
-        f"per doubling of the text {slope}",
-        f"more than {DATA_STARVED} nats gained per doubling",
-    )
+    saw = f"per doubling of the text {slope}"
+    rule = f"more than {DATA_STARVED} nats gained per doubling"
     return Finding("Data halving", verdict, saw, rule, conclusion, next_step), slope
 
 
@@ -226,31 +211,26 @@ _HARDLY_USED = f"under {RELEVANT} nats a part is hardly used"
 def weak_spots(
     effects: Mapping[str, Interval], ledger: Mapping[str, int], blocks: Sequence[str]
 ) -> list[Finding]:
-    """Which parts of a trained model with blocks earn their parameters, from what disabling each
-    one costs.
-
-    `effects` as `ablation_effects` gives them, `ledger` the parameters by group, `blocks` the
-    names of the semantic blocks.
-    """
-    found = []
-    share = {group: count / sum(ledger.values()) for group, count in ledger.items()}
+    """Which parts of a trained model with blocks earn their parameters: `ablation_effects`, the
+    parameters by group, the names of the blocks."""
+    found, whole = [], sum(ledger.values())
     if part := next(iter(CONTEXT & effects.keys()), None):  # the first thing to know
-        cost, held = effects[part], sum(s for group, s in share.items() if "attention" in group)
+        held = sum(count for group, count in ledger.items() if "attention" in group) / whole
         whom = "it holds" if part == "attention" else "they hold"
-        saw = f"disabling {part} costs {cost}, {whom} {held:.1%} of the parameters"
         idle = (
             "the text before the current token is hardly used: this is a table of which token "
             "follows which, and cannot be much better than the bigram rung"
         )
-        used = "the text before the current token is used"
+        saw = f"disabling {part} costs {effects[part]}, {whom} {held:.1%} of the parameters"
+        said = idle, "the text before the current token is used"
         advice = "give attention a residual path that the gate does not scale, and width"
-        found.append(_part("Context", cost, saw, idle, used, advice))
+        found.append(_part("Context", effects[part], saw, said, advice))
     for part, advice in _REDESIGN.items():
-        if part not in effects:
-            continue
-        saw = f"disabling it costs {effects[part]}, it holds {share[part]:.1%} of the parameters"
-        title = part.capitalize()
-        found.append(_part(title, effects[part], saw, "hardly used", "used", advice))
+        if cost := effects.get(part):
+            held = ledger[part] / whole
+            saw = f"disabling it costs {cost}, it holds {held:.1%} of the parameters"
+            said = "hardly used", "used"
+            found.append(_part(part.capitalize(), cost, saw, said, advice))
     idle = [block for block in blocks if effects[block].beyond(RELEVANT) < 0]
     most = max(blocks, key=lambda block: effects[block].mean)
     saw = f"zeroing a block's cells costs at most {effects[most]} ({most})"
@@ -262,18 +242,16 @@ def weak_spots(
     return found
 
 
-def _part(title: str, cost: Interval, saw: str, idle: str, used: str, advice: str) -> Finding:
-    verdict, conclusion, next_step = {
-        -1: ("idle", idle, advice),
-        0: ("undecided", "undecided", ""),
-        1: ("used", used, ""),
-    }[cost.beyond(RELEVANT)]
-    return Finding(title, verdict, saw, _HARDLY_USED, conclusion, next_step)
+def _part(title: str, cost: Interval, saw: str, said: tuple[str, str], advice: str) -> Finding:
+    side = cost.beyond(RELEVANT)
+    verdict = {-1: "idle", 0: "undecided", 1: "used"}[side]
+    conclusion = {-1: said[0], 0: "undecided", 1: said[1]}[side]
+    return Finding(title, verdict, saw, _HARDLY_USED, conclusion, advice if side < 0 else "")
 
 
 def names_mean(found: Mapping, expected: Mapping[str, str]) -> Finding:
     """Do the blocks' names mean anything? `found` as `studies.names` measures it; `expected`: the
-    block that the plan's names would lead one to read a property from."""
+    block that one would read a property from by its name."""
     reads = {name: of for name, of in found["reads"].items() if expected.get(name) in of}
     best = {name: max(of, key=lambda block: of[block][0]) for name, of in reads.items()}
     right = [name for name, block in best.items() if block == expected[name]]

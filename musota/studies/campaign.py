@@ -6,7 +6,7 @@ Every part is a set of cells for `run_cells`: what has finished is loaded, the r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from musota.errors import MusotaError
@@ -21,6 +21,7 @@ SWEEP_EPOCHS = 5  # of the plan's 30, with warm-up's share of the steps kept
 # About a factor of 3 apart. A sweep starts with the middle six and is widened where it must be.
 LADDER = tuple(float(f"{mantissa}e{power}") for power in range(-6, 1) for mantissa in (1, 3))
 FIRST_RATES = LADDER[4:10]  # 1e-4 … 3e-2
+ByRate = Mapping[float, Mapping[int, Run]]  # by learning rate and seed
 
 
 def models() -> dict[str, Cell]:
@@ -40,17 +41,21 @@ def sweep(name: str, profile: Profile, rates=None) -> dict[str, Cell]:
     }
 
 
-def swept(runs: Iterable[Run], name: str, profile: Profile) -> dict[float, list[float]]:
-    """Valid losses (inf: diverged) of every seed by learning rate, of the runs that differ from
-    the sweep's in nothing else; empty if there are none."""
-    (cell,) = sweep(name, profile, [1e-3]).values()
-    base, found = scaled(cell.experiment, profile), {}
+def by_rate(runs: Iterable[Run], experiment: Experiment) -> ByRate:
+    """The runs that have ended and differ from an experiment in the learning rate alone."""
+    found: dict[float, dict[int, Run]] = {}
     for run in runs:
         rate = run.experiment.training.learning_rate
-        if (run.finished or run.diverged) and base.with_(learning_rate=rate) == run.experiment:
-            loss = math.inf if run.diverged else run.summary["valid_loss"]
-            found.setdefault(rate, []).append(loss)
+        if run.ended and experiment.with_(learning_rate=rate) == run.experiment:
+            found.setdefault(rate, {})[run.seed] = run
     return dict(sorted(found.items()))
+
+
+def swept(runs: Iterable[Run], name: str, profile: Profile) -> dict[float, list[float]]:
+    """Valid losses (inf: diverged) of every seed by learning rate, of the runs of a sweep."""
+    (cell,) = sweep(name, profile, [1e-3]).values()
+    found = by_rate(runs, scaled(cell.experiment, profile))
+    return {rate: [run.valid_loss for run in seeds.values()] for rate, seeds in found.items()}
 
 
 def best_of(losses: dict[float, list[float]]) -> float:

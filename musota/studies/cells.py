@@ -10,21 +10,31 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
 from musota.data.corpus import Corpus
 from musota.data.sources import SPLITS
 from musota.errors import MusotaError
-from musota.plan.config import Experiment
 from musota.plan.profiles import Profile, changed, scaled
 from musota.plan.suspects import Cell
 from musota.training.runs import Run
 from musota.training.trainer import Diverged, train
+
+
+class _Job(NamedTuple):
+    """A run to train: what `train` is given, and what else to know of it."""
+
+    given: dict
+    cell: str
+    share: float
+    keep: bool
+    quiet: bool
 
 
 def run_cells(
@@ -44,11 +54,11 @@ def run_cells(
     """Train every cell with every seed, scaled by `profile` and then changed by `changes`; what has
     finished is loaded, from its folder or from among `known` runs.
 
-    Returns runs by cell and seed; some may have diverged. On a CPU one process a
-    core (`workers`) trains a run each with one thread: small models gain little from a second. On
-    a GPU runs follow each other, and show their progress unless `quiet`. Checkpoints of finished
-    runs are removed, but for the cells to `keep`: a grid of full-size ones would fill the disk.
-    `each` is called after every run. Raises MusotaError if a process dies.
+    Returns runs by cell and seed; some may have diverged. On a CPU one process a core (`workers`)
+    trains a run each with one thread: small models gain little from a second. On a GPU runs follow
+    each other, and show their progress unless `quiet`. Checkpoints of finished runs are removed,
+    but for the cells to `keep`. `each` is called after every run. Raises MusotaError if a process
+    dies.
     """
     parts = {
         share: corpus.limited(Profile("part", train_tokens=round(share * len(corpus.train))))
@@ -56,23 +66,24 @@ def run_cells(
     }
     if workers is None and torch.cuda.is_available():
         workers = 1
-    recorded = {} if fresh else {r.identity: r for r in known if r.finished or r.diverged}
+    recorded = {} if fresh else {run.identity: run for run in known if run.ended}
     runs, left = {name: {} for name in cells}, []
     for seed in seeds:
         for name, cell in cells.items():
             own = scaled(cell.experiment, profile)
             experiment = changed(own, changes)
             label = ",".join([name, *experiment.differences(own)])
-            job = _Job(
-                experiment, cell.share, Path(folder) / f"{label}-seed{seed}", seed, name, label,
-                profile.name, fresh, keep=name in keep, quiet=quiet or workers != 1,
-            )  # fmt: skip
-            identity = job.experiment, parts[cell.share].fingerprint, seed
-            run = recorded.get(identity) or job.recorded
-            if run and run.identity == identity:
+            path = Path(folder) / f"{label}-seed{seed}"
+            identity = experiment, parts[cell.share].fingerprint, seed
+            run = recorded.get(identity)
+            if not run and not fresh and (path / "config.json").exists():
+                run = Run(path)
+            if run and run.identity == identity and run.ended:
                 runs[name][seed] = run
-            else:
-                left.append(job)
+                continue
+            given = {"experiment": experiment, "run_dir": path, "resume": not fresh, "seed": seed}
+            given |= {"name": label, "profile": profile.name}
+            left.append(_Job(given, name, cell.share, name in keep, quiet or workers != 1))
     total = len(cells) * len(seeds)
     if len(left) < total:
         print(f"{total - len(left)} of {total} runs are here already.")
@@ -84,39 +95,14 @@ def run_cells(
         print(f"{len(left)} runs to train, {workers} at a time.", flush=True)
     started = time.perf_counter()
     for done, (job, run) in enumerate(_each(left, parts, workers), start=1):
-        runs[job.cell][job.seed] = run
+        runs[job.cell][run.seed] = run
         minutes = (time.perf_counter() - started) / done * (len(left) - done) / 60
-        said = "diverged"
-        if run.finished:
-            rate = f"{run.summary['tokens_per_second']:,.0f} tokens/s"
-            said = f"valid PPL {run.summary['ppl']:,.1f}, {rate}"
+        said = f"valid PPL {run.summary['ppl']:,.1f}" if run.finished else "diverged"
         count = f"[{total - len(left) + done}/{total}]"
-        print(f"{count} {job.name}, seed {job.seed}: {said}, {minutes:.1f} min left", flush=True)
+        print(f"{count} {run.name}, seed {run.seed}: {said}, {minutes:.1f} min left", flush=True)
         if each:
             each()
     return {name: dict(sorted(by_seed.items())) for name, by_seed in runs.items()}
-
-
-@dataclass(frozen=True)
-class _Job:
-    experiment: Experiment
-    share: float
-    path: Path
-    seed: int
-    cell: str
-    name: str  # the cell's, with what was changed in it
-    profile: str
-    fresh: bool
-    keep: bool
-    quiet: bool
-
-    @property
-    def recorded(self) -> Run | None:
-        """The run in the job's folder, if it has ended one way or the other."""
-        if self.fresh or not (self.path / "config.json").exists():
-            return None
-        run = Run(self.path)
-        return run if run.finished or run.diverged else None
 
 
 _parts: dict[float, Corpus] = {}  # of this process: sent once, not with every job
@@ -130,20 +116,16 @@ def _take_parts(parts: Mapping[float, Corpus], threads: int | None = None) -> No
 
 
 def _run_job(job: _Job) -> Run:
-    with _silence() if job.quiet else nullcontext(), suppress(Diverged):
-        train(
-            job.experiment, _parts[job.share], job.path, not job.fresh, job.seed,
-            name=job.name, profile=job.profile,
-        )  # fmt: skip
+    with ExitStack() as silence:
+        if job.quiet:
+            silence.enter_context(redirect_stdout(io.StringIO()))
+            silence.enter_context(redirect_stderr(io.StringIO()))
+        silence.enter_context(suppress(Diverged))
+        train(corpus=_parts[job.share], **job.given)
+    run = Run(job.given["run_dir"])
     if not job.keep:
-        shutil.rmtree(job.path / "checkpoints", ignore_errors=True)
-    return Run(job.path)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield
+        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+    return run
 
 
 def _each(jobs: list[_Job], parts, workers: int) -> Iterator[tuple[_Job, Run]]:
@@ -167,9 +149,7 @@ def _each(jobs: list[_Job], parts, workers: int) -> Iterator[tuple[_Job, Run]]:
             worker.terminate()
         raise
     except BrokenProcessPool:
-        raise MusotaError(
-            "A training process was killed, perhaps for want of memory: run the cell again, it "
-            "goes on from there, with workers=1 if it happens again."
-        ) from None
+        killed = "A training process was killed, perhaps for want of memory"
+        raise MusotaError(f"{killed}: do this again, it goes on from there.") from None
     finally:
         pool.shutdown(cancel_futures=True)

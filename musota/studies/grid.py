@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from musota.plan.profiles import grid_profiles, scaled
 from musota.plan.registry import experiments
 from musota.plan.suspects import COMPARE, MORE_TEXT, TWIN, Suspect, grid
 from musota.rules.verdicts import Cause, root_causes
+from musota.studies.campaign import best_of, by_rate
 from musota.training.runs import Run
 
 DENSE = "prefer the dense transformer"
@@ -19,43 +19,36 @@ LINES = {  # for advice that changes no field
     COMPARE: "evidence --only sweep,tuned",
     DENSE: "run --only 03",
 }
+Runs = Mapping[str, Mapping[int, Run]]  # by cell and seed
 
 
-def valid_losses(runs: Mapping[str, Mapping[int, Run]]) -> dict[str, dict[int, float]]:
+def valid_losses(runs: Runs) -> dict[str, dict[int, float]]:
     """Best valid nats/token by cell and seed, inf where it diverged; whole cells only."""
     seeds = {seed for by_seed in runs.values() for seed in by_seed}
     return {
-        cell: {
-            seed: math.inf if run.diverged else run.summary["valid_loss"]
-            for seed, run in by_seed.items()
-        }
+        cell: {seed: run.valid_loss for seed, run in by_seed.items()}
         for cell, by_seed in runs.items()
-        if by_seed.keys() == seeds and all(r.finished or r.diverged for r in by_seed.values())
+        if by_seed.keys() == seeds and all(run.ended for run in by_seed.values())
     }
 
 
-def _sweep(runs: Mapping[str, Mapping[int, Run]], name: str) -> dict[float, str]:
+def _sweep(runs: Runs, name: str) -> dict[float, str]:
     """By learning rate, the cells that differ from the cell `name` in nothing else."""
     ones = {cell: next(iter(runs[cell].values())) for cell in valid_losses(runs)}
     if name not in ones:
         return {}
-    base = ones[name]
-    found = {}
-    for cell, run in ones.items():
-        rate = run.experiment.training.learning_rate
-        alike = base.experiment.with_(learning_rate=rate) == run.experiment
-        if alike and run.fingerprint == base.fingerprint:
-            found[rate] = cell
-    return dict(sorted(found.items()))
+    alike = {run: cell for cell, run in ones.items() if run.fingerprint == ones[name].fingerprint}
+    found = by_rate(alike, ones[name].experiment)
+    return {rate: alike[next(iter(seeds.values()))] for rate, seeds in found.items()}
 
 
-def sweep_losses(runs: Mapping[str, Mapping[int, Run]], name: str) -> dict[float, list[float]]:
+def sweep_losses(runs: Runs, name: str) -> dict[float, list[float]]:
     """Valid losses of every seed by learning rate, all else as in the cell `name`."""
     losses = valid_losses(runs)
     return {rate: list(losses[cell].values()) for rate, cell in _sweep(runs, name).items()}
 
 
-def data_losses(runs: Mapping[str, Mapping[int, Run]], name: str) -> dict[int, dict[int, float]]:
+def data_losses(runs: Runs, name: str) -> dict[int, dict[int, float]]:
     """Valid losses by number of training tokens, of the cells that `data_shares(name, …)` made."""
     return {
         next(iter(runs[cell].values())).config["corpus"]["tokens"]["train"]: losses
@@ -64,53 +57,48 @@ def data_losses(runs: Mapping[str, Mapping[int, Run]], name: str) -> dict[int, d
     }
 
 
-def judge(runs: Mapping[str, Mapping[int, Run]], suspects: Sequence[Suspect]) -> list[Cause]:
+def judge(runs: Runs, suspects: Sequence[Suspect]) -> list[Cause]:
     """`verdicts.root_causes` of a grid, as far as it has been trained.
 
     Where both rates were swept, the architecture is judged once more with each model at its own
     best rate: the plan's rates were made for neither. With a best rate at the edge of its sweep
     that stays undecided.
     """
-    losses = valid_losses(runs)
-    best, at_edge = [], False
+    losses, best, at_edge, fair = valid_losses(runs), [], False, None
     for name in ("original", "dense"):
-        swept = _sweep(runs, name)
-        if len(swept) > 1:
-            rate = min(swept, key=lambda rate: sum(losses[swept[rate]].values()))
-            best.append(swept[rate])
+        if len(swept := sweep_losses(runs, name)) > 1:
+            rate = best_of(swept)
+            best.append(_sweep(runs, name)[rate])
             at_edge |= rate in (min(swept), max(swept))
-    fair = Suspect("", TWIN[1], *best, DENSE) if len(best) == 2 else None
-    if fair:
+    if len(best) == 2:
         name = f"{TWIN[0]}, each at its best rate" + (" (at an edge)" if at_edge else "")
-        fair = replace(fair, name=name)
-        suspects = [*suspects, fair]
-    known = [s for s in suspects if s.before in losses and s.after in losses]
+        fair = Suspect(name, TWIN[1], *best, DENSE)
+    known = [s for s in (*suspects, fair) if s and {s.before, s.after} <= losses.keys()]
     vocab_size = next(iter(runs["original"].values())).experiment.model.vocab_size
-    causes = root_causes(known, losses, vocab_size)
     return [
         replace(
             cause,
             here=_changes(runs, cause.suspect),
-            verdict="undecided" if at_edge and cause.suspect == fair else cause.verdict,
+            verdict="undecided" if at_edge and cause.suspect is fair else cause.verdict,
         )
-        for cause in causes
+        for cause in root_causes(known, losses, vocab_size)
     ]
 
 
 def next_line(causes: Sequence[Cause], profile: str, corpus: str) -> str:
     """The command that makes the change of the largest certain gain, and what that is in the
     notebooks' parameters; `corpus` as it was asked for."""
-    guilty = [cause.suspect for cause in causes if cause.verdict == "cause"]
+    guilty = next((cause.suspect for cause in causes if cause.verdict == "cause"), None)
     if not guilty:
         return "No change is advised: more seeds, or a larger profile, may decide."
-    line, changes = LINES.get(guilty[0].advice, "run --only 02,03,04"), {}
-    if guilty[0].advice not in LINES:
-        changes = advised_changes(guilty[0], profile)
+    line, changes = LINES.get(guilty.advice, "run --only 02,03,04"), {}
+    if guilty.advice not in LINES:
+        changes = advised_changes(guilty, profile)
     line += f" --profile {profile}"
     line += "" if "--corpus" in line else f" --corpus {shlex.quote(corpus)}"
     line += "".join(f" --set {name}={value}" for name, value in changes.items())
     then = f", or in notebooks 02 to 04 `changes = {changes}`" if changes else ""
-    return f"The line for “{guilty[0].advice}”: `python -m musota {line}`{then}."
+    return f"The line for “{guilty.advice}”: `python -m musota {line}`{then}."
 
 
 def advised_changes(suspect: Suspect, profile: str) -> dict[str, float]:
@@ -134,7 +122,7 @@ def advised_changes(suspect: Suspect, profile: str) -> dict[str, float]:
     return changes
 
 
-def _changes(runs: Mapping[str, Mapping[int, Run]], suspect: Suspect) -> str:
+def _changes(runs: Runs, suspect: Suspect) -> str:
     """What the cells of a suspect really differ in: names, values before and after."""
     pair = [next(iter(runs[cell].values())) for cell in (suspect.before, suspect.after)]
     before, after = (
@@ -143,12 +131,8 @@ def _changes(runs: Mapping[str, Mapping[int, Run]], suspect: Suspect) -> str:
     )
     if before.keys() != after.keys():
         before = {"d_model": pair[0].experiment.model.d_model, **before}
-    return ", ".join(
-        f"{name} {_shown(before[name])} → {_shown(after[name])}"
-        for name in before
-        if name in after and before[name] != after[name]
-    )
-
-
-def _shown(value) -> str:
-    return value if isinstance(value, str) else f"{value:,.9g}"
+    both = {n: (old, after[n]) for n, old in before.items() if n in after and old != after[n]}
+    shown = {
+        n: [v if isinstance(v, str) else f"{v:,.9g}" for v in pair] for n, pair in both.items()
+    }
+    return ", ".join(f"{name} {old} → {new}" for name, (old, new) in shown.items())

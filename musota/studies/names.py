@@ -80,18 +80,15 @@ def properties(corpus: Corpus, ids: Tensor) -> dict[str, Tensor]:
     """What is known of tokens 1 … T−1 of every window, as classes: (W, T−1) int64 each."""
     tokenizer, size = corpus.tokenizer, corpus.tokenizer.size
     texts = [tokenizer.backend.decode([i], skip_special_tokens=False).strip() for i in range(size)]
-    capital, digit, sign = (
-        torch.tensor([bool(of(text)) for text in texts])
-        for of in (
-            lambda text: text[:1].isupper(),
-            lambda text: any(map(str.isdigit, text)),
-            lambda text: not any(map(str.isalnum, text)),
-        )
-    )
+    own = {
+        "capital": torch.tensor([text[:1].isupper() for text in texts]),
+        "digit": torch.tensor([any(map(str.isdigit, text)) for text in texts]),
+        "punctuation": torch.tensor([not any(map(str.isalnum, text)) for text in texts]),
+    }
     ends = torch.tensor([text in (".", "!", "?") for text in texts])
     ends[tokenizer.line_end] = True
     kind = torch.zeros(size, dtype=torch.long)  # of a token: 0 plain word
-    for number, of in enumerate((capital, digit, sign), start=1):
+    for number, of in enumerate(own.values(), start=1):
         kind[of] = number
     counts = torch.bincount(corpus.train.long(), minlength=size).double()
     order = counts.argsort(descending=True)
@@ -99,10 +96,8 @@ def properties(corpus: Corpus, ids: Tensor) -> dict[str, Tensor]:
     decile = torch.empty(size, dtype=torch.long)
     decile[order] = (10 * share).long().clamp_max(9)  # each holds a tenth of the running text
     now, before = ids[:, 1:], ids[:, :-1]
-    place = torch.arange(1, ids.shape[1]).expand_as(now) * 4 // ids.shape[1]
-    own = {"capital": capital, "digit": digit, "punctuation": sign}
     return {
-        "position": place,
+        "position": torch.arange(1, ids.shape[1]).expand_as(now) * 4 // ids.shape[1],
         "previous token": kind[before],
         "sentence start": ends[before].long(),
         "frequency": decile[now],

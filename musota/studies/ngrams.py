@@ -54,9 +54,8 @@ class _Table:
 def ladder_nats(train: np.ndarray, tokens: np.ndarray, vocabulary: int) -> dict[str, np.ndarray]:
     """Nats of tokens 1 … n−1 under each rung, (n−1,) each.
 
-    Unigram: relative frequencies with one count added to every token of the vocabulary (Laplace).
-    Bigram and trigram: interpolated Kneser–Ney (Chen & Goodman 1999, section 4.1.6), one discount
-    an order, lower orders counted by the number of different tokens that precede them.
+    Unigram: one count added to every token of the vocabulary (Laplace). Bigram and trigram:
+    interpolated Kneser–Ney (Chen & Goodman 1999, section 4.1.6), one discount an order.
     """
     V = vocabulary
     train, tokens = np.asarray(train, np.int64), np.asarray(tokens, np.int64)

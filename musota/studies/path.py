@@ -11,31 +11,22 @@ from musota.plan.path import EARNED, Step, steps
 from musota.plan.profiles import Profile, rate_factor, scaled
 from musota.plan.suspects import Cell
 from musota.rules.stats import Interval, pooled_contrast
-from musota.studies.campaign import best_of, wider
+from musota.studies.campaign import ByRate, best_of, by_rate, wider
 from musota.studies.cells import run_cells
 from musota.training.runs import Run
 
 RATES = (1e-3, 3e-3, 1e-2)
-Trained = Mapping[str, Mapping[float, Mapping[int, Run]]]  # by row, learning rate and seed
 
 
-def sort_out(runs: Iterable[Run], profile: Profile) -> Trained:
+def sort_out(runs: Iterable[Run], profile: Profile) -> dict[str, ByRate]:
     """Which of `runs` belong to which row of the path, by what they are."""
-    rows, found = {name: scaled(step.experiment, profile) for name, step in steps().items()}, {}
-    for run in runs:
-        if run.finished or run.diverged:
-            rate = run.experiment.training.learning_rate
-            for name, experiment in rows.items():
-                if experiment.with_(learning_rate=rate) == run.experiment:
-                    found.setdefault(name, {}).setdefault(rate, {})[run.seed] = run
-    return {name: dict(sorted(found[name].items())) for name in rows if name in found}
+    runs = list(runs)
+    found = {n: by_rate(runs, scaled(step.experiment, profile)) for n, step in steps().items()}
+    return {name: of_one for name, of_one in found.items() if of_one}
 
 
-def best_rate(by_rate: Mapping[float, Mapping[int, Run]]) -> float:
-    """The rate with the lowest loss of the first seed, which was trained at all of them."""
-    first = min(seed for by_seed in by_rate.values() for seed in by_seed)
-    tried = {rate: [_loss(runs[first])] for rate, runs in by_rate.items() if first in runs}
-    return best_of(tried)
+def _losses(runs: ByRate, seed: int) -> dict[float, list[float]]:
+    return {rate: [seeds[seed].valid_loss] for rate, seeds in runs.items() if seed in seeds}
 
 
 def run_path(profile: Profile, corpus, folder: Path, seeds: range, known=(), **how) -> None:
@@ -46,25 +37,19 @@ def run_path(profile: Profile, corpus, folder: Path, seeds: range, known=(), **h
     def train(rates: Mapping[str, Iterable[float]], seeds) -> None:
         cells = {}
         for name, step in steps().items():
-            factor = rate_factor(step.experiment.model, profile)
             for rate in rates.get(name, ()):
-                experiment = step.experiment.with_(learning_rate=rate / factor)
-                cells[f"{name.replace(', ', ' ').replace(' ', '_')}_rate_{rate:g}"] = Cell(
-                    experiment
-                )
+                factor = rate_factor(step.experiment.model, profile)
+                label = f"{name.replace(', ', ' ').replace(' ', '_')}_rate_{rate:g}"
+                cells[label] = Cell(step.experiment.with_(learning_rate=rate / factor))
         done = run_cells(cells, list(seeds), profile, corpus, folder, known=known, **how)
         known.extend(run for by_seed in done.values() for run in by_seed.values())
 
     rates = dict.fromkeys(steps(), RATES)
     while any(rates.values()):
         train(rates, seeds[:1])
-        trained = sort_out(known, profile)
-        losses = {
-            name: {rate: [_loss(runs[seeds[0]])] for rate, runs in by_rate.items()}
-            for name, by_rate in trained.items()
-        }
+        losses = {n: _losses(runs, seeds[0]) for n, runs in sort_out(known, profile).items()}
         rates = {name: wider(of_one) for name, of_one in losses.items()}
-    train({name: [best_rate(by_rate)] for name, by_rate in trained.items()}, seeds[1:])
+    train({name: [best_of(of_one)] for name, of_one in losses.items()}, seeds[1:])
 
 
 @dataclass(frozen=True)
@@ -81,39 +66,38 @@ class Judged:
 
     @property
     def ppl(self) -> float:
-        return math.exp(sum(map(_loss, self.runs)) / len(self.runs))
+        return math.exp(sum(run.valid_loss for run in self.runs) / len(self.runs))
 
 
-def judge(trained: Trained) -> dict[str, Judged]:
+def judge(trained: Mapping[str, ByRate]) -> dict[str, Judged]:
     """Every row that has been trained, in the order of the path. Effects are paired by the seeds
     that all rows with several have; their interval pools the spread of those rows (see
     `pooled_contrast`). A row that has not all of them yet gets no interval."""
-    rows, best = steps(), {name: best_rate(by_rate) for name, by_rate in trained.items()}
-    runs = {name: trained[name][rate] for name, rate in best.items()}
-    several = [set(by_seed) for by_seed in runs.values() if len(by_seed) > 1]
+    rows, runs, best = steps(), {}, {}
+    for name, of_one in trained.items():
+        first = min(seed for seeds in of_one.values() for seed in seeds)  # trained at all rates
+        best[name] = best_of(_losses(of_one, first))
+        runs[name] = of_one[best[name]]
+    several = [set(seeds) for seeds in runs.values() if len(seeds) > 1]
     common = set.intersection(*several or map(set, runs.values())) if runs else set()
     whole = {
-        name: {seed: _loss(by_seed[seed]) for seed in common}
-        for name, by_seed in runs.items()
-        if common <= by_seed.keys()
+        name: {seed: seeds[seed].valid_loss for seed in common}
+        for name, seeds in runs.items()
+        if common <= seeds.keys()
     }
     judged = {}
-    for name in runs:
+    for name, seeds in runs.items():
         step, effect, verdict = rows[name], None, ""
+        before = runs.get(step.before, {})
         if {name, step.before} <= whole.keys():
             effect = pooled_contrast(whole, {step.before: -1, name: 1})
-        elif paired := runs[name].keys() & runs.get(step.before, {}).keys():
-            gains = [_loss(runs[name][seed]) - _loss(runs[step.before][seed]) for seed in paired]
+        elif paired := seeds.keys() & before.keys():
+            gains = [seeds[seed].valid_loss - before[seed].valid_loss for seed in paired]
             effect = Interval(sum(gains) / len(gains))
-        if effect:
+        if effect and not math.isinf(effect.low):
             gain = -1 if step.made else 1  # of a change made, or one taken back
             side = effect.beyond(gain * EARNED) * gain
-            if not math.isinf(effect.low):
-                verdict = {1: "earns its place", 0: "undecided", -1: "does not"}[side]
-        seeds = tuple(runs[name][seed] for seed in sorted(common & runs[name].keys()))
-        judged[name] = Judged(step, best[name], len(trained[name]), seeds, effect, verdict)
+            verdict = {1: "earns its place", 0: "undecided", -1: "does not"}[side]
+        shown = tuple(seeds[seed] for seed in sorted(common & seeds.keys()))
+        judged[name] = Judged(step, best[name], len(trained[name]), shown, effect, verdict)
     return judged
-
-
-def _loss(run: Run) -> float:
-    return math.inf if run.diverged else run.summary["valid_loss"]

@@ -19,7 +19,7 @@ from musota.models.musota import MuSota
 from musota.plan.config import Experiment
 from musota.training import keeping
 from musota.training.evaluate import blocks_of
-from musota.training.machine import autocast_on, find_device, progress_bar
+from musota.training.machine import autocast_on, find_device
 from musota.training.runs import Run
 from musota.training.trainer import Trainer, train
 
@@ -31,11 +31,8 @@ def look_inside(model: CausalLM, ids: Tensor) -> dict[str, Tensor]:
     require_blocks(model)
     ids, cells, seen = model.as_ids(ids), [], defaultdict(list)
     hooks = model.watch(seen)
-    hooks += [
-        layer.register_forward_pre_hook(lambda _, inputs: cells.append(inputs[0][0]))
-        for layer in model.layers
-    ]
-    hooks.append(model.norm.register_forward_pre_hook(lambda _, inputs: cells.append(inputs[0][0])))
+    for part in (*model.layers, model.norm):
+        hooks.append(part.register_forward_pre_hook(lambda _, inputs: cells.append(inputs[0][0])))
     was_training = model.training
     model.eval()
     with _removed_after(hooks):
@@ -63,9 +60,7 @@ def ablations(model: CausalLM, tokens: Tensor) -> dict[str, Tensor]:
 
 def measure_ablations(run: Run, corpus: Corpus) -> dict:
     """`ablations` of a run's best model on valid, by blocks of text: `tokens` and, by part, `nats`.
-
-    Raises MusotaError for a run without blocks or without its checkpoint.
-    """
+    Raises MusotaError for a run without blocks or without its checkpoint."""
     model = run.load_model(find_device())
     with autocast_on(model.device):
         return _by_blocks(ablations(model, corpus.valid))
@@ -89,23 +84,16 @@ def anneal(run: Run, corpus: Corpus, share: float = 0.15) -> dict[str, Tensor]:
     if run.finished:
         raise MusotaError(f"{run.path} is finished, its rate is 0: anneal a run stopped half-way.")
     nats = {}
-    for arm, factor in {"decayed": lambda done: 1 - done, "held": lambda done: 1.0}.items():
+    for arm, falls in {"decayed": 1, "held": 0}.items():
         with TemporaryDirectory() as scratch:
             shutil.copytree(run.path, scratch, dirs_exist_ok=True)
             trainer = Trainer(run.experiment, corpus, scratch, seed=run.seed, name=run.name)
             keeping.restore(trainer, trainer.saved)
             with trainer.accelerator.autocast():
                 nats.setdefault("before", score(trainer.model, corpus.valid)[0])
-            steps, start = math.ceil(share * trainer.step), trainer.applied
-            rate = trainer.schedule(start)
-
-            def schedule(step: int, factor=factor, start=start, rate=rate, steps=steps) -> float:
-                return rate * factor((step - start) / steps)
-
-            trainer.schedule = schedule
-            per_step = run.experiment.training.sequences_per_step * trainer.length
-            trainer.progress = progress_bar(steps * per_step)
-            for _ in range(steps):
+            rate, steps = trainer.schedule(trainer.applied), math.ceil(share * trainer.step)
+            for done in range(1, steps + 1):
+                trainer.schedule = lambda _, rate=rate * (1 - falls * done / steps): rate
                 trainer.one_step()
             with trainer.accelerator.autocast():
                 nats[arm] = score(trainer.model, corpus.valid)[0]
@@ -130,17 +118,27 @@ def _disabled_parts(model: CausalLM, tokens: Tensor) -> dict:
         alone = inputs[0].reshape(B * T, 1, C)  # every token a sequence of its own
         return type(attention).forward(attention, alone).view(B, T, C)
 
+    def alone() -> list:
+        return replace(attentions, own_value)
+
+    def no_cross() -> list:
+        crosses = [layer.cross_attention for layer in model.layers]
+        return replace(crosses, lambda _, __, out: (torch.zeros_like(out[0]), out[1]))
+
     def mean_gate() -> list:
-        sums = {}
-
-        def add(gate, _, out):
-            total, count = sums.get(gate, (0, 0))
-            sums[gate] = total + out.sum((0, 1)), count + out.shape[0] * out.shape[1]
-
+        seen = defaultdict(list)
         gates = [layer.gate for layer in model.layers]
-        with _removed_after(replace(gates, add)):
+
+        def keep(gate, _, out):
+            seen[gate].append(out.flatten(0, 1))
+
+        with _removed_after(replace(gates, keep)):
             score(model, tokens)
-        return replace(gates, lambda gate, _, out: (sums[gate][0] / sums[gate][1]).expand_as(out))
+        means = {gate: torch.cat(outs).mean(0) for gate, outs in seen.items()}
+        return replace(gates, lambda gate, _, out: means[gate].expand_as(out))
+
+    def no_affinity() -> list:
+        return replace([model.affinity], lambda _, __, out: out * 0)
 
     def without(block: int) -> list:
         kept = torch.ones(model.config.d_model, device=model.device)
@@ -148,25 +146,15 @@ def _disabled_parts(model: CausalLM, tokens: Tensor) -> dict:
         places = [model.dropout, *model.layers, model.norm]  # whatever hands cells on
         return replace(places, lambda _, __, out: out * kept)
 
-    def alone(attentions) -> list:
-        return replace(attentions, own_value)
-
-    def no_cross() -> list:
-        crosses = [layer.cross_attention for layer in model.layers]
-        return replace(crosses, lambda _, __, out: (torch.zeros_like(out[0]), out[1]))
-
     if isinstance(model, MuSota):
-        in_blocks = [one for layer in model.layers for one in layer.block_attention]
-        parts = {
-            "block attention": lambda: alone(in_blocks),
-            "cross attention": no_cross,
-            "both attentions": lambda: [*alone(in_blocks), *no_cross()],
-        }
+        attentions = [one for layer in model.layers for one in layer.block_attention]
+        parts = {"block attention": alone, "cross attention": no_cross}
+        parts["both attentions"] = lambda: [*alone(), *no_cross()]
     else:
-        parts = {"attention": lambda: alone([layer.attention for layer in model.layers])}
+        attentions = [layer.attention for layer in model.layers]
+        parts = {"attention": alone}
     if hasattr(model, "affinity"):
-        zeros = lambda: replace([model.affinity], lambda _, __, out: out * 0)  # noqa: E731
-        parts |= {"gate": mean_gate, "affinity tables": zeros}
+        parts |= {"gate": mean_gate, "affinity tables": no_affinity}
     layout = model.config.layout
     names = layout.names if layout else ()
     return parts | {name: lambda n=n: without(n) for n, name in enumerate(names)}
@@ -175,9 +163,8 @@ def _disabled_parts(model: CausalLM, tokens: Tensor) -> dict:
 def require_blocks(model: CausalLM) -> None:
     """Raises MusotaError for a model without named blocks."""
     if not getattr(model.config, "layout", None):
-        raise MusotaError(
-            "Only MU-SOTA and its redesign have semantic blocks and gates: choose a run of them."
-        )
+        those = "Only MU-SOTA and its redesign have semantic blocks and gates"
+        raise MusotaError(f"{those}: choose a run of them.")
 
 
 @contextmanager

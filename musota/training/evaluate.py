@@ -104,9 +104,8 @@ def health_of(model: CausalLM, corpus: Corpus, tell: Callable[[str], None]) -> d
 def samples_of(model: CausalLM, corpus: Corpus) -> list[dict]:
     """Continuations of the first lines of valid that are long enough for a prompt."""
     ends = (corpus.valid == corpus.tokenizer.line_end).nonzero().flatten().tolist()
-    lines = [(start + 1, end) for start, end in zip([-1, *ends], ends, strict=False)]
-    long_enough = [start for start, end in lines if end - start >= PROMPT_TOKENS]
-    starts = long_enough[:SAMPLE_PROMPTS]
+    lines = zip([-1, *ends], ends, strict=False)  # each from after one line end to the next
+    starts = [start + 1 for start, end in lines if end - start > PROMPT_TOKENS][:SAMPLE_PROMPTS]
     if not starts:
         return []
     prompts = torch.stack([corpus.valid[start : start + PROMPT_TOKENS].long() for start in starts])

@@ -5,31 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
 from musota.errors import MusotaError
-from musota.files import (
-    acquire,
-    as_path,
-    jsonable,
-    read_sealed,
-    sha256,
-    system_error,
-    write_sealed,
-    write_whole,
-)
+from musota.files import as_path, jsonable, sha256, system_error, write_bytes, write_sealed
 from musota.plan.config import Experiment
 from musota.training.runs import Run
 
 
 class RunFolder:
-    """The trainer's side of a run folder: writes it, and guards it against another experiment.
+    """A run folder, guarded against other experiments and other processes.
 
     What cannot be written (a full disk) is told and tried again with the next checkpoint: `trouble`
     says what is still unsaved. One of several processes writes, the others only read.
@@ -41,6 +32,7 @@ class RunFolder:
         self.identity, self.writes = identity, writes
         self.metrics = b""  # of metrics.jsonl, as it should be
         self.trouble = ""
+        self.last = ""  # checkpoint known to be good
         self.lock = FileLock(self.checkpoints / ".lock")
 
     @property
@@ -48,8 +40,9 @@ class RunFolder:
         """Whether this very run stands here finished. Raises MusotaError for another's folder."""
         if not (self.path / "config.json").exists():
             return False
-        self._refuse_other(read_sealed(self.path / "config.json"))
-        return Run(self.path).finished
+        run = Run(self.path)
+        self._refuse_other(run.config, f"folder {self.path}")
+        return run.finished
 
     def prepare(self, fresh: bool) -> None:
         """Make the folder and lock it, empty of an earlier run if `fresh`.
@@ -58,32 +51,31 @@ class RunFolder:
         """
         if not self.writes:
             return
-        try:
+        with self._told():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            acquire(self.lock, self.path)
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout:
+                other = f"Another process is training in {self.path}"
+                raise MusotaError(f"{other}: wait for it, or use another folder.") from None
+            except PermissionError:
+                raise
+            except (OSError, NotImplementedError):
+                print(f"The disk of {self.path} knows no locks: train in it once at a time.")
             if fresh:
-                self._clear()
-        except OSError as error:
-            raise self._unwritable(error) from None
+                shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
+                for name in ("checkpoints/step-*", "config.json", "metrics.jsonl", "summary.json"):
+                    for path in self.path.glob(name):
+                        path.unlink()
 
-    def _clear(self) -> None:
-        """Remove what a run writes, and nothing else."""
-        shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
-        for path in self.checkpoints.glob("step-*"):
-            path.unlink(missing_ok=True)
-        for name in ("config.json", "metrics.jsonl", "summary.json"):
-            (self.path / name).unlink(missing_ok=True)
-
-    def _refuse_other(self, found: dict, what: str = "folder", path: Path | None = None) -> None:
+    def _refuse_other(self, found: dict, where: str) -> None:
         """Raises MusotaError, naming what differs, where `found` describes another run."""
         wanted, present = _compared(self.identity), _compared(found)
         for key in sorted(wanted.keys() | present.keys()):
             if wanted.get(key) != present.get(key):
-                raise MusotaError(
-                    f"The {what} {path or self.path} belongs to another run: its {key} is "
-                    f"{present.get(key)!r}, not {wanted.get(key)!r}. Use another folder, or start "
-                    "over there with fresh=True (--fresh)."
-                )
+                differs = f"its {key} is {present.get(key)!r}, not {wanted.get(key)!r}"
+                instead = "use another folder, or start over with fresh=True (--fresh)"
+                raise MusotaError(f"The {where} belongs to another run: {differs}; {instead}.")
 
     def attempt(self, write: Callable[[], object] | None) -> bool:
         """Write something, if there is something; False, and a sentence, where that fails."""
@@ -93,110 +85,98 @@ class RunFolder:
             write()
         except OSError as error:
             if not self.trouble:
-                print(
-                    f"\nNot saved: {self.path}: {error.strerror or error}. Training goes on, and "
-                    "saving is tried again with every checkpoint.",
-                    flush=True,
+                said = (
+                    f"{error.strerror or error}. Training goes on; the next checkpoint tries again"
                 )
+                print(f"\nNot saved: {self.path}: {said}.", flush=True)
             self.trouble = error.strerror or str(error)
             return False
         return True
 
     def append(self, record: dict) -> None:
         """A line for metrics.jsonl."""
-        line = (json.dumps(jsonable(record), ensure_ascii=False) + "\n").encode()
-        before, self.metrics = len(self.metrics), self.metrics + line
-        path = self.path / "metrics.jsonl"
-
-        def write() -> None:
-            if (path.stat().st_size if path.exists() else 0) == before:
-                with path.open("ab") as file:
-                    file.write(line)
-            else:  # an earlier line could not be written
-                self.write_metrics()
-
-        self.attempt(write)
+        self.metrics += (json.dumps(jsonable(record), ensure_ascii=False) + "\n").encode()
+        self.attempt(self.write_metrics)
 
     def write_metrics(self) -> None:
-        """metrics.jsonl as it should be, where it is not."""
+        """Let metrics.jsonl be as it should: add what is missing, or replace what is not so."""
+        path, held = self.path / "metrics.jsonl", self._held_metrics()
+        if self.metrics.startswith(held):
+            with path.open("ab") as file:
+                file.write(self.metrics[len(held) :])
+        else:
+            write_bytes(path, self.metrics)
+
+    def _held_metrics(self) -> bytes:
         path = self.path / "metrics.jsonl"
-        if (path.read_bytes() if path.exists() else b"") != self.metrics:
-            write_whole(path, lambda target: target.write_bytes(self.metrics))
+        return path.read_bytes() if path.exists() else b""
 
     def write_config(self, choices: dict) -> None:
-        """Raises MusotaError where it cannot be written."""
+        """Once. Raises MusotaError where it cannot be written."""
         path = self.path / "config.json"
         if self.writes and not path.exists():
-            try:
+            with self._told():
                 write_sealed(path, {**self.identity, **choices})
-            except OSError as error:
-                raise self._unwritable(error) from None
 
-    def _unwritable(self, error: OSError) -> MusotaError:
-        return system_error(f"The run folder {self.path}", error, "choose another results folder")
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            instead = "choose another results folder"
+            raise system_error(f"The run folder {self.path}", error, instead) from None
 
     def refuse_unsaved(self) -> None:
         """Raises MusotaError where the end of a run could not be saved."""
         if self.trouble:
-            raise MusotaError(
-                f"The end of the run could not be saved in {self.path}: {self.trouble}. Make room "
-                "there and repeat the call: it goes on from the last checkpoint that could be "
-                "written."
-            )
+            lost = f"The end of the run could not be saved in {self.path}: {self.trouble}"
+            raise MusotaError(f"{lost}. Make room there and repeat the call.")
 
     def forget_summary(self) -> None:
         """Remove the summary of epochs that this run has not come to."""
         self.attempt(lambda: (self.path / "summary.json").unlink(missing_ok=True))
 
-    def save_checkpoint(self, tensors: Mapping[str, Tensor], state: dict) -> bool:
+    def save_checkpoint(self, tensors: Mapping[str, Tensor], state: dict) -> None:
         """Write what to resume from, metrics.jsonl included, and keep the last two."""
 
         def write() -> None:
             self.write_metrics()
             about = {"metrics": self.metrics.decode(), "identity": self.identity}
-            described = json.dumps({**jsonable(state), **about})
-            data = save(dict(tensors), {"state": described})
+            data = save(dict(tensors), {"state": json.dumps({**jsonable(state), **about})})
             name = f"step-{state['step']:09d}-{sha256(data)[:16]}.safetensors"
-            write_whole(self.checkpoints / name, lambda target: target.write_bytes(data))
-            for old in self._newest_first()[2:]:
-                if old.name != name:
+            write_bytes(self.checkpoints / name, data)
+            for old in self.checkpoints.glob("step-*.safetensors"):  # damaged ones go, too
+                if old.name not in (name, self.last):
                     old.unlink()
+            self.last = name
 
-        return self.attempt(write)
-
-    def _newest_first(self) -> list[Path]:
-        found = self.checkpoints.glob("step-*.safetensors")
-        return sorted(found, key=lambda path: (path.name[:14], path.stat().st_mtime), reverse=True)
+        self.attempt(write)
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
         """Tensors and state to resume from, with metrics.jsonl as it was; None to start anew.
 
-        A damaged checkpoint is named and set aside, and the one before it taken. Raises MusotaError
-        if all are, or if one is another run's.
+        A damaged checkpoint is named, and the one before it taken. Raises MusotaError if all are,
+        or if one is another run's.
         """
-        found, damaged = self._newest_first(), []
-        for path in found:
+        found = self.checkpoints.glob("step-*.safetensors")
+        found = sorted(found, key=lambda path: (path.name[:14], path.stat().st_mtime))
+        for path in reversed(found):
             data = path.read_bytes()
             if sha256(data)[:16] != path.stem.rsplit("-", 1)[1]:
                 print(f"The checkpoint {path} is damaged and is skipped.")
-                damaged.append(path)
                 continue
             with safe_open(path, "pt") as file:
                 state = json.loads(file.metadata()["state"])
-            self._refuse_other(state.pop("identity"), "checkpoint", path)
+            self._refuse_other(state.pop("identity"), f"checkpoint {path}")
             self.metrics = state.pop("metrics").encode()
-            metrics = self.path / "metrics.jsonl"
-            if not (metrics.read_bytes() if metrics.exists() else b"").startswith(self.metrics):
-                print(f"{metrics} was damaged: it is restored from the checkpoint.")
+            if not self._held_metrics().startswith(self.metrics):
+                print(f"{self.path}/metrics.jsonl was damaged: it is restored from the checkpoint.")
             self.attempt(self.write_metrics)
-            for bad in damaged:  # out of the way: they must not count among the two that are kept
-                self.attempt(lambda bad=bad: bad.rename(bad.with_suffix(".damaged")))
+            self.last = path.name
             return load(data), state
         if found:
-            raise MusotaError(
-                f"No checkpoint in {self.checkpoints} can be read any more: start over with "
-                "fresh=True (--fresh)."
-            )
+            none = f"No checkpoint in {self.checkpoints} can be read any more"
+            raise MusotaError(f"{none}: start over with fresh=True (--fresh).")
         if self.writes:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             self.forget_summary()
@@ -204,8 +184,7 @@ class RunFolder:
 
 
 def _compared(described: dict) -> dict:
-    """What a run is, by field: of model and training, with defaults where a record is older than
-    a field, the seed, and the corpus by its fingerprint."""
+    """What a run is, by field, with defaults where a record is older than a field."""
     experiment = Experiment.from_dict(described["experiment"])
     corpus = {"corpus.fingerprint": described["corpus"]["fingerprint"]}
     kind = {"model": type(experiment.model).__name__}

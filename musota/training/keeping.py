@@ -18,10 +18,8 @@ from musota.training.optimizer import load_state_tensors, state_tensors
 from musota.training.runs import Run
 
 COPY_SECONDS = 600  # between copies to a slower disk; what leaves a run makes the last one
-# Of the trainer's state, besides tensors.
-KEPT = (
-    "step", "applied", "update_ratio", "seconds", "best_loss", "choices", "remedies", "summary",
-)  # fmt: skip
+# Of the trainer's state, besides tensors: what goes back to a checkpoint with it.
+KEPT = ("step", "applied", "update_ratio", "remedies", "summary")
 
 
 def end_epoch(trainer) -> None:
@@ -34,30 +32,27 @@ def end_epoch(trainer) -> None:
         samples = samples_of(trainer.model, corpus)
         health = health_of(trainer.model, corpus, trainer.tell)
     measured = metrics_of(nats, hits, corpus.words["valid"], corpus.bytes["valid"])
-    record = {
-        "epoch": epoch,
-        "step": trainer.step,
-        "tokens": trainer.tokens_seen,
-        "seconds": round(trainer.seconds, 3),
-        "train_loss": float(trainer.epoch_nats) / trainer.windows,
-        "valid_loss": measured.pop("loss"),
-        **measured,
-    }
+    measured = {"valid_loss": measured.pop("loss"), **measured}
     block_nats, block_tokens = blocks_of(nats)
-    health = {"update_ratio": trainer.update_ratio, **health}
-    unshown = {"samples": samples, "valid_block_nats": block_nats, "health": health}
-    trainer.record({"kind": "epoch", **record, **unshown})
-    if record["valid_loss"] < trainer.best_loss:
-        trainer.best_loss = record["valid_loss"]
+    trainer.record(
+        {
+            "kind": "epoch",
+            "epoch": epoch,
+            "step": trainer.step,
+            "tokens": trainer.tokens_seen,
+            "seconds": round(trainer.seconds, 3),
+            "train_loss": float(trainer.epoch_nats) / trainer.windows,
+            **measured,
+            "samples": samples,
+            "valid_block_nats": block_nats,
+            "health": {"update_ratio": trainer.update_ratio, **health},
+        }
+    )
+    if measured["valid_loss"] < trainer.summary.get("valid_loss", math.inf):
         weights = trainer.model.state_dict()
         trainer.best_unsaved = {name: value.detach().clone() for name, value in weights.items()}
-        trainer.summary |= {
-            "best_epoch": epoch,
-            "valid_loss": record["valid_loss"],
-            **measured,
-            "valid_block_tokens": block_tokens,
-            "valid_block_nats": block_nats,
-        }
+        blocks = {"valid_block_tokens": block_tokens, "valid_block_nats": block_nats}
+        trainer.summary |= {"best_epoch": epoch, **measured, **blocks}
     trainer.summary |= {"finished": False, "epochs_done": epoch}
 
 
@@ -72,9 +67,8 @@ def checkpoint(trainer) -> None:
         trainer.best_unsaved = None
     tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
     tensors |= {"epoch_nats": trainer.epoch_nats, **state_tensors(trainer.optimizer)}
-    state = {name: getattr(trainer, name) for name in KEPT}
-    state["scaler"] = scaler.state_dict() if scaler else None
-    folder.save_checkpoint(tensors, state)
+    state = {name: getattr(trainer, name) for name in (*KEPT, "choices", "seconds")}
+    folder.save_checkpoint(tensors, {**state, "scaler": scaler.state_dict() if scaler else None})
     if trainer.copy and time.monotonic() - trainer.copied_at > COPY_SECONDS:
         folder.attempt(trainer.copy)
         trainer.copied_at = time.monotonic()
@@ -94,14 +88,12 @@ def restore(trainer, saved: tuple[dict[str, Tensor], dict]) -> None:
     weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     trainer.model.load_state_dict(weights)
     load_state_tensors(trainer.optimizer, tensors)
+    trainer.epoch_nats.copy_(tensors["epoch_nats"])
     if state["scaler"] and trainer.accelerator.scaler:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    trainer.step, trainer.applied = state["step"], state["applied"]
-    trainer.epoch_nats.copy_(tensors["epoch_nats"])
-    trainer.update_ratio, trainer.remedies = state["update_ratio"], state["remedies"]
-    trainer.seconds_before, trainer.started = state["seconds"], time.perf_counter()
-    trainer.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
-    trainer.summary = state["summary"]
+    for name in KEPT:
+        setattr(trainer, name, state[name])
+    trainer.started = time.perf_counter() - state["seconds"]
     if trainer.summary:  # of that moment again, should a later one stand there
         write_summary(trainer)
     else:
@@ -115,11 +107,8 @@ def finish(trainer) -> None:
         return
     if trainer.best_unsaved is not None:
         checkpoint(trainer)
-    if trainer.best_unsaved is not None:  # the disk is still full: it is not finished
-        return
-    if not (folder.path / "config.json").exists():
-        folder.trouble = folder.trouble or "the folder has vanished"
-        return
+    if trainer.best_unsaved is not None or not folder.attempt(folder.write_metrics):
+        return  # the disk is full, or has vanished: not finished
     final_weights, seconds = weights_sha256(trainer.model), trainer.seconds
     best = Run(folder.path).load_model().to(trainer.device)
     with autocast_on(trainer.device), torch.no_grad():
@@ -137,16 +126,16 @@ def finish(trainer) -> None:
 
 def write_summary(trainer) -> None:
     folder = trainer.folder
-    about = {
+    if not folder.attempt(folder.write_metrics):  # which the summary vouches for
+        return
+    summary = {
+        **trainer.summary,
         "parameters": sum(trainer.ledger.values()),
         "parameter_ledger": trainer.ledger,
         "flops_per_token": trainer.experiment.model.flops_per_token,
         "peak_memory_bytes": peak_memory(trainer.device),
         **about_machine(trainer.device),
+        "metrics_sha256": sha256(folder.metrics),
+        "metrics_bytes": len(folder.metrics),
     }
-    if trainer.instead_of:
-        about["instead_of"] = trainer.instead_of.to_dict()
-    if folder.attempt(folder.write_metrics):  # which the summary vouches for
-        about |= {"metrics_sha256": sha256(folder.metrics), "metrics_bytes": len(folder.metrics)}
-        path, summary = folder.path / "summary.json", {**trainer.summary, **about}
-        folder.attempt(lambda: write_sealed(path, summary))
+    folder.attempt(lambda: write_sealed(folder.path / "summary.json", summary))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import os
@@ -11,10 +10,12 @@ import signal
 import sys
 import threading
 import time
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
+import psutil  # comes with accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
@@ -77,8 +78,7 @@ def autocast_on(device: torch.device) -> torch.autocast:
 def is_out_of_memory(error: Exception) -> bool:
     """Whatever a device's libraries call it."""
     words = "out of memory", "ALLOC_FAILED", "can't allocate memory"
-    said = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    return said or isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def default_choices(experiment: Experiment, device: torch.device, total_steps: int) -> dict:
@@ -92,16 +92,6 @@ def default_choices(experiment: Experiment, device: torch.device, total_steps: i
     }
 
 
-@cache
-def _code_hash() -> str:
-    """Of the code that decides what a run comes to."""
-    house = Path(__file__).resolve().parents[1]
-    rooms = (house / room for room in ("plan", "data", "models", "training"))
-    files = sorted(path for room in rooms for path in room.glob("*.py"))
-    text = b"".join(path.read_bytes() for path in files)
-    return sha256(text.replace(b"\r\n", b"\n"))[:12]  # git may write either
-
-
 def about_machine(used: torch.device | None = None) -> dict:
     """What a measurement was taken on (`used`, by default the best device here), and when; with
     the environment variables that change what is computed."""
@@ -110,7 +100,11 @@ def about_machine(used: torch.device | None = None) -> dict:
     if (used := used or find_device()).type != "cpu":
         device = torch.cuda.get_device_name() if used.type == "cuda" else "Apple GPU"
     versions = {package: metadata.version(package) for package in ("torch", "tokenizers")}
-    versions["musota"] = _code_hash()
+    house = Path(__file__).resolve().parents[1]
+    rooms = (house / room for room in ("plan", "data", "models", "training"))
+    files = sorted(path for room in rooms for path in room.glob("*.py"))  # that decide its result
+    text = b"".join(path.read_bytes() for path in files)
+    versions["musota"] = sha256(text.replace(b"\r\n", b"\n"))[:12]  # git may write either
     acting = {k: v for k, v in sorted(os.environ.items()) if k.startswith(ACTING)}
     return {
         "device": device,
@@ -139,47 +133,38 @@ def prepare_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on a GPU since the run began, else of the whole process."""
+    """Bytes: allocated on a GPU since the run began, else of the whole process (on a Mac, which
+    does not tell its peak, now)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # rusage would count what the parent process held at the start
+    if sys.platform == "linux":
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere else
+    held = psutil.Process().memory_info()
+    return getattr(held, "peak_wset", held.rss)
 
 
-class Interruption:
-    """Turns the first Ctrl-C or SIGTERM (a cluster's, a spot machine's) into a wish, so that no
-    step is cut in two; a second one of the same kind is obeyed."""
+@contextmanager
+def interruptible(processes: int) -> Iterator[list[int]]:
+    """Turns the first Ctrl-C or SIGTERM (a cluster's, a spot machine's) into an entry of the list
+    it gives, so that no step is cut in two; a second one of the same kind is obeyed."""
+    asked: list[int] = []
 
-    signals = signal.SIGINT, signal.SIGTERM
-
-    def __init__(self, processes: int):
-        self.alone = processes == 1  # several could not agree on the step to stop at
-
-    def __enter__(self):
-        self.asked = 0
-        self.main = self.alone and threading.current_thread() is threading.main_thread()
-        if self.main:
-            self.before = [signal.signal(number, self._ask) for number in self.signals]
-        return self
-
-    def __exit__(self, *_):
-        if self.main:
-            for number, handler in zip(self.signals, self.before, strict=True):
-                signal.signal(number, handler)
-
-    def _ask(self, number, _):
-        if self.asked == number:
+    def ask(number, _):
+        if number in asked:
             raise KeyboardInterrupt
-        self.asked = number
+        asked.append(number)
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    # Several processes could not agree on the step to stop at.
+    if processes > 1 or threading.current_thread() is not threading.main_thread():
+        signals = ()
+    before = {number: signal.signal(number, ask) for number in signals}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Lines:
@@ -199,9 +184,7 @@ def has_front_end() -> bool:
         return False
     if not hasattr(sys.modules["IPython"].get_ipython(), "kernel"):
         return False
-    import psutil  # ipykernel brings it
-
-    with contextlib.suppress(psutil.Error):
+    with suppress(psutil.Error):
         started_by = " ".join(psutil.Process().parent().cmdline())
         return not any(name in started_by for name in ("papermill", "nbconvert", "nbclient"))
     return True
@@ -210,18 +193,15 @@ def has_front_end() -> bool:
 def progress_bar(total_tokens: int, done: int = 0, shown: bool = True) -> tqdm:
     """Tokens done, tokens/s and time left: a live bar for people, a line every 10 s for logs."""
     live = sys.stderr.isatty() or has_front_end()
-    bar = tqdm(
+    settings = {"mininterval": 1, "dynamic_ncols": True}
+    if not live:
+        settings = {"mininterval": 10, "file": _Lines(), "ncols": 120}
+    return tqdm(
         total=total_tokens,
         initial=done,
         disable=not shown,
         unit=" tokens",
         unit_scale=True,
-        mininterval=1 if live else 10,
         maxinterval=float("inf"),
-        file=None if live else _Lines(),
-        ncols=None if live else 120,
-        dynamic_ncols=live,
+        **settings,
     )
-    bar._time = time.monotonic  # the clock on the wall may be put back an hour
-    bar.start_t = bar.last_print_t = bar._time()
-    return bar

@@ -6,11 +6,11 @@ import errno
 import filecmp
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from musota.errors import MusotaError
+from musota.files import write_whole
 from musota.training.runs import Run
 
 
@@ -23,7 +23,6 @@ class Mirror:
 
     local: Path
     remote: Path
-    pushed: dict[Path, tuple[int, int]] = field(default_factory=dict, compare=False)
     root: tuple[Path, int] | None = None  # the whole copy's folder and the disk it lies on
     own: set[Path] = field(default_factory=set, compare=False)  # runs that are trained here
 
@@ -35,8 +34,7 @@ class Mirror:
     def part(self, folder: Path) -> Mirror:
         """The same for the folder, inside `local`, of a run that is trained here."""
         self.own.add(folder)
-        remote = self.remote / folder.relative_to(self.local)
-        return Mirror(folder, remote, self.pushed, self.root, self.own)
+        return Mirror(folder, self.remote / folder.relative_to(self.local), self.root, self.own)
 
     def push(self) -> None:
         """Copy what is new or changed, each file whole or not at all; raises OSError.
@@ -51,18 +49,9 @@ class Mirror:
         self.remote.mkdir(parents=True, exist_ok=True)
         theirs = {self.local / run for run in _further(self.remote, self.local)} - self.own
         for path in _files(self.local):
-            if not theirs.isdisjoint(path.parents):
-                continue
             copy = self.remote / path.relative_to(self.local)
-            stat = path.stat()
-            state = stat.st_size, stat.st_mtime_ns
-            # A checkpoint's name holds its hash; other files are compared once a process.
-            known = path.name.startswith("step-") or self.pushed.get(copy) == state
-            same = copy.exists() and copy.stat().st_size == stat.st_size
-            if not same or not (known or filecmp.cmp(path, copy, shallow=False)):
-                copy.parent.mkdir(parents=True, exist_ok=True)
+            if theirs.isdisjoint(path.parents) and not _same(path, copy):
                 _copy(path, copy)
-            self.pushed[copy] = state
         for copy in self.remote.rglob("checkpoints/step-*"):
             here = self.local / copy.relative_to(self.remote)
             newest = max((path.name for path in here.parent.glob("step-*")), default="")
@@ -79,11 +68,10 @@ class Mirror:
             # A run that stands here got at least as far: older checkpoints are of no use to it.
             is_old = path.name.startswith("step-") and (copy.parents[1] / "config.json").exists()
             if not copy.exists() and not is_old:
-                copy.parent.mkdir(parents=True, exist_ok=True)
                 _copy(path, copy)
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path) -> list[Path]:
     """Files in the order in which they are safe to copy: what others refer to comes first."""
     found = [
         path
@@ -91,17 +79,19 @@ def _files(folder: Path) -> Iterator[Path]:
         if path.is_file() and path.name[0] != "." and path.parent.name != "executed"
     ]
     late = ("summary.json", "config.json")
-    return iter(sorted(found, key=lambda path: (path.name in late, path)))
+    return sorted(found, key=lambda path: (path.name in late, path))
+
+
+def _same(path: Path, copy: Path) -> bool:
+    """A checkpoint's name holds its hash; filecmp reads what has changed since it was asked."""
+    if not copy.exists() or copy.stat().st_size != path.stat().st_size:
+        return False
+    return path.name.startswith("step-") or filecmp.cmp(path, copy, shallow=False)
 
 
 def _copy(path: Path, copy: Path) -> None:
-    temporary = copy.with_name(f".{copy.name}-{os.getpid()}")
-    try:
-        shutil.copyfile(path, temporary)
-        os.replace(temporary, copy)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(copy, lambda target: shutil.copyfile(path, target))
 
 
 def _further(one: Path, other: Path) -> set[Path]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from musota.models.base import CausalLM
-from musota.plan.config import TrainConfig
 
 
 def _adamw(groups: list[dict], loss_scaling: bool) -> torch.optim.Optimizer:
@@ -21,14 +20,6 @@ def _adamw(groups: list[dict], loss_scaling: bool) -> torch.optim.Optimizer:
 # Adding an optimizer is a row here: parameter groups with their weight decay -> optimizer. Its
 # learning rate is set before every step.
 OPTIMIZERS = {"adamw": _adamw}
-
-
-def build_optimizer(
-    model: CausalLM, training: TrainConfig, loss_scaling: bool
-) -> torch.optim.Optimizer:
-    """The optimizer `training` names, for all parameters; only maps of activations are decayed."""
-    groups = model.optimizer_groups(training.weight_decay)
-    return OPTIMIZERS[training.optimizer](groups, loss_scaling)
 
 
 def update_ratios(model: CausalLM, before: list[Tensor]) -> dict[str, float]:

@@ -13,17 +13,12 @@ from musota.training import keeping
 from musota.training.machine import is_out_of_memory
 from musota.training.runs import read_metrics, steps_table
 
-SHORTER = 160  # tokens a sequence: the plan's remedy for too little memory
 EXPLODED_NATS = 2.0  # so far above a uniform guess a training loss counts as exploded
 LEAST_RATE_FACTOR = 0.25  # after two remedies that halved it
 
 
 class Diverged(MusotaError):
     """The loss is no longer a number, or far above that of a guess."""
-
-
-class TooLong(Exception):
-    """Not even one sequence fits the memory."""
 
 
 COMPILING = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
@@ -49,8 +44,7 @@ def refuse_bad_loss(trainer, loss: float, limit: float = math.inf) -> None:
     raise Diverged(
         f"The training loss is {loss:.4g} at step {trainer.step} (batch {sha256(batch)[:12]}): "
         f"start over with a lower learning_rate than {trainer.training.learning_rate:g}, or with "
-        "auto_remedy=True. The last good checkpoint, if there was one yet, is kept in "
-        f"{trainer.folder.checkpoints}."
+        f"auto_remedy=True. The last good checkpoint stays in {trainer.folder.checkpoints}."
     )
 
 
@@ -69,36 +63,30 @@ def mend(trainer, trouble: Exception) -> None:
 
 
 def _take_less_memory(trainer) -> None:
-    """Halve the micro-batch; at 1 the plan's remedy, a shorter sequence."""
-    held, length = trainer.choices["micro_batch"], trainer.experiment.model.max_seq_len
+    """Halve the micro-batch."""
+    held = trainer.choices["micro_batch"]
     if trainer.accelerator.num_processes > 1:
         raise MusotaError("Out of memory: start again with a smaller micro_batch.")
+    if held == 1:
+        other = "the plan's remedy is max_seq_len=160, which is another experiment"
+        raise MusotaError(f"Out of memory with a single sequence: {other}.")
     trainer.optimizer.zero_grad()
     if trainer.accelerator.scaler:  # it may have been between unscaling and the step
         trainer.accelerator.scaler._per_optimizer_states.clear()
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
-    if held > 1:
-        trainer.choices["micro_batch"] = -(-held // 2)
-        trainer.tell(f"out of memory: micro-batch {held} → {trainer.choices['micro_batch']}")
-        return
-    if trainer.auto_remedy and length > SHORTER and not trainer.training.started_from:
-        trainer.say(f"Out of memory with one sequence: starting over with {SHORTER} tokens.")
-        raise TooLong
-    raise MusotaError(
-        f"Out of memory with a single sequence of {length} tokens. The plan's remedy is "
-        f"max_seq_len={SHORTER}, which is another experiment: ask for it, or for auto_remedy."
-    )
+    trainer.choices["micro_batch"] = -(-held // 2)
+    trainer.tell(f"out of memory: micro-batch {held} → {trainer.choices['micro_batch']}")
 
 
 def _go_back(trainer, error: Diverged) -> None:
     """To the last checkpoint at half the rate, if remedies may apply themselves."""
-    if not trainer.auto_remedy or trainer.remedies["rate_factor"] <= LEAST_RATE_FACTOR:
+    factor = trainer.remedies["rate_factor"] / 2  # of now: twice back to one checkpoint, a quarter
+    if not trainer.auto_remedy or factor < LEAST_RATE_FACTOR:
         raise error
     bad, saved = trainer.step, trainer.folder.load_checkpoint()
     if saved is None:  # not even the first could be written
         raise error
-    factor = trainer.remedies["rate_factor"] / 2  # of now: twice back to one checkpoint, a quarter
     keeping.restore(trainer, saved)
     trainer.remedies = {"rate_factor": factor, "step": trainer.step}
     trainer.starts = None
@@ -108,12 +96,12 @@ def _go_back(trainer, error: Diverged) -> None:
 
 def calm_down(trainer) -> None:
     """Half the rate where the training loss oscillates, if remedies may apply themselves."""
-    factor = trainer.remedies["rate_factor"]
-    if not trainer.auto_remedy or factor <= LEAST_RATE_FACTOR:
+    factor = trainer.remedies["rate_factor"] / 2
+    if not trainer.auto_remedy or factor < LEAST_RATE_FACTOR:
         return
     steps = steps_table(read_metrics(trainer.folder.metrics, trainer.folder.path))
     since = max(trainer.training.warmup_steps, trainer.remedies["step"])
     found = oscillation(steps, since)
     if found.verdict in ("oscillating", "diverging"):
-        trainer.remedies = {"rate_factor": factor / 2, "step": trainer.step}
-        trainer.tell(f"{found.conclusion}: learning rate × {factor / 2}")
+        trainer.remedies = {"rate_factor": factor, "step": trainer.step}
+        trainer.tell(f"{found.conclusion}: learning rate × {factor}")

@@ -12,6 +12,7 @@ best/, a checkpoint has its own in its name and all of metrics.jsonl inside. Not
 from __future__ import annotations
 
 import json
+import math
 import os
 from functools import cached_property
 from pathlib import Path
@@ -58,9 +59,8 @@ class Run:
             self.name, self.seed = config["name"], config["seed"]
             self.fingerprint = config["corpus"]["fingerprint"]
         except (KeyError, TypeError, MusotaError) as error:
-            raise MusotaError(
-                f"{self.path / 'config.json'} does not describe a run: {error}"
-            ) from None
+            place = self.path / "config.json"
+            raise MusotaError(f"{place} does not describe a run: {error}") from None
 
     @property
     def identity(self) -> tuple[Experiment, str, int]:
@@ -84,6 +84,20 @@ class Run:
     def finished(self) -> bool:
         return self.summary.get("finished", False)
 
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended because its loss was no longer a number."""
+        return not self.finished and any(event == "diverged" for _, event in self.events)
+
+    @property
+    def ended(self) -> bool:
+        return self.finished or self.diverged
+
+    @property
+    def valid_loss(self) -> float:
+        """Of the best epoch in nats a token, inf where it diverged."""
+        return math.inf if self.diverged else self.summary["valid_loss"]
+
     @cached_property
     def records(self) -> list[dict]:
         path, expected = self.path / "metrics.jsonl", self.summary.get("metrics_sha256")
@@ -94,25 +108,14 @@ class Run:
             raise MusotaError(f"{path} is damaged or was changed by hand: restore it.")
         return read_metrics(data, path)
 
+    def _of_kind(self, kind: str) -> list[dict]:
+        return [record for record in self.records if record["kind"] == kind]
+
     @cached_property
     def history(self) -> pd.DataFrame:
         """One row an epoch: epoch, step, tokens, seconds, train_loss, valid_loss, ppl, …"""
-        rows = [r for r in self.records if r["kind"] == "epoch"]
         hidden = ["kind", "samples", "valid_block_nats", "health"]
-        return pd.DataFrame(rows).drop(columns=hidden, errors="ignore")
-
-    @cached_property
-    def valid_block_nats(self) -> list[list[float]] | None:
-        """Total nats by epoch and block of valid text; None for runs that did not keep them."""
-        epochs = [r for r in self.records if r["kind"] == "epoch"]
-        kept = [r["valid_block_nats"] for r in epochs if "valid_block_nats" in r]
-        return kept if len(kept) == len(epochs) else None
-
-    @cached_property
-    def health(self) -> list[dict]:
-        """The health statistics of each epoch that kept them, with `epoch` and `valid_loss`."""
-        epochs = [r for r in self.records if r["kind"] == "epoch" and "health" in r]
-        return [{"epoch": r["epoch"], "valid_loss": r["valid_loss"], **r["health"]} for r in epochs]
+        return pd.DataFrame(self._of_kind("epoch")).drop(columns=hidden, errors="ignore")
 
     @cached_property
     def steps(self) -> pd.DataFrame:
@@ -120,21 +123,27 @@ class Run:
         return steps_table(self.records)
 
     @cached_property
-    def events(self) -> list[tuple[int, str]]:
-        """(step, what happened) of everything out of the ordinary."""
-        return [(r["step"], r["event"]) for r in self.records if r["kind"] == "event"]
+    def valid_block_nats(self) -> list[list[float]]:
+        """Total nats by epoch and block of valid text."""
+        return [record["valid_block_nats"] for record in self._of_kind("epoch")]
 
-    @property
-    def diverged(self) -> bool:
-        """Whether it ended because its loss was no longer a number."""
-        return not self.finished and any(event == "diverged" for _, event in self.events)
+    @cached_property
+    def health(self) -> list[dict]:
+        """The health statistics of each epoch, with `epoch` and `valid_loss`."""
+        epochs = self._of_kind("epoch")
+        return [{"epoch": r["epoch"], "valid_loss": r["valid_loss"], **r["health"]} for r in epochs]
 
     @cached_property
     def samples(self) -> pd.DataFrame:
         """One row a sample: epoch, prompt, text."""
-        epochs = [r for r in self.records if r["kind"] == "epoch"]
+        epochs = self._of_kind("epoch")
         rows = [{"epoch": r["epoch"], **sample} for r in epochs for sample in r["samples"]]
         return pd.DataFrame(rows, columns=["epoch", "prompt", "text"])
+
+    @cached_property
+    def events(self) -> list[tuple[int, str]]:
+        """(step, what happened) of everything out of the ordinary."""
+        return [(event["step"], event["event"]) for event in self._of_kind("event")]
 
     @property
     def has_model(self) -> bool:
@@ -168,14 +177,13 @@ def read_metrics(data: bytes, path: Path) -> list[dict]:
     Raises MusotaError for damage anywhere else, naming `path`.
     """
     records = []
-    lines = data.split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line end is half
+    for line in data.split(b"\n")[:-1]:  # what follows the last line end is half
         try:
-            records.append(json.loads(line))
-            if not RECORDED[records[-1]["kind"]] <= records[-1].keys():
+            record = json.loads(line)
+            if not RECORDED[record["kind"]] <= record.keys():
                 raise ValueError("a record without its fields")
+            records.append(record)
         except (ValueError, KeyError, TypeError):
-            raise MusotaError(
-                f"Line {number} of {path} is damaged: delete that line, or train the run again."
-            ) from None
+            where = f"Line {len(records) + 1} of {path}"
+            raise MusotaError(f"{where} is damaged: delete it, or train the run again.") from None
     return records

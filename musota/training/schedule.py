@@ -17,11 +17,8 @@ SCHEDULES = {"cosine": _cosine}
 
 
 def learning_rate_at(step: int, training: TrainConfig, total_steps: int) -> float:
-    """The rate of optimizer step `step` of 1 … total_steps; 0 before the first.
-
-    Linear warm-up reaches the full rate at `warmup_steps`, then the schedule takes over; a cosine
-    ends at 0.
-    """
+    """The rate of optimizer step `step` of 1 … total_steps: linear warm-up reaches the full one at
+    `warmup_steps`, then the schedule takes over; a cosine ends at 0."""
     if step < training.warmup_steps:
         return training.learning_rate * step / training.warmup_steps
     after = max(1, total_steps - training.warmup_steps)

@@ -18,24 +18,25 @@ from torch import Tensor
 
 from musota.data.corpus import Corpus, window_starts
 from musota.errors import MusotaError, check_seed, nearest_name
-from musota.files import as_path, read_sealed
 from musota.models.base import CausalLM
+from musota.models.sharing import build_model
 from musota.plan.config import Experiment
+from musota.rules import curves
 from musota.training import keeping, remedies
 from musota.training.evaluate import exp_nats
 from musota.training.folder import RunFolder
 from musota.training.machine import (
-    Interruption,
     default_choices,
+    interruptible,
     make_accelerator,
     prepare_memory,
     progress_bar,
 )
-from musota.training.optimizer import OPTIMIZERS, build_optimizer, update_ratios
-from musota.training.remedies import SHORTER, Diverged, TooLong
+from musota.training.optimizer import OPTIMIZERS, update_ratios
+from musota.training.remedies import Diverged
 from musota.training.runs import Run
 from musota.training.schedule import SCHEDULES, learning_rate_at
-from musota.training.start import begin, first_model, started_from
+from musota.training.start import started_from
 
 __all__ = ["Diverged", "Trainer", "train"]
 CHECKPOINT_SECONDS = 180  # between checkpoints inside an epoch
@@ -64,28 +65,22 @@ def train(
     """Train an experiment into `run_dir` and return the run, its best epoch chosen on valid.
 
     A finished run of the same experiment, corpus and seed is returned as it is; an unfinished one
-    goes on where its last checkpoint stands; `resume=False` starts over. `name` and `profile` are
-    recorded for people and decide nothing. `micro_batch` sequences are computed at a time (a choice
-    of speed and memory; at dropout 0 it changes nothing else), and `compile` passes the model's
-    layers through torch.compile: both are chosen for the device (cpu, cuda or mps, by default the
-    best one here) unless given, and kept when a run goes on. `precision` (no, bf16 or fp16, as
-    accelerate names them) is what maps are multiplied in while training, by default what pays on
-    the device. A CPU with instructions for bf16 trains a large vocabulary nearly twice as fast in
-    it, and still scores in float32. Ctrl-C or SIGTERM ends after the step at hand, saves it and
-    returns what has been measured; `stop_at` ends a run in the same way after that share of its
-    steps. `continue_from` (a run or its folder) gives the weights to start from:
-    another run's best, with a fresh schedule; their hash is part of what the run is
-    (`started_from`). `watch` is called with the run at first and whenever something new was
-    recorded, `copy` with nothing every ten minutes and at the end, whichever way that comes; an
-    OSError of it is treated like one of the disk.
+    goes on where its last checkpoint stands; `resume=False` starts over. Ctrl-C or SIGTERM ends
+    after the step at hand, saves it and returns what has been measured; so does `stop_at` after
+    that share of the steps. Where memory runs out the micro-batch is halved. Started by
+    `accelerate launch` or torchrun, every process computes its share of each step.
 
-    Where memory runs out the micro-batch is halved, which changes nothing else. With `auto_remedy`
-    the plan's remedies apply themselves, each recorded as an event: after a loss that is not finite
-    or explodes, back to the last checkpoint at half the learning rate, and half the rate where the
-    loss oscillates (twice at most in all); and sequences of 160 tokens where even one sequence of
-    more does not fit the memory. That last one is another experiment, and the summary says so.
-
-    Started by `accelerate launch` or torchrun, every process computes its share of each step.
+    `name`, `profile`: recorded for people, they decide nothing.
+    `micro_batch`, `compile`: sequences computed at a time (at dropout 0 it changes nothing else),
+        torch.compile for the layers; chosen for the device unless given, kept when a run goes on.
+    `auto_remedy`: after a loss that is not finite or explodes, back to the last checkpoint at half
+        the rate; half the rate where it oscillates (twice at most in all, each an event).
+    `continue_from`: another run, or its folder, whose best weights to start from; their hash is
+        part of what the run is (`started_from`).
+    `device`, `precision`: cpu, cuda or mps; no, bf16 or fp16. By default what pays here. A CPU
+        with instructions for bf16 trains a large vocabulary nearly twice as fast in it.
+    `watch`: called with the run at first and whenever something new was recorded.
+    `copy`: called every ten minutes and at the end; its OSErrors are treated like the disk's.
 
     Raises MusotaError for a folder that belongs to another run, is in use or cannot be written,
     damaged checkpoints, a corpus that does not fit the model, too little memory or a final state
@@ -94,24 +89,14 @@ def train(
     _check_arguments(experiment, corpus, seed, micro_batch, stop_at)
     if auto_remedy and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise MusotaError("auto_remedy works in one process only: leave it out here.")
-    about = {"name": name, "profile": profile, "auto_remedy": auto_remedy, "device": device}
-    about["precision"] = precision
-    about["choices"] = {"micro_batch": micro_batch, "compile": compile}
+    start = None
     if continue_from:
-        experiment, about["start"] = started_from(continue_from, experiment, corpus)
-    config, asked = as_path(run_dir) / "config.json", None
-    longer = read_sealed(config).get("instead_of") if resume and config.exists() else None
-    if longer and Experiment.from_dict(longer) == experiment:  # it was shortened when it began
-        asked, experiment = experiment, experiment.with_(max_seq_len=SHORTER)
-    while True:
-        trainer = Trainer(experiment, corpus, run_dir, resume, seed, instead_of=asked, **about)
-        try:
-            return trainer.run(stop_at, watch, copy)
-        except TooLong:
-            pass  # outside of the handler, which would hold on to the memory
-        del trainer
-        asked, experiment = experiment, experiment.with_(max_seq_len=SHORTER)
-        resume = False
+        experiment, start = started_from(continue_from, experiment, corpus)
+    trainer = Trainer(
+        experiment, corpus, run_dir, resume, seed, name, profile, auto_remedy, start, device,
+        precision, micro_batch=micro_batch, compile=compile,
+    )  # fmt: skip
+    return trainer.run(stop_at, watch, copy)
 
 
 def _check_arguments(experiment, corpus, seed, micro_batch, stop_at) -> None:
@@ -122,72 +107,68 @@ def _check_arguments(experiment, corpus, seed, micro_batch, stop_at) -> None:
     for kind, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         if (name := getattr(experiment.training, kind)) not in table:
             raise nearest_name(kind, name, table)
-    whole = isinstance(micro_batch, int) and not isinstance(micro_batch, bool)
-    if micro_batch is not None and not (whole and micro_batch >= 1):
+    if micro_batch is not None and not (type(micro_batch) is int and micro_batch >= 1):
         raise MusotaError(f"micro_batch must be a whole number of at least 1, not {micro_batch!r}.")
     if not isinstance(stop_at, (int, float)) or not 0 < stop_at <= 1:
         raise MusotaError(f"stop_at must lie in (0, 1], not {stop_at!r}.")
     if corpus.tokenizer.size > experiment.model.vocab_size:
-        raise MusotaError(
-            f"The corpus uses {corpus.tokenizer.size} tokens but the model's vocab_size is "
-            f"{experiment.model.vocab_size}: load the corpus with that vocab_size."
-        )
+        large = f"The corpus uses {corpus.tokenizer.size} tokens but the model's vocab_size is"
+        size = experiment.model.vocab_size
+        raise MusotaError(f"{large} {size}: load the corpus with that vocab_size.")
     for split in ("valid", "test"):
         if len(corpus.split(split)) < 2:
             raise MusotaError(f"The {split} text has under two tokens: use more text.")
 
 
 class Trainer:
-    """One training run: its state, one step, one epoch's end, one checkpoint."""
+    """One training run: its state, one step, and what is due after it."""
 
     def __init__(
         self, experiment, corpus, run_dir, resume=True, seed=0, name="run", profile=None,
-        choices=(), auto_remedy=False, instead_of=None, start=None, device=None,
-        precision=None,
+        auto_remedy=False, start=None, device=None, precision=None, **choices,
     ):  # fmt: skip
         self.experiment, self.corpus, self.seed = experiment, corpus, seed
         self.training, self.length = experiment.training, experiment.model.max_seq_len
-        self.auto_remedy, self.instead_of, self.start = auto_remedy, instead_of, start
+        self.auto_remedy = auto_remedy
         self.windows = len(window_starts(len(corpus.train), self.length, seed, 0))
         self.steps_per_epoch = math.ceil(self.windows / self.training.sequences_per_step)
         self.total_steps = self.training.epochs * self.steps_per_epoch
         self.log_interval = max(1, self.total_steps // LOG_LINES)
         self.accelerator = make_accelerator(device, precision)
         self.device = self.accelerator.device
-        identity = _described(experiment, corpus, seed, name, profile, instead_of)
+        identity = _described(experiment, corpus, seed, name, profile)
         self.folder = RunFolder(run_dir, identity, self.accelerator.is_main_process)
         self.finished = resume and self.folder.finished
         if self.finished:  # perhaps kept as evidence, and read-only: nothing is written
             return
         self.folder.prepare(fresh=not resume)
         try:
-            self._open(choices)
+            self._open(start, {key: value for key, value in choices.items() if value is not None})
         except BaseException:  # whoever keeps the error, as a notebook does, would keep the lock
             self.folder.lock.release()
             raise
 
-    def _open(self, choices) -> None:
-        """What the folder holds, and the choices that follow from it and from the device."""
+    def _open(self, start: dict[str, Tensor] | None, choices: dict) -> None:
+        """What the folder holds, the choices that follow from it and from the device, the model."""
         self.accelerator.wait_for_everyone()
         self.saved = self.folder.load_checkpoint()
         prepare_memory(self.device)
-        given = {key: value for key, value in dict(choices).items() if value is not None}
         saved = self.saved[1]["choices"] if self.saved else {}
         usual = default_choices(self.experiment, self.device, self.total_steps)
-        self.choices = usual | saved | given
-        processes = self.accelerator.num_processes
-        together = {"precision": self.accelerator.mixed_precision, "processes": processes}
-        self._build()
-        self.folder.write_config({**self.choices, **together})
-
-    def _build(self) -> None:
+        self.choices = usual | saved | choices
+        if self.training.started_from and not (self.saved or start):
+            wanted = f"This experiment starts from the weights {self.training.started_from}"
+            raise MusotaError(f"{wanted}: name their run with continue_from= (--continue-from).")
         torch.manual_seed(self.seed)
-        model = first_model(self)
+        model = build_model(self.experiment.model)
+        if start:
+            model.load_state_dict(start)
         self.ledger = model.parameter_ledger()
         if self.choices["compile"]:
             model.compile_layers()
+        groups = model.optimizer_groups(self.training.weight_decay)
         loss_scaling = self.accelerator.scaler is not None
-        optimizer = build_optimizer(model, self.training, loss_scaling)
+        optimizer = OPTIMIZERS[self.training.optimizer](groups, loss_scaling)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model: CausalLM = self.accelerator.unwrap_model(self.wrapped)
         # On the device once; int32 there, int64 only for the windows in use.
@@ -196,8 +177,8 @@ class Trainer:
         self.starts = None  # of this epoch's windows
         self.step = self.applied = 0  # steps begun, and those fp16 scaling did not skip
         self.epoch_nats = torch.zeros((), device=self.device)
-        self.seconds_before, self.started = 0.0, time.perf_counter()
-        self.best_loss, self.summary = math.inf, {}
+        self.started = time.perf_counter()
+        self.summary: dict = {}  # of the best epoch
         self.update_ratio: dict[str, float] = {}  # of this epoch, by group
         self.best_unsaved: dict[str, Tensor] | None = None
         self.remedies = {"rate_factor": 1.0, "step": 0}
@@ -205,6 +186,9 @@ class Trainer:
         self.copy: Callable[[], None] | None = None
         self.saved_at, self.copied_at = time.monotonic(), -math.inf
         self.progress = progress_bar(0, shown=False)
+        processes = self.accelerator.num_processes
+        together = {"precision": self.accelerator.mixed_precision, "processes": processes}
+        self.folder.write_config({**self.choices, **together})
 
     def schedule(self, step: int) -> float:
         """The learning rate of a step; `anneal` puts another in its place."""
@@ -213,7 +197,7 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.started
+        return time.perf_counter() - self.started
 
     @property
     def tokens_seen(self) -> int:
@@ -241,7 +225,7 @@ class Trainer:
             self.folder.attempt(copy)
             self.folder.refuse_unsaved()
             return Run(self.folder.path)
-        begin(self)
+        _begin(self)
         self.watch, self.copy = watch, copy
         stop = math.ceil(stop_at * self.total_steps)
         if watch and self.folder.writes:
@@ -249,8 +233,8 @@ class Trainer:
         whole = self.training.epochs * self.windows * self.length
         self.progress = progress_bar(whole, self.tokens_seen, self.folder.writes)
         try:
-            with Interruption(self.accelerator.num_processes) as interruption, self.progress:
-                while self.step < stop and not interruption.asked:
+            with interruptible(self.accelerator.num_processes) as asked, self.progress:
+                while self.step < stop and not asked:
                     self._careful_step()
                 if self.step == self.total_steps:
                     keeping.finish(self)
@@ -262,10 +246,8 @@ class Trainer:
             self.folder.attempt(copy)
         self.folder.refuse_unsaved()
         if self.step < stop:
-            self.say(
-                f"\nInterrupted after step {self.step} of {self.total_steps}; it is saved. The "
-                "same call goes on from there."
-            )
+            place = f"step {self.step} of {self.total_steps}"
+            self.say(f"\nInterrupted after {place}; it is saved. The same call goes on from there.")
             if not self.summary:  # nothing measured that could be returned
                 raise KeyboardInterrupt
         self.accelerator.wait_for_everyone()
@@ -353,14 +335,27 @@ class Trainer:
     def _tell_progress(self, loss: float) -> None:
         epochs = self.training.epochs
         epoch = min(epochs, self.step // self.steps_per_epoch + 1)
-        best = f", best valid PPL {exp_nats(self.best_loss):,.0f}" if self.summary else ""
+        best = f", best valid PPL {self.summary['ppl']:,.0f}" if self.summary else ""
         shown = f"epoch {epoch}/{epochs}, training PPL {exp_nats(loss):,.0f}{best}"
         self.progress.set_postfix_str(shown, refresh=False)
 
 
-def _described(experiment, corpus, seed, name, profile, instead_of) -> dict:
+def _begin(trainer: Trainer) -> None:
+    """Go on from the last checkpoint, if there is one; and what is to be said before a step."""
+    if trainer.saved:
+        keeping.restore(trainer, trainer.saved)
+        trainer.saved = None
+        place = f"step {trainer.step} of {trainer.total_steps}"
+        trainer.say(f"{trainer.folder.path}: going on after {place}.")
+    elif trainer.auto_remedy:
+        keeping.checkpoint(trainer)  # to have something to go back to
+    if slow := curves.warmup(trainer.training.warmup_steps, trainer.total_steps):
+        trainer.say(slow.sentence)
+
+
+def _described(experiment, corpus, seed, name, profile) -> dict:
     """For config.json: what the run is, and what it is called."""
-    described = {
+    return {
         "name": name,
         "profile": profile,
         "experiment": experiment.to_dict(),
@@ -375,4 +370,3 @@ def _described(experiment, corpus, seed, name, profile, instead_of) -> dict:
             "bytes": corpus.bytes,
         },
     }
-    return described | ({"instead_of": instead_of.to_dict()} if instead_of else {})
