@@ -56,18 +56,17 @@ class Experiment:
 
     def with_(self, **changes) -> Experiment:
         """A copy with fields of the model or of the training changed, by name."""
-        parts = {"model": {}, "training": {}}
-        for name, value in changes.items():
-            for part, changed in parts.items():
-                if name in dataclasses.asdict(getattr(self, part)):
-                    changed[name] = value
-                    break
-            else:
+        parts = self.model, self.training
+        known = [{field.name for field in dataclasses.fields(part)} for part in parts]
+        for name in changes:
+            if name not in known[0] | known[1]:
                 raise nearest_name("experiment field", name, sorted(self.fields()))
+        in_model = {name: value for name, value in changes.items() if name in known[0]}
+        in_training = {name: value for name, value in changes.items() if name not in known[0]}
         return Experiment(
-            dataclasses.replace(self.model, **parts["model"]),
-            dataclasses.replace(self.training, **parts["training"]),
-            None if parts["model"] else self.twin_of,  # another model is no longer a twin
+            dataclasses.replace(self.model, **in_model),
+            dataclasses.replace(self.training, **in_training),
+            None if in_model else self.twin_of,  # another model is no longer a twin
         )
 
     def fields(self) -> dict:
