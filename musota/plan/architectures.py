@@ -36,12 +36,13 @@ def check_fields(config) -> None:
 
 
 def check_field(field: dataclasses.Field, value) -> None:
-    kinds = {"int": int, "float": (int, float), "str": str}[field.type]
-    fits, allowed = isinstance(value, kinds) and not isinstance(value, bool), "a name"
-    if field.type != "str":
-        low, high = BOUNDS.get(field.name, (int(field.type == "int"), HUGE))
+    kind = getattr(field.type, "__name__", field.type)
+    fits = isinstance(value, {"int": int, "str": str}.get(kind, (int, float)))
+    fits, allowed = fits and not isinstance(value, bool), "a name"
+    if kind != "str":
+        low, high = BOUNDS.get(field.name, (int(kind == "int"), HUGE))
         fits = fits and low <= value <= high
-        allowed = f"a {'whole' if field.type == 'int' else 'finite'} number "
+        allowed = f"a {'whole' if kind == 'int' else 'finite'} number "
         allowed += "above 0" if low == TINY else f"of at least {low}"
         allowed += f", at most {high}" if high < HUGE else ""
     if not fits:
