@@ -37,8 +37,8 @@ def check_fields(config) -> None:
 
 def check_field(field: dataclasses.Field, value) -> None:
     kind = getattr(field.type, "__name__", field.type)
-    fits = isinstance(value, {"int": int, "str": str}.get(kind, (int, float)))
-    fits, allowed = fits and not isinstance(value, bool), "a name"
+    allowed, python_type = "a name", {"int": int, "str": str}.get(kind, (int, float))
+    fits = isinstance(value, python_type) and not isinstance(value, bool)
     if kind != "str":
         low, high = BOUNDS.get(field.name, (int(kind == "int"), HUGE))
         fits = fits and low <= value <= high
