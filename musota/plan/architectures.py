@@ -294,7 +294,7 @@ def describe(model: ModelConfig) -> dict:
 
 def model_config(described: dict) -> ModelConfig:
     """Raises KeyError or TypeError for a kind or field it does not know."""
-    fields = dict(described)
+    fields = {**described}
     kind, size = KINDS[fields.pop("kind")], fields.pop("size", None)
     if kind is OwnConfig and not fields["sha256"]:  # which would name a file, unasked
         raise KeyError("sha256")
