@@ -130,12 +130,6 @@ def test_evaluating(model, tokens, stride, batch_size):
         _sentence(error)
 
 
-@given(text=st.text(max_size=200))
-def test_texts(text, text_folder):
-    tokenizer = musota.load_corpus(str(text_folder), 400).tokenizer
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
 TRAINING = {
     "experiment": ["optimized"],
     "corpus": [None],

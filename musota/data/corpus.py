@@ -80,10 +80,8 @@ class Corpus:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def limited(self, profile: Profile) -> Corpus:
-        """The corpus cut to a profile's token counts, each split at its last line end that fits.
-
-        Test is cut like valid.
-        """
+        """The corpus cut to a profile's token counts, each split at its last line end that fits;
+        test like valid."""
         limits = (profile.train_tokens, profile.valid_tokens, profile.valid_tokens)
         splits, words, sizes = {}, dict(self.words), dict(self.bytes)
         for name, limit in zip(SPLITS, limits, strict=True):

@@ -41,11 +41,8 @@ def attend_with_library(q: Tensor, k: Tensor, v: Tensor, with_entropy: bool):
 
 
 def library_attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
-    """Causal attention of (B, h, T, c) each, with torch's fused kernel.
-
-    A GPU's asks for widths in multiples of 8: zeros change nothing. A CPU's takes twice as long to
-    go backwards in bf16 as in float32.
-    """
+    """Causal attention of (B, h, T, c) each, with torch's fused kernel. A GPU's asks for widths in
+    multiples of 8; a CPU's takes twice as long to go backwards in bf16 as in float32."""
     how = {"is_causal": True, "scale": scale}
     if q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
@@ -132,10 +129,8 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _tiles(q: Tensor, k: Tensor):
-    """(which rows of q, which of k, their scores with the future at −∞), tile by tile.
-
-    The scores stand in a buffer that the next tile overwrites.
-    """
+    """(which rows of q, which of k, their scores with the future at −∞), tile by tile; the next one
+    overwrites the scores."""
     G, T, _ = q.shape
     for start in range(0, T, TILE_ROWS):
         end = min(start + TILE_ROWS, T)

@@ -28,11 +28,9 @@ from musota.plan.architectures import ModelConfig
 
 
 class CausalLM(nn.Module, Watched, Shareable):
-    """A language model that never looks ahead.
-
-    A subclass makes its parts, `layers` among them, and an `output` unless it ties that to the
-    embedding; it provides `hidden_states`, `looks` and `decayed_groups`.
-    """
+    """A language model that never looks ahead. A subclass makes its parts, `layers` among them, and
+    an `output` unless the embedding is that, and provides `hidden_states`, `looks` and
+    `decayed_groups`."""
 
     # The ledger's group of a part's parameters, where it is not called like the part.
     ledger_groups: ClassVar = {
@@ -135,10 +133,7 @@ class CausalLM(nn.Module, Watched, Shareable):
 
     def compile_layers(self, on: bool = True) -> None:
         """Let training steps run their layers through torch.compile: one graph for all, a shape.
-
-        Evaluation and generation, whose shapes vary, stay as they are, and so does the loss: a few
-        large kernels that have nothing to gain. More shapes than torch allows are an error of it.
-        """
+        Evaluation, whose shapes vary, stays as it is, and so does the loss, a few large kernels."""
         torch.compiler.reset()  # shapes of earlier models count against torch's limit, too
         kind = type(self.layers[0])
         compiled = torch.compile(kind.forward, dynamic=False, fullgraph=True) if on else None
@@ -170,10 +165,8 @@ class CausalLM(nn.Module, Watched, Shareable):
         return groups
 
     def score_text(self, text: str) -> ScoredText:
-        """How well a text is foreseen, token by token, the first after a line end.
-
-        Raises MusotaError for a model without its tokenizer, and for what is no text.
-        """
+        """How well a text is foreseen, token by token, the first after a line end. Raises
+        MusotaError for a model without its tokenizer, and for what is no text."""
         if not isinstance(text, str) or not text:
             raise MusotaError(f"score_text needs a text of a character or more, not {text!r:.40}.")
         tokens = self.as_ids(text).tolist()
@@ -329,11 +322,8 @@ def weights_sha256(model: CausalLM) -> str:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, but on a CPU four elements share one 64-bit random number.
-
-    Torch draws there one element after another, a tenth of a training step; the probability is
-    rounded to 1/65,536. A GPU and compiled layers take torch's own.
-    """
+    """nn.Dropout, but on a CPU four elements share one 64-bit random number (torch's takes a tenth
+    of a training step); the probability is rounded to 1/65,536."""
 
     def forward(self, x: Tensor) -> Tensor:
         torchs_own = x.device.type != "cpu" or torch.compiler.is_compiling()

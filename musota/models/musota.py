@@ -18,10 +18,8 @@ from musota.plan.architectures import HEADS_PER_BLOCK, MuConfig
 
 
 class BlockAttention(nn.Module):
-    """Causal self-attention inside each of `n_block` blocks of `size` cells, all at once.
-
-    Block n has its own query, key, value and output maps (size × size, with biases).
-    """
+    """Causal self-attention inside each of `n_block` blocks of `size` cells, all at once. Each has
+    its own query, key, value and output maps (size × size, with biases)."""
 
     def __init__(self, n_block: int, size: int):
         super().__init__()

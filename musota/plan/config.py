@@ -44,11 +44,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A model and how to train it. Experiments are equal when both are, whatever they are called.
-
-    A model that was matched to another (a dense twin, the redesign) remembers to which, so that a
-    profile or a change can match it anew.
-    """
+    """A model and how to train it; equal when both are, whatever they are called. A model that was
+    matched to another (a dense twin, the redesign) remembers to which, to be matched anew."""
 
     model: ModelConfig
     training: TrainConfig
@@ -112,10 +109,8 @@ class Experiment:
 
 
 def check_changes(changes) -> dict:
-    """What a person wants changed, by field: a dict, or the text of one.
-
-    Raises MusotaError for a field no experiment has, and for a value none may have.
-    """
+    """What a person wants changed, by field: a dict, or the text of one. Raises MusotaError for a
+    field no experiment has, and for a value none may have."""
     if isinstance(changes, str):  # from papermill's command line
         with contextlib.suppress(ValueError, SyntaxError):
             changes = ast.literal_eval(changes)

@@ -17,10 +17,8 @@ SHARED = ("vocab_size", "max_seq_len", "n_layer", "dropout")  # what twins have 
 
 
 def match_width(target: int, config: DenseConfig) -> DenseConfig:
-    """`config` at the even d_model whose parameter count is nearest `target`.
-
-    Heads: the divisor of d_model whose head size is nearest 16 (the larger head on a tie).
-    """
+    """`config` at the even d_model whose parameter count is nearest `target`. Heads: the divisor of
+    d_model whose head size is nearest 16 (the larger head on a tie)."""
 
     def at(width: int) -> DenseConfig:
         divisors = [n for n in range(1, width + 1) if width % n == 0]
@@ -83,10 +81,8 @@ def changed(experiment: Experiment, changes: Mapping) -> Experiment:
 
 @dataclass(frozen=True)
 class Profile:
-    """How far an experiment is scaled down. Factors multiply; `None` leaves the plan's value.
-
-    Token limits cut the corpus, at a line end, so that a run's length is known beforehand.
-    """
+    """How far an experiment is scaled down. Factors multiply; `None` leaves the plan's value. Token
+    limits cut the corpus, at a line end, so that a run's length is known beforehand."""
 
     name: str
     vocab_size: int | None = None
@@ -120,11 +116,8 @@ grid_profiles = _by_name(
 
 
 def find_profile(name: str, grid: bool = False) -> Profile:
-    """A profile by name, with `grid` at the size of notebook 06.
-
-    `auto` is `full` where a CUDA device is at hand, else `quick`; with `grid`, whose full size
-    would take a day, `study` there.
-    """
+    """A profile by name, with `grid` at the size of notebook 06. `auto` is `full` where a CUDA
+    device is at hand (with `grid`, which would take a day, `study`), else `quick`."""
     if name == "auto":
         import torch
 

@@ -86,11 +86,9 @@ def data_shares(name: str, experiment: Experiment) -> dict[str, Cell]:
 
 
 def grid(profile: str) -> tuple[dict[str, Cell], list[Suspect], range]:
-    """Cells by name, the suspects they decide on, and the seeds, as a profile has them.
-
-    From `original` one suspect at a time takes its `optimized` value, or one that the plan did not
-    think of; `study` and `full` also put one back at a time from `optimized`. `tiny` has two cells.
-    """
+    """Cells by name, the suspects they decide on, and the seeds, as a profile has them. From
+    `original` one suspect at a time takes its `optimized` value, or one that the plan did not think
+    of; `study` and `full` also put one back at a time from `optimized`. `tiny` has two cells."""
     original, optimized = experiments["original"], experiments["optimized"]
     cells, suspects, put_back = {"original": Cell(original)}, [], {}
     for key, (name, confidence, advice, *changes) in (PLANNED | OTHERS).items():
