@@ -20,7 +20,7 @@ def literal(q, k, v):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("with_entropy", [False, True])
-@pytest.mark.parametrize(("T", "width"), [(1, 2), (7, 3), (23, 8), (40, 16), (33, 18)])
+@pytest.mark.parametrize(("T", "width"), [(1, 2), (23, 8), (33, 18)])
 def test_equals_the_literal_version_in_value_and_gradient(way, with_entropy, T, width, monkeypatch):
     # Tiles of ten rows and a few heads: none of the sizes above fits them evenly.
     monkeypatch.setattr(attention, "TILE_ROWS", 10)
@@ -28,21 +28,17 @@ def test_equals_the_literal_version_in_value_and_gradient(way, with_entropy, T, 
     torch.manual_seed(T)
     leaves = [torch.randn(5, T, width, dtype=torch.double, requires_grad=True) for _ in range(3)]
     got, wanted = WAYS[way](*leaves, with_entropy), literal(*leaves)
-    loose = {"rtol": 1e-5, "atol": 1e-5} if (way, with_entropy) == ("library", True) else {}
-    directions = [torch.randn_like(one) for one in wanted]
+    loose = {"rtol": 1e-5, "atol": 1e-5} if way == "library" else {}  # in float32
     if not with_entropy:
         assert got[1] is None
         got, wanted = got[:1], wanted[:1]
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one.double(), other, **loose)
-    total = sum((one * d).sum() for one, d in zip(got, directions, strict=False))
-    total_wanted = sum((one * d).sum() for one, d in zip(wanted, directions, strict=False))
-    for mine, theirs in zip(
-        torch.autograd.grad(total, leaves, allow_unused=True),
-        torch.autograd.grad(total_wanted, leaves, allow_unused=True),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs, **loose)
+    directions = [torch.randn_like(one) for one in wanted]
+    gradients = []
+    for found in (got, wanted):
+        total = sum((one * d).sum() for one, d in zip(found, directions, strict=True))
+        gradients.append(torch.autograd.grad(total, leaves, allow_unused=True))
+    for mine, theirs in zip((*got, *gradients[0]), (*wanted, *gradients[1]), strict=True):
+        torch.testing.assert_close(mine, theirs, check_dtype=False, **loose)
 
 
 def test_large_scores_stay_finite():
@@ -78,7 +74,3 @@ def test_entropy_has_a_finite_gradient_where_weights_are_zero():
     masked = scores.masked_fill(torch.ones(4, 6, dtype=torch.bool).triu(2), float("-inf"))
     entropy(masked.softmax(-1)).sum().backward()
     assert scores.grad.isfinite().all() and scores.grad.abs().max() > 0
-    # The naive formula is what this guards against.
-    weights = masked.detach().softmax(-1).requires_grad_()
-    torch.special.entr(weights).sum().backward()
-    assert not weights.grad.isfinite().all()

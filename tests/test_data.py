@@ -1,5 +1,4 @@
 import os
-import random
 import shutil
 import socket
 import subprocess
@@ -12,9 +11,8 @@ from conftest import ROOT
 
 from musota.data import sources
 from musota.data.corpus import load_corpus, window_starts
-from musota.data.tokenizer import TextTokenizer
+from musota.data.tokenizer import LONGEST_WORD, TextTokenizer
 from musota.errors import MusotaError
-from musota.files import write_whole
 from musota.plan.profiles import Profile, profiles
 
 ODD = [
@@ -26,6 +24,7 @@ ODD = [
     "emoji 😀🏳️‍🌈, accents é è ﬁ, 漢字, عربى\n",
     "an <unk> word, <unk><unk>, <UNK> and <|endoftext|> spelled out\n",
     "\r carriage \x0b vertical \u2028 separators \x00 nul\n",
+    "a word of its own " + "abc" * 3000,
 ]
 
 
@@ -41,6 +40,8 @@ def test_any_text_survives_the_tokenizer_and_the_tokenizer_its_file(tokenizer, t
     assert (ids == tokenizer.line_end).sum() == text.count("\n")
     assert (ids == tokenizer.unknown).sum() == text.count("<unk>")
     assert len(ids) == 0 or (ids.min() >= 0 and ids.max() < 400)
+    # A word is cut, so that time grows with its length and not with the square.
+    assert all(len(tokenizer.decode([token]).encode()) <= LONGEST_WORD for token in ids)
     tokenizer.save(tmp_path / "tokenizer.json")
     assert (TextTokenizer.load(tmp_path / "tokenizer.json").encode(text) == ids).all()
 
@@ -102,16 +103,13 @@ def test_limits_cut_at_a_line_end_and_recount(text_folder):
 def test_windows_tile_the_stream_from_a_random_offset(n, length):
     counts, offsets = set(), set()
     for epoch in range(30):
-        starts = window_starts(n, length, seed=3, epoch=epoch)
-        counts.add(len(starts))
-        ordered = starts.sort().values
+        ordered = window_starts(n, length, seed=3, epoch=epoch).sort().values
         offset = int(ordered[0])
+        counts.add(len(ordered))
         offsets.add(offset)
-        assert 0 <= offset < length
-        assert torch.equal(ordered, offset + length * torch.arange(len(starts)))
+        assert 0 <= offset < length  # and no token is predicted twice
+        assert torch.equal(ordered, offset + length * torch.arange(len(ordered)))
         assert ordered[-1] + length < n  # its last target exists
-        targets = (ordered[:, None] + 1 + torch.arange(length)).flatten()
-        assert len(targets.unique()) == len(targets)  # no token predicted twice
     assert len(counts) == 1  # the same number each epoch
     assert n - 2 * length <= counts.pop() * length <= n
     assert len(offsets) > min(3, length - 1)
@@ -122,8 +120,8 @@ def test_windows_depend_on_seed_and_epoch_alone():
     first = window_starts(5000, 10, seed=0, epoch=4)
     torch.manual_seed(2)
     assert torch.equal(first, window_starts(5000, 10, seed=0, epoch=4))
-    assert not torch.equal(first, window_starts(5000, 10, seed=0, epoch=5))
-    assert not torch.equal(first, window_starts(5000, 10, seed=1, epoch=4))
+    for other in (window_starts(5000, 10, 0, 5), window_starts(5000, 10, 1, 4)):
+        assert not torch.equal(first, other)
     assert not torch.equal(first, first.sort().values)
     with pytest.raises(MusotaError, match="too few for windows of 10"):
         window_starts(15, 10, 0, 0)
@@ -134,7 +132,7 @@ def test_windows_depend_on_seed_and_epoch_alone():
     [
         (lambda f: (f / "valid.txt").unlink(), "has no valid.txt"),
         (lambda f: (f / "test.txt").write_text(" \n"), "The test text of .* is empty"),
-        (lambda f: (f / "train.txt").write_bytes(b"fine \xff\xfe not"), "not UTF-8 .byte 5"),
+        (lambda f: (f / "train.txt").write_bytes(b"fine \xff\xfe not"), "is not UTF-8"),
     ],
 )
 def test_bad_folders_get_one_sentence(tmp_path, prepare, message):
@@ -144,13 +142,20 @@ def test_bad_folders_get_one_sentence(tmp_path, prepare, message):
         load_corpus(str(folder), 300)
 
 
-def test_bad_names_get_one_sentence(tmp_path):
-    with pytest.raises(MusotaError, match="did you mean 'wikitext-2'"):
-        load_corpus("wikitext2", 300)
-    with pytest.raises(MusotaError, match="There is no folder"):
-        load_corpus(str(tmp_path / "nowhere"), 300)
-    with pytest.raises(MusotaError, match="vocab_size=200 is below the 258"):
-        load_corpus("python-docs", 200)
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "message"),
+    [
+        ("wikitext2", 300, "did you mean 'wikitext-2'"),
+        ("./nowhere", 300, "There is no folder"),
+        ("python-docs", 200, "vocab_size=200 is below the 258"),
+        ("python-docs", "512", "vocab_size must be a whole number"),
+        ("python-docs", True, "vocab_size must be a whole number"),
+        (None, 300, "corpus must be a name"),
+    ],
+)
+def test_bad_names_and_vocabularies_get_one_sentence(name, vocab_size, message):
+    with pytest.raises(MusotaError, match=message):
+        load_corpus(name, vocab_size)
 
 
 def test_a_local_copy_is_preferred_to_the_hub(tmp_path):
@@ -186,17 +191,6 @@ def test_python_docs_are_split_by_document_without_repeats(monkeypatch, tmp_path
     assert [len(documents[s]) for s in sources.SPLITS] == [181, 10, 10]
     assert "Test word" not in str(documents) and "short" not in str(documents)
     assert documents["train"] != sorted(documents["train"])
-
-
-def test_python_docs_exist_here(tmp_path):
-    """The real thing, once: about two million words on any machine with the requirements."""
-    corpus = load_corpus("python-docs", 2048)
-    assert corpus.words["train"] > 1_000_000
-    assert 0.03 < corpus.words["valid"] / corpus.words["train"] < 0.08
-    started = time.perf_counter()
-    again = load_corpus("python-docs", 2048)
-    assert again.fingerprint == corpus.fingerprint
-    assert time.perf_counter() - started < 10  # from the cache
 
 
 def _in_a_process(code, *arguments, **environment):
@@ -237,29 +231,16 @@ def test_the_datasets_cache_is_enough_without_a_hub(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("silent", [False, True])
-def test_an_unreachable_hub_is_answered_within_seconds(silent, tmp_path):
-    """Whether it refuses or, silent, never answers."""
+def test_a_silent_hub_is_answered_within_seconds(tmp_path):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        if silent:
-            server.listen()
+        server.listen()  # and never answer
         hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
         started = time.perf_counter()
         code = "import musota\nmusota.load_corpus('wikitext-103')"
         done = _in_a_process(code, **hub, HF_HOME=str(tmp_path))
     assert time.perf_counter() - started < 40  # importing torch and datasets included
     assert "does not answer" in done.stderr and "Three ways on" in done.stderr
-
-
-def test_cached_files_are_written_whole(tmp_path):
-    def fails(path):
-        path.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(tmp_path / "file", fails)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -277,23 +258,23 @@ def test_splits_are_found_under_the_names_people_give_them(names, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["".join(f"part {n} says\nnothing new\n\n" for n in range(400)),
-     "a line " * 9 + "\n" + "of many words \n" * 400, "word " * 4000, "字" * 9000],
+    ("text", "end"),
+    [
+        ("".join(f"part {n} says\nnothing new\n\n" for n in range(400)), "\n\n"),
+        ("one line\n" + "of many words\n" * 400, "\n"),
+        ("word " * 4000, ""),
+        ("字" * 9000, ""),
+    ],
     ids=["paragraphs", "lines", "one line", "no spaces"],
-)  # fmt: skip
-@pytest.mark.parametrize("given", [".", "input.txt"])
-def test_one_text_is_split_by_itself_and_this_is_said(text, given, tmp_path):
+)
+def test_one_text_is_split_by_itself_and_this_is_said(text, end, tmp_path):
     (tmp_path / "input.txt").write_text(text, "utf-8")
-    corpus = load_corpus(str(tmp_path / given), 300)
+    corpus = load_corpus(str(tmp_path / "input.txt"), 300)
     assert corpus.name == "input" and "input.txt, split 90/5/5" in corpus.source
     parts = [corpus.tokenizer.decode(corpus.split(split)) for split in sources.SPLITS]
-    plain = "".join("".join(parts).split())
-    assert plain == "".join(text.split())
+    assert "".join(parts) == text
     for part, share in zip(parts, (0.90, 0.05, 0.05), strict=True):
-        assert len(part) / len("".join(parts)) == pytest.approx(share, abs=0.015)
-    if "\n" in text:
-        assert all(part.endswith("\n\n" if "says" in text else "\n") for part in parts[:2])
+        assert len(part) / len(text) == pytest.approx(share, abs=0.015) and part.endswith(end)
 
 
 def test_valid_text_that_stands_in_train_is_told(text_folder, tmp_path):
@@ -302,53 +283,29 @@ def test_valid_text_that_stands_in_train_is_told(text_folder, tmp_path):
     shutil.copy(folder / "train.txt", folder / "valid.txt")
     source = load_corpus(str(folder), 300).source
     assert "100% of the longer lines of valid stand in train, too" in source
-    assert "of test" not in source or "100% of the longer lines of test" not in source
 
 
-def test_paths_may_begin_with_a_tilde_and_there_may_be_no_home(tmp_path, monkeypatch):
+def test_paths_may_begin_with_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MUSOTA_CACHE", "~/kept")
     _folder(tmp_path / "mine")
     corpus = load_corpus("~/mine", 300)
     assert load_corpus("mine", 300, data_dir="~").fingerprint == corpus.fingerprint
     assert [*(tmp_path / "kept").glob("tokens-*")]
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where nobody has a home
-    monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path / "kept"))
-    assert load_corpus(str(tmp_path / "mine"), 300).fingerprint == corpus.fingerprint
-    monkeypatch.delenv("MUSOTA_CACHE")
-    with pytest.raises(MusotaError, match="no path that can be used here"):
-        load_corpus(str(tmp_path / "mine"), 300)
 
 
 # --- large texts ---
 
 
-@pytest.mark.parametrize("text", ["ab cd  " * 3000, "abcd" * 5000, "字" * 5000, " " * 9000 + "x\n"])
-def test_endless_lines_and_words_come_in_bounded_pieces(text, monkeypatch, tmp_path):
-    whole = text.rstrip() + "\n" * text.endswith("\n")
-    monkeypatch.setattr(sources, "LINE", 500)
+def test_an_endless_line_comes_in_bounded_pieces(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "PIECE", 500)
+    text = "字 and so on " * 2000 + "end"
     (tmp_path / "train.txt").write_text(text, "utf-8")
     pieces = list(sources._read_file(tmp_path / "train.txt"))
-    assert "".join(pieces) == whole
-    assert max(map(len, pieces)) <= 1000 or not whole.split(" ")[0]
-    tokenizer = TextTokenizer.train(pieces, 300)
-    ids = [token for piece in pieces for token in tokenizer.encode(piece).tolist()]
-    assert tokenizer.decode(ids) == whole
-    if "ab cd" in text:  # cut where words end: as if it had not been
-        assert ids == tokenizer.encode(whole).tolist()
-    corpus = load_corpus(str(_folder(tmp_path / "folder", train=text + "end")), 300)
-    assert len(corpus.limited(Profile("some", 300, 40, 40)).train) <= 40
-
-
-def test_a_word_takes_time_in_proportion_to_its_length():
-    generator, seconds = random.Random(0), []
-    for length in (20_000, 160_000):
-        word = "".join(generator.choices("abcdefghij", k=length))
-        started = time.process_time()
-        tokenizer = TextTokenizer.train([word], 400)
-        assert tokenizer.decode(tokenizer.encode(word)) == word
-        seconds.append(time.process_time() - started)
-    assert seconds[1] < 30 * max(seconds[0], 0.05)  # not the square, which is 64
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 500
+    corpus = load_corpus(str(_folder(tmp_path / "folder", train=text)), 300)
+    assert corpus.tokenizer.decode(corpus.train) == text
+    assert len(corpus.limited(Profile("some", 300, 40, 40)).train) == 40
 
 
 def test_a_text_in_pieces_gives_the_tokens_of_the_whole(text_folder, monkeypatch, tmp_path):

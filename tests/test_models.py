@@ -5,23 +5,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import musota
 from musota.errors import MusotaError
-from musota.models import musota as mu
-from musota.models.attention import causal_attention
 from musota.models.base import Dropout
 from musota.models.health import effective_rank
 from musota.models.literal import Literal
-from musota.models.musota import CrossAttention
 from musota.plan.architectures import CHANGES
+from musota.plan.registry import find_experiment
 
 SMALL = {"vocab_size": 60, "max_seq_len": 12, "n_layer": 2}
-CONFIGS = {
+CONFIGS = {  # with a literal version in the package; the redesign's is in test_redesigned.py
     "8x8/16": musota.MuConfig(**SMALL),
     "6x6/8": musota.MuConfig(matrix_size=6, n_block=8, n_head=6, **SMALL),
-    "8x8/8": musota.MuConfig(n_block=8, **SMALL),
     "dense": musota.DenseConfig(d_model=48, n_head=3, **SMALL),
 }
 REDESIGNED = musota.RedesignedConfig(block_size=6, d_ff=90, **SMALL)
@@ -33,20 +31,20 @@ ALL = CONFIGS | {
 }
 
 
-@pytest.fixture(params=ALL, ids=list(ALL))
+@pytest.fixture(params=ALL)
 def model(request):
     torch.manual_seed(0)
     return musota.build_model(ALL[request.param])
 
 
-@pytest.fixture(params=CONFIGS, ids=list(CONFIGS))
+@pytest.fixture(params=CONFIGS)
 def specified(request):
-    """A model with a literal version in the package; the redesign's is in test_redesigned.py."""
     torch.manual_seed(0)
     return musota.build_model(CONFIGS[request.param])
 
 
-def test_ledgers_of_the_plans_models():
+def test_ledgers_and_arithmetic_of_the_plans_models():
+    sizes = {name: e.model.n_parameters for name, e in musota.experiments.items()}
     ledger = musota.build_model(musota.experiments["optimized"].model).parameter_ledger()
     assert ledger == {
         "embedding": 3_200_000,
@@ -59,16 +57,36 @@ def test_ledgers_of_the_plans_models():
         "gate": 13_440,
         "output": 3_250_000,
     }
-    assert sum(ledger.values()) == 16_691_024
-    simplified = musota.build_model(musota.experiments["simplified"].model)
-    assert sum(simplified.parameter_ledger().values()) == 6_994_104
-    dense = musota.build_model(musota.experiments["baseline"].model).parameter_ledger()
-    assert abs(sum(dense.values()) / 16_691_024 - 1) < 0.001
+    assert sum(ledger.values()) == sizes["optimized"] == 16_691_024
+    assert sizes["simplified"] == 6_994_104 and sizes["redesigned"] == 16_692_256
+    assert sizes["baseline"] == 16_702_816
+    redesigned = musota.build_model(musota.experiments["redesigned"].model).parameter_ledger()
+    assert redesigned["affinity tables"] == 400_000
+    assert redesigned["embedding (also output)"] == 11_200_000
+    flops = {name: e.model.flops_per_token / 1e6 for name, e in musota.experiments.items()}
+    assert flops["optimized"] == pytest.approx(26.4, rel=0.01)
+    assert flops["baseline"] == pytest.approx(105.5, rel=0.01)
 
 
 def test_ledger_sums_to_the_built_models_parameters_and_to_the_formula(model):
     built = sum(parameter.numel() for parameter in model.parameters())
     assert sum(model.parameter_ledger().values()) == built == model.config.n_parameters
+
+
+@pytest.mark.parametrize(
+    "name", ["optimized", "baseline", "simplified", "redesigned", "modern_twin"]
+)
+def test_flops_by_hand_are_those_torch_counts_in_the_literal_model(name):
+    config = musota.scaled(find_experiment(name), "tiny").model
+    model = musota.build_model(config)
+    window = torch.zeros(1, config.max_seq_len, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        if isinstance(config, musota.RedesignedConfig):
+            F.cross_entropy(model(window)[0][0], window[0]).backward()
+        else:
+            Literal(model)(window, window)[1].backward()
+    counted = counter.get_total_flops() / config.max_seq_len
+    assert config.flops_per_token == pytest.approx(counted, rel=0.01)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -115,35 +133,11 @@ def test_loss_and_gradients_are_those_of_the_literal_version(specified):
         torch.testing.assert_close(translated[name], wanted, rtol=1e-3, atol=1e-5 * scale)
 
 
-def test_the_gate_hears_how_spread_out_attention_is():
-    """H of docs/model.md: the entropy over a token's past, in nats, averaged over heads."""
-    attention = CrossAttention(64, 8)
-    nn.init.zeros_(attention.qkv.weight)  # all scores alike: ln of the tokens in sight
-    spread = attention(torch.randn(2, 9, 64))[1]
-    torch.testing.assert_close(spread, torch.arange(1, 10).log().expand(2, 9))
-
-
-def test_initialisation_follows_the_design():
-    torch.manual_seed(0)
-    model = musota.build_model(musota.MuConfig(vocab_size=5000, n_layer=2))
-    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.02)
-    assert model.affinity.weight.std().item() == pytest.approx(0.1, rel=0.02)
-    assert (model.layers[0].gate.beta == 0.5).all()
-    block = model.layers[0].block_attention[0]
-    bound = (6 / 8) ** 0.5  # Xavier on a 4×4 map
-    assert 0.9 * bound < block.in_weight.abs().max() <= bound
-    assert all((p == 0).all() for n, p in model.named_parameters() if n.endswith("bias"))
-    dense = musota.build_model(musota.DenseConfig(vocab_size=500))
-    residual = dense.layers[3].feed_forward_down.weight
-    assert residual.std().item() == pytest.approx(0.02 / 24**0.5, rel=0.05)
-
-
 def test_weight_decay_touches_matrices_of_linear_maps_only(model):
     decayed, plain = model.optimizer_groups(0.01)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed = {names[id(parameter)] for parameter in decayed["params"]}
-    plain = {names[id(parameter)] for parameter in plain["params"]}
-    assert decayed | plain == set(names.values()) and not decayed & plain
+    decayed = {names.pop(id(parameter)) for parameter in decayed["params"]}
+    assert {id(parameter) for parameter in plain["params"]} == names.keys()
     for name in decayed:
         assert name.endswith("weight")
         assert not any(w in name for w in ("embedding", "positions", "affinity", "norm", "gate"))
@@ -153,7 +147,6 @@ def test_weight_decay_touches_matrices_of_linear_maps_only(model):
 
 def test_one_small_batch_is_learned_by_heart(model):
     model.eval()  # no dropout
-    torch.manual_seed(0)
     window = torch.randint(60, (4, 13))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(250):
@@ -167,11 +160,8 @@ def test_one_small_batch_is_learned_by_heart(model):
 def test_forward_returns_logits_or_loss(model):
     model.eval()
     window = torch.randint(60, (3, 13))
-    logits, nothing = model(window[:, :-1])
-    assert logits.shape == (3, 12, 60) and nothing is None
-    nothing, loss = model(window[:, :-1], window[:, 1:])
-    assert nothing is None
-    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten()))
+    logits, loss = model(window[:, :-1])[0], model(window[:, :-1], window[:, 1:])[1]
+    torch.testing.assert_close(loss, F.cross_entropy(logits.mT, window[:, 1:]))
     with pytest.raises(MusotaError, match="Token id 60 is out of range"):
         model(torch.full((1, 3), 60))
     with pytest.raises(MusotaError, match="13 tokens does not fit the 12 positions"):
@@ -187,42 +177,29 @@ def test_generate_is_seeded_bounded_and_honours_its_filters(model):
     greedy = model.generate(prompt, 5, temperature=0)
     assert torch.equal(greedy, model.generate(prompt, 5, top_k=1))
     assert torch.equal(greedy, model.generate(prompt, 5, top_p=1e-6))
-    model.eval()
-    logits = model(prompt)[0][:, -1]
-    allowed = logits.topk(5).indices
+    allowed = model.eval()(prompt)[0][:, -1].topk(5).indices
     for seed in range(20):
         drawn = model.generate(prompt, 1, top_k=5, seed=seed)[:, -1:]
         assert (drawn == allowed).any(1).all()
-    for bad in ({"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.5}):
-        with pytest.raises(MusotaError):
-            model.generate(prompt, 1, **bad)
-    with pytest.raises(MusotaError, match="Token id 60 is out of range"):
-        model.generate(torch.tensor([[60]]), 1)
 
 
 def test_a_shared_model_comes_back_the_same_with_tokenizer_and_card(model, corpus, tmp_path):
     model.tokenizer = corpus.tokenizer
     model.save_pretrained(tmp_path)
-    model.tokenizer = None
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.json", "README.md",
-    }  # fmt: skip
     for loaded in (musota.CausalLM.from_pretrained(tmp_path), musota.load_model(tmp_path)):
         assert type(loaded) is type(model) and loaded.config == model.config
         for name, value in model.state_dict().items():
             assert torch.equal(value, loaded.state_dict()[name])
         text = "Return a list of names."
         assert loaded.tokenizer.decode(loaded.tokenizer.encode(text)) == text
-    card = (tmp_path / "README.md").read_text()
-    assert f"{model.config.n_parameters:,} parameters" in card and "license: mit" in card
+    assert "license: mit" in (tmp_path / "README.md").read_text()
 
 
-def test_what_cannot_be_loaded_is_refused_in_one_sentence(model, tmp_path):
-    model.save_pretrained(tmp_path)
+def test_what_cannot_be_loaded_is_refused_in_one_sentence(tmp_path):
+    musota.build_model(CONFIGS["8x8/16"]).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, message in [
-        ({"n_layer": 10**9}, "parameters .* is beyond"),
-        ({"vocab_size": 10**15}, "parameters .* is beyond"),
+        ({"vocab_size": 10**15}, "parameters is beyond"),
         ({"n_layer": 40_000}, "refused: its config.json describes"),
         ({"kind": "other"}, "Not the description of an experiment"),
         ({"n_layer": "many"}, "n_layer must be a whole number"),
@@ -239,73 +216,21 @@ def test_what_cannot_be_loaded_is_refused_in_one_sentence(model, tmp_path):
         musota.load_model(tmp_path / "elsewhere")
 
 
-@pytest.mark.parametrize(
-    ("field", "message"),
-    [
-        ("matrix_size", "must be a whole number of at least 1, at most 64"),
-        ("n_block", "must be a whole number of at least 1, at most 4096"),
-    ],
-)
-def test_an_absurd_matrix_is_refused_before_it_is_laid_out(field, message):
-    with pytest.raises(MusotaError, match=message):
-        musota.MuConfig(**{field: 10**7})
-
-
-@pytest.mark.parametrize("name", ["optimized", "baseline", "simplified"])
-def test_flops_by_hand_are_those_torch_counts_in_the_literal_model(name):
-    config = musota.scaled(musota.experiments[name], "tiny").model
-    literal = Literal(musota.build_model(config))
-    window = torch.zeros(1, config.max_seq_len, dtype=torch.long)
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-    ):
-        literal(window, window)[1].backward()
-    counted = counter.get_total_flops() / config.max_seq_len
-    assert config.flops_per_token == pytest.approx(counted, rel=0.01)
-
-
-def test_flops_of_the_plans_models():
-    assert musota.experiments["optimized"].model.flops_per_token == pytest.approx(26.4e6, rel=0.01)
-    assert musota.experiments["baseline"].model.flops_per_token == pytest.approx(105.5e6, rel=0.01)
-
-
-@pytest.mark.parametrize(("name", "calls"), [("8x8/16", 2), ("6x6/8", 3)])
-def test_all_equal_blocks_share_one_attention_call(name, calls, monkeypatch):
-    """A layer attends once for each size of block, and once across them: 24 calls in all at full
-    size, where a loop over blocks makes 204."""
-    counted = []
-
-    def counting(*args, **options):
-        counted.append(args[0].shape)
-        return causal_attention(*args, **options)
-
-    monkeypatch.setattr(mu, "causal_attention", counting)
-    musota.build_model(CONFIGS[name])(torch.zeros(1, 5, dtype=torch.long))
-    assert len(counted) == calls * SMALL["n_layer"]
-
-
 def test_dropout_drops_its_share_and_keeps_the_mean():
     torch.manual_seed(0)
-    dropout = Dropout(0.1)
-    x = torch.full((1000, 333), 2.0, requires_grad=True)
+    dropout, x = Dropout(0.1), torch.full((1000, 333), 2.0, requires_grad=True)
     y = dropout(x)
     dropped = y == 0
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.002)
-    torch.testing.assert_close(
-        y[~dropped], torch.full_like(y[~dropped], 2 / 0.9), rtol=1e-4, atol=0
-    )
-    assert y.mean().item() == pytest.approx(2, rel=0.003)
+    torch.testing.assert_close(y, 2 / 0.9 * ~dropped, rtol=1e-4, atol=0)
     y.sum().backward()
     torch.testing.assert_close(x.grad, y.detach() / 2)
     # Neighbours share one random number: they must not share their fate.
     fate = dropped.flatten()[: 4 * 83_250].view(-1, 4).float()
     assert torch.corrcoef(fate.T).fill_diagonal_(0).abs().max() < 0.02
     torch.manual_seed(0)
-    assert torch.equal(dropout(x), y)
-    assert not torch.equal(dropout(x), y)
-    assert torch.equal(dropout.eval()(x), x)
-    assert torch.equal(Dropout(0.0)(x), x)
+    assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x) and torch.equal(Dropout(0.0)(x), x)
 
 
 def test_effective_rank_counts_the_directions_in_use():
@@ -321,13 +246,15 @@ def test_effective_rank_counts_the_directions_in_use():
 def test_health_says_what_a_literal_look_at_the_model_says(specified):
     model = specified.train()
     ids = torch.randint(60, (3, 12), generator=torch.Generator().manual_seed(1))
+    gated = isinstance(model.config, musota.MuConfig)
+    for layer in model.layers if gated else ():
+        nn.init.constant_(layer.gate.down.bias[3:4], 20.0)  # a saturated block
     health = model.health(ids)
     assert model.training  # as it was, and no hook is left behind
     assert not any(module._forward_hooks for module in model.modules())
     assert 1 <= health["effective_rank"] <= model.config.d_model
-    assert len(health["attention_entropy"]) == 2
-    if isinstance(model.config, musota.DenseConfig):
-        assert "gate_mean" not in health
+    assert len(health["attention_entropy"]) == 2 and ("gate_mean" in health) == gated
+    if not gated:
         return
     literal = Literal(model).eval()
     scores, entropies, shares = [], [], []
@@ -355,15 +282,7 @@ def test_health_says_what_a_literal_look_at_the_model_says(specified):
         one = gates[..., block]
         assert health["gate_mean"][block] == pytest.approx(one.mean().item(), rel=1e-4)
         spread = sum(layer.std().item() for layer in one) / 2
-        assert health["gate_spread"][block] == pytest.approx(spread, rel=1e-3)
+        assert health["gate_spread"][block] == pytest.approx(spread, rel=1e-3, abs=1e-6)
         out = ((shares[..., block] - 0.5).abs() > 0.45).float().mean().item()
         assert health["gate_saturated"][block] == pytest.approx(out)
-
-
-def test_a_saturated_gate_is_seen():
-    model = musota.build_model(CONFIGS["8x8/16"])
-    with torch.no_grad():
-        for layer in model.layers:
-            layer.gate.down.bias[3] = 20.0
-    health = model.health(torch.randint(60, (2, 12)))
-    assert health["gate_saturated"][3] == 1 and health["gate_saturated"][2] < 1
+    assert health["gate_saturated"][3] == 1

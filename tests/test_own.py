@@ -1,7 +1,5 @@
 """A model of the reader's own, from its file: an experiment like any other."""
 
-import json
-
 import pytest
 from click.testing import CliRunner
 
@@ -84,24 +82,22 @@ def test_it_has_a_dense_twin_also_where_its_file_is_not_at_hand(
     dense = twin(experiment)
     assert dense.model.n_layer == 2 and dense.model.dropout == 0.1 and dense.twin_of
     assert abs(dense.model.n_parameters / experiment.model.n_parameters - 1) < 0.15
-    run = musota.train(dense, corpus, tmp_path / "twin")
-    recorded = musota.Run(tmp_path / "twin").experiment
-    assert run.finished and recorded == dense and recorded.twin_of == experiment.model
+    assert Experiment.from_dict(dense.to_dict()).twin_of == experiment.model
     monkeypatch.setattr(own, "_named", {})
     assert twin(Experiment.from_dict(experiment.to_dict())) == dense  # its size is remembered
 
 
-def test_a_record_runs_no_code_until_its_file_is_named_again(source, corpus, tmp_path, monkeypatch):
-    run = musota.train(Experiment(config(source), TRAINING), corpus, tmp_path / "run")
+def test_a_record_runs_no_code_until_its_file_is_named_again(source, tmp_path, monkeypatch):
+    first = config(source)
+    described = Experiment(first, TRAINING).to_dict()
+    musota.build_model(first).save_pretrained(tmp_path / "model")
     monkeypatch.setattr(own, "_named", {})
     with pytest.raises(MusotaError, match="name the file yourself first"):
-        musota.Run(run.path).load_model()
+        musota.load_model(tmp_path / "model")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    source.rename(elsewhere / "mine.py").write_text(SOURCE)
-    config(elsewhere / "mine.py")
-    assert musota.Run(run.path).load_model()
-    described = Experiment(config(elsewhere / "mine.py"), TRAINING).to_dict()
+    config(source.rename(elsewhere / "mine.py"))
+    assert musota.load_model(tmp_path / "model").config == first
     described["model"]["sha256"] = ""
     with pytest.raises(MusotaError, match="Not the description"):  # it may not name one itself
         Experiment.from_dict(described)
@@ -111,7 +107,6 @@ def test_what_it_is_is_its_file_its_name_and_its_arguments(source):
     first = config(source)
     assert first == config(source) and first.source == "mine.py:Recurrent"
     assert first != config(source, arguments={"width": 8}) != config(source, "half")
-    assert json.loads(config(source, arguments={"width": 8}).arguments) == {"width": 8}
     source.write_text(SOURCE + "\n")
     assert first != config(source)
     at_full = find_experiment(f"{source}:Recurrent")
@@ -130,7 +125,6 @@ def test_what_it_is_is_its_file_its_name_and_its_arguments(source):
         ("nothing", {}, "mine.py:nothing made int, not a torch.nn.Module"),
         ("READY", {}, "mine.py:READY is Recurrent: name the function or class"),
         ("Recurrent", {"widht": 3}, "raised TypeError"),
-        ("Recurrent", {"width": [1]}, "raised TypeError"),
     ],
 )
 def test_a_file_that_does_not_do_is_told_in_a_sentence(source, name, arguments, message):
@@ -140,15 +134,14 @@ def test_a_file_that_does_not_do_is_told_in_a_sentence(source, name, arguments, 
 
 
 def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "slip.py").write_text("def build(:\n")
     for given, message in {
         "mine.py": "is named FILE.py:NAME",
         f"{tmp_path}/none.py:build": "none.py cannot be read: No such file",
+        f"{tmp_path}/slip.py:build": r"slip.py raised SyntaxError: .*\(line 1 of ",
     }.items():
         with pytest.raises(MusotaError, match=message):
-            OwnConfig(given)
-    (tmp_path / "slip.py").write_text("def build(:\n")
-    with pytest.raises(MusotaError, match=r"slip.py raised SyntaxError: .*\(line 1 of "):
-        OwnConfig(f"{tmp_path}/slip.py:build").build()
+            OwnConfig(given).build()
 
 
 def test_the_command_line_audits_a_file(source, tmp_path):

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -67,25 +67,21 @@ class Corpus:
 
     def statistics(self) -> pd.DataFrame:
         """One row a split: words, tokens, tokens per word, share of `<unk>`, bytes."""
-        splits, unk = {name: self.split(name) for name in SPLITS}, self.tokenizer.unknown
-        words = pd.Series(self.words)
-        tokens = pd.Series({name: len(ids) for name, ids in splits.items()})
-        unknown = pd.Series({name: int((ids == unk).sum()) for name, ids in splits.items()})
-        return pd.DataFrame(
-            {
+        rows = {}
+        for name, words in self.words.items():
+            tokens = self.split(name)
+            rows[name] = {
                 "words and line ends": words,
-                "tokens": tokens,
-                "tokens per word": tokens / words,
-                "unk rate": unknown / words,
-                "bytes": pd.Series(self.bytes),
+                "tokens": len(tokens),
+                "tokens per word": len(tokens) / words,
+                "unk rate": int((tokens == self.tokenizer.unknown).sum()) / words,
+                "bytes": self.bytes[name],
             }
-        )
+        return pd.DataFrame.from_dict(rows, orient="index")
 
     def limited(self, profile: Profile) -> Corpus:
-        """The corpus cut to a profile's token counts, each split at its last line end that fits.
-
-        Test is cut like valid.
-        """
+        """The corpus cut to a profile's token counts, each split at its last line end that fits;
+        test like valid."""
         limits = (profile.train_tokens, profile.valid_tokens, profile.valid_tokens)
         splits, words, sizes = {}, dict(self.words), dict(self.bytes)
         for name, limit in zip(SPLITS, limits, strict=True):
@@ -108,8 +104,8 @@ def load_corpus(
     `name` is `wikitext-2`, `wikitext-2-raw`, `wikitext-103`, `wikitext-103-raw`, `python-docs`, the
     path of a folder with train.txt, valid.txt and test.txt, the path of one text, which is split
     90/5/5, or `auto`: wikitext-2 where it can be had, else python-docs. `data_dir` (default
-    `$MUSOTA_DATA_DIR`) may hold local copies in folders
-    named like the corpora. Raises MusotaError saying what is wrong and what to do.
+    `$MUSOTA_DATA_DIR`) may hold local copies in folders named like the corpora. Raises MusotaError
+    saying what is wrong and what to do.
     """
     if not isinstance(name, (str, os.PathLike)):
         raise MusotaError(f"corpus must be a name or the path of a folder, not {name!r}.")
@@ -123,32 +119,42 @@ def load_corpus(
     data_dir = data_dir or os.environ.get("MUSOTA_DATA_DIR")
     name, source, texts = read_texts(os.fspath(name), data_dir)
     surveys = [_survey(texts[split](), f"The {split} text of {name}") for split in SPLITS]
-    keys, lines, words, sizes, long_lines = zip(*surveys, strict=True)
-    for split, own in zip(SPLITS[1:], long_lines[1:], strict=True):
-        known = np.isin(own, long_lines[0]).mean() if len(own) else 0
-        if known > KNOWN_SHARE:
-            source += f"; {known:.0%} of the longer lines of {split} stand in train, too"
-    tokenizer_key = content_hash(RECIPE, metadata.version("tokenizers"), str(vocab_size), keys[0])
-    tokenizer_path = _cached(
-        f"tokenizer-{tokenizer_key}.json",
-        lambda path: TextTokenizer.train(
-            _shown(texts["train"](), sizes[0], "learning a tokenizer from train"), vocab_size
-        ).save(path),
-    )
-    tokenizer = TextTokenizer.load(tokenizer_path)
+    by_split = (dict(zip(SPLITS, column, strict=True)) for column in zip(*surveys, strict=True))
+    keys, lines, words, sizes, long_lines = by_split
+    for split in SPLITS[1:]:
+        known = np.isin(long_lines[split], long_lines["train"])
+        if known.sum() > KNOWN_SHARE * len(known):
+            source += f"; {known.mean():.0%} of the longer lines of {split} stand in train, too"
+
+    def pieces(split: str, doing: str) -> Iterable[str]:
+        """Work of more than seconds shows its progress; a piece is about a megabyte."""
+        return tqdm(texts[split](), doing, 1 + sizes[split] // PIECE, unit="MB", delay=2)
+
+    def learn(path: Path) -> None:
+        learned_from = pieces("train", "learning a tokenizer from train")
+        TextTokenizer.train(learned_from, vocab_size).save(path)
+
+    def tokenize(split: str, path: Path) -> None:
+        with path.open("wb") as file:
+            for piece in pieces(split, f"tokenizing {split}"):
+                file.write(tokenizer.encode(piece).tobytes())
+
+    made_by = RECIPE, metadata.version("tokenizers"), str(vocab_size)
+    tokenizer_key = content_hash(*made_by, keys["train"])
+    tokenizer = TextTokenizer.load(_cached(f"tokenizer-{tokenizer_key}.json", learn))
     tokens = {}
-    for split, key, size in zip(SPLITS, keys, sizes, strict=True):
-        write = partial(_write_tokens, tokenizer, texts[split](), size, split)
-        path = _cached(f"tokens-{content_hash(tokenizer_key, key)}.bin", write)
+    for split, key in keys.items():
+        file_name = f"tokens-{content_hash(tokenizer_key, key)}.bin"
+        path = _cached(file_name, partial(tokenize, split))
         # Mapped from the disk: WikiText-103 needs no room of its own in memory.
         length = path.stat().st_size // 4
         tokens[split] = torch.from_file(str(path), size=length, dtype=torch.int32)
-    text_hash = content_hash(*map(str, lines))
+    text_hash = content_hash(*map(str, lines.values()))
     return Corpus(
         name=recognised(name, source, text_hash),
         **tokens,
-        words=dict(zip(SPLITS, words, strict=True)),
-        bytes=dict(zip(SPLITS, sizes, strict=True)),
+        words=words,
+        bytes=sizes,
         tokenizer=tokenizer,
         fingerprint=_fingerprint(tokens),
         text_hash=text_hash,
@@ -189,23 +195,6 @@ def _file_hash(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").hexdigest().encode()
 
 
-def _write_tokens(
-    tokenizer: TextTokenizer, pieces: Iterable[str], size: int, what: str, path: Path
-) -> None:
-    """Token ids of each piece; many lines at once, on all cores."""
-    with path.open("wb") as file:
-        for piece in _shown(pieces, size, f"tokenizing {what}"):
-            file.write(tokenizer.encode(piece).tobytes())
-
-
-def _shown(pieces: Iterable[str], size: int, doing: str) -> Iterator[str]:
-    """The pieces; work of more than seconds shows its progress."""
-    with tqdm(total=size, desc=doing, unit="B", unit_scale=True, delay=2, mininterval=2) as bar:
-        for piece in pieces:
-            yield piece
-            bar.update(len(piece.encode()))
-
-
 def _survey(pieces: Iterable[str], what: str) -> tuple[str, int, int, int, np.ndarray]:
     """Two hashes of a text, of it as it stands and of its lines in whatever order; its words and
     bytes (see `_count`); hashes of its longer lines. Raises MusotaError if it is all white space.
@@ -219,9 +208,9 @@ def _survey(pieces: Iterable[str], what: str) -> tuple[str, int, int, int, np.nd
             lines += hashed
             if len(line) >= LONG_LINE:
                 long_lines.append(hashed)
-        blank = blank and not piece.strip()
         more_words, more_bytes = _count(piece)
         words, size = words + more_words, size + more_bytes
+        blank = blank and not piece.strip()
     if blank:
         raise MusotaError(f"{what} is empty: put text into it.")
     return digest.hexdigest(), lines % 2**64, words, size, np.frombuffer(long_lines, np.uint64)
@@ -232,8 +221,7 @@ def _fingerprint(splits: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in SPLITS:
         digest.update(f"{name} {len(splits[name])} ".encode())
-        for part in splits[name].split(PIECE):
-            digest.update(part.numpy())
+        digest.update(splits[name].numpy())
     return digest.hexdigest()[:16]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import io
 import os
 import sys
 import sysconfig
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import metadata
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 from musota.errors import MusotaError, nearest_name
@@ -32,7 +33,6 @@ HUB_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 HUB_TIMEOUT = 5  # seconds
 DOCS_PACKAGES = ("numpy", "pandas", "matplotlib", "torch")
 PIECE = 2**20  # characters of text, or tokens, that are looked at together
-LINE = 2**16  # characters of a line that are looked at together
 RECIPE = "2"  # raise when the same text should give other tokens or another python-docs
 # Texts that are recognised wherever they lie (see `Corpus.text_hash`).
 KNOWN_TEXTS = {"wikitext-2": "5eaed3defaa96076"}
@@ -46,8 +46,8 @@ def content_hash(*parts: str) -> str:
     return digest.hexdigest()[:16]
 
 
-# A text is a function: it gives the text in pieces of about a megabyte at most that end at line
-# ends, or, within a long line, between two words.
+# A text is a function: it gives the text in pieces of PIECE characters or so that end at line ends,
+# where there are any.
 Text = Callable[[], Iterator[str]]
 
 
@@ -57,22 +57,20 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, Text]]:
         try:
             return read_texts("wikitext-2", data_dir)
         except HubUnreachable as error:
-            docs = read_texts("python-docs", data_dir)
-            return (docs[0], f"{docs[1]}; instead of wikitext-2, because {error.reason}", docs[2])
+            name, source, texts = read_texts("python-docs", data_dir)
+            return name, f"{source}; instead of wikitext-2, because {error.reason}", texts
     local = as_path(data_dir) / name if data_dir else None
     if name in SOURCES:
         if local and os.path.isdir(local):
             return name, "local copy", _read_folder(local)
         return (name, *SOURCES[name]())
     for place in filter(None, (as_path(name), local)):
-        is_folder = os.path.isdir(place)  # unlike Path's, it bears names that no file can have
-        one = _only_text(place) if is_folder else place if os.path.isfile(place) else None
-        if one:
-            texts = {split: partial(_read_file, one, split) for split in SPLITS}
-            return one.resolve().stem, f"local file {one.name}, split 90/5/5", texts
-        if is_folder:
+        if os.path.isdir(place):  # unlike Path's, it bears names that no file can have
             return place.resolve().name, "local folder", _read_folder(place)
-    if os.sep in name or "/" in name:
+        if os.path.isfile(place):
+            texts = {split: partial(_read_file, place, split) for split in SPLITS}
+            return place.resolve().stem, f"local file {place.name}, split 90/5/5", texts
+    if "/" in name or os.sep in name:
         raise MusotaError(
             f"There is no folder {name}: give one with train.txt, valid.txt and test.txt, or the "
             "path of one text."
@@ -82,9 +80,7 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, Text]]:
 
 def recognised(name: str, source: str, text_hash: str) -> str:
     """What a text is by its content: nobody's folder makes a text WikiText-2, or hides that it is.
-
-    What comes from the hub's pinned revision is what it is called.
-    """
+    What comes from the hub's pinned revision is what it is called."""
     for known, its_hash in KNOWN_TEXTS.items():
         if text_hash == its_hash:
             return known
@@ -97,21 +93,14 @@ def _read_folder(folder: Path) -> dict[str, Text]:
     texts = {}
     for split, names in FILE_NAMES.items():
         paths = [folder / f"{name}{ending}" for name in names for ending in ENDINGS]
-        found = [path for path in paths if path.exists()]
+        found = next((path for path in paths if path.exists()), None)
         if not found:
             raise MusotaError(
                 f"The folder {folder} has no {split}.txt: it needs train.txt, valid.txt and "
-                "test.txt, or one text alone, which is split."
+                "test.txt. One text is named by its own path."
             )
-        texts[split] = partial(_read_file, found[0])
+        texts[split] = partial(_read_file, found)
     return texts
-
-
-def _only_text(folder: Path) -> Path | None:
-    """A folder's one text, unless that is a split."""
-    texts = [path for path in folder.iterdir() if path.suffix in ENDINGS]
-    splits = [name for names in FILE_NAMES.values() for name in names]
-    return texts[0] if len(texts) == 1 and texts[0].stem not in splits else None
 
 
 def _read_file(path: Path, split: str | None = None) -> Iterator[str]:
@@ -119,53 +108,36 @@ def _read_file(path: Path, split: str | None = None) -> Iterator[str]:
     not UTF-8."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            size = path.stat().st_size
-            most = min(LINE, 1 + size // 1000) if split else LINE
-            lines = iter(partial(file.readline, most), "")
-            yield from _in_pieces(_share(lines, split, size) if split else lines)
+            source = io.StringIO(_share(file.read(), split)) if split else file
+            yield from _in_pieces(iter(lambda: source.readline(PIECE), ""))
     except UnicodeDecodeError:
-        try:
-            path.read_bytes().decode()  # whole, for the place in the file
-        except UnicodeDecodeError as error:
-            place = f"{path} is not UTF-8 (byte {error.start})"
-        raise MusotaError(f"{place}: convert it, for example with iconv.") from None
+        raise MusotaError(f"{path} is not UTF-8: convert it, for example with iconv.") from None
     except OSError as error:
         raise MusotaError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _in_pieces(lines: Iterable[str]) -> Iterator[str]:
-    """Lines joined, without white space before line ends: local and hub WikiText differ in it.
-
-    What has no line end yet goes on in the next of `lines`, from its last word on.
-    """
-    piece, held, rest = [], 0, ""
+    """Lines joined, without white space before line ends: local and hub WikiText differ in it."""
+    piece, held = [], 0
     for line in lines:
-        line = rest + line
-        text, end = line.rstrip(), "\n" if line.endswith("\n") else ""
-        cut = len(text)
-        if not end and cut == len(line):
-            cut = max(0, text.rfind(" ", 1)) or cut  # a single word is cut where it stands
-        rest = "" if end else line[cut:]
-        piece.append(text[:cut] + end)
-        held += cut
-        if held >= PIECE or (not end and len(line) >= LINE):
+        piece.append(line.rstrip() + "\n" if line.endswith("\n") else line)
+        held += len(line)
+        if held >= PIECE:
             yield "".join(piece)
             piece, held = [], 0
-    yield "".join(piece) + rest.rstrip()
+    yield "".join(piece)
 
 
-def _share(lines: Iterable[str], split: str, size: int) -> Iterator[str]:
-    """A split's share of the lines of a text of so many bytes. Splits end with a paragraph; where
-    none ends nearby, with a line; failing that anywhere."""
-    at, done, ended = 0, 0, True
-    for line in lines:
-        if SPLITS[at] == split:
-            yield line
-        done += len(line.encode())
-        beyond = done / size - SHARES[at]
-        blank, ended = ended and not line.strip(), line.endswith("\n")
-        if beyond >= 0 and (blank or beyond > (0.005 if ended else 0.01)):
-            at = min(at + 1, 2)
+def _share(text: str, split: str) -> str:
+    """A split's share of a text. Splits end with a paragraph; where none ends nearby, with a line;
+    failing that anywhere."""
+    cuts = [0]
+    for share in SHARES:
+        start, near = round(share * len(text)), len(text) // 100
+        ends = [text.find(end, start, start + near) + len(end) for end in ("\n\n", "\n")]
+        cuts.append(next((end for end in ends if end >= start + 1), start))
+    at = SPLITS.index(split)
+    return text[cuts[at] : cuts[at + 1]]
 
 
 class HubUnreachable(MusotaError):
@@ -184,12 +156,11 @@ def _read_hub(name: str) -> tuple[str, dict[str, Text]]:
     """From the Hugging Face datasets cache or the hub; HubUnreachable within seconds otherwise."""
     import datasets
 
-    config = f"{name}-v1"
     reason = _hub_trouble()
     was_offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = was_offline or reason is not None
     try:
-        rows = datasets.load_dataset(HUB_REPOSITORY, config, revision=HUB_REVISION)
+        rows = datasets.load_dataset(HUB_REPOSITORY, f"{name}-v1", revision=HUB_REVISION)
     except Exception as error:  # the hub's client raises many types; none may end in a traceback
         reason = reason or f"the Hugging Face hub failed ({type(error).__name__}: {error})"
         raise HubUnreachable(name, reason) from None
@@ -232,8 +203,7 @@ def _python_docs() -> tuple[str, dict[str, Text]]:
 
 
 def _collect_docs() -> dict[str, str]:
-    library = Path(sysconfig.get_paths()["stdlib"])
-    roots = [library]
+    roots = [Path(sysconfig.get_paths()["stdlib"])]
     for name in DOCS_PACKAGES:
         roots += map(Path, importlib.util.find_spec(name).submodule_search_locations)
     left_out = {"site-packages", "test", "tests", "__pycache__"}
@@ -242,8 +212,8 @@ def _collect_docs() -> dict[str, str]:
     with ProcessPoolExecutor() as pool:
         documents = set(chain.from_iterable(pool.map(docstrings, files, chunksize=32)))
     ordered = sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
-    first, second = round(0.90 * len(ordered)), round(0.95 * len(ordered))
-    parts = ordered[:first], ordered[first:second], ordered[second:]
+    cuts = [0, *(round(share * len(ordered)) for share in SHARES)]
+    parts = [ordered[start:end] for start, end in pairwise(cuts)]
     return {split: "\n\n".join(part) + "\n" for split, part in zip(SPLITS, parts, strict=True)}
 
 
@@ -262,10 +232,8 @@ def docstrings(path: Path) -> list[str]:
 
 
 # Adding a corpus is a row here: what reads it returns (where it came from, text by split).
+HUB_TEXTS = ("wikitext-2", "wikitext-2-raw", "wikitext-103", "wikitext-103-raw")
 SOURCES: dict[str, Callable[[], tuple[str, dict[str, Text]]]] = {
-    **{
-        name: partial(_read_hub, name)
-        for name in ("wikitext-2", "wikitext-2-raw", "wikitext-103", "wikitext-103-raw")
-    },
+    **{name: partial(_read_hub, name) for name in HUB_TEXTS},
     "python-docs": _python_docs,
 }

@@ -46,22 +46,15 @@ def _attend_and_look(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def library_attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
-    """Causal attention of (B, h, T, c) each, with torch's fused kernel.
-
-    A GPU's asks for widths in multiples of 8: zeros change nothing. A CPU's takes twice as long to
-    go backwards in bf16 as in float32.
-    """
-    width = v.shape[-1]
+    """Causal attention of (B, h, T, c) each, with torch's fused kernel. A GPU's asks for widths in
+    multiples of 8; a CPU's takes twice as long to go backwards in bf16 as in float32."""
+    how = {"is_causal": True, "scale": scale}
     if q.device.type == "cpu":
-        return _in_float32(q, k, v, scale).to(v)
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how).to(v)
+    width = v.shape[-1]
     q, k, v = (F.pad(x, (0, -width % 8)) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :width]
-
-
-def _in_float32(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    with torch.autocast("cpu", enabled=False):
-        q, k, v = q.float(), k.float(), v.float()
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, **how)[..., :width]
 
 
 def split_heads(qkv: Tensor, h: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,6 +72,11 @@ def merge_heads(y: Tensor, h: int) -> Tensor:
 def largest_score(q: Tensor, k: Tensor) -> Tensor:
     """The largest |q · k| of a query and a key not after it; shapes as in `causal_attention`."""
     return (q @ k.mT).tril().abs().amax()
+
+
+def mean_entropy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The entropy of attention's weights in nats, over all heads and tokens."""
+    return causal_attention(q, k, v, with_entropy=True)[1].mean()
 
 
 def entropy(weights: Tensor) -> Tensor:
@@ -136,10 +134,8 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _tiles(q: Tensor, k: Tensor):
-    """(which rows of q, which of k, their scores with the future at −∞), tile by tile.
-
-    The scores stand in a buffer that the next tile overwrites.
-    """
+    """(which rows of q, which of k, their scores with the future at −∞), tile by tile; the next one
+    overwrites the scores."""
     G, T, _ = q.shape
     for start in range(0, T, TILE_ROWS):
         end = min(start + TILE_ROWS, T)

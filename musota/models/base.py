@@ -28,11 +28,9 @@ from musota.plan.architectures import ModelConfig
 
 
 class CausalLM(nn.Module, Watched, Shareable):
-    """A language model that never looks ahead.
-
-    A subclass makes its parts, `layers` among them, and an `output` unless it ties that to the
-    embedding; it provides `hidden_states`, `watch` and `decayed_groups`.
-    """
+    """A language model that never looks ahead. A subclass makes its parts, `layers` among them, and
+    an `output` unless the embedding is that, and provides `hidden_states`, `looks` and
+    `decayed_groups`."""
 
     # The ledger's group of a part's parameters, where it is not called like the part.
     ledger_groups: ClassVar = {
@@ -68,15 +66,15 @@ class CausalLM(nn.Module, Watched, Shareable):
 
     @property
     def output_weight(self) -> Tensor:  # (V, C)
-        return self.output.weight
+        return self.output.weight if hasattr(self, "output") else self.embedding.weight
 
     @property
     def output_bias(self) -> Tensor | None:  # (V,)
-        return self.output.bias
+        return self.output.bias if hasattr(self, "output") else None
 
     @property
     def device(self) -> torch.device:
-        return self.output_weight.device
+        return next(self.parameters()).device
 
     def forward(
         self, input_ids: Tensor, targets: Tensor | None = None
@@ -84,8 +82,8 @@ class CausalLM(nn.Module, Watched, Shareable):
         """(B, T) token ids to (logits (B, T, V), None), or with `targets` to (None, mean loss).
 
         `targets` (B, T) are already shifted: targets[:, t] follows input_ids[:, t]. The loss is in
-        nats per token. Raises MusotaError for a sequence longer than max_seq_len and, on
-        a CPU, for a token id out of range.
+        nats per token. Raises MusotaError for a sequence longer than max_seq_len and, on a CPU, for
+        a token id out of range.
         """
         length, longest = input_ids.shape[-1], self.config.max_seq_len
         if not 1 <= length <= longest:
@@ -101,15 +99,12 @@ class CausalLM(nn.Module, Watched, Shareable):
         return None, self.loss_of(hidden, targets)
 
     def logits_of(self, hidden: Tensor) -> Tensor:
-        """(…, C) hidden states to logits (…, V)."""
         return F.linear(hidden, self.output_weight, self.output_bias)
 
     def loss_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy, see `linear_cross_entropy`."""
         return linear_cross_entropy(hidden, self.output_weight, self.output_bias, targets)
 
     def score_of(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Nats and hits by token, see `score_tokens`."""
         return score_tokens(hidden, self.output_weight, self.output_bias, targets)
 
     def check_tokens(self, tokens: Tensor) -> None:
@@ -138,10 +133,7 @@ class CausalLM(nn.Module, Watched, Shareable):
 
     def compile_layers(self, on: bool = True) -> None:
         """Let training steps run their layers through torch.compile: one graph for all, a shape.
-
-        Evaluation and generation, whose shapes vary, stay as they are, and so does the loss: a few
-        large kernels that have nothing to gain. More shapes than torch allows are an error of it.
-        """
+        Evaluation, whose shapes vary, stays as it is, and so does the loss, a few large kernels."""
         torch.compiler.reset()  # shapes of earlier models count against torch's limit, too
         kind = type(self.layers[0])
         compiled = torch.compile(kind.forward, dynamic=False, fullgraph=True) if on else None
@@ -160,27 +152,26 @@ class CausalLM(nn.Module, Watched, Shareable):
             ledger[self.ledger_group(name)] += parameter.numel()
         return dict(ledger)
 
+    def is_decayed(self, name: str, parameter: nn.Parameter) -> bool:
+        is_matrix = name.endswith("weight") and parameter.dim() >= 2
+        return is_matrix and self.ledger_group(name) in self.decayed_groups
+
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
         """Parameter groups for AdamW: decay on the matrices of linear maps, none on the rest."""
         groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
         for name, parameter in self.named_parameters():
-            is_matrix = name.endswith("weight") and parameter.dim() >= 2
-            decayed = is_matrix and self.ledger_group(name) in self.decayed_groups
-            groups[0 if decayed else 1]["params"].append(parameter)
+            if parameter.requires_grad:
+                groups[not self.is_decayed(name, parameter)]["params"].append(parameter)
         return groups
 
     def score_text(self, text: str) -> ScoredText:
-        """How well a text is foreseen, token by token, the first after a line end.
-
-        Raises MusotaError for a model without its tokenizer, and for what is no text.
-        """
-        if self.tokenizer is None:
-            raise MusotaError("This model has no tokenizer: load one that was saved with it.")
+        """How well a text is foreseen, token by token, the first after a line end. Raises
+        MusotaError for a model without its tokenizer, and for what is no text."""
         if not isinstance(text, str) or not text:
             raise MusotaError(f"score_text needs a text of a character or more, not {text!r:.40}.")
-        ids = [self.tokenizer.line_end, *self.tokenizer.encode(text).tolist()]
-        nats, _ = score(self, torch.tensor(ids))
-        pieces = tuple(self.tokenizer.decode([token]) for token in ids[1:])
+        tokens = self.as_ids(text).tolist()
+        nats, _ = score(self, torch.tensor([self.tokenizer.line_end, *tokens]))
+        pieces = tuple(self.tokenizer.decode([token]) for token in tokens)
         return ScoredText(text, pieces, tuple(nats.tolist()))
 
     @torch.no_grad()
@@ -204,15 +195,15 @@ class CausalLM(nn.Module, Watched, Shareable):
             raise MusotaError("temperature must be a number of at least 0, and top_k at least 1.")
         if top_p is not None and not 0 < top_p <= 1:
             raise MusotaError(f"top_p must lie in (0, 1], not {top_p!r}.")
-        input_ids = self.as_ids(input_ids)
-        input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
-        if input_ids.dim() != 2 or not input_ids.numel():
+        ids = self.as_ids(input_ids)
+        ids = ids[None] if ids.dim() == 1 else ids
+        if ids.dim() != 2 or not ids.numel():
             raise MusotaError("generate needs token ids of shape (B, T) with at least one token.")
-        self.check_tokens(input_ids)
+        self.check_tokens(ids)
         was_training = self.training
         self.eval()
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draw on any device
-        ids = input_ids.to(self.device)
+        ids = ids.to(self.device)
         for _ in range(max_new_tokens):
             hidden = self.hidden_states(ids[:, -self.config.max_seq_len :])[:, -1]
             logits = self.logits_of(hidden).float().cpu()
@@ -274,21 +265,18 @@ def score(
         raise MusotaError("Scoring needs a 1-D tensor of at least two tokens.")
     model.check_tokens(tokens)
     tokens = tokens.to(model.device).long()
-    last = len(tokens) - 1  # so many predictions
-    starts = range(0, max(1, last - length + stride), stride)
-    ends = [min(start + length, last) for start in starts]
-    # (inputs in the window, targets no earlier window has scored): alike windows share a batch.
-    shapes = [
-        (end - start, end - before)
-        for start, end, before in zip(starts, ends, [0, *ends[:-1]], strict=True)
-    ]
+    windows, scored, last = [], 0, len(tokens) - 1  # so many predictions
+    for start in range(0, max(1, last - length + stride), stride):
+        end = min(start + length, last)
+        windows.append((end - start, end - scored, start))  # inputs, of which the last are scored
+        scored = end
     was_training = model.training
     model.eval()
     nats, hits = [], []
-    for (width, new), alike in groupby(zip(shapes, starts, strict=True), key=itemgetter(0)):
-        alike = torch.tensor([start for _, start in alike], device=tokens.device)
+    for (width, new), alike in groupby(windows, key=itemgetter(0, 1)):  # which may share a batch
+        starts = torch.tensor([start for *_, start in alike], device=tokens.device)
         span = torch.arange(width + 1, device=tokens.device)
-        for batch in alike.split(batch_size):
+        for batch in starts.split(batch_size):
             window = tokens[batch[:, None] + span]  # (batch, width + 1)
             hidden = model.hidden_states(window[:, :-1])[:, -new:]
             losses, correct = model.score_of(hidden, window[:, -new:])
@@ -334,12 +322,8 @@ def weights_sha256(model: CausalLM) -> str:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, but on a CPU four elements share one 64-bit random number.
-
-    Torch draws there one element after another, a tenth of a whole training step; the probability
-    is rounded to 1/65,536. A GPU and compiled layers
-    take torch's own.
-    """
+    """nn.Dropout, but on a CPU four elements share one 64-bit random number (torch's takes a tenth
+    of a training step); the probability is rounded to 1/65,536."""
 
     def forward(self, x: Tensor) -> Tensor:
         torchs_own = x.device.type != "cpu" or torch.compiler.is_compiling()

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musota.models.attention import causal_attention, largest_score, library_attention, split_heads
+from musota.models.attention import largest_score, library_attention, mean_entropy, split_heads
 from musota.models.base import CausalLM, Dropout, Layer
 from musota.plan.architectures import DenseConfig
 
@@ -70,23 +70,12 @@ class DenseTransformer(CausalLM):
             x = layer(x)
         return self.norm(x)
 
-    def watch(self, seen: dict[str, list[Tensor]]) -> list:
-        def look(layer: DenseLayer, qkv: Tensor) -> None:
-            q, k, v = split_heads(qkv, layer.n_head)
-            seen["largest_score"].append(largest_score(q, k))
-            seen["attention_entropy"].append(causal_attention(q, k, v, True)[1].mean())
+    def looks(self) -> dict:
+        def heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return split_heads(qkv, self.config.n_head)
 
-        return [
-            layer.attention_in.register_forward_hook(
-                lambda _, __, qkv, layer=layer: look(layer, qkv)
-            )
-            for layer in self.layers
-        ]
-
-    @property
-    def output_weight(self) -> Tensor:
-        return self.embedding.weight
-
-    @property
-    def output_bias(self) -> None:
-        return None
+        maps = [layer.attention_in for layer in self.layers]
+        return {
+            "largest_score": (lambda _, __, qkv: largest_score(*heads(qkv)[:2]), maps),
+            "attention_entropy": (lambda _, __, qkv: mean_entropy(*heads(qkv)), maps),
+        }

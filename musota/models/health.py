@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Watched:
     """What a model lets one see of its inside. Mixed into CausalLM."""
 
-    def watch(self, seen: dict[str, list[Tensor]]) -> list:
-        """Hooks that collect in `seen`, a layer after the other, what `health` sums up:
-        `largest_score` and `attention_entropy`, scalars, and of gated models `gate` and
+    def looks(self) -> dict[str, tuple[Callable, list[nn.Module]]]:
+        """By name, what `of(module, inputs, out)` is to be kept of which modules, a layer after the
+        other: `largest_score` and `attention_entropy`, scalars, and of gated models `gate` and
         `gate_open`, (B, T, N): the sensitivities, and their share of β."""
         raise NotImplementedError
+
+    def watch(self, seen: dict[str, list[Tensor]]) -> list:
+        """Hooks that collect in `seen` what `looks` names."""
+
+        def keep(name: str, of: Callable) -> Callable:
+            return lambda *seen_by_hook: seen[name].append(of(*seen_by_hook))
+
+        return [
+            module.register_forward_hook(keep(name, of))
+            for name, (of, modules) in self.looks().items()
+            for module in modules
+        ]
 
     @torch.no_grad()
     def health(self, input_ids: Tensor) -> dict[str, float | list[float]]:
         """How the model behaves on (B, T) tokens, without dropout.
 
-        `effective_rank` of the output layer's inputs (see `effective_rank`) · `largest_score`, of
-        any attention · `attention_entropy` in nats, by layer (MU-SOTA: across blocks) · of gated
-        models, by block and averaged over layers: `gate_mean`, `gate_spread` (the sensitivities'
-        mean and their standard deviation over tokens) and `gate_saturated`, the share of tokens
-        whose gate is under 5 % or over 95 % of β.
+        `effective_rank` of the output layer's inputs · `largest_score` of any attention ·
+        `attention_entropy` in nats, by layer (MU-SOTA: across blocks) · of gated models, by block
+        and averaged over layers, the sensitivities' `gate_mean`, `gate_spread` (over tokens) and
+        `gate_saturated`, the share of tokens whose gate is under 5 % or over 95 % of β.
         """
         was_training, seen = self.training, defaultdict(list)
         self.eval()

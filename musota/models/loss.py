@@ -1,9 +1,8 @@
 """Cross-entropy over a large vocabulary without ever holding all logits.
 
-The output layer is applied to a few hundred tokens at a time. In training the gradient of each
-chunk is computed in the forward pass, while its logits are at hand, so that nothing of size
-tokens × vocabulary outlives its chunk. A chunk's logits turn into probabilities and then into their
-gradient in place: on a CPU the passes over them cost as much as the matrix products.
+The output layer is applied to a few hundred tokens at a time; in training their gradient is made
+in the forward pass, while the logits are at hand. Logits turn into probabilities, then into their
+gradient, in place: on a CPU the passes over them cost as much as the matrix products.
 """
 
 from __future__ import annotations
@@ -23,10 +22,8 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-    """Slices of tokens, each with its hidden states in `dtype` and its float32 logits.
-
-    The next chunk may overwrite the logits, and so may the caller.
-    """
+    """Slices of tokens, each with its hidden states in `dtype` and its float32 logits, which the
+    next chunk may overwrite, and the caller."""
     size = CHUNK_TOKENS.get(hidden.device.type, 512)
     # A GPU adds up in float32 anyway; rounded to bf16, the likeliest tokens would often be equal.
     exact = hidden.is_cuda and dtype != torch.float32
@@ -99,10 +96,8 @@ def linear_cross_entropy(
 def score_tokens(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats (float32) and whether the top-1 guess is right (bool), for every token.
-
-    Shapes as in `linear_cross_entropy`; both results have the shape of `targets`.
-    """
+    """Cross-entropy in nats (float32) and whether the top-1 guess is right (bool), for every token,
+    in the shape of `targets`; the rest as in `linear_cross_entropy`."""
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     dtype = _matmul_dtype(hidden)
     nats = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)

@@ -18,10 +18,8 @@ from musota.plan.architectures import HEADS_PER_BLOCK, MuConfig
 
 
 class BlockAttention(nn.Module):
-    """Causal self-attention inside each of `n_block` blocks of `size` cells, all at once.
-
-    Block n has its own query, key, value and output maps (size × size, with biases).
-    """
+    """Causal self-attention inside each of `n_block` blocks of `size` cells, all at once. Each has
+    its own query, key, value and output maps (size × size, with biases)."""
 
     def __init__(self, n_block: int, size: int):
         super().__init__()
@@ -149,22 +147,16 @@ class MuSota(CausalLM):
             x = layer(x, affinity)
         return self.norm(x)
 
-    def watch(self, seen: dict[str, list[Tensor]]) -> list:
-        def look(name, of, modules) -> list:
-            def hook(module, inputs, out):
-                seen[name].append(of(module, inputs, out))
-
-            return [module.register_forward_hook(hook) for module in modules]
-
+    def looks(self) -> dict:
         crosses = [layer.cross_attention for layer in self.layers]
         gates = [layer.gate for layer in self.layers]
         attentions = [*crosses, *(one for layer in self.layers for one in layer.block_attention)]
-        return [
-            *look("largest_score", lambda one, x, _: largest_score(*one.heads(*x)[:2]), attentions),
-            *look("attention_entropy", lambda _, __, out: out[1].mean(), crosses),
-            *look("gate", lambda _, __, out: out, gates),
-            *look("gate_open", lambda _, __, out: out.sigmoid(), [gate.down for gate in gates]),
-        ]
+        return {
+            "largest_score": (lambda one, x, _: largest_score(*one.heads(*x)[:2]), attentions),
+            "attention_entropy": (lambda _, __, out: out[1].mean(), crosses),
+            "gate": (lambda _, __, out: out, gates),
+            "gate_open": (lambda _, __, out: out.sigmoid(), [gate.down for gate in gates]),
+        }
 
 
 def _linear(n_in: int, n_out: int) -> nn.Linear:

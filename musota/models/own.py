@@ -31,10 +31,6 @@ class OwnModel(CausalLM):
         torch.compiler.reset()
         self.compiled = torch.compile(logits_of, dynamic=False, fullgraph=True) if on else None
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
     def logits_of(self, hidden: Tensor) -> Tensor:
         return hidden
 
@@ -53,14 +49,10 @@ class OwnModel(CausalLM):
         """The author's own parts: the first name below the module."""
         return name.split(".")[1].replace("_", " ")
 
-    def optimizer_groups(self, weight_decay: float) -> list[dict]:
-        """Decay on every matrix but those of embeddings."""
-        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
-        groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
-        for parameter in filter(lambda p: p.requires_grad, self.parameters()):
-            decayed = parameter.dim() >= 2 and id(parameter) not in tables
-            groups[0 if decayed else 1]["params"].append(parameter)
-        return groups
+    def is_decayed(self, name: str, parameter: nn.Parameter) -> bool:
+        """Every matrix but those of embeddings."""
+        tables = [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
+        return parameter.dim() >= 2 and not any(parameter is table for table in tables)
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
         """Copies: tied weights have two names for one memory, which a file refuses."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musota.models.attention import causal_attention, largest_score, library_attention
+from musota.models.attention import largest_score, library_attention, mean_entropy
 from musota.models.base import CausalLM, Dropout, Layer
 from musota.plan.architectures import RedesignedConfig
 
@@ -164,24 +164,15 @@ class Redesigned(CausalLM):
             x = layer(x, affinity)
         return self.norm(x)
 
-    @property
-    def output_weight(self) -> Tensor:
-        return self.embedding.weight if self.config.has("tied") else self.output.weight
+    def looks(self) -> dict:
+        def heads(attention: Attention, x: Tensor) -> list[Tensor]:
+            return [part.flatten(0, 1) for part in attention.heads(x)]
 
-    @property
-    def output_bias(self) -> Tensor | None:
-        return None if self.config.has("tied") else self.output.bias
-
-    def watch(self, seen: dict[str, list[Tensor]]) -> list:
-        def look(attention: Attention, inputs, _) -> None:
-            q, k, v = (part.flatten(0, 1) for part in attention.heads(*inputs))
-            seen["largest_score"].append(largest_score(q, k))
-            seen["attention_entropy"].append(causal_attention(q, k, v, True)[1].mean())
-
-        def keep(_, __, gate: Tensor) -> None:
-            seen["gate"].append(gate)
-            seen["gate_open"].append(gate / 2)
-
-        hooks = [layer.attention.register_forward_hook(look) for layer in self.layers]
+        attentions = [layer.attention for layer in self.layers]
         gates = [layer.gate for layer in self.layers if layer.gate]
-        return hooks + [gate.register_forward_hook(keep) for gate in gates]
+        return {
+            "largest_score": (lambda one, x, _: largest_score(*heads(one, *x)[:2]), attentions),
+            "attention_entropy": (lambda one, x, _: mean_entropy(*heads(one, *x)), attentions),
+            "gate": (lambda _, __, gate: gate, gates),
+            "gate_open": (lambda _, __, gate: gate / 2, gates),
+        }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -10,7 +9,7 @@ import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -40,27 +39,12 @@ ARCHITECTURES = {
 }
 CARD = """\
 ---
-library_name: musota
-license: mit
-pipeline_tag: text-generation
+{{ card_data }}
 ---
 
-# {kind}, {n_parameters:,} parameters
-
-A small causal language model of the MU-SOTA workbook, trained for research. Its text is not to be
-relied on.
-
-| | |
-|---|---|
-{sizes}
-
-```python
-import musota, torch
-
-model = musota.CausalLM.from_pretrained(folder)
-ids = torch.from_numpy(model.tokenizer.encode(text))[None]
-print(model.tokenizer.decode(model.generate(ids, 50)[0]))
-```
+A small causal language model of the MU-SOTA workbook, trained for research: its text is not to be
+relied on. `model = musota.CausalLM.from_pretrained(folder)` reads it, then
+`model.generate("A text", 50)[0]` gives tokens that `model.tokenizer.decode` makes a text of.
 """
 
 
@@ -88,9 +72,9 @@ def save_model(
 def load_model(folder: str | os.PathLike, device: str = "cpu") -> CausalLM:
     """A model written by `save_model`, its tokenizer included.
 
-    Raises MusotaError if a file is missing or damaged, or if the weights are not as many as the
-    config says; that is seen before any memory is taken. Of somebody's own model (OwnConfig) also
-    where the caller has not named its file in this process: the folder runs no code.
+    Raises MusotaError if a file is missing or damaged, or (before any memory is taken) if the
+    weights are not as many as the config says. Of somebody's own model (OwnConfig) also where the
+    caller has not named its file in this process: the folder runs no code.
     """
     folder = as_path(folder)
     try:
@@ -98,8 +82,7 @@ def load_model(folder: str | os.PathLike, device: str = "cpu") -> CausalLM:
         config = Experiment.from_dict({"model": described, "training": {}}).model
         with safe_open(folder / "model.safetensors", "pt") as file:
             held = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-        own = isinstance(config, OwnConfig)  # has buffers, and only its author can count them
-        if not own and held != config.n_parameters:
+        if held != config.n_parameters and not isinstance(config, OwnConfig):  # which has buffers
             raise MusotaError(
                 f"The model in {folder} is refused: its config.json describes "
                 f"{config.n_parameters:,} parameters, its weights are {held:,}."
@@ -118,7 +101,13 @@ def load_model(folder: str | os.PathLike, device: str = "cpu") -> CausalLM:
     return model.to(device).eval()
 
 
-class Shareable(ModelHubMixin, library_name="musota"):
+class Shareable(
+    ModelHubMixin,
+    library_name="musota",
+    license="mit",
+    pipeline_tag="text-generation",
+    model_card_template=CARD,
+):
     """`save_pretrained` and `push_to_hub` are huggingface_hub's: weights as safetensors,
     config.json, tokenizer.json where the model has a `tokenizer`, and a short model card."""
 
@@ -140,13 +129,3 @@ class Shareable(ModelHubMixin, library_name="musota"):
                 f"not give it ({type(error).__name__})."
             ) from None
         return load_model(folder)
-
-    def generate_model_card(self, **_) -> ModelCard:
-        sizes = dataclasses.asdict(self.config).items()
-        return ModelCard(
-            CARD.format(
-                kind=type(self).__name__,
-                n_parameters=self.config.n_parameters,
-                sizes="\n".join(f"| {name} | {value} |" for name, value in sizes),
-            )
-        )

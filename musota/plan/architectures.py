@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,17 +15,18 @@ from musota.errors import MusotaError, nearest_name
 from musota.plan import own
 from musota.plan.layout import NAMES, BlockLayout
 
-# Each semantic block attends with two heads, whatever its size.
-HEADS_PER_BLOCK = 2
+HEADS_PER_BLOCK = 2  # whatever its size
 LARGEST_MODEL = 20_000_000_000  # parameters; what is larger is a slip of the keyboard
+TINY, HUGE = sys.float_info.min, sys.float_info.max
 # What a field may be, where it is not "a whole number from 1 on" or "a number from 0 on".
 BOUNDS = {
     "dropout": (0, 0.99),
-    "warmup_steps": (0, math.inf),
+    "warmup_steps": (0, HUGE),
+    "learning_rate": (TINY, HUGE),
+    "grad_clip": (TINY, HUGE),
     "matrix_size": (1, 64),
     "n_block": (1, 4096),
 }
-ABOVE_ZERO = ("learning_rate", "grad_clip")
 
 
 def check_fields(config) -> None:
@@ -35,27 +36,24 @@ def check_fields(config) -> None:
 
 
 def check_field(field: dataclasses.Field, value) -> None:
-    name, whole = field.name, field.type == "int"
-    if field.type == "str":
-        if not isinstance(value, str):
-            raise MusotaError(f"{name} must be a name, not {value!r}.")
-        return
-    low, high = BOUNDS.get(name, (1 if whole else 0, math.inf))
-    allowed = f"a {'whole ' if whole else 'finite '}number of at least {low}"
-    allowed += f", at most {high}" if high < math.inf else ""
-    if name in ABOVE_ZERO:
-        allowed = "a finite number above 0"
-    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not fits or not low <= value <= high or value == math.inf or (
-        name in ABOVE_ZERO and not value
-    ):  # fmt: skip
-        raise MusotaError(f"{name} must be {allowed}, not {value!r}.")
+    kind = getattr(field.type, "__name__", field.type)
+    allowed, python_type = "a name", {"int": int, "str": str}.get(kind, (int, float))
+    fits = isinstance(value, python_type) and not isinstance(value, bool)
+    if kind != "str":
+        low, high = BOUNDS.get(field.name, (int(kind == "int"), HUGE))
+        fits = fits and low <= value <= high
+        allowed = f"a {'whole' if kind == 'int' else 'finite'} number "
+        allowed += "above 0" if low == TINY else f"of at least {low}"
+        allowed += f", at most {high}" if high < HUGE else ""
+    if not fits:
+        raise MusotaError(f"{field.name} must be {allowed}, not {value!r}.")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the models of this workbook share. A subclass says the rest, and what follows from it:
-    `d_model`, `n_head`, `n_parameters`, `flops_per_token`."""
+    """What the models of this workbook share. A subclass says the rest, and what follows from it
+    by hand: `d_model`, `n_head`, `n_parameters`, and `layer_products`, the multiply-adds of a layer
+    for a token. Tests hold the built models to the last two."""
 
     vocab_size: int = 50_000
     max_seq_len: int = 192
@@ -70,10 +68,16 @@ class Sizes:
             )
         if self.n_parameters > LARGEST_MODEL:
             raise MusotaError(
-                f"A model of {self.n_parameters:,} parameters (vocab_size={self.vocab_size:,}, "
-                f"n_layer={self.n_layer:,}) is beyond the {LARGEST_MODEL:,} allowed: choose "
-                "smaller sizes."
+                f"A model of {self.n_parameters:,} parameters is beyond the {LARGEST_MODEL:,} "
+                "allowed: choose smaller sizes."
             )
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of a training step per token. Matrix products only: two a
+        multiply-add, backward twice the forward, attention as full squares, nothing recomputed."""
+        products = self.n_layer * self.layer_products + self.d_model * self.vocab_size
+        return 3 * 2 * products
 
 
 @dataclass(frozen=True)
@@ -109,24 +113,17 @@ class MuConfig(Sizes):
 
     @property
     def n_parameters(self) -> int:
-        """Parameters by hand; a test holds the built model to it."""
-        vocab, d, blocks = self.vocab_size, self.d_model, self.n_block
-        block_attention = sum(4 * (size**2 + size) for size in self.layout.sizes)
-        cross_attention = 4 * (d * d + d)
-        feed_forward = 8 * d * d + 5 * d
-        gate = (blocks + 1) * 2 * blocks + 2 * blocks + 2 * blocks * blocks + blocks + blocks
-        layer = block_attention + cross_attention + feed_forward + 4 * d + gate + vocab * blocks
-        return vocab * d + self.max_seq_len * d + self.n_layer * layer + 2 * d + vocab * d + vocab
+        V, d, N = self.vocab_size, self.d_model, self.n_block
+        attention = sum(4 * (c * c + c) for c in self.layout.sizes) + 4 * (d * d + d)
+        feed_forward_and_norms = 8 * d * d + 5 * d + 4 * d
+        layer = attention + feed_forward_and_norms + 4 * N * N + 6 * N + V * N
+        return V * d + self.max_seq_len * d + self.n_layer * layer + 2 * d + V * d + V
 
     @property
-    def flops_per_token(self) -> int:
-        """Floating-point operations of a training step per token, by hand (see `_step_flops`)."""
-        d, blocks = self.d_model, self.n_block
-        block_maps = sum(4 * size**2 for size in self.layout.sizes)
-        gate = (blocks + 1) * 2 * blocks + 2 * blocks * blocks
-        # Maps of both attentions and of the feed-forward; each attention's scores and averages.
-        layer = block_maps + 4 * d * d + 8 * d * d + gate + 2 * (2 * d * self.max_seq_len)
-        return _step_flops(self.n_layer * layer + d * self.vocab_size)
+    def layer_products(self) -> int:
+        d, N = self.d_model, self.n_block
+        maps = sum(4 * c * c for c in self.layout.sizes) + 12 * d * d + 4 * N * N + 2 * N
+        return maps + 2 * (2 * d * self.max_seq_len)  # both attentions' scores and averages
 
 
 @dataclass(frozen=True)
@@ -139,16 +136,12 @@ class DenseConfig(Sizes):
 
     @property
     def n_parameters(self) -> int:
-        """Parameters by hand; a test holds the built model to it."""
         d = self.d_model
         return (self.vocab_size + self.max_seq_len + 2) * d + self.n_layer * (12 * d * d + 13 * d)
 
     @property
-    def flops_per_token(self) -> int:
-        """Floating-point operations of a training step per token, by hand (see `_step_flops`)."""
-        d = self.d_model
-        layer = 12 * d * d + 2 * d * self.max_seq_len
-        return _step_flops(self.n_layer * layer + d * self.vocab_size)
+    def layer_products(self) -> int:
+        return 12 * self.d_model**2 + 2 * self.d_model * self.max_seq_len
 
 
 # What separates the redesign from MU-SOTA's way of building, in the order of the path. A model
@@ -214,14 +207,13 @@ class RedesignedConfig(Sizes):
 
     @property
     def n_parameters(self) -> int:
-        """Parameters by hand; a test holds the built model to it."""
-        vocab, d, n, L = self.vocab_size, self.d_model, self.n_block, self.n_layer
-        total = vocab * d + (2 * L + 1) * d + L * self._maps
+        V, d, N, L = self.vocab_size, self.d_model, self.n_block, self.n_layer
+        total = V * d + (2 * L + 1) * d + L * self._maps
         total += 0 if self.has("rotary") else self.max_seq_len * d
-        total += 0 if self.has("tied") else vocab * d + vocab
-        total += L * n if self.has("query norm") else 0
+        total += 0 if self.has("tied") else V * d + V
+        total += L * N if self.has("query norm") else 0
         if self.has("gate"):
-            total += vocab * n + L * (n * n + n) if self.has("one table") else vocab * n * L
+            total += V * N + L * (N * N + N) if self.has("one table") else V * N * L
         return total
 
     @property
@@ -232,18 +224,9 @@ class RedesignedConfig(Sizes):
         return queries_and_keys + 2 * d * d + 2 * d * self.d_ff
 
     @property
-    def flops_per_token(self) -> int:
-        """Floating-point operations of a training step per token, by hand (see `_step_flops`)."""
-        d, n = self.d_model, self.n_block
-        gate = n * n if self.has("one table") else 0
-        layer = self._maps + gate + 2 * d * self.max_seq_len
-        return _step_flops(self.n_layer * layer + d * self.vocab_size)
-
-
-def _step_flops(multiplications: int) -> int:
-    """Of so many multiply-adds in the forward pass: two operations each, and backward costs two
-    more products for each. Matrix products only, attention as full squares, nothing recomputed."""
-    return 3 * 2 * multiplications
+    def layer_products(self) -> int:
+        gate = self.n_block**2 if self.has("one table") else 0
+        return self._maps + gate + 2 * self.d_model * self.max_seq_len
 
 
 @dataclass(frozen=True)
@@ -284,34 +267,22 @@ class OwnConfig:
 
     @cached_property
     def size(self) -> own.Size:
-        return own.measured(self)
+        """Measured on the model, built in a random state of its own."""
+        import torch
 
-    @property
-    def n_parameters(self) -> int:
-        return self.size.n_parameters
+        with torch.random.fork_rng():
+            return own.size_of(self.build().eval(), self.vocab_size, self.max_seq_len)
 
-    @property
-    def flops_per_token(self) -> int:
-        return self.size.flops_per_token
-
-    @property
-    def n_layer(self) -> int:
-        """The depth of its dense twin: the length of its longest list of layers."""
-        return self.size.n_layer
-
-    @property
-    def dropout(self) -> float:
-        """The dropout of its dense twin: the largest of its own."""
-        return self.size.dropout
+    n_parameters = property(lambda self: self.size.n_parameters)
+    flops_per_token = property(lambda self: self.size.flops_per_token)
+    # Of its dense twin: the length of its longest list of layers, and the largest of its dropouts.
+    n_layer = property(lambda self: self.size.n_layer)
+    dropout = property(lambda self: self.size.dropout)
 
 
 ModelConfig = MuConfig | DenseConfig | RedesignedConfig | OwnConfig
-KINDS = {  # as records name them
-    "mu": MuConfig,
-    "dense": DenseConfig,
-    "redesigned": RedesignedConfig,
-    "own": OwnConfig,
-}
+# As records name them.
+KINDS = {"mu": MuConfig, "dense": DenseConfig, "redesigned": RedesignedConfig, "own": OwnConfig}
 
 
 def describe(model: ModelConfig) -> dict:
@@ -323,7 +294,7 @@ def describe(model: ModelConfig) -> dict:
 
 def model_config(described: dict) -> ModelConfig:
     """Raises KeyError or TypeError for a kind or field it does not know."""
-    fields = dict(described)
+    fields = {**described}
     kind, size = KINDS[fields.pop("kind")], fields.pop("size", None)
     if kind is OwnConfig and not fields["sha256"]:  # which would name a file, unasked
         raise KeyError("sha256")

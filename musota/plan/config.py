@@ -44,11 +44,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A model and how to train it. Experiments are equal when both are, whatever they are called.
-
-    A model that was matched to another (a dense twin, the redesign) remembers to which, so that a
-    profile or a change can match it anew.
-    """
+    """A model and how to train it; equal when both are, whatever they are called. A model that was
+    matched to another (a dense twin, the redesign) remembers to which, to be matched anew."""
 
     model: ModelConfig
     training: TrainConfig
@@ -56,18 +53,17 @@ class Experiment:
 
     def with_(self, **changes) -> Experiment:
         """A copy with fields of the model or of the training changed, by name."""
-        parts = {"model": {}, "training": {}}
-        for name, value in changes.items():
-            for part, changed in parts.items():
-                if name in dataclasses.asdict(getattr(self, part)):
-                    changed[name] = value
-                    break
-            else:
+        parts = self.model, self.training
+        known = [{field.name for field in dataclasses.fields(part)} for part in parts]
+        for name in changes:
+            if name not in known[0] | known[1]:
                 raise nearest_name("experiment field", name, sorted(self.fields()))
+        in_model = {name: value for name, value in changes.items() if name in known[0]}
+        in_training = {name: value for name, value in changes.items() if name not in known[0]}
         return Experiment(
-            dataclasses.replace(self.model, **parts["model"]),
-            dataclasses.replace(self.training, **parts["training"]),
-            None if parts["model"] else self.twin_of,  # another model is no longer a twin
+            dataclasses.replace(self.model, **in_model),
+            dataclasses.replace(self.training, **in_training),
+            None if in_model else self.twin_of,  # another model is no longer a twin
         )
 
     def fields(self) -> dict:
@@ -113,10 +109,8 @@ class Experiment:
 
 
 def check_changes(changes) -> dict:
-    """What a person wants changed, by field: a dict, or the text of one.
-
-    Raises MusotaError for a field no experiment has, and for a value none may have.
-    """
+    """What a person wants changed, by field: a dict, or the text of one. Raises MusotaError for a
+    field no experiment has, and for a value none may have."""
     if isinstance(changes, str):  # from papermill's command line
         with contextlib.suppress(ValueError, SyntaxError):
             changes = ast.literal_eval(changes)

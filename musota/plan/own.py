@@ -47,7 +47,7 @@ def find(source: str, sha256: str):
             f'first, musota.OwnConfig("folder/{source}"), as it was (sha256 {sha256[:12]}…).'
         )
     (path, data), title, name = _named[sha256], f"own_{sha256[:12]}", source.rpartition(":")[2]
-    if getattr(sys.modules.get(title), "__file__", "") != str(path):
+    if title not in sys.modules:
         module = sys.modules[title] = types.ModuleType(title)
         module.__file__ = str(path)
         sys.path.insert(0, str(path.parent))  # what stands beside it can be imported
@@ -98,12 +98,12 @@ def checked_logits(module, ids, vocab_size: int):
     """`logits_of`, or a MusotaError that says what is wrong with them."""
     with blaming(f"The model, given token ids up to {vocab_size - 1} in shape {(*ids.shape,)},"):
         logits = logits_of(module, ids)
-    shape, wanted = getattr(logits, "shape", None), (*ids.shape, vocab_size)
-    if shape is None or tuple(shape) != wanted:
-        found = type(logits).__name__ if shape is None else (*shape,)
+    found, wanted = getattr(logits, "shape", type(logits).__name__), (*ids.shape, vocab_size)
+    if found != wanted:
         advice = "logits of every position are needed, (batch, position, vocabulary)"
-        if shape is not None and tuple(shape[:-1]) == ids.shape:
-            advice = f"say vocab_size={shape[-1]}, or build it for {vocab_size}"
+        if found[:-1] == ids.shape:
+            advice = f"say vocab_size={found[-1]}, or build it for {vocab_size}"
+        found = found if isinstance(found, str) else (*found,)
         raise MusotaError(f"The model returned {found} and not {wanted}: {advice}.")
     if not logits.isfinite().all():
         raise MusotaError("Not all logits of the fresh model are finite: mend that first.")
@@ -137,18 +137,12 @@ def size_of(module, vocab_size: int, max_seq_len: int) -> Size:
         checked_logits(module, ids, vocab_size)
     parts = list(module.modules())
     lists = [part for part in parts if isinstance(part, (nn.ModuleList, nn.Sequential))]
-    lists = [len(layers) for layers in lists if len({type(layer) for layer in layers}) == 1]
-    lists += [part.num_layers for part in parts if isinstance(part, nn.RNNBase)]
+    depths = [len(layers) for layers in lists if len({type(layer) for layer in layers}) == 1]
     drops = [float(part.p) for part in parts if isinstance(part, nn.Dropout)]
-    drops += [float(part.dropout) for part in parts if isinstance(part, nn.RNNBase)]
+    for part in parts:
+        if isinstance(part, nn.RNNBase):
+            depths.append(part.num_layers)
+            drops.append(float(part.dropout))
     count = sum(parameter.numel() for parameter in parameters)
     flops = 3 * counter.get_total_flops() // max_seq_len
-    return Size(count, flops, max(lists, default=1), max(drops, default=0.0))
-
-
-def measured(config) -> Size:
-    """`size_of` an OwnConfig's model, built in a random state of its own."""
-    import torch
-
-    with torch.random.fork_rng():
-        return size_of(config.build().eval(), config.vocab_size, config.max_seq_len)
+    return Size(count, flops, max(depths, default=1), max(drops, default=0.0))

@@ -44,20 +44,14 @@ def steps() -> dict[str, Step]:
     training = replace(training, epochs=40, warmup_steps=training.warmup_steps * 4 // 3)
     start = Experiment(experiments["optimized"].model, training)
     left, n_block = [change for change in CHANGES if change not in ("blocks", "gate")], 16
-    rows = {
-        "optimized": Step("MU-SOTA optimized", start),
-        "one attention": Step(
-            "one attention, a head a block; the gate a table", redesign(start, 16, ",".join(left)),
-            "optimized",
-        ),
-    }  # fmt: skip
-    for change, (title, _) in FORWARD.items():
+    rows, last = {"optimized": Step("MU-SOTA optimized", start)}, "optimized"
+    first = {"one attention": ("one attention, a head a block; the gate a table", "")}
+    for change, (title, _) in (first | FORWARD).items():
         if title:
-            before = [*rows][-1]
             n_block = 8 if change == "wide heads" else n_block
             left = [other for other in left if other != change]
-            rows[change] = Step(title, redesign(start, n_block, ",".join(left)), before)
-    last = [*rows][-1]  # the redesign
+            rows[change] = Step(title, redesign(start, n_block, ",".join(left)), last)
+            last = change  # in the end the redesign
     others = {"modern dense twin": twin(rows[last].experiment), "dense GPT-2 twin": twin(start)}
     for change, (_, title) in FORWARD.items():
         if title:

@@ -17,10 +17,8 @@ SHARED = ("vocab_size", "max_seq_len", "n_layer", "dropout")  # what twins have 
 
 
 def match_width(target: int, config: DenseConfig) -> DenseConfig:
-    """`config` at the even d_model whose parameter count is nearest `target`.
-
-    Heads: the divisor of d_model whose head size is nearest 16 (the larger head on a tie).
-    """
+    """`config` at the even d_model whose parameter count is nearest `target`. Heads: the divisor of
+    d_model whose head size is nearest 16 (the larger head on a tie)."""
 
     def at(width: int) -> DenseConfig:
         divisors = [n for n in range(1, width + 1) if width % n == 0]
@@ -30,7 +28,7 @@ def match_width(target: int, config: DenseConfig) -> DenseConfig:
     width = 2
     while at(width).n_parameters < target:
         width += 2
-    return min((at(max(2, width - 2)), at(width)), key=lambda c: abs(c.n_parameters - target))
+    return min(at(max(2, width - 2)), at(width), key=lambda c: abs(c.n_parameters - target))
 
 
 def twin(experiment: Experiment) -> Experiment:
@@ -44,27 +42,25 @@ def twin(experiment: Experiment) -> Experiment:
     return Experiment(dense, experiment.training, twin_of=model)
 
 
-def fit(config: RedesignedConfig, target: int) -> RedesignedConfig:
-    """`config` with the feed-forward that brings its parameter count nearest `target`."""
-    least = dataclasses.replace(config, d_ff=1)
-    one_more = dataclasses.replace(config, d_ff=2).n_parameters - least.n_parameters
-    more = round((target - least.n_parameters) / one_more)
-    return dataclasses.replace(config, d_ff=1 + max(0, more))
-
-
 def redesign(experiment: Experiment, n_block: int = 8, without: str = "names") -> Experiment:
     """The redesign at another model's parameter count, depth, sequence length and training: with
     the widest blocks beside which the feed-forward is still three times the width."""
     model = experiment.model
-    target = (experiment.twin_of or model).n_parameters
+    matched = experiment.twin_of or model
     shared = {name: getattr(model, name) for name in SHARED}
-    config = RedesignedConfig(n_block=n_block, without=without, block_size=2, **shared)
-    while True:
-        wider = fit(dataclasses.replace(config, block_size=config.block_size + 2), target)
-        if wider.d_ff < 3 * wider.d_model:
-            break
-        config = wider
-    return Experiment(fit(config, target), experiment.training, experiment.twin_of or model)
+
+    def at(block_size: int) -> RedesignedConfig:
+        """With the feed-forward that brings its parameter count nearest the other's."""
+        least = RedesignedConfig(
+            n_block=n_block, block_size=block_size, d_ff=1, without=without, **shared
+        )
+        more = (matched.n_parameters - least.n_parameters) / (2 * least.n_layer * least.d_model)
+        return dataclasses.replace(least, d_ff=1 + max(0, round(more)))
+
+    block_size = 2
+    while at(block_size + 2).d_ff >= 3 * at(block_size + 2).d_model:
+        block_size += 2
+    return Experiment(at(block_size), experiment.training, matched)
 
 
 def changed(experiment: Experiment, changes: Mapping) -> Experiment:
@@ -85,10 +81,8 @@ def changed(experiment: Experiment, changes: Mapping) -> Experiment:
 
 @dataclass(frozen=True)
 class Profile:
-    """How far an experiment is scaled down. Factors multiply; `None` leaves the plan's value.
-
-    Token limits cut the corpus, at a line end, so that a run's length is known beforehand.
-    """
+    """How far an experiment is scaled down. Factors multiply; `None` leaves the plan's value. Token
+    limits cut the corpus, at a line end, so that a run's length is known beforehand."""
 
     name: str
     vocab_size: int | None = None
@@ -102,33 +96,28 @@ class Profile:
     fewest_epochs: int = 3
 
 
-profiles: dict[str, Profile] = {
-    profile.name: profile
-    for profile in (
-        Profile("full"),
-        Profile("study", 8192, 330_000, 40_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 30.0),
-        Profile("quick", 8192, 100_000, 20_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 30.0),
-        Profile("tiny", 512, 12_000, 3_000, 1 / 6, 1 / 4, 1 / 10, 1 / 8, 30.0),
-    )
-}
+def _by_name(*rows: Profile) -> dict[str, Profile]:
+    return {profile.name: profile for profile in rows}
+
+
+profiles = _by_name(
+    Profile("full"),
+    Profile("study", 8192, 330_000, 40_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 30.0),
+    Profile("quick", 8192, 100_000, 20_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 30.0),
+    Profile("tiny", 512, 12_000, 3_000, 1 / 6, 1 / 4, 1 / 10, 1 / 8, 30.0),
+)
 # The grid of notebook 06 trains dozens of runs, so each is smaller still; `full` stays what it is.
-grid_profiles: dict[str, Profile] = {
-    profile.name: profile
-    for profile in (
-        profiles["full"],
-        Profile("study", 8192, 100_000, 40_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 10.0, 1),
-        Profile("quick", 2048, 40_000, 12_000, 1 / 6, 1 / 2, 1 / 10, 1 / 4, 10.0, 1),
-        Profile("tiny", 512, 6_000, 3_000, 1 / 12, 1 / 4, 1 / 10, 1 / 4, 10.0, 1),
-    )
-}
+grid_profiles = _by_name(
+    Profile("full"),
+    Profile("study", 8192, 100_000, 40_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 10.0, 1),
+    Profile("quick", 2048, 40_000, 12_000, 1 / 6, 1 / 2, 1 / 10, 1 / 4, 10.0, 1),
+    Profile("tiny", 512, 6_000, 3_000, 1 / 12, 1 / 4, 1 / 10, 1 / 4, 10.0, 1),
+)
 
 
 def find_profile(name: str, grid: bool = False) -> Profile:
-    """A profile by name, with `grid` at the size of notebook 06.
-
-    `auto` is `full` where a CUDA device is at hand, else `quick`; with `grid`, whose full size
-    would take a day, `study` there.
-    """
+    """A profile by name, with `grid` at the size of notebook 06. `auto` is `full` where a CUDA
+    device is at hand (with `grid`, which would take a day, `study`), else `quick`."""
     if name == "auto":
         import torch
 
@@ -137,12 +126,6 @@ def find_profile(name: str, grid: bool = False) -> Profile:
     if not isinstance(name, str) or name not in profiles:
         raise nearest_name("profile", name, ["auto", *profiles])
     return (grid_profiles if grid else profiles)[name]
-
-
-def _warmup_share(training: TrainConfig, max_seq_len: int) -> float:
-    """Warm-up as a share of all optimizer steps, with the plan's own count of training tokens."""
-    steps = training.epochs * PLAN_TRAIN_TOKENS / (training.sequences_per_step * max_seq_len)
-    return training.warmup_steps / steps
 
 
 def rate_factor(model: ModelConfig, profile: Profile) -> float:
@@ -157,8 +140,7 @@ def scaled(experiment: Experiment, profile: Profile | str) -> Experiment:
     The profile's fewest epochs remain, warm-up keeps its share of the steps, and a model that is
     matched to another is matched anew. `full` returns the experiment itself.
     """
-    if isinstance(profile, str):
-        profile = find_profile(profile)
+    profile = find_profile(profile) if isinstance(profile, str) else profile
     if profile.name == "full":
         return experiment
     model, training = experiment.model, experiment.training
@@ -175,15 +157,17 @@ def scaled(experiment: Experiment, profile: Profile | str) -> Experiment:
     if not isinstance(model, OwnConfig):  # whose depth is its author's
         sizes["n_layer"] = max(1, round(model.n_layer * profile.layers))
     new_model = dataclasses.replace(model, **sizes)
-    epochs = max(profile.fewest_epochs, round(training.epochs * profile.epochs))
-    accumulation = max(1, round(training.accumulation_steps * profile.accumulation))
-    tokens_per_step = training.batch_size * accumulation * new_model.max_seq_len
-    steps = epochs * profile.train_tokens / tokens_per_step
     new_training = dataclasses.replace(
         training,
-        epochs=epochs,
-        accumulation_steps=accumulation,
+        epochs=max(profile.fewest_epochs, round(training.epochs * profile.epochs)),
+        accumulation_steps=max(1, round(training.accumulation_steps * profile.accumulation)),
         learning_rate=training.learning_rate * rate_factor(model, profile),
-        warmup_steps=round(_warmup_share(training, model.max_seq_len) * steps),
     )
-    return Experiment(new_model, new_training)
+    plan_steps = _steps(training, PLAN_TRAIN_TOKENS, model.max_seq_len)
+    steps = _steps(new_training, profile.train_tokens, new_model.max_seq_len)
+    warmup = round(training.warmup_steps / plan_steps * steps)
+    return Experiment(new_model, dataclasses.replace(new_training, warmup_steps=warmup))
+
+
+def _steps(training: TrainConfig, tokens: int, length: int) -> float:
+    return training.epochs * tokens / (training.sequences_per_step * length)

@@ -12,11 +12,8 @@ from musota.plan.profiles import redesign, twin
 
 @dataclass(frozen=True)
 class Row:
-    """An experiment as people meet it: in tables, pictures and on the command line.
-
-    It is an `experiment`, or the dense twin of another row; a row `tuned_from` another trains at
-    the best rate of a recorded sweep, so only results can say what it is.
-    """
+    """An experiment as people meet it: an `experiment`, or the dense twin of another row; a row
+    `tuned_from` another trains at the best rate of a recorded sweep, so only results say what."""
 
     title: str
     style: tuple[str, str, str]  # colour, line style, marker
@@ -58,11 +55,8 @@ registry: dict[str, Row] = {
 
 
 def find_experiment(name: str) -> Experiment:
-    """A row's experiment at full size, `FILE.py:NAME` (a model of one's own, trained as the plan
-    trains), or the twin of either: `<name>_twin`.
-
-    Raises MusotaError for an unknown name, a tuned row and a file that cannot be read.
-    """
+    """A row's experiment at full size, `FILE.py:NAME` (trained as the plan trains), or the twin of
+    either: `<name>_twin`. Raises MusotaError for an unknown name, a tuned row, an unread file."""
     if ".py:" in name:
         own = Experiment(OwnConfig(name.removesuffix("_twin")), TrainConfig())
         return twin(own) if name.endswith("_twin") else own

@@ -32,44 +32,30 @@ class Cell:
     share: float = 1.0
 
 
-# What the plan itself changes, a cell each: suspicion, its confidence, advice, fields.
+# What the plan itself changes, a cell each: suspicion, its confidence, advice.
 PLANNED = {
-    "epochs": ("too few epochs (10 → 30)", "70 %", "train longer", ("epochs",)),
-    "learning_rate": (
-        "learning rate too high (3e-4 → 1e-4)",
-        "60 %",
-        "lower the learning rate",
-        ("learning_rate",),
-    ),
-    "warmup": (
-        "warm-up too short (500 → 2,000 steps)",
-        "50 %",
-        "lengthen warm-up",
-        ("warmup_steps",),
-    ),
+    "epochs": ("too few epochs (10 → 30)", "70 %", "train longer"),
+    "learning_rate": ("learning rate too high (3e-4 → 1e-4)", "60 %", "lower the learning rate"),
+    "warmup": ("warm-up too short (500 → 2,000 steps)", "50 %", "lengthen warm-up"),
     "sequence": (
         "sequences too short (128 → 192, batch 24 → 32)",
         "40 %",
         "train on longer sequences",
-        ("max_seq_len", "batch_size", "accumulation_steps"),
     ),
 }
+# The fields, where they are not called like the cell.
+FIELDS = {
+    "warmup": ("warmup_steps",),
+    "sequence": ("max_seq_len", "batch_size", "accumulation_steps"),
+}
 # What it only wonders about, or did not think of; with the changes from `original`.
+SMALLER = {"matrix_size": 6, "n_block": 8, "n_head": 6}
+SMALL_STEPS = {"batch_size": 2, "warmup_steps": 1500}
 OTHERS = {
     "blocks_8": ("16 blocks (→ 8 of 2×4)", "unknown", "use fewer blocks", {"n_block": 8}),
     "layers_8": ("12 layers (→ 8)", "unknown", "use fewer layers", {"n_layer": 8}),
-    "matrix_6": (
-        "8×8 matrix (→ 6×6, 8 blocks)",
-        "unknown",
-        "use the smaller matrix",
-        {"matrix_size": 6, "n_block": 8, "n_head": 6},
-    ),
-    "small_steps": (
-        "too many tokens a step (÷ 3)",
-        MISSED,
-        "take smaller steps",
-        {"batch_size": 2, "warmup_steps": 1500},
-    ),
+    "matrix_6": ("8×8 matrix (→ 6×6, 8 blocks)", "unknown", "use the smaller matrix", SMALLER),
+    "small_steps": ("too many tokens a step (÷ 3)", MISSED, "take smaller steps", SMALL_STEPS),
 }
 DATA = ("too little data (half → all, same steps)", "30 %")
 TWIN = ("architecture (→ dense twin)", "unknown")
@@ -100,19 +86,18 @@ def data_shares(name: str, experiment: Experiment) -> dict[str, Cell]:
 
 
 def grid(profile: str) -> tuple[dict[str, Cell], list[Suspect], range]:
-    """Cells by name, the suspects they decide on, and the seeds, as a profile has them.
-
-    From `original` one suspect at a time takes its `optimized` value, or one that the plan did not
-    think of; `study` and `full` also put one back at a time from `optimized`. `tiny` has two cells.
-    """
+    """Cells by name, the suspects they decide on, and the seeds, as a profile has them. From
+    `original` one suspect at a time takes its `optimized` value, or one that the plan did not think
+    of; `study` and `full` also put one back at a time from `optimized`. `tiny` has two cells."""
     original, optimized = experiments["original"], experiments["optimized"]
-    cells, suspects = {"original": Cell(original)}, []
-    mended = {
-        key: (*about, {field: optimized.fields()[field] for field in fields})
-        for key, (*about, fields) in PLANNED.items()
-    }
-    for key, (name, confidence, advice, changes) in (mended | OTHERS).items():
-        cells[key] = Cell(original.with_(**changes))
+    cells, suspects, put_back = {"original": Cell(original)}, [], {}
+    for key, (name, confidence, advice, *changes) in (PLANNED | OTHERS).items():
+        if not changes:
+            fields = FIELDS.get(key, (key,))
+            changes = [{field: optimized.fields()[field] for field in fields}]
+            old = {field: original.fields()[field] for field in fields}
+            put_back[f"without_{key}"] = Cell(optimized.with_(**old))
+        cells[key] = Cell(original.with_(**changes[0]))
         suspects.append(Suspect(name, confidence, "original", key, advice))
     if profile == "tiny":
         only = suspects[1]
@@ -133,10 +118,10 @@ def grid(profile: str) -> tuple[dict[str, Cell], list[Suspect], range]:
         "optimized": Cell(optimized),
         "optimized_half": data_shares("optimized", optimized)["optimized_half"],
         "optimized_dense": Cell(twin(optimized)),
+        **put_back,
     }
     back = "from optimized: "
-    for key, (name, confidence, advice, fields) in PLANNED.items():
-        cells[f"without_{key}"] = Cell(optimized.with_(**{f: original.fields()[f] for f in fields}))
+    for key, (name, confidence, advice) in PLANNED.items():
         suspects.append(Suspect(back + name, confidence, f"without_{key}", "optimized", advice))
     suspects += [
         Suspect(back + DATA[0], DATA[1], "optimized_half", "optimized", MORE_TEXT),
