@@ -15,11 +15,13 @@ from musota.plan.architectures import DenseConfig
 from musota.plan.config import Experiment
 from musota.plan.profiles import Profile, grid_profiles, profiles, scaled, twin
 from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
-from musota.plan.suspects import Suspect, grid
+from musota.plan.suspects import grid
 from musota.rules import plan, verdicts
 from musota.rules.findings import Finding
 from musota.rules.stats import Interval
+from musota.rules.verdicts import Cause
 from musota.studies.campaign import swept, tuned
+from musota.studies.grid import judge as judge_grid
 from musota.studies.path import Judged, sort_out
 from musota.studies.path import judge as judge_path
 from musota.training.runs import Run
@@ -38,6 +40,18 @@ def footer(corpus: str, vocabulary: int, profile: str | None) -> str:
     )
 
 
+def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs of every name, in the order given."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.name, []).append(run)
+    return groups
+
+
+def progress_of(run: Run) -> str:
+    return f"{run.summary['epochs_done']} of {run.experiment.training.epochs} epochs"
+
+
 @dataclass(frozen=True)
 class Evidence:
     """The runs of a results folder on one corpus, with what else was measured on it.
@@ -50,6 +64,7 @@ class Evidence:
     runs: tuple[Run, ...]
     probes: Mapping[str, dict] = field(default_factory=dict)
     sweep_runs: tuple[Run, ...] = ()
+    roles: Mapping[str, Experiment] = field(default_factory=dict)  # each row at the runs' size
     aliases: Mapping[str, str] = field(default_factory=dict)  # rows that are another bit for bit
     left_out: Mapping[str, str] = field(default_factory=dict)  # why, by path
     note: str = ""  # why these runs and not others, in one sentence
@@ -71,13 +86,11 @@ class Evidence:
 
     def seeds(self, name: str) -> dict[int, Run]:
         """The finished runs of a row, by seed."""
-        name = self.aliases.get(name, name)
-        return {run.seed: run for run in self.runs if run.name == name and run.finished}
+        return {run.seed: run for run in self.only(name).runs if run.finished}
 
     def best(self, name: str) -> Run | None:
         """The run of a row with the lowest seed: the one shown where one stands for all."""
-        name = self.aliases.get(name, name)
-        return next((run for run in self.runs if run.name == name), None)
+        return next(iter(self.only(name).runs), None)
 
     @property
     def footer(self) -> str:
@@ -114,6 +127,23 @@ class Evidence:
         found = {name: swept(self.sweep_runs, name, profile) for name in TUNED.values() if profile}
         return {title_of(name): losses for name, losses in found.items() if losses}
 
+    @cached_property
+    def grid(self) -> tuple[list[Run], list[Cause]]:
+        """The first cell of the root-cause grid recorded here, a run a seed, and the judged
+        suspects. A run belongs to the cell whose experiment it is."""
+        recorded, _ = read_runs(self.folder, GRID)
+        if not recorded:
+            return [], []
+        profile = recorded[0].config["profile"]
+        cells, suspects, _ = grid(profile)
+        size = grid_profiles[profile]
+        named = {scaled(cell.experiment, size): name for name, cell in cells.items()}
+        runs: dict[str, dict[int, Run]] = {}
+        for run in recorded:
+            if run.experiment in named:
+                runs.setdefault(named[run.experiment], {})[run.seed] = run
+        return (list(runs["original"].values()), judge_grid(runs, suspects)) if runs else ([], [])
+
     @property
     def ablated(self) -> tuple[Run, dict[str, Interval]] | None:
         """MU-SOTA's run that was looked into, and what disabling each of its parts costs."""
@@ -126,12 +156,11 @@ class Evidence:
             return None
         return run, verdicts.ablation_effects(recorded["nats"], recorded["tokens"])
 
-    def weak_spots(self, name: str = "") -> list[Finding]:
-        """Which parts of a row earn their parameters, by default of `ablated`; empty if no model
-        was looked into."""
-        if not (looked := self.ablation_of(name) if name else self.ablated):
+    def weak_spots(self) -> list[Finding]:
+        """Which parts of `ablated` earn their parameters; empty if no model was looked into."""
+        if not self.ablated:
             return []
-        run, effects = looked
+        run, effects = self.ablated
         names = run.experiment.model.layout.names
         return verdicts.weak_spots(effects, run.summary["parameter_ledger"], names)
 
@@ -194,22 +223,22 @@ def read_evidence(folder: str | os.PathLike, fingerprint: str | None = None) -> 
     Runs on another corpus than `fingerprint` (default: that of the first run) are left out.
     """
     folder = as_path(folder)
-    runs, left_out = read_runs(folder)
-    if fingerprint is None and runs:
-        fingerprint = runs[0].fingerprint
-    for run in runs:
-        if run.fingerprint != fingerprint or not run.summary:
-            reason = "diverged" if run.fingerprint == fingerprint else "another corpus"
-            left_out[run.path.relative_to(folder).as_posix()] = reason
-    runs = [run for run in runs if run.fingerprint == fingerprint and run.summary]
+    found, left_out = read_runs(folder)
+    fingerprint, runs = fingerprint or (found[0].fingerprint if found else ""), []
+    for run in found:
+        if run.fingerprint == fingerprint and run.summary:
+            runs.append(run)
+            continue
+        reason = "diverged" if run.fingerprint == fingerprint else "another corpus"
+        left_out[run.path.relative_to(folder).as_posix()] = reason
     sweep_runs = [run for run in read_runs(folder, SWEEP)[0] if run.fingerprint == fingerprint]
     roles, aliases = _roles(runs, sweep_runs)
     place = {name: index for index, name in enumerate(registry)}
     runs = labelled(runs, roles)
     runs.sort(key=lambda run: (place.get(run.name, len(place)), run.name, run.seed))
     return Evidence(
-        folder, tuple(runs), read_probes(folder), tuple(sweep_runs), aliases, left_out
-    )  # fmt: skip
+        folder, tuple(runs), read_probes(folder), tuple(sweep_runs), roles, aliases, left_out
+    )
 
 
 def _roles(runs: list[Run], sweep_runs: Iterable[Run]) -> tuple[dict[str, Experiment], dict]:
@@ -221,13 +250,13 @@ def _roles(runs: list[Run], sweep_runs: Iterable[Run]) -> tuple[dict[str, Experi
     roles: dict[str, Experiment] = {}
     aliases: dict[str, str] = {}
     for name in registry if profile else ():
-        if name in TUNED:
-            losses = swept(sweep_runs, TUNED[name], profile)
-            if not losses:
-                continue
-            experiment = scaled(tuned(name, profile, losses), profile)
+        if name not in TUNED:
+            experiment = find_experiment(name)
+        elif losses := swept(sweep_runs, TUNED[name], profile):
+            experiment = tuned(name, profile, losses)
         else:
-            experiment = scaled(find_experiment(name), profile)
+            continue
+        experiment = scaled(experiment, profile)
         if same := next((other for other, e in roles.items() if e == experiment), None):
             aliases[name] = same
         roles[name] = experiment
@@ -247,20 +276,6 @@ def read_rungs(probes: Mapping[str, dict], fingerprint: str | None) -> dict[str,
         message = f"{name}.json is damaged: delete it, and it is measured anew."
         raise MusotaError(message) from None
     return {}
-
-
-def read_grid(folder: Path) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
-    """The recorded runs of a results folder's root-cause grid by cell and seed, and its suspects:
-    a run belongs to the cell whose experiment it is."""
-    recorded, _ = read_runs(folder, GRID)
-    profile = recorded[0].config["profile"] if recorded else "quick"
-    cells, suspects, _ = grid(profile)
-    named = {scaled(cell.experiment, grid_profiles[profile]): name for name, cell in cells.items()}
-    runs: dict[str, dict[int, Run]] = {}
-    for run in recorded:
-        if run.experiment in named:
-            runs.setdefault(named[run.experiment], {})[run.seed] = run
-    return runs, suspects
 
 
 def read_path(folder: Path, fingerprint: str | None = None) -> dict[str, Judged]:

@@ -20,6 +20,7 @@ from musota.rules.stats import Interval
 from musota.rules.verdicts import Cause
 from musota.studies.path import Judged
 from musota.training.runs import Run
+from musota.workbook.evidence import by_name, progress_of
 from musota.workbook.style import (
     BLUE,
     HATCHES,
@@ -46,13 +47,6 @@ Sweeps = Mapping[str, Mapping[float, Sequence[float]]]  # valid losses by model 
 
 def label_of(run: Run) -> str:
     return f"{title_of(run.name)}, seed {run.seed}"
-
-
-def by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs of every name, in the order given."""
-    return {
-        name: [r for r in runs if r.name == name] for name in dict.fromkeys(r.name for r in runs)
-    }
 
 
 def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> Figure:
@@ -238,8 +232,7 @@ def _ending(group: Sequence[Run]) -> str:
     title, first = wrapped(title_of(group[0].name)), group[0]
     if first.finished:
         return title
-    done, planned = first.summary["epochs_done"], first.experiment.training.epochs
-    return f"{title}\nunfinished: {done} of {planned} epochs"
+    return f"{title}\nunfinished: {progress_of(first)}"
 
 
 def _draw_ends(axis, ends: Mapping[str, Sequence[float]], styles: Sequence, rungs) -> None:

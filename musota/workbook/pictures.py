@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from musota.models.base import ScoredText
 from musota.plan.layout import BlockLayout
 from musota.rules.audit import GUILTY
 from musota.rules.plan import PLAN_LADDER, REPORTED
@@ -32,20 +28,13 @@ from musota.workbook.style import (
     new_figure,
     wrapped,
 )
+from musota.workbook.tables import BENCH_NAMES
 
-BENCH_NAMES = {"mu": "MU-SOTA", "dense": "dense"}
 # In this order a group looks the same in every figure; others come after, in theirs.
 GROUPS = (
     "affinity tables", "output", "embedding", "embedding (also output)", "feed-forward",
     "cross attention", "block attention", "gate", "positions", "norms", "attention",
 )  # fmt: skip
-SIZES = {
-    "batch": "sequences a step",
-    "max_seq_len": "tokens a sequence",
-    "vocab_size": "vocabulary",
-    "n_layer": "layers",
-    "n_block": "semantic blocks",
-}
 
 
 def ledgers(ledgers: Mapping[str, Mapping[str, int]]) -> Figure:
@@ -225,37 +214,6 @@ def block_view(
     return figure
 
 
-def surprises(scored: ScoredText, most: int = 600, width: int = 90) -> Figure:
-    """The text, its first `most` tokens, each on a ground as dark as it was surprising."""
-    lines, held = [[]], 0
-    for piece, nats in list(zip(scored.pieces, scored.nats, strict=True))[:most]:
-        shown = piece.replace("\n", "⏎").replace("\t", "→")
-        if held + len(shown) > width:
-            lines, held = [*lines, []], 0
-        lines[-1].append((held, shown, nats / math.log(2)))
-        held += len(shown)
-        if "\n" in piece:
-            lines, held = [*lines, []], 0
-    figure, axis = new_figure(10.5, max(2.6, 1.1 + 0.24 * len(lines)))
-    shades, scale = colormaps["Blues"], Normalize(0, 16)
-    for row, line in enumerate(lines):
-        for start, shown, bits in line:
-            dark = scale(min(bits, 16))
-            axis.add_patch(Rectangle((start, row - 0.45), len(shown), 0.9, color=shades(dark)))
-            colour = "white" if dark > 0.6 else "black"
-            for place, character in enumerate(shown):  # one by one: any font becomes monospaced
-                look = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
-                axis.text(start + place + 0.5, row, character, **look)
-    axis.set(xlim=(0, width), ylim=(len(lines) - 0.4, -0.6), xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
-    many = len(scored.pieces)
-    cut = f", the first {most:,} of {many:,} tokens" if most < many else ""
-    axis.set_title(f"PPL {scored.ppl:,.1f}, {scored.bits_per_byte:.3f} bits per byte{cut}")
-    label = "bits a token cost"
-    figure.colorbar(ScalarMappable(scale, shades), ax=axis, label=label, shrink=0.9, pad=0.01)
-    return figure
-
-
 def bench(result: Mapping) -> Figure:
     """Training throughput and peak memory of ours and of the literal versions."""
     bars = {}
@@ -280,31 +238,6 @@ def bench(result: Mapping) -> Figure:
         axis.invert_yaxis()
         axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.xaxis.set_major_formatter(PLAIN)
-    return figure
-
-
-def bench_scaling(result: Mapping) -> Figure:
-    """Time per token against each size: measured, and what the arithmetic says."""
-    sizes = pd.DataFrame(result["scaling"]).groupby("axis", sort=False)
-    figure, axes = new_figure(2.6 * len(sizes), 3.6, columns=len(sizes), grid="y")
-    styles = {"mu": (BLUE, "o"), "dense": (RED, "s")}
-    for axis, (size, points) in zip(np.atleast_1d(axes), sizes, strict=True):
-        for kind, rows in points.groupby("model", sort=False):
-            (colour, marker), name = styles[kind], BENCH_NAMES[kind]
-            rows = rows.set_index("value")
-            axis.plot(rows.time_per_token, color=colour, marker=marker, label=f"{name}, measured")
-            axis.plot(rows.arithmetic, "--", color=colour, alpha=0.6, label=f"{name}, arithmetic")
-        axis.set_xscale("log", base=2)
-        values = points.value.unique()
-        axis.set_xticks(values, [f"{value:,}" for value in values], rotation=45, fontsize=8)
-        axis.minorticks_off()
-        axis.set_xlabel(SIZES.get(size, size))
-        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
-    first = np.atleast_1d(axes)[0]
-    first.set_ylabel("time per token (reference shape = 1)")
-    figure.legend(
-        *first.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center"
-    )
     return figure
 
 
