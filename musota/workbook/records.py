@@ -53,11 +53,18 @@ def read_runs(folder: str | os.PathLike, part: str = "") -> tuple[list[Run], dic
         except MusotaError as error:
             found.pop(path, None)
             left_out[path] = f"damaged: {error}"
-    for path in [path for path, run in found.items() if not (run.summary or run.diverged)]:
-        del found[path]
-        left_out[path] = "no epoch has ended yet"
-    _refuse_doubles(found)
-    return [found[path] for path in sorted(found)], left_out
+    runs, paths = [], {}
+    for path, run in sorted(found.items()):
+        if not (run.summary or run.diverged):
+            left_out[path] = "no epoch has ended yet"
+            continue
+        if (other := paths.setdefault(run.identity, path)) != path:
+            raise MusotaError(
+                f"{other} and {path} hold the same run (experiment, corpus and seed are equal): "
+                "delete one of them."
+            )
+        runs.append(run)
+    return runs, left_out
 
 
 def load_runs(folder: str | os.PathLike) -> list[Run]:
@@ -67,17 +74,6 @@ def load_runs(folder: str | os.PathLike) -> list[Run]:
     for path, reason in left_out.items():
         print(f"{as_path(folder) / path} is left out: {reason}")
     return [run for run in runs if run.summary]
-
-
-def _refuse_doubles(found: Mapping[str, Run]) -> None:
-    seen: dict[tuple, str] = {}
-    for path, run in found.items():
-        other = seen.setdefault(run.identity, path)
-        if other != path:
-            raise MusotaError(
-                f"{other} and {path} hold the same run (experiment, corpus and seed are equal): "
-                "delete one of them."
-            )
 
 
 def labelled(runs: Iterable[Run], roles: Mapping[str, Experiment]) -> list[Run]:
@@ -110,12 +106,10 @@ def read_probes(folder: str | os.PathLike) -> dict[str, dict]:
     damage."""
     folder, probes = as_path(folder), {}
     _packed(folder)  # makes sure that nothing is damaged
-    for path in [folder / "probes.json", *_probe_files(folder)]:
-        if not path.exists():
-            continue
+    for path in [*folder.glob("probes.json"), *_probe_files(folder)]:
+        name = path.relative_to(folder).with_suffix("").as_posix()
         try:
             data = json.loads(path.read_bytes())
-            name = path.relative_to(folder).with_suffix("").as_posix()
             probes |= data if name == "probes" else {name: data}
         except (ValueError, TypeError):
             raise MusotaError(f"{path} is damaged: delete it, and it is measured anew.") from None
@@ -126,54 +120,51 @@ def pack(folder: str | os.PathLike) -> list[Path]:
     """Write the packed files of a results folder and remove what they hold now: probes, and run
     folders without checkpoints. Nothing is removed before all is written. Returns the files."""
     folder = as_path(folder).resolve()
-    runs = {}
-    for part in _parts(folder):
-        runs |= {r.path.relative_to(folder).as_posix(): r for r in read_runs(folder, part)[0]}
+    here = [p.parent.relative_to(folder).as_posix() for p in folder.glob("**/metrics.jsonl")]
+    parts = sorted({_part_of(path) for path in [*_packed(folder), *here]})
+    runs = [run for part in parts for run in read_runs(folder, part)[0]]
     lines, epochs, steps = [], [], [pd.DataFrame({"run": []})]
-    for path, run in runs.items():
-        kinds = {"step": [], "epoch": [], "event": []}
+    for run in runs:
+        path, kinds = (
+            run.path.relative_to(folder).as_posix(),
+            {"step": [], "epoch": [], "event": []},
+        )
         for record in run.records:
             kinds[record["kind"]].append({k: v for k, v in record.items() if k != "kind"})
         about = {"config": run.config, "summary": run.summary, "events": kinds["event"]}
         lines.append({"run": path, **about})
         epochs += [{"run": path, **record} for record in kinds["epoch"]]
         steps.append(pd.DataFrame(kinds["step"]).assign(run=path))
-    table, buffer = pd.concat(steps, ignore_index=True), io.BytesIO()
+    table = pd.concat(steps, ignore_index=True)
     whole = {"run": "category", "step": "int32", "tokens": "int64"}
     kinds = dict.fromkeys(table, "float32") | {k: v for k, v in whole.items() if k in table}
-    table.astype(kinds).to_parquet(buffer, index=False, compression="zstd")
-    probes = (json.dumps(read_probes(folder), ensure_ascii=False, indent=1) + "\n").encode()
-    written = _lines(lines), _lines(epochs), buffer.getvalue(), probes
-    contents = dict(zip(PACKED, written, strict=True))
+    probes = json.dumps(read_probes(folder), ensure_ascii=False, indent=1) + "\n"
+    contents = {
+        "runs.jsonl": _lines(lines),
+        "epochs.jsonl": _lines(epochs),
+        "steps.parquet": table.astype(kinds).to_parquet(index=False, compression="zstd"),
+        "probes.json": probes.encode(),
+    }
     sums = "".join(f"{sha256(data)}  {name}\n" for name, data in contents.items())
+    writes = {
+        folder / name: lambda target, data=data: target.write_bytes(data)
+        for name, data in {**contents, SUMS: sums.encode()}.items()
+    }
     no_longer_needed = _probe_files(folder)
-    contents[SUMS] = sums.encode()
-    write_together(
-        {folder / name: lambda target, data=data: target.write_bytes(data)
-         for name, data in contents.items()}
-    )  # fmt: skip
+    write_together(writes)
     for path in no_longer_needed:
         path.unlink()
-    for run in runs.values():
+    for run in runs:
         if run.path.exists() and not (run.path / "checkpoints").exists():
             shutil.rmtree(run.path)
     return [folder / name for name in PACKED]
 
 
-def _parts(folder: Path) -> list[str]:
-    """The folder itself and every sub-folder with runs."""
-    here = [p.parent.relative_to(folder).as_posix() for p in folder.glob("**/metrics.jsonl")]
-    return sorted({_part_of(path) for path in [*_packed(folder), *here]})
-
-
 def _probe_files(folder: Path) -> list[Path]:
     """The JSON files of the folder and its parts that belong to no run or saved model."""
     files = sorted([*folder.glob("*.json"), *folder.glob("*/*.json")])
-    return [
-        path
-        for path in files
-        if path.name != "probes.json" and not (path.parent / "config.json").exists()
-    ]
+    alone = [path for path in files if not (path.parent / "config.json").exists()]
+    return [path for path in alone if path.name != "probes.json"]
 
 
 def _lines(records: list[dict]) -> bytes:
@@ -200,17 +191,13 @@ def _unpacked(folder: Path, sums: bytes) -> dict[str, Run]:
             raise MusotaError(
                 f"{folder / name} is missing, damaged or was changed by hand: restore it from git."
             )
-    records: dict[str, list[dict]] = {}
-    table = pd.read_parquet(io.BytesIO(contents["steps.parquet"]))
+    table, records = pd.read_parquet(io.BytesIO(contents["steps.parquet"])), {}
     for path, steps in table.groupby("run", observed=True, sort=False):
-        rows = steps.drop(columns="run").assign(kind="step").to_dict("records")
-        records[path] = rows
-    for line in contents["epochs.jsonl"].splitlines():
-        epoch = json.loads(line)
+        records[path] = steps.drop(columns="run").assign(kind="step").to_dict("records")
+    for epoch in map(json.loads, contents["epochs.jsonl"].splitlines()):
         records.setdefault(epoch.pop("run"), []).append({"kind": "epoch", **epoch})
     runs = {}
-    for line in contents["runs.jsonl"].splitlines():
-        about = json.loads(line)
+    for about in map(json.loads, contents["runs.jsonl"].splitlines()):
         path, events = about["run"], [{"kind": "event", **e} for e in about["events"]]
         own = records.get(path, []) + events
         runs[path] = Run.from_records(folder / path, about["config"], about["summary"], own)
