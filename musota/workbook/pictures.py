@@ -16,18 +16,8 @@ from musota.rules.audit import GUILTY
 from musota.rules.plan import PLAN_LADDER, REPORTED
 from musota.rules.stats import Interval
 from musota.studies.audit import Audit
-from musota.workbook.style import (
-    BLUE,
-    GREY,
-    HATCHES,
-    ORANGE,
-    PLAIN,
-    RED,
-    SHADES,
-    draw_intervals,
-    new_figure,
-    wrapped,
-)
+from musota.workbook import style
+from musota.workbook.style import BLUE, GREY, HATCHES, ORANGE, PLAIN, RED, SHADES, new_figure
 from musota.workbook.tables import BENCH_NAMES
 
 # In this order a group looks the same in every figure; others come after, in theirs.
@@ -43,14 +33,12 @@ def ledgers(ledgers: Mapping[str, Mapping[str, int]]) -> Figure:
     table = pd.DataFrame(ledgers).fillna(0).T  # a model a row, a group a column
     table = table[table.max().sort_values(ascending=False).index]
     looks = list(dict.fromkeys([*GROUPS, *table]))
-    totals, left = table.sum(axis=1), 0
+    names, totals, left = table.index.map(style.wrapped), table.sum(axis=1), 0
     white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
     for group, sizes in table.items():
         i = looks.index(group)
         look = {"color": SHADES[i % 8], "hatch": HATCHES[(i + i // 8) % 8], "edgecolor": "white"}
-        bars = axis.barh(
-            table.index.map(wrapped), sizes, left=left, label=group, linewidth=0.6, **look
-        )
+        bars = axis.barh(names, sizes, left=left, label=group, linewidth=0.6, **look)
         shares = (sizes / totals).map("{:.0%}".format).where(sizes > 0.07 * totals.max(), "")
         axis.bar_label(bars, shares, label_type="center", bbox=white)
         left = left + sizes
@@ -80,13 +68,11 @@ def layouts(shown: Mapping[str, BlockLayout]) -> Figure:
             corner, shade = (block.column, block.row), SHADES[(index + index // 4) % 8]
             axis.add_patch(Rectangle(corner, block.width, block.height, fc=shade, alpha=0.45))
             x, bottom = block.column + block.width / 2, block.row + block.height - 0.08
-            large = {"ha": "center", "va": "center", "fontsize": 13, "fontweight": "bold"}
-            axis.text(x, block.row + 0.6, block.name, **large)
+            axis.text(x, block.row + 0.7, block.name, ha="center", fontsize=13, weight="bold")
             axis.text(x, bottom, block.title.replace(" ", "\n"), ha="center", fontsize=7.5)
         for (row, column), place in np.ndenumerate(layout.to_matrix(np.arange(sum(layout.sizes)))):
             axis.text(column + 0.04, row + 0.04, place, fontsize=5.5, color="0.35", va="top")
-        limits = {"xlim": (0, layout.width), "ylim": (layout.height, 0)}
-        axis.set(**limits, aspect="equal", title=title)
+        axis.set(xlim=(0, layout.width), ylim=(layout.height, 0), aspect="equal", title=title)
         axis.set_xticks(range(layout.width + 1), [])
         axis.set_yticks(range(layout.height + 1), [])
         axis.set_xlabel("columns (small numbers: place in the stored vector)", fontsize=8)
@@ -113,21 +99,17 @@ def audited(audit: Audit) -> Figure:
     ahead = np.tril(moved, -1)
     left.imshow(1 * moved + ahead, cmap=ListedColormap(["white", BLUE, RED]), vmin=0, vmax=2)
     left.set(xlabel="… does the guess made at this position move?", ylabel="replace this token …")
-    left.set_title("Does it see what comes?")
+    left.set_title("Does it see what comes?" + ("" if ahead.any() else " (nothing red: no)"))
     keys = {"it moves, and may: the token was known": BLUE, "it moves: IT SAW WHAT COMES": RED}
     handles = [Patch(color=colour, label=text) for text, colour in keys.items()]
     left.legend(handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
-    if not ahead.any():
-        place = {"ha": "center", "fontsize": 9, "transform": left.transAxes}
-        left.text(0.3, 0.2, "nothing red here:\nno guess moved\nbefore its token came", **place)
     floor, losses = np.log(audit.symbols), pd.Series(audit.losses, dtype=float)
     right.plot(losses, color="0.75", linewidth=0.8, label="each step, on fresh random tokens")
     right.plot(losses.rolling(15, min_periods=1).mean(), color=BLUE, label="mean of 15")
     text = f"ln {audit.symbols} = {floor:.2f}: nobody can do better honestly"
     right.axhline(floor, color="black", linestyle="--", label=text)
     right.axhspan(0, floor, color=RED, alpha=0.08)
-    right.set_ylim(0, 1.15 * max(floor, losses.max(skipna=True) if len(losses) else floor))
-    right.set(xlabel="training step", ylabel="its loss (nats a token)")
+    right.set(ylim=(0, None), xlabel="training step", ylabel="its loss (nats a token)")
     right.set_title("Can it foretell what is random?")
     right.legend(fontsize=8, loc="upper right")
     guilty = [finding.verdict for finding in audit.findings if finding.verdict in GUILTY]
@@ -156,13 +138,11 @@ def ladder(rungs: Mapping[str, float], comparable: bool) -> Figure:
     """
     figure, axis = new_figure(9, 3.6)
     scale = "" if comparable else ", WikiText-2 at V 50,000"
-    bars = [(f"{name} (measured)", ppl, BLUE, "") for name, ppl in rungs.items()]
-    bars += [
-        (f"{n} (the plan's guess{scale})", ppl, ORANGE, "//") for n, ppl in PLAN_LADDER.items()
-    ]
-    bars.append((f"MU-SOTA, 10 epochs (reported{scale})", REPORTED["ppl"], GREY, ".."))
-    bars.sort(key=lambda bar: -bar[1])
-    names, ppls, colours, hatches = zip(*bars, strict=True)
+    bars = [(ppl, f"{name} (measured)", BLUE, "") for name, ppl in rungs.items()]
+    guesses = PLAN_LADDER.items()
+    bars += [(ppl, f"{name} (the plan's guess{scale})", ORANGE, "//") for name, ppl in guesses]
+    bars.append((REPORTED["ppl"], f"MU-SOTA, 10 epochs (reported{scale})", GREY, ".."))
+    ppls, names, colours, hatches = zip(*sorted(bars, reverse=True), strict=True)
     drawn = axis.barh(names, ppls, color=colours, hatch=hatches, edgecolor="white")
     axis.bar_label(drawn, fmt=" {:,.0f}", fontsize=9)
     axis.set(xscale="log", xlabel="valid perplexity per token (log)", title="The ladder")
@@ -179,13 +159,13 @@ def block_view(
     cells (L + 1, T, d) in cell order, gate (L, T, N), as `probes.look_inside` gives them.
     """
     T, L = len(tokens), len(gate)
-    rows, gate_rows, columns = -(-(T + 1) // 7), -(-L // 4), 7
+    rows, gate_rows = -(-(T + 1) // 7), -(-L // 4)
     heights = 0.5 + 1.4 * rows, 0.9 + (0.5 + 0.14 * len(layout.blocks)) * gate_rows
     figure = Figure(figsize=(10, sum(heights)), dpi=110, layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=heights)
     title = f"The tokens' matrices after layer {layer}" if layer else "The embeddings"
     above.suptitle(title, fontsize=10)
-    key, *axes = above.subplots(rows, columns).flat
+    key, *axes = above.subplots(rows, 7).flat
     key.set_title("the blocks", fontsize=8)
     key.set(xlim=(0, layout.width), ylim=(layout.height, 0), aspect="equal")
     _outline(key, layout, "black")
@@ -202,11 +182,11 @@ def block_view(
     above.colorbar(image, ax=[key, *axes], label="cell", shrink=0.8)
     below.suptitle("How far each block moves, by token and layer (gate)", fontsize=10)
     grids = below.subplots(gate_rows, min(4, L), sharex=True, sharey=True, squeeze=False).flat
+    look = {"cmap": "cividis", "vmin": gate.min(), "vmax": gate.max(), "aspect": "auto"}
     for index, axis in enumerate(grids):
         axis.set_visible(index < L)
         if index < L:
-            moved = axis.imshow(gate[index].T, cmap="cividis", vmin=gate.min(), vmax=gate.max(),
-                                aspect="auto", interpolation="nearest")  # fmt: skip
+            moved = axis.imshow(gate[index].T, **look)
             axis.set_title(f"layer {index + 1}", fontsize=8)
             axis.set_yticks(range(len(layout.blocks)), layout.names, fontsize=6.5)
             axis.set_xticks(range(T), tokens, fontsize=7, rotation=90)
@@ -245,29 +225,31 @@ def names(found: Mapping) -> Figure:
     """What each block tells (see `studies.names`): alike which others, what a linear probe reads
     from it alone, and how much of a word's place in it depends on the word before."""
     blocks, reads, moves = found["blocks"], found["reads"], found["moves"]
-    figure = Figure(figsize=(12.5, 5), layout="constrained", dpi=110)
-    alike, read, move = figure.subplots(1, 3, width_ratios=(1, 1.1, 0.75))
+    figure, (alike, read, move) = new_figure(12.5, 5, columns=3)
     values = [[of[block][0] for block in blocks] for of in reads.values()]
-    for axis, table, look in ((alike, found["similarity"], "Blues"), (read, values, "Oranges")):
-        axis.imshow(table, cmap=look, vmin=0, vmax=1 if axis is alike else None, aspect="auto")
-        for (row, column), value in np.ndenumerate(np.array(table)):
-            dark = value > (0.6 if axis is alike else 0.6 * np.max(values))
-            colour = "white" if dark else "0.25"
-            size = 8 if len(blocks) <= 8 else 5.5
-            text = f"{value:.2f}".replace("0.", ".")
-            axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
-        axis.set_xticks(range(len(blocks)), blocks, fontsize=8)
-    alike.set_yticks(range(len(blocks)), blocks, fontsize=8)
-    alike.set_title(
-        "How alike two blocks are\n(linear CKA: 0 nothing shared, 1 the same)", fontsize=10
-    )
-    read.set_yticks(range(len(reads)), list(reads), fontsize=8)
-    read.set_title(
-        "What is read from one block alone\n(accuracy beyond shuffled labels)", fontsize=10
-    )
-    draw_intervals(move, {block: Interval(*moves[block]) for block in blocks})
-    move.tick_params(axis="y", labelsize=8)
-    move.spines[["top", "right"]].set_visible(False)
+    _heat_map(alike, found["similarity"], blocks, blocks, "Blues")
+    _heat_map(read, values, list(reads), blocks, "Oranges")
+    style.draw_intervals(move, {block: Interval(*moves[block]) for block in blocks})
+    alike.set_title("How alike two blocks are\n(linear CKA: 0 nothing shared, 1 the same)")
+    read.set_title("What is read from one block alone\n(accuracy beyond shuffled labels)")
     words = f"share of variance, {found['words']} words"
-    move.set_title(f"How far the word before\nmoves a word ({words})", fontsize=10)
+    move.set_title(f"How far the word before\nmoves a word ({words})")
+    for axis in (alike, read, move):
+        axis.tick_params(labelsize=8)
+        axis.title.set_fontsize(10)
     return figure
+
+
+def _heat_map(axis, table: Sequence, rows: Sequence[str], columns: Sequence[str], colours) -> None:
+    """A table as shades, with its numbers."""
+    table = np.array(table)
+    axis.imshow(table, cmap=colours, vmin=0, aspect="auto")
+    for (row, column), value in np.ndenumerate(table):
+        colour, size = (
+            "white" if value > 0.6 * table.max() else "0.25",
+            8 if len(columns) < 9 else 5.5,
+        )
+        look = {"ha": "center", "va": "center", "fontsize": size, "color": colour}
+        axis.text(column, row, f"{value:.2f}".replace("0.", "."), **look)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
