@@ -5,7 +5,6 @@ Code collects findings, tables and figures; `templates/*.md.j2` say what stands 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -17,13 +16,12 @@ from matplotlib.figure import Figure
 
 from musota.data.sources import SOURCES
 from musota.errors import MusotaError
-from musota.files import write_json, write_text
+from musota.files import write_text
 from musota.plan.architectures import MuConfig, OwnConfig
 from musota.plan.path import EARNED
 from musota.plan.registry import TUNED, title_of
 from musota.rules import verdicts
 from musota.rules.plan import REPORTED
-from musota.rules.verdicts import Cause
 from musota.training.runs import Run
 from musota.workbook import figures, pictures, tables
 from musota.workbook.answers import answers, rule_lines
@@ -65,12 +63,6 @@ def _render(template: str, **found) -> str:
 def _write(path: Path, text: str) -> Path:
     write_text(path, text)
     return path
-
-
-def write_root_causes(folder: Path, causes: Sequence[Cause], advice: str, **about) -> None:
-    """root_causes.json: every suspect with what mending it did, and the advice."""
-    rows = [dataclasses.asdict(cause) for cause in causes]
-    write_json(folder / "root_causes.json", {**about, "causes": rows, "advice": advice})
 
 
 def write_report(folder: str | os.PathLike) -> Path:

@@ -13,7 +13,7 @@ from string import Formatter
 import pandas as pd
 
 from musota.plan.config import Experiment
-from musota.plan.registry import experiments, title_of
+from musota.plan.registry import title_of
 from musota.rules.stats import seed_interval
 from musota.rules.verdicts import Cause
 from musota.studies.path import Judged
@@ -113,14 +113,6 @@ PUBLISHED = (
     ("AWD-LSTM (Merity et al. 2017)", "33 M", 65.8),
     ("Mogrifier RLSTM (Melis 2022)", "24 M", 55.0),
 )
-REASONS = {  # the plan's, for what it changes
-    "max_seq_len": "better context, still memory-safe",
-    "batch_size": "compensate for longer sequences",
-    "epochs": "break through the plateau",
-    "learning_rate": "smoother convergence",
-    "warmup_steps": "better stability",
-    "accumulation_steps": "“maintain effective batch = 32”",
-}
 
 
 def comparison_table(runs: Iterable[Run], title: Callable[[str], str] = title_of) -> pd.DataFrame:
@@ -273,28 +265,6 @@ def bench_table(result: Mapping) -> pd.DataFrame:
         about = {"name": BENCH_NAMES[row["model"]], "mebibytes": row["memory_bytes"] / 2**20}
         rows.append({**row, **about, "range": row["tokens_per_s_ratio_range"]})
     return table(rows, BENCH)
-
-
-def plan_changes() -> pd.DataFrame:
-    """The plan's changes from `original` to `optimized`, with the reasons it gives (reported)."""
-    columns = {name: experiments[name].fields() for name in ("original", "optimized")}
-    reasons = {"reason (reported)": REASONS}
-    return _side_by_side(columns | reasons).loc[[*REASONS]]
-
-
-def overlooked_facts() -> list[str]:
-    """What follows from the plan's table though the plan does not say it."""
-    return [
-        "The effective batch was not kept at 32: it goes from 24 to 32 sequences.",
-        "Tokens per optimizer step go from 3,072 to 6,144.",
-        "The sum of the learning rate over all steps goes from 1.05 to 0.52: three times the "
-        "epochs, yet half the total movement.",
-        "Warm-up goes from 7% to 19% of all steps.",
-        "“Same memory” rests on the tokens of a micro-batch (768, as before); attention grows with "
-        "the square of the length, so it has to be measured.",
-        "The plan gives two times for the first ten epochs: 1.8 hours and 73 minutes (reported).",
-        "The first epochs cannot “match the previous run”: the learning rate is another.",
-    ]
 
 
 def markdown(table: pd.DataFrame) -> str:
