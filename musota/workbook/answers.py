@@ -23,25 +23,23 @@ def run_findings(
     """
     ppl, accuracy = run.summary["ppl"], run.summary["accuracy"]
     found, reason = [], plan_reason(run) or smaller_budget(run)
-    judged = isinstance(run.experiment.model, MuConfig)
-    if judged and reason:
-        found = [not_applicable("Scenario, bottom line, expectation", reason)]
-    elif judged:
+    if isinstance(run.experiment.model, MuConfig):
         found = [
             plan.scenario(ppl, accuracy, baseline.summary["ppl"] if baseline else None),
             plan.bottom_line(ppl),
             plan.expectation(ppl, accuracy),
         ]
+        if reason:
+            found = [not_applicable("Scenario, bottom line, expectation", reason)]
     if rungs:
         found.append(plan.on_the_ladder(ppl, rungs))
-    plateau, slow = plateau_of(run), warmup_of(run)
-    if slow:
+    plateau = plateau_of(run)
+    if slow := warmup_of(run):
         found.append(slow)
         if plateau.verdict == "plateau":
             plateau = dataclasses.replace(plateau, next_step=f"first {slow.next_step}")
-    found.append(plateau)
-    found.append(curves.oscillation(run.steps, run.experiment.training.warmup_steps))
-    return found
+    warmup = run.experiment.training.warmup_steps
+    return [*found, plateau, curves.oscillation(run.steps, warmup)]
 
 
 def plateau_of(run: Run, **rule) -> Finding:

@@ -75,10 +75,8 @@ def training_step(
 
 @contextmanager
 def contender(config: ModelConfig, who: str, batch: int, device: torch.device):
-    """One version of a model in a process of its own; gives what lets it make a training step.
-
-    That returns the step's seconds, and the bytes needed beyond the model so far, at their peak.
-    """
+    """One version of a model in a process of its own; gives what lets it make a training step, and
+    returns its seconds and the bytes needed beyond the model so far, at their peak."""
     arguments = config, who, batch, device, torch.get_num_threads()
     with ProcessPoolExecutor(1, get_context("spawn"), _prepare, arguments) as process:
         try:
@@ -95,11 +93,11 @@ def _prepare(config, who, batch, device, n_thread) -> None:
     """In a contender's process: the step and what memory held before the first."""
     global _prepared
     torch.set_num_threads(n_thread)
-    on_gpu, precision = device.type == "cuda", torch.float32
     if who == OURS:
-        precision = dtype_of(device)
         prepare_memory(device)
+    precision = dtype_of(device) if who == OURS else torch.float32
     step = training_step(build(config, who, device), batch, device, precision)
+    on_gpu = device.type == "cuda"
     held = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
     _prepared = step, device, held
 

@@ -13,7 +13,7 @@ from musota.errors import MusotaError
 from musota.files import as_path
 from musota.plan.architectures import DenseConfig
 from musota.plan.config import Experiment
-from musota.plan.profiles import Profile, grid_profiles, profiles, scaled, twin
+from musota.plan.profiles import grid_profiles, profiles, scaled, twin
 from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
 from musota.plan.suspects import grid
 from musota.rules import plan, verdicts
@@ -102,8 +102,7 @@ class Evidence:
     @property
     def profile(self) -> str | None:
         """The profile these runs were made at, by name; None for runs from Python alone."""
-        found = _profile_of(self.runs)
-        return found and found.name
+        return self.runs[0].config["profile"] if self.runs else None
 
     @property
     def plan_does_not_apply(self) -> str | None:
@@ -112,8 +111,9 @@ class Evidence:
     @property
     def at_the_plans_size(self) -> bool:
         """Whether these runs stand beside what the plan reported: its text and vocabulary."""
-        corpus, model = self.runs[0].config["corpus"], self.runs[0].experiment.model
-        return plan.plan_does_not_apply(corpus["name"], model.vocab_size, "full") is None
+        run = self.runs[0]
+        about = run.config["corpus"]["name"], run.experiment.model.vocab_size
+        return plan.plan_does_not_apply(*about, "full") is None
 
     @cached_property
     def rungs(self) -> dict[str, float]:
@@ -123,7 +123,7 @@ class Evidence:
     @property
     def sweeps(self) -> dict[str, dict[float, list[float]]]:
         """Valid losses by learning rate of both large models, where sweeps are recorded."""
-        profile = _profile_of(self.runs)
+        profile = profiles.get(self.profile)
         found = {name: swept(self.sweep_runs, name, profile) for name in TUNED.values() if profile}
         return {title_of(name): losses for name, losses in found.items() if losses}
 
@@ -131,17 +131,15 @@ class Evidence:
     def grid(self) -> tuple[list[Run], list[Cause]]:
         """The first cell of the root-cause grid recorded here, a run a seed, and the judged
         suspects. A run belongs to the cell whose experiment it is."""
-        recorded, _ = read_runs(self.folder, GRID)
+        recorded, runs = read_runs(self.folder, GRID)[0], {}
         if not recorded:
             return [], []
         profile = recorded[0].config["profile"]
         cells, suspects, _ = grid(profile)
-        size = grid_profiles[profile]
-        named = {scaled(cell.experiment, size): name for name, cell in cells.items()}
-        runs: dict[str, dict[int, Run]] = {}
-        for run in recorded:
-            if run.experiment in named:
-                runs.setdefault(named[run.experiment], {})[run.seed] = run
+        for name, cell in cells.items():
+            experiment = scaled(cell.experiment, grid_profiles[profile])
+            if own := {run.seed: run for run in recorded if run.experiment == experiment}:
+                runs[name] = own
         return (list(runs["original"].values()), judge_grid(runs, suspects)) if runs else ([], [])
 
     @property
@@ -211,12 +209,6 @@ class Evidence:
         return finding, intervals
 
 
-def _profile_of(runs: Iterable[Run]) -> Profile | None:
-    """The profile these runs were made at; None for runs from Python alone."""
-    named = (run.config["profile"] for run in runs)
-    return next((profiles[name] for name in named if name in profiles), None)
-
-
 def read_evidence(folder: str | os.PathLike, fingerprint: str | None = None) -> Evidence:
     """The runs of a results folder in the registry's order, with what was measured beside them.
 
@@ -246,7 +238,7 @@ def _roles(runs: list[Run], sweep_runs: Iterable[Run]) -> tuple[dict[str, Experi
 
     The first of two equal rows is the one that is shown; the second is its alias.
     """
-    profile = _profile_of(runs)
+    profile = profiles.get(runs[0].config["profile"]) if runs else None
     roles: dict[str, Experiment] = {}
     aliases: dict[str, str] = {}
     for name in registry if profile else ():
@@ -268,21 +260,20 @@ def read_rungs(probes: Mapping[str, dict], fingerprint: str | None) -> dict[str,
 
     Raises MusotaError where they are damaged.
     """
-    try:
-        for name, recorded in probes.items():
+    for name, recorded in probes.items():
+        try:
             if name.split(",")[0] == "ladder" and recorded["fingerprint"] == fingerprint:
                 return {rung: float(ppl) for rung, ppl in recorded["ppl"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        message = f"{name}.json is damaged: delete it, and it is measured anew."
-        raise MusotaError(message) from None
+        except (KeyError, TypeError, ValueError, AttributeError):
+            message = f"{name}.json is damaged: delete it, and it is measured anew."
+            raise MusotaError(message) from None
     return {}
 
 
 def read_path(folder: Path, fingerprint: str | None = None) -> dict[str, Judged]:
     """The rows of the path to the redesign that are recorded in a results folder, judged."""
     runs = [r for r in read_runs(folder, PATH)[0] if fingerprint in (None, r.fingerprint)]
-    profile = _profile_of(runs)
-    return judge_path(sort_out(runs, profile)) if profile else {}
+    return judge_path(sort_out(runs, profiles[runs[0].config["profile"]])) if runs else {}
 
 
 def plan_reason(run: Run) -> str | None:
