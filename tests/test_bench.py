@@ -44,7 +44,7 @@ MODELS = {"mu": musota.MuConfig(**SHAPE), "dense": musota.DenseConfig(**SHAPE)}
 
 @pytest.fixture(scope="module")
 def result():
-    return bench.run_bench("cpu", MODELS, batch=16, repeats=3, say=lambda _: None)
+    return bench.run_bench("cpu", MODELS, batch=16, repeats=3)
 
 
 def test_bench_measures_what_it_promises(result):

@@ -156,9 +156,7 @@ def test_any_runs_are_compared_where_they_differ_first(results):
 def test_other_tokens_are_compared_in_bits_per_byte(results):
     other = LABEL.replace("optimized,", "optimized,vocab_size=400,")
     evidence = chosen_runs([LABEL, other], *results)
-    assert "bits per byte" in evidence.note
-    ((finding, interval),) = against_first(evidence.runs)
-    assert finding.verdict in ("lower", "higher") and interval is None
+    assert "bits per byte" in evidence.note and not [*against_first(evidence.runs)]
     axis = figures.curves(evidence.runs, {"bigram": 100.0}, reported=True).axes[0]
     assert "bits per byte" in axis.get_ylabel() and axis.dataLim.ymax < 10
 

@@ -29,10 +29,6 @@ def _cells(path, kind="code"):
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
 
 
-def test_all_notebooks_are_there():
-    assert [path.stem for path in NOTEBOOKS] == NAMES
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_clean(path):
     raw = json.loads(path.read_text())
@@ -63,6 +59,7 @@ def test_setup_is_the_same_everywhere_and_badges_agree_with_the_one_address():
     address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
     owner_and_name = address.removeprefix("https://github.com/")
     link = f"https://colab.research.google.com/github/{owner_and_name}/blob/main/notebooks/"
+    assert [path.stem for path in NOTEBOOKS] == NAMES
     for path in NOTEBOOKS:
         title = _cells(path, "markdown")[0].source
         assert f"{link}{path.name})" in title and "colab-badge.svg" in title
@@ -73,14 +70,6 @@ def test_setup_is_the_same_everywhere_and_badges_agree_with_the_one_address():
 # --- executed: minutes, run by `pytest -m slow` ---
 
 RUNS = ("optimized", "baseline", "simplified", "simplified_twin")
-GRID_FIGURES = ("root_causes", "clean_gap", "anneal", "ablations")
-FIGURES = (
-    "zipf", "ladder", "ledger_optimized", "layout_optimized", "causality_optimized",
-    "ledger_baseline", "causality_baseline", "compare_curves", "compare_verdict",
-    "layout_simplified", "sizes", "verdict_simplified", "explorer", "optimized-seed0/explorer",
-    "optimized-seed0/blocks", *(f"root_causes/{name}" for name in GRID_FIGURES),
-    *(f"{run}-seed0/{name}" for run in RUNS for name in ("curves", "training")),
-)  # fmt: skip
 
 
 def _musota(*arguments, module="musota", cwd=ROOT, **environment):
@@ -140,8 +129,10 @@ def test_every_notebook_records_what_it_found(headless):
     }
     rules = [finding["rule"] for finding in found["04_compare"]["findings"]]
     assert "MU-SOTA optimized against its dense twin" in rules
-    for figure in FIGURES:
-        assert (folder / f"{figure}.png").stat().st_size > 10_000, figure
+    drawn = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.png")}
+    assert all(path.stat().st_size > 10_000 for path in drawn.values())
+    for name in ("explorer", "root_causes/anneal", "optimized-seed0/blocks", "compare_verdict"):
+        assert f"{name}.png" in drawn
 
 
 @pytest.mark.slow
@@ -207,16 +198,6 @@ def test_a_failing_notebook_stops_the_run_and_is_named(headless, text_folder, tm
     assert "02_train_optimized stopped in cell" in done.stderr and "cannot be read" in done.stderr
     assert str(folder / "executed" / "02_train_optimized.ipynb") in done.stderr
     assert "03_train_baseline" not in done.stdout
-
-
-@pytest.mark.slow
-def test_one_experiment_can_be_trained_alone(text_folder, tmp_path):
-    where = ["--profile", "tiny", "--corpus", text_folder, "--save-to", tmp_path]
-    done = _musota("train", "simplified_twin", *where, "--seed", "3")
-    assert done.returncode == 0, done.stderr
-    assert _read(_only(tmp_path) / "simplified_twin-seed3" / "summary.json")["finished"]
-    done = _musota("report", _only(tmp_path))
-    assert done.returncode == 0 and "README.md" in done.stdout
 
 
 # --- the command line ---

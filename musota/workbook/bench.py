@@ -141,7 +141,6 @@ def run_bench(
     models: Mapping[str, ModelConfig] | None = None,
     batch: int | None = None,
     repeats: int = 7,
-    say: Callable[[str], None] = print,
 ) -> dict:
     """Everything the bench measures, ready for JSON: ratios of speed are medians over rounds in
     which ours and a literal version take turns. Raises MusotaError for a device that is not there.
@@ -153,11 +152,11 @@ def run_bench(
     rows, differences = [], {}
     for kind, config in models.items():
         for against in (LITERAL, ALSO_DROPOUT):
-            say(f"{kind}: {repeats} rounds of ours and {against}")
+            print(f"{kind}: {repeats} rounds of ours and {against}")
             row = _compare(config, against, batch, device, repeats)
             done = row["tokens_per_s"] * config.flops_per_token
             rows.append({"model": kind, **row, "share_of_matmul_rate": done / rate})
-        say(f"{kind}: the losses of {AGREEMENT_STEPS} steps, ours and literal")
+        print(f"{kind}: the losses of {AGREEMENT_STEPS} steps, ours and literal")
         differences[kind] = agreement(config, 1, device)
     return {
         "batch": batch,

@@ -157,12 +157,13 @@ def compare(runs, profile, results):
     shown = tables.comparison_table(evidence.runs)[tables.BRIEF]
     click.echo(f"{evidence.note}\n\n{tables.differences_table(evidence.runs).to_string()}\n")
     click.echo(shown.to_string(index=False) + "\n")
-    found = list(against_first(evidence.runs))
-    for finding, _ in found:
+    drawn, found = {}, {}
+    for finding, interval in against_first(evidence.runs):
         click.echo(f"- {finding.sentence}")
-    drawn = {"curves": figures.curves(evidence.runs, evidence.rungs, reported=False)}
-    if paired := {f.rule.replace(" against ", "\nagainst "): i for f, i in found if i}:
-        drawn["verdicts"] = figures.difference(paired, "Against the first", figures.FIRST)
+        found[finding.rule.replace(" against ", "\nagainst ")] = interval
+    drawn["curves"] = figures.curves(evidence.runs, evidence.rungs, reported=False)
+    if found:
+        drawn["verdicts"] = figures.difference(found, "Against the first", figures.FIRST)
     (results / "compared").mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         path = results / "compared" / f"{name}.png"
@@ -268,7 +269,7 @@ def bench(device, file, repeats):
 
     if file:  # a folder that cannot be made is told before the minutes, not after
         file.parent.mkdir(parents=True, exist_ok=True)
-    result = run_bench(device, repeats=repeats, say=click.echo)
+    result = run_bench(device, repeats=repeats)
     if file:
         write_json(file, result)
     click.echo("\n" + bench_table(result).to_string(index=False))

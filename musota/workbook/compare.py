@@ -53,33 +53,20 @@ def chosen_runs(names: Sequence[str], results: Path, profile: str) -> Evidence:
     folder = runs[0].path.parent
     note = f"They differ in {', '.join(differences_table(runs).index)}."
     if len({run.valid_text for run in runs}) > 1:
-        note += " They were validated on other tokens: only bits per byte can be compared."
+        note += " They were validated on other tokens: compare them in bits per byte alone."
     return Evidence(folder, tuple(runs), read_probes(folder), note=note)
 
 
-def against_first(runs: Sequence[Run]) -> Iterator[tuple[Finding, Interval | None]]:
-    """The verdict on every model against the first, and its interval where there is one: over
-    seeds, or over blocks of text if they share no more than one."""
+def against_first(runs: Sequence[Run]) -> Iterator[tuple[Finding, Interval]]:
+    """The verdict on every model against the first, and its interval: over seeds, or over blocks
+    of text if they share no more than one. None on a model validated on other tokens."""
     first, *others = by_name(runs).values()
     for group in others:
-        names = [title_of(side[0].name) for side in (group, first)]
         if group[0].valid_text != first[0].valid_text:
-            yield _in_bits(group, first, names), None
             continue
         sides = [{run.seed: run.summary for run in side} for side in (group, first)]
         if not sides[0].keys() & sides[1].keys():
             sides = [{0: side[0].summary} for side in (group, first)]
+        names = (title_of(side[0].name) for side in (group, first))
         finding, text, seeds = better_or_worse(*sides, *names)
         yield finding, seeds or text
-
-
-def _in_bits(group: Sequence[Run], first: Sequence[Run], names: Sequence[str]) -> Finding:
-    one, other = (
-        sum(run.summary["bits_per_byte"] for run in side) / len(side) for side in (group, first)
-    )
-    verdict, conclusion = ("lower", "fewer bits") if one < other else ("higher", "more bits")
-    if group[0].config["corpus"]["name"] != first[0].config["corpus"]["name"]:
-        conclusion += ", but of another text: a hint at most"
-    saw = f"valid bits per byte {one:.3f} against {other:.3f}"
-    rule = "other tokens: not paired, so without an interval"
-    return Finding(" against ".join(names), verdict, saw, rule, conclusion)

@@ -33,11 +33,16 @@ ABLATED = (*TUNED, "optimized", "original")  # MU-SOTA as looked into: the first
 
 def footer(corpus: str, vocabulary: int, profile: str | None) -> str:
     """The line under every figure: what was measured on what."""
-    name = f"{corpus} (not WikiText!)" if "wikitext" not in corpus else corpus
+    name = corpus if "wikitext" in corpus else f"{corpus} (not WikiText!)"
     return (
         f"measured: {name} · byte-level BPE {vocabulary:,} · profile {profile} · valid, windows "
         "without overlap"
     )
+
+
+def footer_of(run: Run) -> str:
+    corpus = run.config["corpus"]
+    return footer(corpus["name"], corpus["vocabulary_in_use"], run.config["profile"])
 
 
 def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -94,10 +99,7 @@ class Evidence:
 
     @property
     def footer(self) -> str:
-        if not self.runs:
-            return ""
-        corpus = self.runs[0].config["corpus"]
-        return footer(corpus["name"], corpus["vocabulary_in_use"], self.profile)
+        return footer_of(self.runs[0]) if self.runs else ""
 
     @property
     def profile(self) -> str | None:
@@ -141,6 +143,11 @@ class Evidence:
             if own := {run.seed: run for run in recorded if run.experiment == experiment}:
                 runs[name] = own
         return (list(runs["original"].values()), judge_grid(runs, suspects)) if runs else ([], [])
+
+    @cached_property
+    def path(self) -> dict[str, Judged]:
+        """The rows of the path to the redesign that are recorded here, judged."""
+        return read_path(self.folder)
 
     @property
     def ablated(self) -> tuple[Run, dict[str, Interval]] | None:

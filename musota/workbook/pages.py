@@ -25,15 +25,7 @@ from musota.rules.plan import REPORTED
 from musota.training.runs import Run
 from musota.workbook import figures, pictures, tables
 from musota.workbook.answers import answers, rule_lines
-from musota.workbook.evidence import (
-    GRID,
-    Evidence,
-    by_name,
-    footer,
-    progress_of,
-    read_evidence,
-    read_path,
-)
+from musota.workbook.evidence import GRID, Evidence, by_name, footer_of, progress_of, read_evidence
 from musota.workbook.style import save_figure
 
 FRONT_MARKS = ("<!-- measured -->", "<!-- end of measured -->")
@@ -71,20 +63,19 @@ def write_report(folder: str | os.PathLike) -> Path:
     Returns the README's path. Raises MusotaError for a damaged record.
     """
     evidence = read_evidence(folder)
-    folder, path = evidence.folder.resolve(), read_path(evidence.folder)
+    folder = evidence.folder.resolve()
     shown = [group[0] for group in by_name(evidence.runs).values()]
     drawn = _figures(evidence, shown) if shown else {}
     for name, figure in drawn.items():
         save_figure(figure, folder / f"{name}.png", evidence.footer)
-    if path:
-        save_figure(figures.path(path, evidence.rungs), folder / "path.png", evidence.footer)
+    if evidence.path:
+        figure = figures.path(evidence.path, evidence.rungs)
+        save_figure(figure, folder / "path.png", evidence.footer)
     grid_runs, causes = evidence.grid
     if causes:
-        corpus, profile = (grid_runs[0].config[key] for key in ("corpus", "profile"))
-        about = footer(corpus["name"], corpus["vocabulary_in_use"], profile)
         figure = figures.root_causes(causes, verdicts.RELEVANT)
         (folder / GRID).mkdir(exist_ok=True)
-        save_figure(figure, folder / GRID / "root_causes.png", about)
+        save_figure(figure, folder / GRID / "root_causes.png", footer_of(grid_runs[0]))
     text = _render(
         "report",
         evidence=evidence,
@@ -94,7 +85,6 @@ def write_report(folder: str | os.PathLike) -> Path:
         rules=rule_lines(evidence) if shown else [],
         again=_training_again(evidence, shown),
         figures=list(drawn),
-        path=path,
     )
     return _write(folder / "README.md", text)
 

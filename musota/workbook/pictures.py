@@ -14,7 +14,6 @@ from matplotlib.ticker import MaxNLocator
 from musota.plan.layout import BlockLayout
 from musota.rules.audit import GUILTY
 from musota.rules.plan import PLAN_LADDER, REPORTED
-from musota.rules.stats import Interval
 from musota.studies.audit import Audit
 from musota.workbook import style
 from musota.workbook.style import BLUE, GREY, HATCHES, ORANGE, PLAIN, RED, SHADES, new_figure
@@ -81,28 +80,27 @@ def layouts(shown: Mapping[str, BlockLayout]) -> Figure:
 
 
 def causality(change: np.ndarray) -> Figure:
-    """Largest change of any logit at each position (column) when one token (row) is replaced."""
-    figure, axis = new_figure(6.2, 4.8)
-    shown = np.ma.log10(np.ma.masked_equal(change, 0))
-    image = axis.imshow(shown, cmap="viridis", interpolation="nearest")
-    axis.set(xlabel="position whose logits are compared", ylabel="position of the replaced token")
-    axis.set_title("White: not one logit changed")
-    figure.colorbar(image, label="log₁₀ of the largest change of a logit")
+    """Whether any logit at each position (column) changes when one token (row) is replaced."""
+    figure, axis = new_figure(6.2, 5.2)
+    _draw_moves(axis, change)
     return figure
+
+
+def _draw_moves(axis, change: np.ndarray) -> None:
+    ahead = np.tril(change > 0, -1)
+    axis.imshow((change > 0) + 1 * ahead, cmap=ListedColormap(["white", BLUE, RED]), vmin=0, vmax=2)
+    axis.set(xlabel="… does the guess made at this position move?", ylabel="replace this token …")
+    axis.set_title("Does it see what comes?" + ("" if ahead.any() else " (nothing red: no)"))
+    keys = {"it moves, and may: the token was known": BLUE, "it moves: IT SAW WHAT COMES": RED}
+    handles = [Patch(color=colour, label=text) for text, colour in keys.items()]
+    axis.legend(handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
 
 
 def audited(audit: Audit) -> Figure:
     """Which guess moves with which token, and the loss on random tokens, for whoever never heard
     of either."""
     figure, (left, right) = new_figure(11.5, 5.2, columns=2)
-    moved = audit.change.numpy() > 0
-    ahead = np.tril(moved, -1)
-    left.imshow(1 * moved + ahead, cmap=ListedColormap(["white", BLUE, RED]), vmin=0, vmax=2)
-    left.set(xlabel="… does the guess made at this position move?", ylabel="replace this token …")
-    left.set_title("Does it see what comes?" + ("" if ahead.any() else " (nothing red: no)"))
-    keys = {"it moves, and may: the token was known": BLUE, "it moves: IT SAW WHAT COMES": RED}
-    handles = [Patch(color=colour, label=text) for text, colour in keys.items()]
-    left.legend(handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    _draw_moves(left, audit.change.numpy())
     floor, losses = np.log(audit.symbols), pd.Series(audit.losses, dtype=float)
     right.plot(losses, color="0.75", linewidth=0.8, label="each step, on fresh random tokens")
     right.plot(losses.rolling(15, min_periods=1).mean(), color=BLUE, label="mean of 15")
@@ -159,29 +157,26 @@ def block_view(
     cells (L + 1, T, d) in cell order, gate (L, T, N), as `probes.look_inside` gives them.
     """
     T, L = len(tokens), len(gate)
-    rows, gate_rows = -(-(T + 1) // 7), -(-L // 4)
-    heights = 0.5 + 1.4 * rows, 0.9 + (0.5 + 0.14 * len(layout.blocks)) * gate_rows
+    heights = 0.5 + 1.4 * -(-(T + 1) // 7), 0.9 + (0.5 + 0.14 * len(layout.blocks)) * -(-L // 4)
     figure = Figure(figsize=(10, sum(heights)), dpi=110, layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=heights)
-    title = f"The tokens' matrices after layer {layer}" if layer else "The embeddings"
-    above.suptitle(title, fontsize=10)
-    key, *axes = above.subplots(rows, 7).flat
-    key.set_title("the blocks", fontsize=8)
-    key.set(xlim=(0, layout.width), ylim=(layout.height, 0), aspect="equal")
-    _outline(key, layout, "black")
-    for block in layout.blocks:
-        middle = block.column + block.width / 2, block.row + block.height / 2
-        key.text(*middle, block.name, ha="center", va="center", fontsize=7)
+    above.suptitle(f"The tokens' matrices after layer {layer}" if layer else "The embeddings")
+    below.suptitle("How far each block moves, by token and layer (gate)")
+    axes = above.subplots(-(-(T + 1) // 7), 7, squeeze=False).ravel()
     matrices, bound = layout.to_matrix(cells[layer]), float(np.abs(cells[layer]).max())
-    for axis, matrix, token in zip(axes, matrices, tokens, strict=False):
+    key = np.zeros_like(matrices[0])  # the first names the blocks
+    shown = zip(axes, [key, *matrices], ["the blocks", *tokens], strict=False)
+    for axis, matrix, token in shown:
         image = axis.imshow(matrix, cmap="cividis", vmin=-bound, vmax=bound)
         axis.set_title(token, fontsize=8)
         _outline(axis, layout, "white", offset=-0.5)
-    for index, axis in enumerate([key, *axes]):
+    for block in layout.blocks:
+        middle = block.column + (block.width - 1) / 2, block.row + (block.height - 1) / 2
+        axes[0].text(*middle, block.name, ha="center", va="center", fontsize=7, color="white")
+    for index, axis in enumerate(axes):
         axis.set(xticks=[], yticks=[], visible=index <= T)
-    above.colorbar(image, ax=[key, *axes], label="cell", shrink=0.8)
-    below.suptitle("How far each block moves, by token and layer (gate)", fontsize=10)
-    grids = below.subplots(gate_rows, min(4, L), sharex=True, sharey=True, squeeze=False).flat
+    above.colorbar(image, ax=list(axes), label="cell", shrink=0.8)
+    grids = below.subplots(-(-L // 4), min(4, L), sharex=True, sharey=True, squeeze=False).ravel()
     look = {"cmap": "cividis", "vmin": gate.min(), "vmax": gate.max(), "aspect": "auto"}
     for index, axis in enumerate(grids):
         axis.set_visible(index < L)
@@ -190,7 +185,7 @@ def block_view(
             axis.set_title(f"layer {index + 1}", fontsize=8)
             axis.set_yticks(range(len(layout.blocks)), layout.names, fontsize=6.5)
             axis.set_xticks(range(T), tokens, fontsize=7, rotation=90)
-    below.colorbar(moved, ax=list(below.axes), label="sensitivity", shrink=0.8)
+    below.colorbar(moved, ax=list(grids), label="sensitivity", shrink=0.8)
     return figure
 
 
@@ -219,37 +214,3 @@ def bench(result: Mapping) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.xaxis.set_major_formatter(PLAIN)
     return figure
-
-
-def names(found: Mapping) -> Figure:
-    """What each block tells (see `studies.names`): alike which others, what a linear probe reads
-    from it alone, and how much of a word's place in it depends on the word before."""
-    blocks, reads, moves = found["blocks"], found["reads"], found["moves"]
-    figure, (alike, read, move) = new_figure(12.5, 5, columns=3)
-    values = [[of[block][0] for block in blocks] for of in reads.values()]
-    _heat_map(alike, found["similarity"], blocks, blocks, "Blues")
-    _heat_map(read, values, list(reads), blocks, "Oranges")
-    style.draw_intervals(move, {block: Interval(*moves[block]) for block in blocks})
-    alike.set_title("How alike two blocks are\n(linear CKA: 0 nothing shared, 1 the same)")
-    read.set_title("What is read from one block alone\n(accuracy beyond shuffled labels)")
-    words = f"share of variance, {found['words']} words"
-    move.set_title(f"How far the word before\nmoves a word ({words})")
-    for axis in (alike, read, move):
-        axis.tick_params(labelsize=8)
-        axis.title.set_fontsize(10)
-    return figure
-
-
-def _heat_map(axis, table: Sequence, rows: Sequence[str], columns: Sequence[str], colours) -> None:
-    """A table as shades, with its numbers."""
-    table = np.array(table)
-    axis.imshow(table, cmap=colours, vmin=0, aspect="auto")
-    for (row, column), value in np.ndenumerate(table):
-        colour, size = (
-            "white" if value > 0.6 * table.max() else "0.25",
-            8 if len(columns) < 9 else 5.5,
-        )
-        look = {"ha": "center", "va": "center", "fontsize": size, "color": colour}
-        axis.text(column, row, f"{value:.2f}".replace("0.", "."), **look)
-    axis.set_xticks(range(len(columns)), columns)
-    axis.set_yticks(range(len(rows)), rows)

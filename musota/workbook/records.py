@@ -1,13 +1,8 @@
 """Recorded runs and probes, from run folders and from the packed files of committed results.
 
-runs.jsonl     a run a line: path, config, summary, events
-epochs.jsonl   an epoch a line, with the path of its run
-steps.parquet  the logged steps of every run, float32
-probes.json    what was measured besides runs: rungs, ablations, findings; by name
-SHA256SUMS     of these four
-
-Where a run stands both in a folder and packed, the folder counts. What a run is called never
-decides anything: runs are the same by experiment, corpus fingerprint and seed.
+What the packed files hold is in docs/robustness.md. Where a run stands both in a folder and packed,
+the folder counts. What a run is called never decides anything: runs are the same by experiment,
+corpus fingerprint and seed.
 """
 
 from __future__ import annotations
@@ -89,15 +84,14 @@ def labelled(runs: Iterable[Run], roles: Mapping[str, Experiment]) -> list[Run]:
         key = run.experiment, run.fingerprint
         if key not in names:
             name = next((role for role, e in roles.items() if e == run.experiment), run.name)
-            taken = owners.get(name, run.experiment) != run.experiment or name in names.values()
-            if taken:
-                told = run.experiment.differences(owners[name])
+            owner = owners.get(name, run.experiment)
+            if owner != run.experiment or name in names.values():
+                told = run.experiment.differences(owner)
                 name = ",".join([name, *(told or [f"corpus={run.fingerprint[:8]}"])])
             owners.setdefault(name, run.experiment)
             names[key] = name
-        copied = copy.copy(run)
-        copied.name = names[key]
-        copies.append(copied)
+        copies.append(copy.copy(run))
+        copies[-1].name = names[key]
     return copies
 
 
