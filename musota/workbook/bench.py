@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from musota.errors import MusotaError
-from musota.models.base import CausalLM
 from musota.models.literal import Literal
 from musota.models.sharing import build_model
 from musota.plan.architectures import DenseConfig, ModelConfig, MuConfig
@@ -35,29 +34,24 @@ AGREEMENT_STEPS = 20
 OURS, LITERAL, ALSO_DROPOUT = "ours", "literal", "literal, attention-weight dropout"
 
 
-def build(config: ModelConfig, who: str, device: torch.device) -> nn.Module:
-    """Ours or a literal version, with the same weights every time."""
-    torch.manual_seed(0)
-    model = build_model(config).to(device)
-    if who == OURS:
-        return model
-    return Literal(model, attention_dropout=config.dropout if who == ALSO_DROPOUT else 0.0)
-
-
 def training_step(
-    model: nn.Module, batch: int, device: torch.device, precision: torch.dtype = torch.float32
+    config: ModelConfig, who: str, batch: int, device: torch.device, precision=torch.float32
 ) -> Callable[[], Tensor]:
-    """A function that makes one optimizer step on a fixed batch and returns its loss: ours with the
-    trainer's fused AdamW, the literal one with torch's default, neither decaying weights."""
-    ours, half = isinstance(model, CausalLM), precision == torch.float16
-    vocab_size, length = model.config.vocab_size, model.config.max_seq_len
-    if ours and device.type == "cuda":
+    """A function that makes one optimizer step of ours or a literal version, whose weights are the
+    same every time, on a fixed batch and returns its loss: ours with the trainer's fused AdamW, the
+    literal one with torch's default, neither decaying weights."""
+    torch.manual_seed(0)
+    model, ours, half = build_model(config).to(device), who == OURS, precision == torch.float16
+    if not ours:
+        model = Literal(model, attention_dropout=config.dropout if who == ALSO_DROPOUT else 0.0)
+    elif device.type == "cuda":
         model.compile_layers()
     fused = (ours and not half) or None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     generator = torch.Generator().manual_seed(0)
-    window = torch.randint(vocab_size, (batch, length + 1), generator=generator).to(device)
+    shape = batch, config.max_seq_len + 1
+    window = torch.randint(config.vocab_size, shape, generator=generator).to(device)
 
     def step() -> Tensor:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
@@ -96,7 +90,7 @@ def _prepare(config, who, batch, device, n_thread) -> None:
     if who == OURS:
         prepare_memory(device)
     precision = dtype_of(device) if who == OURS else torch.float32
-    step = training_step(build(config, who, device), batch, device, precision)
+    step = training_step(config, who, batch, device, precision)
     on_gpu = device.type == "cuda"
     held = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
     _prepared = step, device, held
@@ -129,9 +123,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def agreement(config: ModelConfig, batch: int, device: torch.device) -> float:
     """The largest relative difference of ours and the literal loss: 20 steps, fp32, no dropout."""
     config = dataclasses.replace(config, dropout=0.0)
-    ours, literal = (
-        training_step(build(config, who, device), batch, device) for who in (OURS, LITERAL)
-    )
+    ours, literal = (training_step(config, who, batch, device) for who in (OURS, LITERAL))
     losses = torch.tensor([(ours(), literal()) for _ in range(AGREEMENT_STEPS)]).double()
     return float((losses[:, 0] / losses[:, 1] - 1).abs().max())
 
