@@ -78,21 +78,21 @@ FRONT = {
     "against its dense twin, nats/token [95 %]": "{against}",
 }
 CAUSE = {
-    "suspect": "{suspect.name}",
-    "the plan's confidence (reported)": "{suspect.confidence}",
-    "changed here": "{here}",
+    "suspect": "{cause.suspect.name}",
+    "the plan's confidence (reported)": "{cause.suspect.confidence}",
+    "changed here": "{cause.here}",
     "effect of mending it": "{gain}",
-    "PPL": "{ppl_before:,.1f} → {after:,.1f}",
-    "verdict": "{verdict}",
+    "PPL": "{cause.ppl_before:,.1f} → {after:,.1f}",
+    "verdict": "{cause.verdict}",
 }
 PATH_ROW = {
-    "change": "{step.title}",
-    "parameters": "{parameters:,}",
-    "best rate": "{rate:g} of {tried}",
+    "change": "{row.step.title}",
+    "parameters": "{run.experiment.model.n_parameters:,}",
+    "best rate": "{row.rate:g} of {row.tried}",
     "seeds": "{seeds}",
-    "valid PPL": "{ppl:,.1f}",
+    "valid PPL": "{row.ppl:,.1f}",
     "nats against the row it is one change away from": "{against}",
-    "verdict": "{verdict}",
+    "verdict": "{row.verdict}",
 }
 HEALTH = {"statistic": "{rule}", "value": "{saw}", "band": "{threshold}", "meaning": "{conclusion}"}
 BENCH_NAMES = {"mu": "MU-SOTA", "dense": "dense"}
@@ -240,16 +240,16 @@ def causes_table(causes: Iterable[Cause]) -> pd.DataFrame:
     rows = []
     for cause in causes:
         after = cause.ppl_after if cause.effect else "diverges"
-        rows.append({**vars(cause), "gain": cause.effect or "diverges", "after": after})
+        rows.append({"cause": cause, "gain": cause.effect or "diverges", "after": after})
     return table(rows, CAUSE)
 
 
 def path_table(judged: Mapping[str, Judged]) -> pd.DataFrame:
     """The path to the redesign, a change a row, and each change taken back alone."""
-    rows = []
-    for row in judged.values():
-        about = {"ppl": row.ppl, "seeds": len(row.runs), "against": row.effect or ""}
-        rows.append({**vars(row), **about, "parameters": row.runs[0].experiment.model.n_parameters})
+    rows = [
+        {"row": row, "run": row.runs[0], "seeds": len(row.runs), "against": row.effect or ""}
+        for row in judged.values()
+    ]
     return table(rows, PATH_ROW)
 
 
