@@ -280,7 +280,8 @@ def read_rungs(probes: Mapping[str, dict], fingerprint: str | None) -> dict[str,
 def read_path(folder: Path, fingerprint: str | None = None) -> dict[str, Judged]:
     """The rows of the path to the redesign that are recorded in a results folder, judged."""
     runs = [r for r in read_runs(folder, PATH)[0] if fingerprint in (None, r.fingerprint)]
-    return judge_path(sort_out(runs, profiles[runs[0].config["profile"]])) if runs else {}
+    profile = profiles.get(runs[0].config["profile"]) if runs else None
+    return judge_path(sort_out(runs, profile)) if profile else {}
 
 
 def plan_reason(run: Run) -> str | None:

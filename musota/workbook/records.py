@@ -119,10 +119,8 @@ def pack(folder: str | os.PathLike) -> list[Path]:
     runs = [run for part in parts for run in read_runs(folder, part)[0]]
     lines, epochs, steps = [], [], [pd.DataFrame({"run": []})]
     for run in runs:
-        path, kinds = (
-            run.path.relative_to(folder).as_posix(),
-            {"step": [], "epoch": [], "event": []},
-        )
+        path = run.path.relative_to(folder).as_posix()
+        kinds = {"step": [], "epoch": [], "event": []}
         for record in run.records:
             kinds[record["kind"]].append({k: v for k, v in record.items() if k != "kind"})
         about = {"config": run.config, "summary": run.summary, "events": kinds["event"]}

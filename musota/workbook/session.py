@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -131,33 +131,32 @@ class Workbook(Results):
         """Train the root-cause grid of this profile, or go on with it (see `suspects.grid`)."""
         cells, suspects, seeds = suspects_grid(self.profile.name)
         longest = "epochs" if "epochs" in cells else "original"  # to look inside afterwards
-        how = {"known": self.known(), "keep": (longest,), "changes": self.changes}
-        return self._cells(cells, [self.seed + n for n in seeds], **how), suspects
+        how = {"cells": cells, "seeds": [self.seed + n for n in seeds], "changes": self.changes}
+        return self._trained(run_cells, **how, keep=(longest,)), suspects
 
     def carry_out(self, part: str, seeds: int) -> None:
         """Train one of `PARTS` of the plan with `seeds` seeds, or go on with it."""
         seeds = range(self.seed, self.seed + seeds)
-        how = {"fresh": self.fresh, "each": self.push, "quiet": False}
-        place = self.profile, self.corpus, self.folder / part
         if part == SWEEP:
-            campaign.run_sweeps(*place, self.seed, known=self.known(SWEEP), **how)
+            self._trained(campaign.run_sweeps, part, seed=self.seed, quiet=False)
         elif part == PATH:
-            run_path(*place, seeds, known=self.known(PATH), **how)
+            self._trained(run_path, part, seeds=seeds, quiet=False)
         else:
             cells, looked = campaign.models(), ("optimized", "redesigned")
             if part == "tuned":
                 losses = {name: self._swept(self.root, name) for name in TUNED}
                 cells = {n: Cell(campaign.tuned(n, self.profile, losses[n])) for n in TUNED}
                 looked = ("tuned",)
-            runs = self._cells(cells, seeds, known=self.known(), keep=cells, quiet=False)
+            runs = self._trained(run_cells, cells=cells, seeds=seeds, keep=cells, quiet=False)
             for name in looked:
                 if (run := runs[name][self.seed]).has_model:
                     self.kept(f"ablations_{name}", measure_ablations, run, self.corpus)
 
-    def _cells(self, cells: dict[str, Cell], seeds, **how) -> dict[str, dict[int, Run]]:
-        how |= {"fresh": self.fresh, "each": self.push}
+    def _trained(self, study: Callable, part: str = "", **how):
+        """What a study that trains many runs returns; however it ends, what it made is copied."""
+        how |= {"profile": self.profile, "corpus": self.corpus, "folder": self.folder / part}
         try:
-            return run_cells(cells, seeds, self.profile, self.corpus, self.folder, **how)
+            return study(**how, fresh=self.fresh, each=self.push, known=self.known(part))
         finally:
             self.push()
 
