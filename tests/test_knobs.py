@@ -3,11 +3,9 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from click.testing import CliRunner
 
 import musota
 from musota.errors import MusotaError
@@ -20,6 +18,7 @@ from musota.studies.grid import LINES, advised_changes, next_line
 from musota.training import trainer
 from musota.workbook import figures
 from musota.workbook.answers import health_of, run_findings
+from musota.workbook.cli import cli
 from musota.workbook.compare import against_first, chosen_runs, find_runs
 from musota.workbook.evidence import read_evidence
 from musota.workbook.session import Workbook
@@ -92,7 +91,6 @@ def test_changes_keep_a_comparison_fair(changes, same):
 def test_a_profile_never_multiplies_a_change(made):
     for name in ("original", "optimized", "simplified"):
         assert made(learning_rate=0.5).experiment(name).training.learning_rate == 0.5
-    assert made(vocab_size=400).corpus.tokenizer.size == 400
 
 
 def test_the_grid_takes_what_it_does_not_turn_itself(text_folder, tmp_path, capsys):
@@ -136,13 +134,9 @@ def test_a_run_goes_on_from_anothers_best_weights(results, made, capsys):
     assert musota.train(run.experiment, book.corpus, run.path).finished  # as it is
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"n_block": 8}, "has n_block=16, not 8"), ({"vocab_size": 400}, "has vocab_size=512, not")],
-)
-def test_weights_that_do_not_fit_are_refused(results, made, changes, message):
-    with pytest.raises(MusotaError, match=message):
-        made(**changes).train("optimized", continue_from=find(LABEL, results))
+def test_weights_that_do_not_fit_are_refused(results, made):
+    with pytest.raises(MusotaError, match="has n_block=16, not 8"):
+        made(n_block=8).train("optimized", continue_from=find(LABEL, results))
 
 
 # --- comparing any runs ---
@@ -162,9 +156,7 @@ def test_any_runs_are_compared_where_they_differ_first(results):
 def test_other_tokens_are_compared_in_bits_per_byte(results):
     other = LABEL.replace("optimized,", "optimized,vocab_size=400,")
     evidence = chosen_runs([LABEL, other], *results)
-    assert "bits per byte" in evidence.note
-    ((finding, interval),) = against_first(evidence.runs)
-    assert finding.verdict in ("lower", "higher") and interval is None
+    assert "bits per byte" in evidence.note and not [*against_first(evidence.runs)]
     axis = figures.curves(evidence.runs, {"bigram": 100.0}, reported=True).axes[0]
     assert "bits per byte" in axis.get_ylabel() and axis.dataLim.ymax < 10
 
@@ -203,27 +195,23 @@ def test_a_text_is_scored_token_by_token(results):
 
 def test_compare_and_score_on_the_command_line(results, tmp_path):
     (tmp_path / "note.txt").write_text("Return the name of the file.\n")
-    where = ["--save-to", results[0], "--profile", results[1]]
-    command = [sys.executable, "-m", "musota"]
-    how = {"capture_output": True, "text": True, "cwd": tmp_path}
-    how["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, "compare", LABEL, LONGER, *where], **how)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("They differ in epochs.") and "against MU-SOTA" in done.stdout
-    done = subprocess.run([*command, "score", LABEL, "note.txt", *where], **how)
-    assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
-    for picture in (
-        "compared/curves",
-        "compared/verdicts",
-        f"{results[1]}/{LABEL}-seed0/score-note",
-    ):
-        assert (results[0] / f"{picture}.png").stat().st_size > 5000
+    where = ["--save-to", str(results[0]), "--profile", results[1]]
+    done = CliRunner().invoke(cli, ["compare", LABEL, LONGER, *where], catch_exceptions=False)
+    assert done.output.startswith("They differ in epochs.") and "against MU-SOTA" in done.output
+    for picture in ("curves", "verdicts"):
+        assert (results[0] / "compared" / f"{picture}.png").stat().st_size > 5000
+    command = ["score", LABEL, str(tmp_path / "note.txt"), *where]
+    done = CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert "bits per byte" in done.output
+    assert (results[0] / results[1] / f"{LABEL}-seed0" / "score-note.csv").exists()
 
 
 # --- warm-up that outlasts its run ---
 
 
-def test_warm_up_longer_than_the_run_is_a_finding(results):
+def test_warm_up_longer_than_the_run_is_a_finding_and_said_before_the_first_step(
+    results, made, capsys
+):
     run = find(LABEL.replace("steps=5", "steps=2000"), results)
     found = {finding.rule: finding for finding in run_findings(run, {})}
     assert found["Warm-up"].verdict == "never ends" and "plateau" in found["Warm-up"].conclusion
@@ -231,11 +219,8 @@ def test_warm_up_longer_than_the_run_is_a_finding(results):
     assert updates.verdict == "warming up" and "usual" not in updates.conclusion
     assert "Warm-up" not in {f.rule for f in run_findings(find(LABEL, results), {})}
     assert curves.warmup(2000, 220).saw == "2,000 warm-up steps in a run of 220"
-    assert "11%" in curves.warmup(2000, 220).conclusion
     assert curves.warmup(100, 220).verdict == "long" and curves.warmup(2000, 10_500) is None
-
-
-def test_it_is_said_before_the_first_step(made, capsys):
+    capsys.readouterr()
     made(warmup_steps=1999).train("optimized", stop_at=0.5)
     said = capsys.readouterr().out
     assert said.index("1,999 warm-up steps in a run of") < said.index("tokens/s")
@@ -244,7 +229,7 @@ def test_it_is_said_before_the_first_step(made, capsys):
 # --- what notebook 06 advises ---
 
 
-@pytest.mark.parametrize("profile", ["tiny", "quick", "study", "full"])
+@pytest.mark.parametrize("profile", ["tiny", "study"])
 def test_the_advised_line_makes_the_change(profile):
     base = scaled(musota.experiments["optimized"], profile)
     for suspect in grid(profile)[1]:

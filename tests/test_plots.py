@@ -17,18 +17,20 @@ from musota.rules.verdicts import Cause
 from musota.workbook import figures, pictures
 from musota.workbook.answers import verdict_lines
 from musota.workbook.evidence import read_evidence
-from musota.workbook.style import figure_png, save_figure, styles_of
+from musota.workbook.style import figure_png, styles_of
 from musota.workbook.tables import comparison_table, ledger_table
 
 MODELS = {"optimized": musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1)}
 MODELS["baseline"] = musota.twin(musota.Experiment(MODELS["optimized"], TrainConfig())).model
 
-_EFFECTS = (Interval(-0.4, -0.5, -0.3), Interval(0.02, -0.1, 0.14), None)
+EFFECTS = {
+    "cause": Interval(-0.4, -0.5, -0.3),
+    "undecided": Interval(0.02, -0.1, 0.14),
+    "not a cause": None,
+}
 CAUSES = [
     Cause(Suspect(f"suspect {n}", "50 %", "a", "b", "mend"), effect, 400.0, 270.0, verdict, "x")
-    for n, (effect, verdict) in enumerate(
-        zip(_EFFECTS, ("cause", "undecided", "not a cause"), strict=True)
-    )
+    for n, (verdict, effect) in enumerate(EFFECTS.items())
 ]
 SWEEP = {1e-3: [6.5, 6.4], 3e-3: [6.0, 6.1], 1e-2: [5.5, 5.4], 3e-2: [29.0, 30.0]}
 ABLATED = {
@@ -53,14 +55,6 @@ def evidence(corpus, tmp_path_factory):
     rungs = {"uniform": 512.0, "unigram": 230.0, "bigram": 150.0, "trigram": 120.0}
     write_json(folder / "ladder.json", {"fingerprint": corpus.fingerprint, "ppl": rungs})
     return read_evidence(folder)
-
-
-def _ink(figure):
-    """Share of pixels that are not the background, and of the middle of the picture."""
-    pixels = matplotlib.image.imread(io.BytesIO(figure_png(figure, "")))[..., :3]
-    height, width = pixels.shape[:2]
-    middle = pixels[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4]
-    return [(part < 0.98).any(-1).mean() for part in (pixels, middle)]
 
 
 def _written(axis):
@@ -91,15 +85,15 @@ def test_figures_are_not_empty_and_say_what_they_show(evidence):
         "explored": figures.explored([CURVE], evidence.rungs, ("epoch", "perplexity")),
     }
     for name, figure in drawn.items():
-        whole, middle = _ink(figure)
-        assert whole > 0.02 and middle > 0.005, name
-        for axis in filter(lambda axis: axis.get_visible(), figure.axes):
-            assert axis.get_title() or axis.get_ylabel(), name
-            assert axis.get_xlabel() or axis.get_ylabel() or name == "blocks", name
+        pixels = matplotlib.image.imread(io.BytesIO(figure_png(figure, "about")))[..., :3]
+        height, width = pixels.shape[:2]
+        middle = pixels[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4]
+        assert (middle < 0.98).any(-1).mean() > 0.005, name  # more than background
+        assert figure.get_supxlabel() == "about"
 
 
 def test_the_explorers_figure_shades_the_plateau_and_marks_events(evidence):
-    figure = figures.explored([CURVE], evidence.rungs, ("epoch", "perplexity"), log_y=True)
+    figure = figures.explored([CURVE], evidence.rungs, ("epoch", "perplexity"), log="y")
     (axis,) = figure.axes
     (band,) = axis.patches
     assert (band.get_x(), band.get_x() + band.get_width()) == (4.0, 6.0)
@@ -108,12 +102,11 @@ def test_the_explorers_figure_shades_the_plateau_and_marks_events(evidence):
     assert axis.get_yscale() == "log" and len(axis.lines) == 2 + 1 + len(evidence.rungs)
 
 
-def test_the_root_cause_figure_tells_verdicts_apart_without_colour(evidence):
+def test_the_root_cause_figure_tells_verdicts_apart_without_colour():
     axis = figures.root_causes(CAUSES, 0.05).axes[0]
     marks = {(line.get_marker(), line.get_fillstyle()) for line in axis.lines}
     assert {("o", "full"), ("D", "left")} <= marks
     assert "400 → 270" in _written(axis) and "400 → diverges" in _written(axis)
-    assert "suspect 0\nplan: 50 % · x" in [t.get_text() for t in axis.get_yticklabels()]
 
 
 def test_a_sweep_keeps_what_fails_off_the_scale():
@@ -141,39 +134,28 @@ def test_curves_draw_every_run_rung_and_the_reported_result(evidence):
     assert "reported" not in str([t.get_text() for t in without.axes[0].get_legend().texts])
 
 
-def test_a_saved_figure_carries_its_line_about_what_was_measured(evidence, tmp_path):
-    figure = figures.curves(evidence.runs, evidence.rungs, reported=False)
-    save_figure(figure, tmp_path / "curves.png", evidence.footer)
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert figure.get_supxlabel() == evidence.footer
-    assert "not WikiText" in evidence.footer and "measured" in evidence.footer
-
-
-def test_tables_hold_the_recorded_numbers(evidence):
+def test_tables_and_verdicts_hold_the_recorded_numbers(evidence):
     table = comparison_table(evidence.runs).set_index("model")
     for run in evidence.runs:
         row = table.loc[registry.title_of(run.name)]
         assert row["valid PPL"] == f"{run.summary['ppl']:.1f}"
         assert row["parameters"] == f"{run.experiment.model.n_parameters:,}"
-    ledger = ledger_table(evidence.runs)
-    assert ledger.loc["total", "MU-SOTA optimized"] == f"{MODELS['optimized'].n_parameters:,}"
-
-
-def test_the_verdict_compares_the_twins_and_places_the_run(evidence):
+    total = ledger_table(evidence.runs).loc["total", "MU-SOTA optimized"]
+    assert total == f"{MODELS['optimized'].n_parameters:,}"
     text = "\n".join(verdict_lines(evidence))
-    assert "MU-SOTA optimized against its dense twin" in text
-    assert "Ladder" in text and "Option 3" in text and "not applicable here" in text
+    for said in ("optimized against its dense twin", "Ladder", "Option 3", "not applicable here"):
+        assert said in text
 
 
 def test_the_report_is_made_from_records_alone(evidence, tmp_path):
     folder = tmp_path / "kept"
-    ignored = shutil.ignore_patterns("checkpoints", "*.png")
-    shutil.copytree(evidence.folder, folder, ignore=ignored)
+    shutil.copytree(evidence.folder, folder, ignore=shutil.ignore_patterns("check*", "*.png"))
     path = musota.write_report(folder)
     text = path.read_text()
     for run in evidence.runs:
         assert f"{run.summary['ppl']:.1f}" in text
     for name in ("curves", "ledger", "verdict_optimized"):
         assert f"({name}.png)" in text and (folder / f"{name}.png").exists()
+    assert "measured" in evidence.footer and "not WikiText" in evidence.footer
     musota.write_report(folder)
     assert path.read_text() == text

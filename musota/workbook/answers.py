@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from musota.plan.architectures import MuConfig
 from musota.rules import curves, plan, verdicts
 from musota.rules.findings import Finding, not_applicable
-from musota.studies.grid import judge
 from musota.training.runs import Run
-from musota.workbook.evidence import Evidence, plan_reason, read_grid, smaller_budget
+from musota.workbook.evidence import Evidence, plan_reason, smaller_budget
 
 GOALS = ("original", "optimized", "tuned")  # rows the plan has goals for, changed or not
 
@@ -24,25 +23,23 @@ def run_findings(
     """
     ppl, accuracy = run.summary["ppl"], run.summary["accuracy"]
     found, reason = [], plan_reason(run) or smaller_budget(run)
-    judged = isinstance(run.experiment.model, MuConfig)
-    if judged and reason:
-        found = [not_applicable("Scenario, bottom line, expectation", reason)]
-    elif judged:
+    if isinstance(run.experiment.model, MuConfig):
         found = [
             plan.scenario(ppl, accuracy, baseline.summary["ppl"] if baseline else None),
             plan.bottom_line(ppl),
             plan.expectation(ppl, accuracy),
         ]
+        if reason:
+            found = [not_applicable("Scenario, bottom line, expectation", reason)]
     if rungs:
         found.append(plan.on_the_ladder(ppl, rungs))
-    plateau, slow = plateau_of(run), warmup_of(run)
-    if slow:
+    plateau = plateau_of(run)
+    if slow := warmup_of(run):
         found.append(slow)
         if plateau.verdict == "plateau":
             plateau = dataclasses.replace(plateau, next_step=f"first {slow.next_step}")
-    found.append(plateau)
-    found.append(curves.oscillation(run.steps, run.experiment.training.warmup_steps))
-    return found
+    warmup = run.experiment.training.warmup_steps
+    return [*found, plateau, curves.oscillation(run.steps, warmup)]
 
 
 def plateau_of(run: Run, **rule) -> Finding:
@@ -76,35 +73,28 @@ def rule_lines(evidence: Evidence) -> list[str]:
     return [finding.sentence for finding in found]
 
 
-def answers(evidence: Evidence, short: bool = False) -> dict[str, list[str]]:
-    """The plan's questions, each with the sentences that answer it from what is recorded.
-
-    `short` leaves the thresholds out.
-    """
+def answers(evidence: Evidence) -> dict[str, list[str]]:
+    """The plan's questions, each with the sentences that answer it from what is recorded."""
     goals = [evidence.goal(n) for n in evidence.names if n.split(",")[0] in GOALS]
-    sweeps, lost = [], []
+    sweeps, lost, causes = [], [], evidence.grid[1]
     if optimized := evidence.best("optimized"):
         own = optimized.experiment.training.learning_rate
         sweeps = [verdicts.best_rate(losses, own, n) for n, losses in evidence.sweeps.items()]
-    runs, suspects = read_grid(evidence.folder)
-    causes = judge(runs, suspects) if runs else []
     if looked := evidence.ablated:
         ranks = [f for f in health_of(looked[0]) if f.rule.startswith("Effective rank")]
         lost = evidence.weak_spots() + ranks
+
+    def told(findings: Iterable[Finding | None]) -> list[str]:
+        return [finding.sentence for finding in findings if finding]
+
     said = {
-        "Did the plateau break (PPL < 200? < 100?)": [goal for goal in goals if goal],
-        "Does the architecture help or hurt?": [found for found, _ in evidence.compared.values()],
-        "Was the learning rate right?": sweeps,
-        "Which suspects were guilty?": [],
-        "Where does the architecture lose, and what should a redesign change?": lost,
+        "Did the plateau break (PPL < 200? < 100?)": told(goals),
+        "Does the architecture help or hurt?": told(f for f, _ in evidence.compared.values()),
+        "Was the learning rate right?": told(sweeps),
+        "Which suspects were guilty?": [verdicts.root_cause_advice(causes)] if causes else [],
+        "Where does the architecture lose, and what should a redesign change?": told(lost),
     }
-    told = {
-        question: [finding.short if short else finding.sentence for finding in findings]
-        for question, findings in said.items()
-    }
-    if causes:
-        told["Which suspects were guilty?"] = [verdicts.root_cause_advice(causes)]
-    return {question: sentences for question, sentences in told.items() if sentences}
+    return {question: sentences for question, sentences in said.items() if sentences}
 
 
 def health_of(run: Run) -> list[Finding]:

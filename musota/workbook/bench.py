@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from musota.errors import MusotaError
-from musota.models.base import CausalLM
 from musota.models.literal import Literal
 from musota.models.sharing import build_model
 from musota.plan.architectures import DenseConfig, ModelConfig, MuConfig
@@ -31,43 +30,28 @@ from musota.training.machine import (
     prepare_memory,
 )
 
-SCALING = {
-    "batch": (1, 4, 8, 32),
-    "max_seq_len": (128, 256, 512, 1024),
-    "vocab_size": (8_192, 16_384, 32_768, 50_000),
-    "n_layer": (3, 6, 12, 24),
-    "n_block": (4, 8, 16, 32),
-}
 AGREEMENT_STEPS = 20
 OURS, LITERAL, ALSO_DROPOUT = "ours", "literal", "literal, attention-weight dropout"
 
 
-def build(config: ModelConfig, who: str, device: torch.device) -> nn.Module:
-    """Ours or a literal version, with the same weights every time."""
-    torch.manual_seed(0)
-    model = build_model(config).to(device)
-    if who == OURS:
-        return model
-    return Literal(model, attention_dropout=config.dropout if who == ALSO_DROPOUT else 0.0)
-
-
 def training_step(
-    model: nn.Module, batch: int, device: torch.device, precision: torch.dtype = torch.float32
+    config: ModelConfig, who: str, batch: int, device: torch.device, precision=torch.float32
 ) -> Callable[[], Tensor]:
-    """A function that makes one optimizer step on a fixed batch and returns its loss.
-
-    Ours with the trainer's fused AdamW, the literal one with torch's default; neither decays
-    weights, so that the two do the same mathematics.
-    """
-    ours, half = isinstance(model, CausalLM), precision == torch.float16
-    vocab_size, length = model.config.vocab_size, model.config.max_seq_len
-    if ours and device.type == "cuda":
+    """A function that makes one optimizer step of ours or a literal version, whose weights are the
+    same every time, on a fixed batch and returns its loss: ours with the trainer's fused AdamW, the
+    literal one with torch's default, neither decaying weights."""
+    torch.manual_seed(0)
+    model, ours, half = build_model(config).to(device), who == OURS, precision == torch.float16
+    if not ours:
+        model = Literal(model, attention_dropout=config.dropout if who == ALSO_DROPOUT else 0.0)
+    elif device.type == "cuda":
         model.compile_layers()
-    fused = {"fused": True} if ours and not half else {}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, **fused)
+    fused = (ours and not half) or None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     generator = torch.Generator().manual_seed(0)
-    window = torch.randint(vocab_size, (batch, length + 1), generator=generator).to(device)
+    shape = batch, config.max_seq_len + 1
+    window = torch.randint(config.vocab_size, shape, generator=generator).to(device)
 
     def step() -> Tensor:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
@@ -85,10 +69,8 @@ def training_step(
 
 @contextmanager
 def contender(config: ModelConfig, who: str, batch: int, device: torch.device):
-    """One version of a model in a process of its own; gives what lets it make a training step.
-
-    That returns the step's seconds, and the bytes needed beyond the model so far, at their peak.
-    """
+    """One version of a model in a process of its own; gives what lets it make a training step, and
+    returns its seconds and the bytes needed beyond the model so far, at their peak."""
     arguments = config, who, batch, device, torch.get_num_threads()
     with ProcessPoolExecutor(1, get_context("spawn"), _prepare, arguments) as process:
         try:
@@ -105,10 +87,10 @@ def _prepare(config, who, batch, device, n_thread) -> None:
     """In a contender's process: the step and what memory held before the first."""
     global _prepared
     torch.set_num_threads(n_thread)
-    if who == OURS and device.type == "cpu":
+    if who == OURS:
         prepare_memory(device)
     precision = dtype_of(device) if who == OURS else torch.float32
-    step = training_step(build(config, who, device), batch, device, precision)
+    step = training_step(config, who, batch, device, precision)
     on_gpu = device.type == "cuda"
     held = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
     _prepared = step, device, held
@@ -141,9 +123,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def agreement(config: ModelConfig, batch: int, device: torch.device) -> float:
     """The largest relative difference of ours and the literal loss: 20 steps, fp32, no dropout."""
     config = dataclasses.replace(config, dropout=0.0)
-    ours, literal = (
-        training_step(build(config, who, device), batch, device) for who in (OURS, LITERAL)
-    )
+    ours, literal = (training_step(config, who, batch, device) for who in (OURS, LITERAL))
     losses = torch.tensor([(ours(), literal()) for _ in range(AGREEMENT_STEPS)]).double()
     return float((losses[:, 0] / losses[:, 1] - 1).abs().max())
 
@@ -153,30 +133,23 @@ def run_bench(
     models: Mapping[str, ModelConfig] | None = None,
     batch: int | None = None,
     repeats: int = 7,
-    scaling: Mapping[str, Sequence[int]] = SCALING,
-    say: Callable[[str], None] = print,
 ) -> dict:
-    """Everything the bench measures, ready for JSON.
-
-    `rows` compare ours with each literal version: the ratios of speed are medians over rounds in
-    which both are timed, `memory_ratio` is ours ÷ literal. `scaling` compares the time a token
-    takes with the arithmetic's prediction, each relative to the reference shape. Raises MusotaError
-    for a device that is not there.
+    """Everything the bench measures, ready for JSON: ratios of speed are medians over rounds in
+    which ours and a literal version take turns. Raises MusotaError for a device that is not there.
     """
     device = find_device(device)
     models = models or {"mu": MuConfig(), "dense": DenseConfig()}
     batch = batch or (32 if device.type == "cuda" else 8)
     rate = matmul_rate(device, dtype_of(device))
-    rows, points, differences = [], [], {}
+    rows, differences = [], {}
     for kind, config in models.items():
         for against in (LITERAL, ALSO_DROPOUT):
-            say(f"{kind}: {repeats} rounds of ours and {against}")
+            print(f"{kind}: {repeats} rounds of ours and {against}")
             row = _compare(config, against, batch, device, repeats)
             done = row["tokens_per_s"] * config.flops_per_token
             rows.append({"model": kind, **row, "share_of_matmul_rate": done / rate})
-        say(f"{kind}: the losses of {AGREEMENT_STEPS} steps, ours and literal")
+        print(f"{kind}: the losses of {AGREEMENT_STEPS} steps, ours and literal")
         differences[kind] = agreement(config, 1, device)
-        points += [{"model": kind, **p} for p in _scale(config, batch, device, scaling, say)]
     return {
         "batch": batch,
         "precision": str(dtype_of(device)).removeprefix("torch."),
@@ -185,7 +158,6 @@ def run_bench(
         "models": {kind: dataclasses.asdict(config) for kind, config in models.items()},
         "rows": rows,
         "agreement": differences,
-        "scaling": points,
     }
 
 
@@ -212,29 +184,3 @@ def _compare(config, against: str, batch: int, device, repeats: int) -> dict:
         "against_memory_bytes": their_memory,
         "memory_ratio": memory / their_memory,
     }
-
-
-def _scale(config, batch: int, device, axes: Mapping[str, Sequence[int]], say) -> Iterator[dict]:
-    """Each shape beside the reference; longer sequences come in smaller batches."""
-    tokens = batch * config.max_seq_len
-    with contender(config, OURS, batch, device) as reference:
-        for axis, value in [(axis, value) for axis, values in axes.items() for value in values]:
-            if axis == "batch":
-                changed, n_sequence = config, value
-            elif hasattr(config, axis):
-                changed = dataclasses.replace(config, **{axis: value})
-                n_sequence = max(1, round(tokens / changed.max_seq_len))
-            else:
-                continue
-            say(f"{axis} {value}")
-            with contender(changed, OURS, n_sequence, device) as here:
-                seconds = np.array([(reference()[0], here()[0]) for _ in range(3)])
-            here_tokens = n_sequence * changed.max_seq_len
-            yield {
-                "axis": axis,
-                "value": value,
-                "batch": n_sequence,
-                "tokens_per_s": here_tokens / np.median(seconds[:, 1]),
-                "time_per_token": np.median(seconds[:, 1] / seconds[:, 0]) * tokens / here_tokens,
-                "arithmetic": changed.flops_per_token / config.flops_per_token,
-            }

@@ -24,6 +24,10 @@ TRAIN_HELP = (
     f"Or {', '.join(TUNED)}: at the best rate of the recorded sweeps. Or a model of your own, "
     "FILE.py:NAME (a function or class that makes it), or its dense twin, FILE.py:NAME_twin."
 )
+CORPUS_HELP = (
+    "auto, wikitext-2, wikitext-2-raw, wikitext-103, wikitext-103-raw, python-docs, or a folder "
+    "with train.txt, valid.txt and test.txt."
+)
 
 
 class Place(click.Path):
@@ -33,28 +37,21 @@ class Place(click.Path):
         return Path(super().convert(as_path(value), parameter, context))
 
 
+def _option(*names, **how):
+    """An option whose help shows its default, where that says something."""
+    return click.option(*names, show_default=bool(how.get("default")), **how)
+
+
 def experiment_options(command):
     """The options of every command that trains."""
-    for option in reversed(
-        [
-            click.option(
-                "--profile",
-                default="quick",
-                show_default=True,
-                help=f"auto, {', '.join(profiles)}.",
-            ),
-            click.option(
-                "--corpus",
-                default="auto",
-                show_default=True,
-                help="auto, wikitext-2, wikitext-2-raw, wikitext-103, wikitext-103-raw, "
-                "python-docs, or a folder with train.txt, valid.txt and test.txt.",
-            ),
-            click.option("--seed", default=0, show_default=True),
-            click.option("--fresh", is_flag=True, help="Train again what is already trained."),
-            click.option("--save-to", default="", help="Folder for results [default: results/]."),
-        ]
-    ):
+    options = (
+        _option("--profile", default="quick", help=f"auto, {', '.join(profiles)}."),
+        _option("--corpus", default="auto", help=CORPUS_HELP),
+        _option("--seed", default=0),
+        _option("--fresh", is_flag=True, help="Train again what is already trained."),
+        _option("--save-to", default="", help="Folder for results [default: results/]."),
+    )
+    for option in reversed(options):
         command = option(command)
     return command
 
@@ -67,19 +64,23 @@ def _changes(context, parameter, assignments: tuple[str, ...]) -> dict:
     return {name.strip(): _literal(value.strip()) for name, _, value in pairs}
 
 
-changes_option = click.option(
-    "--set", "changes", multiple=True, metavar="FIELD=VALUE", callback=_changes,
-    help="Change a field of the experiment, after the profile; may be repeated.",
-)  # fmt: skip
+def _literal(text: str):
+    """A value from the command line: a Python literal if it is one, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+SET_HELP = "FIELD=VALUE of the experiment, after the profile; may be repeated."
+changes_option = _option("--set", "changes", multiple=True, callback=_changes, help=SET_HELP)
 
 
 def place_options(command):
     """Where the labels of recorded runs are sought."""
-    results = click.option(
-        "--save-to", "results", default=ROOT / "results", type=Place(),
-        help="Folder of results [default: results/].",
-    )  # fmt: skip
-    return click.option("--profile", default="quick", show_default=True)(results(command))
+    results = ROOT / "results"
+    folder = click.option("--save-to", "results", default=results, type=Place())
+    return _option("--profile", default="quick")(folder(command))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -90,11 +91,8 @@ def cli():
 @cli.command()
 @experiment_options
 @changes_option
-@click.option("--only", default="", help="Numbers of notebooks, for example 02,04.")
-@click.option(
-    "-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE",
-    help="A parameter of the notebooks; may be repeated.",
-)  # fmt: skip
+@_option("--only", default="", help="Numbers of notebooks, for example 02,04.")
+@_option("-p", "parameters", nargs=2, multiple=True, help="NAME VALUE of a notebooks' parameter.")
 def run(only, parameters, **values):
     """Run the notebooks in order; then print the comparison, the verdict and the report's place.
 
@@ -118,21 +116,11 @@ def run(only, parameters, **values):
 @click.argument("experiment")
 @experiment_options
 @changes_option
-@click.option(
-    "--continue-from", default="", metavar="RUN",
-    help="Start from another run's best weights: its folder, or its label in the results.",
-)  # fmt: skip
-@click.option(
-    "--compile/--no-compile",
-    default=None,
-    help="Use torch.compile [default: in long runs on a GPU].",
-)
-@click.option("--auto-remedy", is_flag=True, help="Let the plan's remedies apply themselves.")
-@click.option("--device", default=None, help="cpu, cuda or mps [default: the best one here].")
-@click.option(
-    "--precision", type=click.Choice(["no", "bf16", "fp16"]),
-    help="Of training [default: what pays on the device]. bf16 suits a CPU that has it, too.",
-)  # fmt: skip
+@_option("--continue-from", default="", help="Another run's folder or label: start at its best.")
+@_option("--compile/--no-compile", default=None, help="[default: in long runs on a GPU]")
+@_option("--auto-remedy", is_flag=True, help="Let the plan's remedies apply themselves.")
+@_option("--device", default=None, help="cpu, cuda or mps [default: the best one here].")
+@_option("--precision", type=click.Choice(["no", "bf16", "fp16"]), help="[default: what pays]")
 def train(experiment, compile, auto_remedy, continue_from, device, precision, **parameters):
     from musota.workbook.compare import find_runs
     from musota.workbook.session import Workbook
@@ -142,8 +130,8 @@ def train(experiment, compile, auto_remedy, continue_from, device, precision, **
     if experiment not in TUNED:
         find_experiment(experiment)  # a wrong name is answered before the corpus is read
     book = Workbook(**parameters)
-    choices = {"compile": compile, "auto_remedy": auto_remedy, "device": device}
-    choices["precision"] = precision
+    choices = {"compile": compile, "auto_remedy": auto_remedy}
+    choices |= {"device": device, "precision": precision}
     if continue_from:
         choices["continue_from"] = find_runs(continue_from, book.root.parent, book.root.name)[0]
     finished = book.train(experiment, **choices)
@@ -166,23 +154,21 @@ def compare(runs, profile, results):
     from musota.workbook.style import save_figure
 
     evidence = chosen_runs(runs, results, profile)
+    shown = tables.comparison_table(evidence.runs)[tables.BRIEF]
     click.echo(f"{evidence.note}\n\n{tables.differences_table(evidence.runs).to_string()}\n")
-    shown = tables.comparison_table(evidence.runs)[
-        ["model", "seed", "parameters", "best epoch", "valid PPL", "valid word PPL",
-         "valid bits/byte", "valid accuracy", "test PPL"]
-    ]  # fmt: skip
     click.echo(shown.to_string(index=False) + "\n")
-    found = list(against_first(evidence.runs))
-    for finding, _ in found:
+    drawn, found = {}, {}
+    for finding, interval in against_first(evidence.runs):
         click.echo(f"- {finding.sentence}")
-    folder = results / "compared"
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = {"curves": figures.curves(evidence.runs, evidence.rungs, reported=False)}
-    if paired := {f.rule.replace(" against ", "\nagainst "): i for f, i in found if i}:
-        drawn["verdicts"] = figures.difference(paired, "Against the first", figures.FIRST)
+        found[finding.rule.replace(" against ", "\nagainst ")] = interval
+    drawn["curves"] = figures.curves(evidence.runs, evidence.rungs, reported=False)
+    if found:
+        drawn["verdicts"] = figures.difference(found, "Against the first", figures.FIRST)
+    (results / "compared").mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
-        save_figure(figure, folder / f"{name}.png", evidence.footer)
-        click.echo(f"drawn: {folder / name}.png")
+        path = results / "compared" / f"{name}.png"
+        save_figure(figure, path, evidence.footer)
+        click.echo(f"drawn: {path}")
 
 
 @cli.command()
@@ -191,10 +177,8 @@ def compare(runs, profile, results):
 @place_options
 def score(run, file, profile, results):
     """Score a text FILE (UTF-8) with the best weights of a RUN (as in `compare`): perplexity, bits
-    per byte, and which tokens were surprising, as a table and a picture in the run's folder."""
+    per byte, and which tokens were surprising, all of them in a table in the run's folder."""
     from musota.workbook.compare import find_runs
-    from musota.workbook.pictures import surprises
-    from musota.workbook.style import save_figure
 
     found = find_runs(run, results, profile)[0]
     try:
@@ -204,21 +188,15 @@ def score(run, file, profile, results):
     scored = found.load_model().score_text(text)
     click.echo(f"{found}\nPPL {scored.ppl:,.1f}, {scored.bits_per_byte:.3f} bits per byte\n")
     click.echo(scored.table.nlargest(15, "bits").to_string(float_format="%.4g"))
-    path = found.path / f"score-{file.stem}"
-    scored.table.to_csv(path.with_suffix(".csv"), index_label="place")
-    save_figure(surprises(scored), path.with_suffix(".png"), f"{file.name} by {found.name}")
-    click.echo(f"\nEvery token: {path}.csv, {path}.png")
+    path = found.path / f"score-{file.stem}.csv"
+    scored.table.to_csv(path, index_label="place")
+    click.echo(f"\nEvery token: {path}")
 
 
 @cli.command()
 @experiment_options
-@click.option(
-    "--seeds", default=3, show_default=True, help="How many, from --seed on.",
-    type=click.IntRange(1, 100),
-)  # fmt: skip
-@click.option(
-    "--only", default="models,sweep,tuned,grid,path", show_default=True, help="Parts to do."
-)
+@_option("--seeds", default=3, type=click.IntRange(1, 100), help="How many, from --seed on.")
+@_option("--only", default="models,sweep,tuned,grid,path", help="Parts to do.")
 def evidence(seeds, only, **parameters):
     """Carry the plan out with several seeds, then write the report.
 
@@ -249,11 +227,11 @@ def evidence(seeds, only, **parameters):
 
 @cli.command()
 @click.argument("model", metavar="FILE.py:NAME")
-@click.option("--vocab-size", default=512, show_default=True, help="Tokens to audit it with.")
-@click.option("--max-seq-len", default=64, show_default=True, help="Tokens a sequence.")
-@click.option("--arguments", default="{}", help="For NAME, as JSON: '{\"width\": 64}'.")
-@click.option("--loss", default="", help="The file's function loss(module, ids), if it has one.")
-@click.option("--picture", type=Place(dir_okay=False), help="Draw what was found here.")
+@_option("--vocab-size", default=512, help="Tokens to audit it with.")
+@_option("--max-seq-len", default=64, help="Tokens a sequence.")
+@_option("--arguments", default="{}", help="For NAME, as JSON: '{\"width\": 64}'.")
+@_option("--loss", default="", help="The file's function loss(module, ids), if it has one.")
+@_option("--picture", type=Place(dir_okay=False), help="Draw what was found here.")
 def audit(model, vocab_size, max_seq_len, arguments, loss, picture):
     """Does a model of your own see the future? Runs FILE.py, and calls NAME to make the model.
 
@@ -277,38 +255,31 @@ def audit(model, vocab_size, max_seq_len, arguments, loss, picture):
 
 
 @cli.command()
-@click.option("--device", default=None, help="cpu or cuda [default: cuda if there is one].")
-@click.option("--json", "file", type=Place(dir_okay=False), help="Write the numbers here.")
-@click.option(
-    "--repeats", default=7, show_default=True, help="Rounds in which all take turns.",
-    type=click.IntRange(1, 1000),
-)  # fmt: skip
-@click.option("--scaling/--no-scaling", default=True, help="Also other shapes.  [default: yes]")
-def bench(device, file, repeats, scaling):
+@_option("--device", default=None, help="cpu or cuda [default: cuda if there is one].")
+@_option("--json", "file", type=Place(dir_okay=False), help="Write the numbers here.")
+@_option("--repeats", default=7, type=click.IntRange(1, 1000), help="Rounds; all take turns.")
+def bench(device, file, repeats):
     """Measure our training step against the literal version of the same model on this machine.
 
-    About a quarter of an hour on two CPU cores, five minutes without the scaling part.
+    About five minutes on two CPU cores.
     """
     from musota.files import write_json
-    from musota.workbook.bench import SCALING, run_bench
-    from musota.workbook.tables import bench_table, scaling_table
+    from musota.workbook.bench import run_bench
+    from musota.workbook.tables import bench_table
 
     if file:  # a folder that cannot be made is told before the minutes, not after
         file.parent.mkdir(parents=True, exist_ok=True)
-    axes = SCALING if scaling else {}
-    result = run_bench(device, repeats=repeats, scaling=axes, say=lambda line: click.echo(line))
+    result = run_bench(device, repeats=repeats)
     if file:
         write_json(file, result)
     click.echo("\n" + bench_table(result).to_string(index=False))
     for kind, difference in result["agreement"].items():
         click.echo(f"{kind}: ours and literal differ by {difference:.1e} in the loss, 20 steps")
-    if scaling:
-        click.echo("\n" + scaling_table(result).to_string(index=False))
 
 
 @cli.command()
 @click.argument("folders", nargs=-1, type=Place(exists=True, file_okay=False))
-@click.option("--pack", is_flag=True, help="First pack run folders and probes into a few files.")
+@_option("--pack", is_flag=True, help="First pack run folders and probes into a few files.")
 def report(folders, pack):
     """Write README.md and figures of results FOLDERS anew from their records [default: all].
 
@@ -317,31 +288,18 @@ def report(folders, pack):
     from musota.workbook import pages, records
     from musota.workbook.results import COMMITTED
 
-    everything = not folders
-    if everything:
-        found = [
-            *(ROOT / "results").glob("*/SHA256SUMS"),
-            *(ROOT / "results").glob("*/*/config.json"),
-        ]
-        folders = {p.parent if p.name == "SHA256SUMS" else p.parent.parent for p in found}
-        folders = [*sorted(folders), *(ROOT / "results").glob("bench")]
-    for folder in folders:
+    results = ROOT / "results"
+    packed, whole = results.glob(f"*/{records.SUMS}"), results.glob("*/*/config.json")
+    found = {path.parent for path in packed} | {path.parent.parent for path in whole}
+    for folder in folders or [*sorted(found), *results.glob("bench")]:
         is_bench = folder.name == "bench"
         if pack and not is_bench:
             records.pack(folder)
-        click.echo(f"{(pages.write_bench_report if is_bench else pages.write_report)(folder)}")
-    if everything:
-        kept = [path for name in COMMITTED if (path := ROOT / "results" / name).exists()]
+        click.echo((pages.write_bench_report if is_bench else pages.write_report)(folder))
+    if not folders:
+        kept = [path for name in COMMITTED if (path := results / name).exists()]
         pages.write_front_page(ROOT / "README.md", kept)
-        click.echo(f"{ROOT / 'README.md'}")
-
-
-def _literal(text: str):
-    """A value from the command line: a Python literal if it is one, else the text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+        click.echo(ROOT / "README.md")
 
 
 def main() -> None:

@@ -12,40 +12,31 @@ from musota.rules.findings import Finding
 from musota.rules.stats import Interval
 from musota.rules.verdicts import better_or_worse
 from musota.training.runs import Run
-from musota.workbook.evidence import Evidence, read_evidence
-from musota.workbook.figures import by_name
-from musota.workbook.records import SUMS, labelled, read_probes, read_runs
+from musota.workbook.evidence import Evidence, by_name, read_evidence
+from musota.workbook.records import labelled, read_probes, read_runs
 from musota.workbook.tables import differences_table
 
 
 def find_runs(name: str, results: Path, profile: str) -> list[Run]:
     """The seeds of a recorded run, or the one that is named with its seed.
 
-    `name` is a run's folder, a label of `results/<profile>` as tables have it (`optimized`,
-    `optimized,epochs=50-seed0`), or one of another folder (`study/tuned`). Raises MusotaError,
+    `name` is a run's folder, or a label of `results/<profile>` as tables have it (`optimized`,
+    `optimized,epochs=50-seed0`) or of another folder there (`study/tuned`). Raises MusotaError,
     with the nearest label, where there is none.
     """
-    path, known = as_path(name), {}
-    for place in (path, results / path, results / profile / path):
-        if (place / "config.json").exists():
-            return [Run(place)]
-        for run in _recorded(place.parent):
+    path = as_path(name)
+    if (path / "config.json").exists():
+        return [Run(path)]
+    folder, known = results / (path.parent if path.parent.name else profile), {}
+    for fingerprint in {run.fingerprint for run in read_runs(folder)[0]}:
+        for run in read_evidence(folder, fingerprint).runs:
             for label in (run.name, run.path.name):
                 known.setdefault(label, []).append(run)
-        if path.name in known:
-            return known[path.name]
+    if path.name in known:
+        return known[path.name]
     if not known:
-        where = results / profile
-        raise MusotaError(f"There is no run {name}: give its folder, or a label of {where}.")
-    raise nearest_name("run", name, sorted({run.name for runs in known.values() for run in runs}))
-
-
-def _recorded(folder: Path) -> Iterator[Run]:
-    if (folder.parent / SUMS).exists():  # a packed part, as the sweep is
-        yield from read_runs(folder.parent, folder.name)[0]
-        return
-    for fingerprint in dict.fromkeys(run.fingerprint for run in read_runs(folder)[0]):
-        yield from read_evidence(folder, fingerprint).runs
+        raise MusotaError(f"There is no run {name}: give its folder, or a label of {folder}.")
+    raise nearest_name("run", path.name, sorted(known))
 
 
 def chosen_runs(names: Sequence[str], results: Path, profile: str) -> Evidence:
@@ -62,36 +53,20 @@ def chosen_runs(names: Sequence[str], results: Path, profile: str) -> Evidence:
     folder = runs[0].path.parent
     note = f"They differ in {', '.join(differences_table(runs).index)}."
     if len({run.valid_text for run in runs}) > 1:
-        note += (
-            " They were validated on other tokens, so perplexities per token cannot be compared: "
-            "bits per byte stand in their place."
-        )
+        note += " They were validated on other tokens: compare them in bits per byte alone."
     return Evidence(folder, tuple(runs), read_probes(folder), note=note)
 
 
-def against_first(runs: Sequence[Run]) -> Iterator[tuple[Finding, Interval | None]]:
-    """The verdict on every model against the first, and its interval where there is one: over
-    seeds, or over blocks of text if they share no more than one."""
+def against_first(runs: Sequence[Run]) -> Iterator[tuple[Finding, Interval]]:
+    """The verdict on every model against the first, and its interval: over seeds, or over blocks
+    of text if they share no more than one. None on a model validated on other tokens."""
     first, *others = by_name(runs).values()
     for group in others:
-        names = [title_of(side[0].name) for side in (group, first)]
         if group[0].valid_text != first[0].valid_text:
-            yield _in_bits(group, first, names), None
             continue
         sides = [{run.seed: run.summary for run in side} for side in (group, first)]
         if not sides[0].keys() & sides[1].keys():
             sides = [{0: side[0].summary} for side in (group, first)]
+        names = (title_of(side[0].name) for side in (group, first))
         finding, text, seeds = better_or_worse(*sides, *names)
         yield finding, seeds or text
-
-
-def _in_bits(group: Sequence[Run], first: Sequence[Run], names: Sequence[str]) -> Finding:
-    one, other = (
-        sum(run.summary["bits_per_byte"] for run in side) / len(side) for side in (group, first)
-    )
-    verdict, conclusion = ("lower", "fewer bits") if one < other else ("higher", "more bits")
-    if group[0].config["corpus"]["name"] != first[0].config["corpus"]["name"]:
-        conclusion += ", but of another text: a hint at most"
-    saw = f"valid bits per byte {one:.3f} against {other:.3f}"
-    rule = "other tokens: not paired, so without an interval"
-    return Finding(" against ".join(names), verdict, saw, rule, conclusion)

@@ -13,13 +13,15 @@ from musota.errors import MusotaError
 from musota.files import as_path
 from musota.plan.architectures import DenseConfig
 from musota.plan.config import Experiment
-from musota.plan.profiles import Profile, grid_profiles, profiles, scaled, twin
+from musota.plan.profiles import grid_profiles, profiles, scaled, twin
 from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
-from musota.plan.suspects import Suspect, grid
+from musota.plan.suspects import grid
 from musota.rules import plan, verdicts
 from musota.rules.findings import Finding
 from musota.rules.stats import Interval
+from musota.rules.verdicts import Cause
 from musota.studies.campaign import swept, tuned
+from musota.studies.grid import judge as judge_grid
 from musota.studies.path import Judged, sort_out
 from musota.studies.path import judge as judge_path
 from musota.training.runs import Run
@@ -31,11 +33,28 @@ ABLATED = (*TUNED, "optimized", "original")  # MU-SOTA as looked into: the first
 
 def footer(corpus: str, vocabulary: int, profile: str | None) -> str:
     """The line under every figure: what was measured on what."""
-    name = f"{corpus} (not WikiText!)" if "wikitext" not in corpus else corpus
+    name = corpus if "wikitext" in corpus else f"{corpus} (not WikiText!)"
     return (
         f"measured: {name} · byte-level BPE {vocabulary:,} · profile {profile} · valid, windows "
         "without overlap"
     )
+
+
+def footer_of(run: Run) -> str:
+    corpus = run.config["corpus"]
+    return footer(corpus["name"], corpus["vocabulary_in_use"], run.config["profile"])
+
+
+def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs of every name, in the order given."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.name, []).append(run)
+    return groups
+
+
+def progress_of(run: Run) -> str:
+    return f"{run.summary['epochs_done']} of {run.experiment.training.epochs} epochs"
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,7 @@ class Evidence:
     runs: tuple[Run, ...]
     probes: Mapping[str, dict] = field(default_factory=dict)
     sweep_runs: tuple[Run, ...] = ()
+    roles: Mapping[str, Experiment] = field(default_factory=dict)  # each row at the runs' size
     aliases: Mapping[str, str] = field(default_factory=dict)  # rows that are another bit for bit
     left_out: Mapping[str, str] = field(default_factory=dict)  # why, by path
     note: str = ""  # why these runs and not others, in one sentence
@@ -71,26 +91,20 @@ class Evidence:
 
     def seeds(self, name: str) -> dict[int, Run]:
         """The finished runs of a row, by seed."""
-        name = self.aliases.get(name, name)
-        return {run.seed: run for run in self.runs if run.name == name and run.finished}
+        return {run.seed: run for run in self.only(name).runs if run.finished}
 
     def best(self, name: str) -> Run | None:
         """The run of a row with the lowest seed: the one shown where one stands for all."""
-        name = self.aliases.get(name, name)
-        return next((run for run in self.runs if run.name == name), None)
+        return next(iter(self.only(name).runs), None)
 
     @property
     def footer(self) -> str:
-        if not self.runs:
-            return ""
-        corpus = self.runs[0].config["corpus"]
-        return footer(corpus["name"], corpus["vocabulary_in_use"], self.profile)
+        return footer_of(self.runs[0]) if self.runs else ""
 
     @property
     def profile(self) -> str | None:
         """The profile these runs were made at, by name; None for runs from Python alone."""
-        found = _profile_of(self.runs)
-        return found and found.name
+        return self.runs[0].config["profile"] if self.runs else None
 
     @property
     def plan_does_not_apply(self) -> str | None:
@@ -99,8 +113,9 @@ class Evidence:
     @property
     def at_the_plans_size(self) -> bool:
         """Whether these runs stand beside what the plan reported: its text and vocabulary."""
-        corpus, model = self.runs[0].config["corpus"], self.runs[0].experiment.model
-        return plan.plan_does_not_apply(corpus["name"], model.vocab_size, "full") is None
+        run = self.runs[0]
+        about = run.config["corpus"]["name"], run.experiment.model.vocab_size
+        return plan.plan_does_not_apply(*about, "full") is None
 
     @cached_property
     def rungs(self) -> dict[str, float]:
@@ -110,9 +125,29 @@ class Evidence:
     @property
     def sweeps(self) -> dict[str, dict[float, list[float]]]:
         """Valid losses by learning rate of both large models, where sweeps are recorded."""
-        profile = _profile_of(self.runs)
+        profile = profiles.get(self.profile)
         found = {name: swept(self.sweep_runs, name, profile) for name in TUNED.values() if profile}
         return {title_of(name): losses for name, losses in found.items() if losses}
+
+    @cached_property
+    def grid(self) -> tuple[list[Run], list[Cause]]:
+        """The first cell of the root-cause grid recorded here, a run a seed, and the judged
+        suspects. A run belongs to the cell whose experiment it is."""
+        recorded, runs = read_runs(self.folder, GRID)[0], {}
+        if not recorded:
+            return [], []
+        profile = recorded[0].config["profile"]
+        cells, suspects, _ = grid(profile)
+        for name, cell in cells.items():
+            experiment = scaled(cell.experiment, grid_profiles[profile])
+            if own := {run.seed: run for run in recorded if run.experiment == experiment}:
+                runs[name] = own
+        return (list(runs["original"].values()), judge_grid(runs, suspects)) if runs else ([], [])
+
+    @cached_property
+    def path(self) -> dict[str, Judged]:
+        """The rows of the path to the redesign that are recorded here, judged."""
+        return read_path(self.folder)
 
     @property
     def ablated(self) -> tuple[Run, dict[str, Interval]] | None:
@@ -126,12 +161,11 @@ class Evidence:
             return None
         return run, verdicts.ablation_effects(recorded["nats"], recorded["tokens"])
 
-    def weak_spots(self, name: str = "") -> list[Finding]:
-        """Which parts of a row earn their parameters, by default of `ablated`; empty if no model
-        was looked into."""
-        if not (looked := self.ablation_of(name) if name else self.ablated):
+    def weak_spots(self) -> list[Finding]:
+        """Which parts of `ablated` earn their parameters; empty if no model was looked into."""
+        if not self.ablated:
             return []
-        run, effects = looked
+        run, effects = self.ablated
         names = run.experiment.model.layout.names
         return verdicts.weak_spots(effects, run.summary["parameter_ledger"], names)
 
@@ -182,34 +216,28 @@ class Evidence:
         return finding, intervals
 
 
-def _profile_of(runs: Iterable[Run]) -> Profile | None:
-    """The profile these runs were made at; None for runs from Python alone."""
-    named = (run.config["profile"] for run in runs)
-    return next((profiles[name] for name in named if name in profiles), None)
-
-
 def read_evidence(folder: str | os.PathLike, fingerprint: str | None = None) -> Evidence:
     """The runs of a results folder in the registry's order, with what was measured beside them.
 
     Runs on another corpus than `fingerprint` (default: that of the first run) are left out.
     """
     folder = as_path(folder)
-    runs, left_out = read_runs(folder)
-    if fingerprint is None and runs:
-        fingerprint = runs[0].fingerprint
-    for run in runs:
-        if run.fingerprint != fingerprint or not run.summary:
-            reason = "diverged" if run.fingerprint == fingerprint else "another corpus"
-            left_out[run.path.relative_to(folder).as_posix()] = reason
-    runs = [run for run in runs if run.fingerprint == fingerprint and run.summary]
+    found, left_out = read_runs(folder)
+    fingerprint, runs = fingerprint or (found[0].fingerprint if found else ""), []
+    for run in found:
+        if run.fingerprint == fingerprint and run.summary:
+            runs.append(run)
+            continue
+        reason = "diverged" if run.fingerprint == fingerprint else "another corpus"
+        left_out[run.path.relative_to(folder).as_posix()] = reason
     sweep_runs = [run for run in read_runs(folder, SWEEP)[0] if run.fingerprint == fingerprint]
     roles, aliases = _roles(runs, sweep_runs)
     place = {name: index for index, name in enumerate(registry)}
     runs = labelled(runs, roles)
     runs.sort(key=lambda run: (place.get(run.name, len(place)), run.name, run.seed))
     return Evidence(
-        folder, tuple(runs), read_probes(folder), tuple(sweep_runs), aliases, left_out
-    )  # fmt: skip
+        folder, tuple(runs), read_probes(folder), tuple(sweep_runs), roles, aliases, left_out
+    )
 
 
 def _roles(runs: list[Run], sweep_runs: Iterable[Run]) -> tuple[dict[str, Experiment], dict]:
@@ -217,17 +245,17 @@ def _roles(runs: list[Run], sweep_runs: Iterable[Run]) -> tuple[dict[str, Experi
 
     The first of two equal rows is the one that is shown; the second is its alias.
     """
-    profile = _profile_of(runs)
+    profile = profiles.get(runs[0].config["profile"]) if runs else None
     roles: dict[str, Experiment] = {}
     aliases: dict[str, str] = {}
     for name in registry if profile else ():
-        if name in TUNED:
-            losses = swept(sweep_runs, TUNED[name], profile)
-            if not losses:
-                continue
-            experiment = scaled(tuned(name, profile, losses), profile)
+        if name not in TUNED:
+            experiment = find_experiment(name)
+        elif losses := swept(sweep_runs, TUNED[name], profile):
+            experiment = tuned(name, profile, losses)
         else:
-            experiment = scaled(find_experiment(name), profile)
+            continue
+        experiment = scaled(experiment, profile)
         if same := next((other for other, e in roles.items() if e == experiment), None):
             aliases[name] = same
         roles[name] = experiment
@@ -239,34 +267,20 @@ def read_rungs(probes: Mapping[str, dict], fingerprint: str | None) -> dict[str,
 
     Raises MusotaError where they are damaged.
     """
-    try:
-        for name, recorded in probes.items():
+    for name, recorded in probes.items():
+        try:
             if name.split(",")[0] == "ladder" and recorded["fingerprint"] == fingerprint:
                 return {rung: float(ppl) for rung, ppl in recorded["ppl"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        message = f"{name}.json is damaged: delete it, and it is measured anew."
-        raise MusotaError(message) from None
+        except (KeyError, TypeError, ValueError, AttributeError):
+            message = f"{name}.json is damaged: delete it, and it is measured anew."
+            raise MusotaError(message) from None
     return {}
-
-
-def read_grid(folder: Path) -> tuple[dict[str, dict[int, Run]], list[Suspect]]:
-    """The recorded runs of a results folder's root-cause grid by cell and seed, and its suspects:
-    a run belongs to the cell whose experiment it is."""
-    recorded, _ = read_runs(folder, GRID)
-    profile = recorded[0].config["profile"] if recorded else "quick"
-    cells, suspects, _ = grid(profile)
-    named = {scaled(cell.experiment, grid_profiles[profile]): name for name, cell in cells.items()}
-    runs: dict[str, dict[int, Run]] = {}
-    for run in recorded:
-        if run.experiment in named:
-            runs.setdefault(named[run.experiment], {})[run.seed] = run
-    return runs, suspects
 
 
 def read_path(folder: Path, fingerprint: str | None = None) -> dict[str, Judged]:
     """The rows of the path to the redesign that are recorded in a results folder, judged."""
     runs = [r for r in read_runs(folder, PATH)[0] if fingerprint in (None, r.fingerprint)]
-    profile = _profile_of(runs)
+    profile = profiles.get(runs[0].config["profile"]) if runs else None
     return judge_path(sort_out(runs, profile)) if profile else {}
 
 

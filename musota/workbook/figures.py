@@ -20,19 +20,9 @@ from musota.rules.stats import Interval
 from musota.rules.verdicts import Cause
 from musota.studies.path import Judged
 from musota.training.runs import Run
-from musota.workbook.style import (
-    BLUE,
-    HATCHES,
-    PLAIN,
-    RED,
-    draw_intervals,
-    draw_rungs,
-    logarithmic,
-    new_figure,
-    note,
-    styles_of,
-    wrapped,
-)
+from musota.workbook import style
+from musota.workbook.evidence import by_name, progress_of
+from musota.workbook.style import BLUE, PLAIN, RED, draw_intervals, new_figure, note, styles_of
 
 VERDICTS = {  # colour, marker, fill
     "cause": (RED, "o", "full"),
@@ -46,13 +36,6 @@ Sweeps = Mapping[str, Mapping[float, Sequence[float]]]  # valid losses by model 
 
 def label_of(run: Run) -> str:
     return f"{title_of(run.name)}, seed {run.seed}"
-
-
-def by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs of every name, in the order given."""
-    return {
-        name: [r for r in runs if r.name == name] for name in dict.fromkeys(r.name for r in runs)
-    }
 
 
 def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> Figure:
@@ -73,20 +56,20 @@ def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> F
         tables = [run.history.set_index("epoch")[[measured, "accuracy"]] for run in group]
         mean = (sum(tables) / len(tables)).dropna()  # epochs that every seed has reached
         label = f"{title_of(name)}, mean of {len(group)} seeds"
-        style = {"color": colour, "linestyle": line, "marker": marker}
-        style["label"] = wrapped(label if len(group) > 1 else label_of(group[0]), 60)
+        look = {"color": colour, "linestyle": line, "marker": marker}
+        look["label"] = style.wrapped(label if len(group) > 1 else label_of(group[0]), 60)
         for table in tables if len(group) > 1 else []:
             left.plot(table.index, shown(table[measured]), color=colour, linewidth=0.7, alpha=0.5)
             right.plot(100 * table.accuracy, color=colour, linewidth=0.7, alpha=0.5)
-        left.plot(mean.index, shown(mean[measured]), **style)
-        right.plot(100 * mean.accuracy, **style)
+        left.plot(mean.index, shown(mean[measured]), **look)
+        right.plot(100 * mean.accuracy, **look)
     if reported:
         ppl, epochs = REPORTED["ppl"], REPORTED["epochs"]
         star = {"marker": "*", "color": "black", "markersize": 11, "linestyle": "none"}
         left.plot(epochs, ppl, label=f"reported: {ppl:.0f} after {epochs} epochs", **star)
         right.plot(epochs, 100 * REPORTED["accuracy"], **star)
         last = max(last, epochs)
-    logarithmic(left, *left.dataLim.intervaly)
+    style.logarithmic(left, *left.dataLim.intervaly)
     left.set(ylabel=f"valid {unit} (log)", title=unit.split(" per ")[0].capitalize())
     right.set(ylabel="valid top-1 accuracy (%)", title="Accuracy")
     for axis in (left, right):
@@ -94,7 +77,7 @@ def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> F
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(fontsize=8)
     # The uniform rung is far above everything: it would flatten the curves.
-    draw_rungs(left, {name: ppl for name, ppl in rungs.items() if name != "uniform"}, "\n")
+    style.draw_rungs(left, {name: ppl for name, ppl in rungs.items() if name != "uniform"}, "\n")
     return figure
 
 
@@ -114,7 +97,6 @@ def training_curve(run: Run) -> Figure:
     right.axvline(warmup, color="0.4", linestyle=":", label=f"warm-up ends: step {warmup:,}")
     left.set(ylabel="loss (nats/token)", title=f"Loss: {label_of(run)}")
     right.set(ylabel="learning rate", title="Learning rate", ylim=(0, None))
-    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axis in (left, right):
         axis.set_xlabel("optimizer step")
         axis.xaxis.set_major_formatter(PLAIN)
@@ -174,11 +156,11 @@ def _draw_sweep(axis, sweeps: Sweeps) -> None:
         for label, losses in sweeps.items()
     }
     ceiling = min(mean.min() for mean in means.values()) + SWEEP_NATS
-    styles = styles_of(["optimized", "baseline", *sweeps]).values()  # the two it is measured for
+    styles = [*styles_of(["optimized", "baseline", *sweeps]).values()]  # what it is measured for
     for place, (label, mean) in enumerate(means.items()):
-        colour, line, marker = list(styles)[place]
-        style = {"color": colour, "linestyle": line, "marker": marker}
-        axis.plot(mean.clip(upper=ceiling), label=label, **style)
+        colour, line, marker = styles[place]
+        look = {"color": colour, "linestyle": line, "marker": marker}
+        axis.plot(mean.clip(upper=ceiling), label=label, **look)
         for rate, losses in sweeps[label].items():
             dots = np.minimum(losses, ceiling)
             axis.plot([rate] * len(dots), dots, ".", color=colour, markersize=4)
@@ -222,7 +204,10 @@ def answer(
     groups = by_name(runs)
     figure, axes = new_figure(11, max(4.6, 0.62 * len(groups)), columns=2 if sweeps else 1)
     styles = list(styles_of(groups).values())
-    ends = {_ending(group): [run.summary["ppl"] for run in group] for group in groups.values()}
+    ends = {}
+    for name, group in groups.items():  # what was changed stands under the title, and how far it is
+        unfinished = "" if group[0].finished else f"\nunfinished: {progress_of(group[0])}"
+        ends[style.wrapped(title_of(name)) + unfinished] = [run.summary["ppl"] for run in group]
     if reported:
         told = f"reported by the plan:\nMU-SOTA original, {REPORTED['epochs']} epochs"
         ends, styles = {told: [REPORTED["ppl"]]} | ends, [("black", "", "*"), *styles]
@@ -233,27 +218,18 @@ def answer(
     return figure
 
 
-def _ending(group: Sequence[Run]) -> str:
-    """A row's title; what was changed stands under it, and how far it is if it has not finished."""
-    title, first = wrapped(title_of(group[0].name)), group[0]
-    if first.finished:
-        return title
-    done, planned = first.summary["epochs_done"], first.experiment.training.epochs
-    return f"{title}\nunfinished: {done} of {planned} epochs"
-
-
 def _draw_ends(axis, ends: Mapping[str, Sequence[float]], styles: Sequence, rungs) -> None:
     """PPLs of the seeds of each row, and their mean."""
     for row, (ppls, (colour, _, marker)) in enumerate(zip(ends.values(), styles, strict=True)):
         mean = float(np.exp(np.mean(np.log(ppls))))
-        style = {"color": colour, "marker": marker, "linestyle": "none"}
-        axis.plot(ppls, [row + 0.22] * len(ppls), fillstyle="none", markersize=5, **style)
-        axis.plot(mean, row, markersize=9, **style)
+        look = {"color": colour, "marker": marker, "linestyle": "none"}
+        axis.plot(ppls, [row + 0.22] * len(ppls), fillstyle="none", markersize=5, **look)
+        axis.plot(mean, row, markersize=9, **look)
         note(axis, f"{mean:,.0f}", (mean, row), (0, 7), ha="center", fontsize=9)
     furthest = max(map(max, ends.values()))
     for place, (name, ppl) in enumerate(sorted(rungs.items(), key=lambda rung: rung[1])):
         if ppl < 1.5 * furthest:
-            axis.axvline(ppl, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)))
+            axis.axvline(ppl, **style.DOTTED)
             above = {"xycoords": ("data", "axes fraction"), "color": "0.3"}
             side = "left" if place else "right"  # they may be close
             note(axis, f"{name} {ppl:,.0f}", (ppl, 1.01), ha=side, **above)
@@ -270,10 +246,10 @@ def path(judged: Mapping[str, Judged], rungs: Mapping[str, float]) -> Figure:
     """Where each row of the path to the redesign ends, and its nats over the row before."""
     figure, (left, right) = new_figure(12, 1.9 + 0.36 * len(judged), columns=2, grid="x")
     ends = {r.step.title: [run.summary["ppl"] for run in r.runs] for r in judged.values()}
-    styles = [(BLUE if row.step.made else RED, "", "o") for row in judged.values()]
-    _draw_ends(left, ends, styles, rungs)
+    colours = [BLUE if row.step.made else RED for row in judged.values()]
+    _draw_ends(left, ends, [(colour, "", "o") for colour in colours], rungs)
     effects = {place: row.effect or Interval(np.nan) for place, row in enumerate(judged.values())}
-    looks = [(colour, marker, "full") for colour, _, marker in styles]
+    looks = [(colour, "o", "full") for colour in colours]
     draw_intervals(right, effects, [row.verdict for row in judged.values()], looks)
     right.set_yticks(range(len(effects)), [])
     right.set_xlabel("nats per token (← better · worse →)")
@@ -294,46 +270,37 @@ class Curve:
 
 
 def explored(
-    curves: Sequence[Curve],
-    rungs: Mapping[str, float],
-    labels: tuple[str, str],
-    log_x: bool = False,
-    log_y: bool = False,
+    curves: Sequence[Curve], rungs: Mapping[str, float], labels: tuple[str, str], log: str = ""
 ) -> Figure:
-    """Curves with their plateaus shaded, their marks (events, flags), and rungs across."""
+    """Curves with their plateaus shaded, their marks (events, flags), and rungs across; `log`
+    names the axes that are logarithmic: x, y or xy."""
     figure, axis = new_figure(9, 4.4, grid="both")
     styles = styles_of(curve.name for curve in curves)
-    drawn: list[str] = []
     for place, curve in enumerate(curves):
-        (colour, line, marker), nth_seed = styles[curve.name], drawn.count(curve.name)
-        drawn.append(curve.name)
+        colour, line, marker = styles[curve.name]
+        seeds_before = [other.name for other in curves[:place]].count(curve.name)
         if curve.faint is not None:
             axis.plot(curve.faint, color=colour, alpha=0.3, linewidth=0.8)
-        style = {"color": colour, "linestyle": line, "linewidth": 1.6 / (1 + nth_seed)}
-        style |= {"fillstyle": ("full", "none", "left")[nth_seed % 3], "label": curve.label}
-        axis.plot(curve.y, marker=marker if len(curve.y) <= 60 else None, **style)
+        look = {"color": colour, "linestyle": line, "linewidth": 1.6 / (1 + seeds_before)}
+        look |= {"fillstyle": ("full", "none", "left")[seeds_before % 3], "label": curve.label}
+        axis.plot(curve.y, marker=marker if len(curve.y) <= 60 else None, **look)
         if curve.plateau:  # a strip for each curve
             strip = {"ymin": place / len(curves), "ymax": (place + 1) / len(curves)}
-            strip |= {"hatch": HATCHES[1 + place % 7], "label": f"plateau: {curve.label}"}
+            strip |= {"hatch": style.HATCHES[1 + place % 7], "label": f"plateau: {curve.label}"}
             axis.axvspan(*curve.plateau, facecolor=colour, edgecolor=colour, alpha=0.15, **strip)
         for x, text in curve.marks:
             axis.axvline(x, color=colour, linewidth=1, linestyle=":")
             above = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "right"}
             note(axis, text, (x, 0.98), (-2, 0), rotation=90, **above)
-    axis.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if log_x else "linear")
-    for ticks in (axis.xaxis, axis.yaxis):
-        ticks.set_major_formatter(PLAIN)
-    if log_x:
-        axis.xaxis.set_minor_formatter(PLAIN)
-    elif labels[0] == "epoch":
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlim(left=0)
+    axis.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if "x" in log else "linear")
+    axis.xaxis.set_major_formatter(PLAIN)
+    axis.yaxis.set_major_formatter(PLAIN)
     if curves:
-        if log_y:
+        if "y" in log:
             ys = pd.concat([curve.y for curve in curves])
-            logarithmic(axis, ys.min(), ys.max())
+            style.logarithmic(axis, ys.min(), ys.max())
         figure.legend(fontsize=8, ncols=2, loc="outside upper center")
-    draw_rungs(axis, rungs)
+    style.draw_rungs(axis, rungs)
     return figure
 
 
@@ -343,7 +310,7 @@ def data_halving(losses: Mapping[int, Mapping[int, float]]) -> Figure:
     lines = [Curve("mean", "mean over seeds", by_seed.mean(axis=1))]
     lines += [Curve("seed", f"seed {seed}", column) for seed, column in by_seed.items()]
     labels = "training tokens (log), read in as many steps", "valid loss (nats/token)"
-    return explored(lines, {}, labels, log_x=True)
+    return explored(lines, {}, labels, log="x")
 
 
 def clean_gap(runs: Sequence[Run]) -> Figure:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -22,12 +21,8 @@ OWN_FIELDS = {f.name for kind in (OwnConfig, TrainConfig) for f in dataclasses.f
 
 
 def chosen_notebooks(only: str) -> list[Path]:
-    found = {
-        path.name[:2]: path for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    }
-    if not only:
-        return list(found.values())
-    wanted = [part.strip().zfill(2) for part in only.split(",")]
+    found = {path.name[:2]: path for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))}
+    wanted = [part.strip().zfill(2) for part in only.split(",")] if only else [*found]
     for number in wanted:
         if number not in found:
             raise nearest_name("notebook number", number, found)
@@ -35,14 +30,13 @@ def chosen_notebooks(only: str) -> list[Path]:
 
 
 def run_notebooks(book, notebooks: Sequence[Path], values: dict, own: dict) -> None:
-    """Execute `notebooks` with the parameters `values`, and `own` where runs are compared."""
-    for notebook in notebooks:
-        for name in re.findall(r'book\.train\(\\"(\w+)', notebook.read_text(encoding="utf-8")):
-            try:
-                book.experiment(name)
-            except MusotaError as error:  # before a kernel starts
-                message = f"{notebook.stem} trains {name}, which the changes do not fit: {error}"
-                raise MusotaError(f"{message} Choose notebooks with --only.") from None
+    """Execute `notebooks` with the parameters `values`, and `own` where runs are compared; then
+    tell the comparison, the verdicts and where the report is."""
+    from musota.workbook.answers import verdict_lines
+    from musota.workbook.evidence import read_evidence
+    from musota.workbook.pages import write_report
+    from musota.workbook.tables import BRIEF, comparison_table
+
     executed = book.home / "executed"
     executed.mkdir(exist_ok=True)
     started = time.perf_counter()
@@ -52,7 +46,16 @@ def run_notebooks(book, notebooks: Sequence[Path], values: dict, own: dict) -> N
         if notebook.stem == OWN_MODEL:  # which has none of the other models' sizes
             given["changes"] = {f: v for f, v in book.changes.items() if f in OWN_FIELDS}
         _execute(notebook, output, given, f"[{number}/{len(notebooks)}]")
-    _tell_end(book, time.perf_counter() - started)
+    write_report(book.folder)
+    evidence = read_evidence(book.folder)
+    if evidence.runs:
+        shown = comparison_table(evidence.runs)[BRIEF]
+        click.echo(f"\n{shown.to_string(index=False)}\n")
+    for line in verdict_lines(evidence):
+        click.echo(f"- {line}")
+    book.deliver()
+    minutes = (time.perf_counter() - started) / 60
+    click.echo(f"\nDone in {minutes:.1f} minutes. The report: {book.home / 'README.md'}")
 
 
 def _execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None:
@@ -69,7 +72,6 @@ def _execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> Non
             output,
             parameters,
             kernel_name="python3",
-            kernel_manager_class=_this_python(),
             cwd=os.getcwd(),
             progress_bar=False,
             log_output=False,
@@ -92,18 +94,6 @@ def _execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> Non
     click.echo(f"{prefix} {notebook.stem} done in {time.perf_counter() - started:.0f} s")
 
 
-def _this_python():
-    """What starts a kernel of this very Python, whatever is installed here under that name."""
-    from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_client.manager import AsyncKernelManager
-
-    class ThisPython(AsyncKernelManager):
-        kernel_spec = property(lambda _: KernelSpec(**get_kernel_dict()))
-
-    return ThisPython
-
-
 class _Relay:
     """Passes the progress lines of a notebook's output on to this command's own output."""
 
@@ -114,21 +104,3 @@ class _Relay:
 
     def flush(self) -> None:
         sys.stdout.flush()
-
-
-def _tell_end(book, seconds: float) -> None:
-    from musota.workbook.answers import verdict_lines
-    from musota.workbook.evidence import read_evidence
-    from musota.workbook.pages import write_report
-    from musota.workbook.tables import comparison_table
-
-    write_report(book.folder)
-    evidence = read_evidence(book.folder)
-    if evidence.runs:
-        columns = ["model", "seed", "parameters", "valid PPL", "valid word PPL", "valid bits/byte"]
-        columns.append("valid accuracy")
-        click.echo("\n" + comparison_table(evidence.runs)[columns].to_string(index=False) + "\n")
-    for line in verdict_lines(evidence):
-        click.echo(f"- {line}")
-    book.deliver()
-    click.echo(f"\nDone in {seconds / 60:.1f} minutes. The report: {book.home / 'README.md'}")

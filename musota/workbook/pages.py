@@ -5,7 +5,6 @@ Code collects findings, tables and figures; `templates/*.md.j2` say what stands 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -17,20 +16,16 @@ from matplotlib.figure import Figure
 
 from musota.data.sources import SOURCES
 from musota.errors import MusotaError
-from musota.files import write_json, write_text
+from musota.files import write_text
 from musota.plan.architectures import MuConfig, OwnConfig
 from musota.plan.path import EARNED
-from musota.plan.profiles import profiles, scaled
-from musota.plan.registry import TUNED, find_experiment, registry, title_of
+from musota.plan.registry import TUNED, title_of
 from musota.rules import verdicts
 from musota.rules.plan import REPORTED
-from musota.rules.verdicts import Cause
-from musota.studies.campaign import swept, tuned
-from musota.studies.grid import judge
 from musota.training.runs import Run
 from musota.workbook import figures, pictures, tables
 from musota.workbook.answers import answers, rule_lines
-from musota.workbook.evidence import GRID, Evidence, footer, read_evidence, read_grid, read_path
+from musota.workbook.evidence import GRID, Evidence, by_name, footer_of, progress_of, read_evidence
 from musota.workbook.style import save_figure
 
 FRONT_MARKS = ("<!-- measured -->", "<!-- end of measured -->")
@@ -47,7 +42,8 @@ _templates.filters |= {"table": tables.markdown, "count": "{:,}".format, "title"
 _templates.globals |= {
     "label_of": figures.label_of,
     "tables": tables,
-    "NAMES": pictures.BENCH_NAMES,
+    "earned": EARNED,
+    "root_causes": GRID,
 }
 
 
@@ -61,12 +57,6 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def write_root_causes(folder: Path, causes: Sequence[Cause], advice: str, **about) -> None:
-    """root_causes.json: every suspect with what mending it did, and the advice."""
-    rows = [dataclasses.asdict(cause) for cause in causes]
-    write_json(folder / "root_causes.json", {**about, "causes": rows, "advice": advice})
-
-
 def write_report(folder: str | os.PathLike) -> Path:
     """Draw the figures of a results folder anew and write its README.md, from the records alone.
 
@@ -74,33 +64,27 @@ def write_report(folder: str | os.PathLike) -> Path:
     """
     evidence = read_evidence(folder)
     folder = evidence.folder.resolve()
-    shown = [group[0] for group in figures.by_name(evidence.runs).values()]
+    shown = [group[0] for group in by_name(evidence.runs).values()]
     drawn = _figures(evidence, shown) if shown else {}
     for name, figure in drawn.items():
         save_figure(figure, folder / f"{name}.png", evidence.footer)
-    if path := read_path(folder):
-        save_figure(figures.path(path, evidence.rungs), folder / "path.png", evidence.footer)
-    grid_runs, causes = _grid(evidence)
+    if evidence.path:
+        figure = figures.path(evidence.path, evidence.rungs)
+        save_figure(figure, folder / "path.png", evidence.footer)
+    grid_runs, causes = evidence.grid
     if causes:
-        corpus, profile = (grid_runs[0].config[key] for key in ("corpus", "profile"))
-        about = footer(corpus["name"], corpus["vocabulary_in_use"], profile)
         figure = figures.root_causes(causes, verdicts.RELEVANT)
         (folder / GRID).mkdir(exist_ok=True)
-        save_figure(figure, folder / GRID / "root_causes.png", about)
+        save_figure(figure, folder / GRID / "root_causes.png", footer_of(grid_runs[0]))
     text = _render(
         "report",
-        name=folder.name,
         evidence=evidence,
+        name=folder.name,
         shown=shown,
         answers=answers(evidence) if shown else {},
         rules=rule_lines(evidence) if shown else [],
         again=_training_again(evidence, shown),
         figures=list(drawn),
-        grid=GRID,
-        grid_runs=grid_runs,
-        causes=causes,
-        path=path,
-        earned=EARNED,
     )
     return _write(folder / "README.md", text)
 
@@ -123,29 +107,20 @@ def _figures(evidence: Evidence, shown: Sequence[Run]) -> dict[str, Figure]:
     return drawn | {"ledger": pictures.ledgers(ledgers)}
 
 
-def _grid(evidence: Evidence) -> tuple[list[Run], list[Cause]]:
-    """A run a seed of the root-cause grid's first cell, and the judged suspects."""
-    runs, suspects = read_grid(evidence.folder)
-    return (list(runs["original"].values()), judge(runs, suspects)) if runs else ([], [])
-
-
 def _training_again(evidence: Evidence, shown: Sequence[Run]) -> dict:
     """What trains each row again: names for the command, and for runs that are no row of the
     registry what to `--set` in the nearest one. What a run is called decides nothing."""
     named, by_hand = [], []
     for run in shown:
-        profile = profiles.get(run.config["profile"], profiles["full"])
-        if isinstance(run.experiment.model, OwnConfig):
-            named.append(f"FOLDER/{run.experiment.model.source}")
+        model = run.experiment.model
+        if isinstance(model, OwnConfig):
+            named.append(f"FOLDER/{model.source}")
             continue
-        changes = {}
-        for name in registry:
-            losses = name in TUNED and swept(evidence.sweep_runs, TUNED[name], profile)
-            if name in TUNED and not losses:
-                continue
-            row = tuned(name, profile, losses) if losses else find_experiment(name)
-            if type(row.model) is type(run.experiment.model):
-                changes[name] = run.experiment.differences(scaled(row, profile))
+        changes = {
+            name: run.experiment.differences(role)
+            for name, role in evidence.roles.items()
+            if type(role.model) is type(model)
+        }
         nearest = min(changes, key=lambda name: len(changes[name]), default="")
         if changes.get(nearest):
             by_hand.append({"run": run, "nearest": nearest, "changes": changes[nearest]})
@@ -165,15 +140,18 @@ def write_front_page(path: str | os.PathLike, folders: Sequence[Path]) -> None:
     begin, end = FRONT_MARKS
     if text.count(begin) != 1 or text.count(end) != 1:
         raise MusotaError(f"{path} has not one line {begin} and one {end}.")
-    pages = []
-    for evidence in filter(lambda found: found.runs, map(read_evidence, folders)):
-        place = evidence.folder.resolve().relative_to(path.parent.resolve()).as_posix()
-        about = dict(zip(("answer", "advice"), _answer(evidence), strict=True))
-        rows = [name for name in figures.by_name(evidence.runs) if name not in BESIDE]
-        table = tables.front_table(evidence, rows)
-        pages.append({"evidence": evidence, "place": place, "table": table, **about})
+    found = [evidence for evidence in map(read_evidence, folders) if evidence.runs]
     # What is furthest stands first: a profile none of whose runs has finished comes last.
-    pages.sort(key=lambda page: not any(run.finished for run in page["evidence"].runs))
+    found.sort(key=lambda evidence: not any(run.finished for run in evidence.runs))
+    pages = [
+        {
+            "evidence": evidence,
+            "place": evidence.folder.resolve().relative_to(path.parent.resolve()).as_posix(),
+            "rows": [name for name in by_name(evidence.runs) if name not in BESIDE],
+            **dict(zip(("answer", "advice"), _answer(evidence), strict=True)),
+        }
+        for evidence in found
+    ]
     measured = _render("front", pages=pages)
     before, after = text.split(begin)[0], text.split(end)[1]
     _write(path, f"{before}{begin}\n\n{measured}\n{end}{after}")
@@ -181,68 +159,68 @@ def write_front_page(path: str | os.PathLike, folders: Sequence[Path]) -> None:
 
 def _answer(evidence: Evidence) -> tuple[list[str], list[str]]:
     """At most four sentences: how MU-SOTA does, why, what the redesign brings, and the goal; and
-    what to do next."""
-    groups = figures.by_name(evidence.runs)
+    what to change next."""
+    groups = by_name(evidence.runs)
     ours = [n for n, g in groups.items() if isinstance(g[0].experiment.model, MuConfig)]
     if not ours:
         return [], []
-    name = best = min(ours, key=lambda name: tables.mean_ppl(groups[name]))
-    said = f"**MU-SOTA reaches valid PPL {_ppl(groups[name])}**"
-    said += f"{_unfinished(groups[name][0])} ({title_of(name)})"
-    if evidence.at_the_plans_size:
-        told = f"Reported by the plan: PPL {REPORTED['ppl']:.0f} after {REPORTED['epochs']} epochs."
-        said = f"{told} Measured here: {said}"
-    if paired := next((n for n in ("tuned", "optimized") if evidence.compare(n)), None):
-        best, (finding, _) = paired, evidence.compare(paired)
-        own, other = (_ppl([*evidence.seeds(n).values()]) for n in (best, evidence.twin_of(best)))
-        said = f"**MU-SOTA {OUTCOME[finding.verdict]} a plain transformer of its size**"
-        said += ", each at its best learning rate" if best in TUNED else ""
+    best = min(ours, key=lambda name: tables.mean_ppl(groups[name]))
+    beside = next((n for n in ("tuned", "optimized") if evidence.compare(n)), best)
+    if compared := evidence.compare(beside):
+        verdict, conclusion = compared[0].verdict, compared[0].conclusion
+        own, other = (
+            _ppl([*evidence.seeds(n).values()]) for n in (beside, evidence.twin_of(beside))
+        )
+        said = f"**MU-SOTA {OUTCOME[verdict]} a plain transformer of its size**"
+        said += ", each at its best learning rate" if beside in TUNED else ""
         said += f": valid PPL {own} against {other}"
-        said += " (provisional: seeds not measured)" if "provisional" in finding.conclusion else ""
+        said += " (provisional: seeds not measured)" if "provisional" in conclusion else ""
+    else:
+        said = f"**MU-SOTA reaches valid PPL {_ppl(groups[best])}**"
+        said += f"{_unfinished(groups[best][0])} ({title_of(best)})"
+        if evidence.at_the_plans_size:
+            told = f"PPL {REPORTED['ppl']:.0f} after {REPORTED['epochs']} epochs"
+            said = f"Reported by the plan: {told}. Measured here: {said}"
     if {"bigram", "trigram"} <= evidence.rungs.keys():
         pairs, triples = (evidence.rungs[name] for name in ("bigram", "trigram"))
         said += f"; counting pairs of tokens reaches {pairs:,.0f}, triples {triples:,.0f}"
-    sentences = [f"{said}."]
-    if any((spot.rule, spot.verdict) == ("Context", "idle") for spot in evidence.weak_spots()):
+    sentences, advice, weak = [f"{said}."], [], evidence.weak_spots()
+    if any((spot.rule, spot.verdict) == ("Context", "idle") for spot in weak):
         sentences.append(
             f"It hardly reads its context: with attention switched off it loses "
             f"{_without_attention(evidence.ablated):.3f} nats a token, so it is mostly a table of "
             "which token follows which."
         )
-    told, verdict = _of_redesign(evidence, best)
-    sentences += told
-    advice = ["Train the redesign: `python -m musota train redesigned`."] * (verdict == "better")
-    if evidence.at_the_plans_size and (goal := evidence.goal(name)):
-        sentences.append(f"The plan's goal (PPL under 200, under 100): {goal.conclusion}.")
-    return sentences, advice + _advice(evidence)
-
-
-def _of_redesign(evidence: Evidence, beside: str) -> tuple[list[str], str]:
-    """How the best redesigned model stands beside MU-SOTA's, and the verdict's word; nothing where
-    there is none."""
-    groups = figures.by_name(evidence.runs)
-    seeds = {n: {run.seed: run.summary for run in group} for n, group in groups.items()}
     rows = [name for name in groups if name.split(",")[0] == "redesigned"]
-    rows = [name for name in rows if seeds[name].keys() & seeds[beside].keys()]
-    if not rows:
-        return [], ""
-    best = min(rows, key=lambda name: tables.mean_ppl(groups[name]))
-    finding, text, over_seeds = verdicts.better_or_worse(
-        seeds[best], seeds[beside], "redesigned", "MU-SOTA"
-    )
+    rows = [n for n in rows if {r.seed for r in groups[n]} & {r.seed for r in groups[beside]}]
+    if rows:
+        row = min(rows, key=lambda name: tables.mean_ppl(groups[name]))
+        told, verdict = _of_redesign(evidence, groups[row], groups[beside])
+        sentences.append(told)
+        if verdict == "better":
+            advice.append("Train the redesign: `python -m musota train redesigned`.")
+    if evidence.at_the_plans_size and (goal := evidence.goal(best)):
+        sentences.append(f"The plan's goal (PPL under 200, under 100): {goal.conclusion}.")
+    advice += [f"In the model: {spot.next_step}." for spot in weak if spot.next_step][:1]
+    causes = evidence.grid[1]
+    return sentences, advice + ([verdicts.root_cause_advice(causes)] if causes else [])
+
+
+def _of_redesign(evidence: Evidence, runs: list[Run], beside: list[Run]) -> tuple[str, str]:
+    """How the best redesigned model stands beside MU-SOTA's, and the verdict's word."""
+    sides = ({run.seed: run.summary for run in side} for side in (runs, beside))
+    finding, text, over_seeds = verdicts.better_or_worse(*sides, "redesigned", "MU-SOTA")
     said = (
         f"**[The redesign](notebooks/07_redesign.ipynb), of the same size, reaches "
-        f"{_ppl(groups[best])}**{_unfinished(groups[best][0])}, {finding.conclusion}: "
-        f"{over_seeds or text}"
+        f"{_ppl(runs)}**{_unfinished(runs[0])}, {finding.conclusion}: {over_seeds or text}"
     )
-    if looked := evidence.ablation_of(best):
+    if looked := evidence.ablation_of(runs[0].name):
         said += f"; without attention it loses {_without_attention(looked):.2f} nats"
-    return [f"{said}."], finding.verdict
+    return f"{said}.", finding.verdict
 
 
 def _unfinished(run: Run) -> str:
-    done, planned = run.summary["epochs_done"], run.experiment.training.epochs
-    return "" if run.finished else f" after {done} of {planned} epochs, unfinished"
+    return "" if run.finished else f" after {progress_of(run)}, unfinished"
 
 
 def _without_attention(looked: tuple[Run, dict]) -> float:
@@ -253,20 +231,10 @@ def _ppl(seeds: Sequence[Run]) -> str:
     return f"{tables.mean_ppl(seeds):,.1f}{tables.interval_of(seeds)}"
 
 
-def _advice(evidence: Evidence) -> list[str]:
-    """What to change next, in the model and in its training."""
-    steps = [spot.next_step for spot in evidence.weak_spots() if spot.next_step]
-    _, causes = _grid(evidence)
-    training = [verdicts.root_cause_advice(causes)] if causes else []
-    return [f"In the model: {step}." for step in steps[:1]] + training
-
-
 def write_bench_report(folder: str | os.PathLike) -> Path:
     """README.md and figures of a folder of `bench --json` files; returns the README's path."""
     folder, results = Path(folder), {}
     for path in sorted(folder.glob("*.json")):
         results[path.stem] = result = json.loads(path.read_text(encoding="utf-8"))
         save_figure(pictures.bench(result), folder / f"{path.stem}.png", "")
-        if result["scaling"]:
-            save_figure(pictures.bench_scaling(result), folder / f"{path.stem}-scaling.png", "")
     return _write(folder / "README.md", _render("bench", results=results))

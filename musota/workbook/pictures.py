@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from musota.models.base import ScoredText
 from musota.plan.layout import BlockLayout
 from musota.rules.audit import GUILTY
 from musota.rules.plan import PLAN_LADDER, REPORTED
-from musota.rules.stats import Interval
 from musota.studies.audit import Audit
-from musota.workbook.style import (
-    BLUE,
-    GREY,
-    HATCHES,
-    ORANGE,
-    PLAIN,
-    RED,
-    SHADES,
-    draw_intervals,
-    new_figure,
-    wrapped,
-)
+from musota.workbook import style
+from musota.workbook.style import BLUE, GREY, HATCHES, ORANGE, PLAIN, RED, SHADES, new_figure
+from musota.workbook.tables import BENCH_NAMES
 
-BENCH_NAMES = {"mu": "MU-SOTA", "dense": "dense"}
 # In this order a group looks the same in every figure; others come after, in theirs.
 GROUPS = (
     "affinity tables", "output", "embedding", "embedding (also output)", "feed-forward",
     "cross attention", "block attention", "gate", "positions", "norms", "attention",
 )  # fmt: skip
-SIZES = {
-    "batch": "sequences a step",
-    "max_seq_len": "tokens a sequence",
-    "vocab_size": "vocabulary",
-    "n_layer": "layers",
-    "n_block": "semantic blocks",
-}
 
 
 def ledgers(ledgers: Mapping[str, Mapping[str, int]]) -> Figure:
@@ -54,14 +32,12 @@ def ledgers(ledgers: Mapping[str, Mapping[str, int]]) -> Figure:
     table = pd.DataFrame(ledgers).fillna(0).T  # a model a row, a group a column
     table = table[table.max().sort_values(ascending=False).index]
     looks = list(dict.fromkeys([*GROUPS, *table]))
-    totals, left = table.sum(axis=1), 0
+    names, totals, left = table.index.map(style.wrapped), table.sum(axis=1), 0
     white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
     for group, sizes in table.items():
         i = looks.index(group)
         look = {"color": SHADES[i % 8], "hatch": HATCHES[(i + i // 8) % 8], "edgecolor": "white"}
-        bars = axis.barh(
-            table.index.map(wrapped), sizes, left=left, label=group, linewidth=0.6, **look
-        )
+        bars = axis.barh(names, sizes, left=left, label=group, linewidth=0.6, **look)
         shares = (sizes / totals).map("{:.0%}".format).where(sizes > 0.07 * totals.max(), "")
         axis.bar_label(bars, shares, label_type="center", bbox=white)
         left = left + sizes
@@ -91,13 +67,11 @@ def layouts(shown: Mapping[str, BlockLayout]) -> Figure:
             corner, shade = (block.column, block.row), SHADES[(index + index // 4) % 8]
             axis.add_patch(Rectangle(corner, block.width, block.height, fc=shade, alpha=0.45))
             x, bottom = block.column + block.width / 2, block.row + block.height - 0.08
-            large = {"ha": "center", "va": "center", "fontsize": 13, "fontweight": "bold"}
-            axis.text(x, block.row + 0.6, block.name, **large)
+            axis.text(x, block.row + 0.7, block.name, ha="center", fontsize=13, weight="bold")
             axis.text(x, bottom, block.title.replace(" ", "\n"), ha="center", fontsize=7.5)
         for (row, column), place in np.ndenumerate(layout.to_matrix(np.arange(sum(layout.sizes)))):
             axis.text(column + 0.04, row + 0.04, place, fontsize=5.5, color="0.35", va="top")
-        limits = {"xlim": (0, layout.width), "ylim": (layout.height, 0)}
-        axis.set(**limits, aspect="equal", title=title)
+        axis.set(xlim=(0, layout.width), ylim=(layout.height, 0), aspect="equal", title=title)
         axis.set_xticks(range(layout.width + 1), [])
         axis.set_yticks(range(layout.height + 1), [])
         axis.set_xlabel("columns (small numbers: place in the stored vector)", fontsize=8)
@@ -106,39 +80,34 @@ def layouts(shown: Mapping[str, BlockLayout]) -> Figure:
 
 
 def causality(change: np.ndarray) -> Figure:
-    """Largest change of any logit at each position (column) when one token (row) is replaced."""
-    figure, axis = new_figure(6.2, 4.8)
-    shown = np.ma.log10(np.ma.masked_equal(change, 0))
-    image = axis.imshow(shown, cmap="viridis", interpolation="nearest")
-    axis.set(xlabel="position whose logits are compared", ylabel="position of the replaced token")
-    axis.set_title("White: not one logit changed")
-    figure.colorbar(image, label="log₁₀ of the largest change of a logit")
+    """Whether any logit at each position (column) changes when one token (row) is replaced."""
+    figure, axis = new_figure(6.2, 5.2)
+    _draw_moves(axis, change)
     return figure
+
+
+def _draw_moves(axis, change: np.ndarray) -> None:
+    ahead = np.tril(change > 0, -1)
+    axis.imshow((change > 0) + 1 * ahead, cmap=ListedColormap(["white", BLUE, RED]), vmin=0, vmax=2)
+    axis.set(xlabel="… does the guess made at this position move?", ylabel="replace this token …")
+    axis.set_title("Does it see what comes?" + ("" if ahead.any() else " (nothing red: no)"))
+    keys = {"it moves, and may: the token was known": BLUE, "it moves: IT SAW WHAT COMES": RED}
+    handles = [Patch(color=colour, label=text) for text, colour in keys.items()]
+    axis.legend(handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
 
 
 def audited(audit: Audit) -> Figure:
     """Which guess moves with which token, and the loss on random tokens, for whoever never heard
     of either."""
     figure, (left, right) = new_figure(11.5, 5.2, columns=2)
-    moved = audit.change.numpy() > 0
-    ahead = np.tril(moved, -1)
-    left.imshow(1 * moved + ahead, cmap=ListedColormap(["white", BLUE, RED]), vmin=0, vmax=2)
-    left.set(xlabel="… does the guess made at this position move?", ylabel="replace this token …")
-    left.set_title("Does it see what comes?")
-    keys = {"it moves, and may: the token was known": BLUE, "it moves: IT SAW WHAT COMES": RED}
-    handles = [Patch(color=colour, label=text) for text, colour in keys.items()]
-    left.legend(handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
-    if not ahead.any():
-        place = {"ha": "center", "fontsize": 9, "transform": left.transAxes}
-        left.text(0.3, 0.2, "nothing red here:\nno guess moved\nbefore its token came", **place)
+    _draw_moves(left, audit.change.numpy())
     floor, losses = np.log(audit.symbols), pd.Series(audit.losses, dtype=float)
     right.plot(losses, color="0.75", linewidth=0.8, label="each step, on fresh random tokens")
     right.plot(losses.rolling(15, min_periods=1).mean(), color=BLUE, label="mean of 15")
     text = f"ln {audit.symbols} = {floor:.2f}: nobody can do better honestly"
     right.axhline(floor, color="black", linestyle="--", label=text)
     right.axhspan(0, floor, color=RED, alpha=0.08)
-    right.set_ylim(0, 1.15 * max(floor, losses.max(skipna=True) if len(losses) else floor))
-    right.set(xlabel="training step", ylabel="its loss (nats a token)")
+    right.set(ylim=(0, None), xlabel="training step", ylabel="its loss (nats a token)")
     right.set_title("Can it foretell what is random?")
     right.legend(fontsize=8, loc="upper right")
     guilty = [finding.verdict for finding in audit.findings if finding.verdict in GUILTY]
@@ -167,13 +136,11 @@ def ladder(rungs: Mapping[str, float], comparable: bool) -> Figure:
     """
     figure, axis = new_figure(9, 3.6)
     scale = "" if comparable else ", WikiText-2 at V 50,000"
-    bars = [(f"{name} (measured)", ppl, BLUE, "") for name, ppl in rungs.items()]
-    bars += [
-        (f"{n} (the plan's guess{scale})", ppl, ORANGE, "//") for n, ppl in PLAN_LADDER.items()
-    ]
-    bars.append((f"MU-SOTA, 10 epochs (reported{scale})", REPORTED["ppl"], GREY, ".."))
-    bars.sort(key=lambda bar: -bar[1])
-    names, ppls, colours, hatches = zip(*bars, strict=True)
+    bars = [(ppl, f"{name} (measured)", BLUE, "") for name, ppl in rungs.items()]
+    guesses = PLAN_LADDER.items()
+    bars += [(ppl, f"{name} (the plan's guess{scale})", ORANGE, "//") for name, ppl in guesses]
+    bars.append((REPORTED["ppl"], f"MU-SOTA, 10 epochs (reported{scale})", GREY, ".."))
+    ppls, names, colours, hatches = zip(*sorted(bars, reverse=True), strict=True)
     drawn = axis.barh(names, ppls, color=colours, hatch=hatches, edgecolor="white")
     axis.bar_label(drawn, fmt=" {:,.0f}", fontsize=9)
     axis.set(xscale="log", xlabel="valid perplexity per token (log)", title="The ladder")
@@ -190,69 +157,35 @@ def block_view(
     cells (L + 1, T, d) in cell order, gate (L, T, N), as `probes.look_inside` gives them.
     """
     T, L = len(tokens), len(gate)
-    rows, gate_rows, columns = -(-(T + 1) // 7), -(-L // 4), 7
-    heights = 0.5 + 1.4 * rows, 0.9 + (0.5 + 0.14 * len(layout.blocks)) * gate_rows
+    heights = 0.5 + 1.4 * -(-(T + 1) // 7), 0.9 + (0.5 + 0.14 * len(layout.blocks)) * -(-L // 4)
     figure = Figure(figsize=(10, sum(heights)), dpi=110, layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=heights)
-    title = f"The tokens' matrices after layer {layer}" if layer else "The embeddings"
-    above.suptitle(title, fontsize=10)
-    key, *axes = above.subplots(rows, columns).flat
-    key.set_title("the blocks", fontsize=8)
-    key.set(xlim=(0, layout.width), ylim=(layout.height, 0), aspect="equal")
-    _outline(key, layout, "black")
-    for block in layout.blocks:
-        middle = block.column + block.width / 2, block.row + block.height / 2
-        key.text(*middle, block.name, ha="center", va="center", fontsize=7)
+    above.suptitle(f"The tokens' matrices after layer {layer}" if layer else "The embeddings")
+    below.suptitle("How far each block moves, by token and layer (gate)")
+    axes = above.subplots(-(-(T + 1) // 7), 7, squeeze=False).ravel()
     matrices, bound = layout.to_matrix(cells[layer]), float(np.abs(cells[layer]).max())
-    for axis, matrix, token in zip(axes, matrices, tokens, strict=False):
+    key = np.zeros_like(matrices[0])  # the first names the blocks
+    shown = zip(axes, [key, *matrices], ["the blocks", *tokens], strict=False)
+    for axis, matrix, token in shown:
         image = axis.imshow(matrix, cmap="cividis", vmin=-bound, vmax=bound)
         axis.set_title(token, fontsize=8)
         _outline(axis, layout, "white", offset=-0.5)
-    for index, axis in enumerate([key, *axes]):
+    for block in layout.blocks:
+        middle = block.column + (block.width - 1) / 2, block.row + (block.height - 1) / 2
+        axes[0].text(*middle, block.name, ha="center", va="center", fontsize=7, color="white")
+    for index, axis in enumerate(axes):
         axis.set(xticks=[], yticks=[], visible=index <= T)
-    above.colorbar(image, ax=[key, *axes], label="cell", shrink=0.8)
-    below.suptitle("How far each block moves, by token and layer (gate)", fontsize=10)
-    grids = below.subplots(gate_rows, min(4, L), sharex=True, sharey=True, squeeze=False).flat
+    above.colorbar(image, ax=list(axes), label="cell", shrink=0.8)
+    grids = below.subplots(-(-L // 4), min(4, L), sharex=True, sharey=True, squeeze=False).ravel()
+    look = {"cmap": "cividis", "vmin": gate.min(), "vmax": gate.max(), "aspect": "auto"}
     for index, axis in enumerate(grids):
         axis.set_visible(index < L)
         if index < L:
-            moved = axis.imshow(gate[index].T, cmap="cividis", vmin=gate.min(), vmax=gate.max(),
-                                aspect="auto", interpolation="nearest")  # fmt: skip
+            moved = axis.imshow(gate[index].T, **look)
             axis.set_title(f"layer {index + 1}", fontsize=8)
             axis.set_yticks(range(len(layout.blocks)), layout.names, fontsize=6.5)
             axis.set_xticks(range(T), tokens, fontsize=7, rotation=90)
-    below.colorbar(moved, ax=list(below.axes), label="sensitivity", shrink=0.8)
-    return figure
-
-
-def surprises(scored: ScoredText, most: int = 600, width: int = 90) -> Figure:
-    """The text, its first `most` tokens, each on a ground as dark as it was surprising."""
-    lines, held = [[]], 0
-    for piece, nats in list(zip(scored.pieces, scored.nats, strict=True))[:most]:
-        shown = piece.replace("\n", "⏎").replace("\t", "→")
-        if held + len(shown) > width:
-            lines, held = [*lines, []], 0
-        lines[-1].append((held, shown, nats / math.log(2)))
-        held += len(shown)
-        if "\n" in piece:
-            lines, held = [*lines, []], 0
-    figure, axis = new_figure(10.5, max(2.6, 1.1 + 0.24 * len(lines)))
-    shades, scale = colormaps["Blues"], Normalize(0, 16)
-    for row, line in enumerate(lines):
-        for start, shown, bits in line:
-            dark = scale(min(bits, 16))
-            axis.add_patch(Rectangle((start, row - 0.45), len(shown), 0.9, color=shades(dark)))
-            colour = "white" if dark > 0.6 else "black"
-            for place, character in enumerate(shown):  # one by one: any font becomes monospaced
-                look = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
-                axis.text(start + place + 0.5, row, character, **look)
-    axis.set(xlim=(0, width), ylim=(len(lines) - 0.4, -0.6), xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
-    many = len(scored.pieces)
-    cut = f", the first {most:,} of {many:,} tokens" if most < many else ""
-    axis.set_title(f"PPL {scored.ppl:,.1f}, {scored.bits_per_byte:.3f} bits per byte{cut}")
-    label = "bits a token cost"
-    figure.colorbar(ScalarMappable(scale, shades), ax=axis, label=label, shrink=0.9, pad=0.01)
+    below.colorbar(moved, ax=list(grids), label="sensitivity", shrink=0.8)
     return figure
 
 
@@ -280,61 +213,4 @@ def bench(result: Mapping) -> Figure:
         axis.invert_yaxis()
         axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.xaxis.set_major_formatter(PLAIN)
-    return figure
-
-
-def bench_scaling(result: Mapping) -> Figure:
-    """Time per token against each size: measured, and what the arithmetic says."""
-    sizes = pd.DataFrame(result["scaling"]).groupby("axis", sort=False)
-    figure, axes = new_figure(2.6 * len(sizes), 3.6, columns=len(sizes), grid="y")
-    styles = {"mu": (BLUE, "o"), "dense": (RED, "s")}
-    for axis, (size, points) in zip(np.atleast_1d(axes), sizes, strict=True):
-        for kind, rows in points.groupby("model", sort=False):
-            (colour, marker), name = styles[kind], BENCH_NAMES[kind]
-            rows = rows.set_index("value")
-            axis.plot(rows.time_per_token, color=colour, marker=marker, label=f"{name}, measured")
-            axis.plot(rows.arithmetic, "--", color=colour, alpha=0.6, label=f"{name}, arithmetic")
-        axis.set_xscale("log", base=2)
-        values = points.value.unique()
-        axis.set_xticks(values, [f"{value:,}" for value in values], rotation=45, fontsize=8)
-        axis.minorticks_off()
-        axis.set_xlabel(SIZES.get(size, size))
-        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
-    first = np.atleast_1d(axes)[0]
-    first.set_ylabel("time per token (reference shape = 1)")
-    figure.legend(
-        *first.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center"
-    )
-    return figure
-
-
-def names(found: Mapping) -> Figure:
-    """What each block tells (see `studies.names`): alike which others, what a linear probe reads
-    from it alone, and how much of a word's place in it depends on the word before."""
-    blocks, reads, moves = found["blocks"], found["reads"], found["moves"]
-    figure = Figure(figsize=(12.5, 5), layout="constrained", dpi=110)
-    alike, read, move = figure.subplots(1, 3, width_ratios=(1, 1.1, 0.75))
-    values = [[of[block][0] for block in blocks] for of in reads.values()]
-    for axis, table, look in ((alike, found["similarity"], "Blues"), (read, values, "Oranges")):
-        axis.imshow(table, cmap=look, vmin=0, vmax=1 if axis is alike else None, aspect="auto")
-        for (row, column), value in np.ndenumerate(np.array(table)):
-            dark = value > (0.6 if axis is alike else 0.6 * np.max(values))
-            colour = "white" if dark else "0.25"
-            size = 8 if len(blocks) <= 8 else 5.5
-            text = f"{value:.2f}".replace("0.", ".")
-            axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
-        axis.set_xticks(range(len(blocks)), blocks, fontsize=8)
-    alike.set_yticks(range(len(blocks)), blocks, fontsize=8)
-    alike.set_title(
-        "How alike two blocks are\n(linear CKA: 0 nothing shared, 1 the same)", fontsize=10
-    )
-    read.set_yticks(range(len(reads)), list(reads), fontsize=8)
-    read.set_title(
-        "What is read from one block alone\n(accuracy beyond shuffled labels)", fontsize=10
-    )
-    draw_intervals(move, {block: Interval(*moves[block]) for block in blocks})
-    move.tick_params(axis="y", labelsize=8)
-    move.spines[["top", "right"]].set_visible(False)
-    words = f"share of variance, {found['words']} words"
-    move.set_title(f"How far the word before\nmoves a word ({words})", fontsize=10)
     return figure

@@ -1,13 +1,8 @@
 """Recorded runs and probes, from run folders and from the packed files of committed results.
 
-runs.jsonl     a run a line: path, config, summary, events
-epochs.jsonl   an epoch a line, with the path of its run
-steps.parquet  the logged steps of every run, float32
-probes.json    what was measured besides runs: rungs, ablations, findings; by name
-SHA256SUMS     of these four
-
-Where a run stands both in a folder and packed, the folder counts. What a run is called never
-decides anything: runs are the same by experiment, corpus fingerprint and seed.
+What the packed files hold is in docs/robustness.md. Where a run stands both in a folder and packed,
+the folder counts. What a run is called never decides anything: runs are the same by experiment,
+corpus fingerprint and seed.
 """
 
 from __future__ import annotations
@@ -53,11 +48,18 @@ def read_runs(folder: str | os.PathLike, part: str = "") -> tuple[list[Run], dic
         except MusotaError as error:
             found.pop(path, None)
             left_out[path] = f"damaged: {error}"
-    for path in [path for path, run in found.items() if not (run.summary or run.diverged)]:
-        del found[path]
-        left_out[path] = "no epoch has ended yet"
-    _refuse_doubles(found)
-    return [found[path] for path in sorted(found)], left_out
+    runs, paths = [], {}
+    for path, run in sorted(found.items()):
+        if not (run.summary or run.diverged):
+            left_out[path] = "no epoch has ended yet"
+            continue
+        if (other := paths.setdefault(run.identity, path)) != path:
+            raise MusotaError(
+                f"{other} and {path} hold the same run (experiment, corpus and seed are equal): "
+                "delete one of them."
+            )
+        runs.append(run)
+    return runs, left_out
 
 
 def load_runs(folder: str | os.PathLike) -> list[Run]:
@@ -67,17 +69,6 @@ def load_runs(folder: str | os.PathLike) -> list[Run]:
     for path, reason in left_out.items():
         print(f"{as_path(folder) / path} is left out: {reason}")
     return [run for run in runs if run.summary]
-
-
-def _refuse_doubles(found: Mapping[str, Run]) -> None:
-    seen: dict[tuple, str] = {}
-    for path, run in found.items():
-        other = seen.setdefault(run.identity, path)
-        if other != path:
-            raise MusotaError(
-                f"{other} and {path} hold the same run (experiment, corpus and seed are equal): "
-                "delete one of them."
-            )
 
 
 def labelled(runs: Iterable[Run], roles: Mapping[str, Experiment]) -> list[Run]:
@@ -93,15 +84,14 @@ def labelled(runs: Iterable[Run], roles: Mapping[str, Experiment]) -> list[Run]:
         key = run.experiment, run.fingerprint
         if key not in names:
             name = next((role for role, e in roles.items() if e == run.experiment), run.name)
-            taken = owners.get(name, run.experiment) != run.experiment or name in names.values()
-            if taken:
-                told = run.experiment.differences(owners[name])
+            owner = owners.get(name, run.experiment)
+            if owner != run.experiment or name in names.values():
+                told = run.experiment.differences(owner)
                 name = ",".join([name, *(told or [f"corpus={run.fingerprint[:8]}"])])
             owners.setdefault(name, run.experiment)
             names[key] = name
-        copied = copy.copy(run)
-        copied.name = names[key]
-        copies.append(copied)
+        copies.append(copy.copy(run))
+        copies[-1].name = names[key]
     return copies
 
 
@@ -110,12 +100,10 @@ def read_probes(folder: str | os.PathLike) -> dict[str, dict]:
     damage."""
     folder, probes = as_path(folder), {}
     _packed(folder)  # makes sure that nothing is damaged
-    for path in [folder / "probes.json", *_probe_files(folder)]:
-        if not path.exists():
-            continue
+    for path in [*folder.glob("probes.json"), *_probe_files(folder)]:
+        name = path.relative_to(folder).with_suffix("").as_posix()
         try:
             data = json.loads(path.read_bytes())
-            name = path.relative_to(folder).with_suffix("").as_posix()
             probes |= data if name == "probes" else {name: data}
         except (ValueError, TypeError):
             raise MusotaError(f"{path} is damaged: delete it, and it is measured anew.") from None
@@ -126,11 +114,12 @@ def pack(folder: str | os.PathLike) -> list[Path]:
     """Write the packed files of a results folder and remove what they hold now: probes, and run
     folders without checkpoints. Nothing is removed before all is written. Returns the files."""
     folder = as_path(folder).resolve()
-    runs = {}
-    for part in _parts(folder):
-        runs |= {r.path.relative_to(folder).as_posix(): r for r in read_runs(folder, part)[0]}
+    here = [p.parent.relative_to(folder).as_posix() for p in folder.glob("**/metrics.jsonl")]
+    parts = sorted({_part_of(path) for path in [*_packed(folder), *here]})
+    runs = [run for part in parts for run in read_runs(folder, part)[0]]
     lines, epochs, steps = [], [], [pd.DataFrame({"run": []})]
-    for path, run in runs.items():
+    for run in runs:
+        path = run.path.relative_to(folder).as_posix()
         kinds = {"step": [], "epoch": [], "event": []}
         for record in run.records:
             kinds[record["kind"]].append({k: v for k, v in record.items() if k != "kind"})
@@ -138,42 +127,36 @@ def pack(folder: str | os.PathLike) -> list[Path]:
         lines.append({"run": path, **about})
         epochs += [{"run": path, **record} for record in kinds["epoch"]]
         steps.append(pd.DataFrame(kinds["step"]).assign(run=path))
-    table, buffer = pd.concat(steps, ignore_index=True), io.BytesIO()
+    table = pd.concat(steps, ignore_index=True)
     whole = {"run": "category", "step": "int32", "tokens": "int64"}
     kinds = dict.fromkeys(table, "float32") | {k: v for k, v in whole.items() if k in table}
-    table.astype(kinds).to_parquet(buffer, index=False, compression="zstd")
-    probes = (json.dumps(read_probes(folder), ensure_ascii=False, indent=1) + "\n").encode()
-    written = _lines(lines), _lines(epochs), buffer.getvalue(), probes
-    contents = dict(zip(PACKED, written, strict=True))
+    probes = json.dumps(read_probes(folder), ensure_ascii=False, indent=1) + "\n"
+    contents = {
+        "runs.jsonl": _lines(lines),
+        "epochs.jsonl": _lines(epochs),
+        "steps.parquet": table.astype(kinds).to_parquet(index=False, compression="zstd"),
+        "probes.json": probes.encode(),
+    }
     sums = "".join(f"{sha256(data)}  {name}\n" for name, data in contents.items())
+    writes = {
+        folder / name: lambda target, data=data: target.write_bytes(data)
+        for name, data in {**contents, SUMS: sums.encode()}.items()
+    }
     no_longer_needed = _probe_files(folder)
-    contents[SUMS] = sums.encode()
-    write_together(
-        {folder / name: lambda target, data=data: target.write_bytes(data)
-         for name, data in contents.items()}
-    )  # fmt: skip
+    write_together(writes)
     for path in no_longer_needed:
         path.unlink()
-    for run in runs.values():
+    for run in runs:
         if run.path.exists() and not (run.path / "checkpoints").exists():
             shutil.rmtree(run.path)
     return [folder / name for name in PACKED]
 
 
-def _parts(folder: Path) -> list[str]:
-    """The folder itself and every sub-folder with runs."""
-    here = [p.parent.relative_to(folder).as_posix() for p in folder.glob("**/metrics.jsonl")]
-    return sorted({_part_of(path) for path in [*_packed(folder), *here]})
-
-
 def _probe_files(folder: Path) -> list[Path]:
     """The JSON files of the folder and its parts that belong to no run or saved model."""
     files = sorted([*folder.glob("*.json"), *folder.glob("*/*.json")])
-    return [
-        path
-        for path in files
-        if path.name != "probes.json" and not (path.parent / "config.json").exists()
-    ]
+    alone = [path for path in files if not (path.parent / "config.json").exists()]
+    return [path for path in alone if path.name != "probes.json"]
 
 
 def _lines(records: list[dict]) -> bytes:
@@ -200,17 +183,13 @@ def _unpacked(folder: Path, sums: bytes) -> dict[str, Run]:
             raise MusotaError(
                 f"{folder / name} is missing, damaged or was changed by hand: restore it from git."
             )
-    records: dict[str, list[dict]] = {}
-    table = pd.read_parquet(io.BytesIO(contents["steps.parquet"]))
+    table, records = pd.read_parquet(io.BytesIO(contents["steps.parquet"])), {}
     for path, steps in table.groupby("run", observed=True, sort=False):
-        rows = steps.drop(columns="run").assign(kind="step").to_dict("records")
-        records[path] = rows
-    for line in contents["epochs.jsonl"].splitlines():
-        epoch = json.loads(line)
+        records[path] = steps.drop(columns="run").assign(kind="step").to_dict("records")
+    for epoch in map(json.loads, contents["epochs.jsonl"].splitlines()):
         records.setdefault(epoch.pop("run"), []).append({"kind": "epoch", **epoch})
     runs = {}
-    for line in contents["runs.jsonl"].splitlines():
-        about = json.loads(line)
+    for about in map(json.loads, contents["runs.jsonl"].splitlines()):
         path, events = about["run"], [{"kind": "event", **e} for e in about["events"]]
         own = records.get(path, []) + events
         runs[path] = Run.from_records(folder / path, about["config"], about["summary"], own)

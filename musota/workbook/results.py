@@ -19,6 +19,7 @@ from musota.studies.ngrams import measure_ladder
 from musota.studies.path import Judged
 from musota.training.mirror import Mirror
 from musota.training.runs import Run
+from musota.workbook.compare import chosen_runs
 from musota.workbook.evidence import GRID, Evidence, footer, read_evidence, read_path, read_rungs
 from musota.workbook.records import read_probes, read_runs
 from musota.workbook.style import save_figure
@@ -50,21 +51,20 @@ class Results:
         self.profile, self.corpus, self.fresh = profile, corpus, fresh
         self.part = GRID if grid else ""
         # Where results belong, and where they are worked on: a Drive loses writes, a disk does not.
-        self.home = work = results_folder(self.profile.name, self.corpus, save_to)
+        self.home = self.root = results_folder(profile.name, corpus, save_to)
         if save_to:
             key = sha256(str(as_path(save_to).resolve()).encode())[:12]
-            work = cache_folder() / "work" / key / self.home.name
-        self.mirror, self.folder = None, work / self.part
+            self.root = cache_folder() / "work" / key / self.home.name
+        self.mirror, self.folder = None, self.root / self.part
         try:
             self.home.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             if save_to:
-                self.mirror = Mirror(work, self.home)
+                self.mirror = Mirror(self.root, self.home)
                 self.mirror.pull()
         except OSError as error:
             instead = "set save_to to another"
             raise system_error(f"The results folder {self.home}", error, instead) from None
-        self.root = work
 
     def push(self) -> bool:
         """Copy what is new to where results belong; False, and a sentence, where that fails."""
@@ -102,18 +102,23 @@ class Results:
     @property
     def probes(self) -> dict[str, dict]:
         """What is recorded here besides runs, by name."""
-        found = read_probes(self.root)
         start = f"{self.part}/" if self.part else ""
-        return {name.removeprefix(start): v for name, v in found.items() if name.startswith(start)}
+        found = read_probes(self.root).items()
+        return {name.removeprefix(start): data for name, data in found if name.startswith(start)}
 
-    @property
-    def known(self) -> list[Run]:
-        """What is recorded in this folder, packed or not."""
-        return read_runs(self.root, self.part)[0]
+    def known(self, part: str = "") -> list[Run]:
+        """What is recorded in this folder or a part of it, packed or not."""
+        return read_runs(self.root, part or self.part)[0]
 
     @property
     def footer(self) -> str:
         return footer(self.corpus.name, self.corpus.tokenizer.size, self.profile.name)
+
+    @cached_property
+    def ladder(self) -> dict[str, float]:
+        """Perplexity of the measured rungs on valid, measured once."""
+        recorded = read_rungs(self.probes, self.corpus.fingerprint)
+        return recorded or self.kept("ladder", lambda: {"ppl": measure_ladder(self.corpus)})["ppl"]
 
     @property
     def recorded(self) -> Evidence:
@@ -139,27 +144,13 @@ class Results:
 
     def chosen(self, names: Sequence[str]) -> Evidence:
         """Any recorded runs, by label or folder (see `compare.find_runs`)."""
-        from musota.workbook.compare import chosen_runs
-
         return chosen_runs(names, self.root.parent, self.root.name)
 
     @property
     def path(self) -> dict[str, Judged]:
         """The path to the redesign as trained here, else as it comes with the repository."""
-        kept = [ROOT / "results" / profile for profile in COMMITTED]
-        found = [read_path(self.folder, self.corpus.fingerprint), *map(read_path, kept)]
-        return next(filter(None, found), {})
-
-    @cached_property
-    def ladder(self) -> dict[str, float]:
-        """Perplexity of the measured rungs on valid, measured once."""
-        fingerprint = self.corpus.fingerprint
-        if rungs := read_rungs(self.probes, fingerprint):
-            return rungs
-        rungs = measure_ladder(self.corpus)
-        path = self.folder / f"{self.named('ladder')}.json"
-        write_json(path, {"fingerprint": fingerprint, "ppl": rungs})
-        return rungs
+        kept = (read_path(ROOT / "results" / profile) for profile in COMMITTED)
+        return read_path(self.folder, self.corpus.fingerprint) or next(filter(None, kept), {})
 
     def record(self, name: str, findings: Sequence[Finding], **numbers) -> None:
         """Write `<name>.json` beside the results: what this notebook found.

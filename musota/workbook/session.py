@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
 
-from musota.data.corpus import Corpus, load_corpus
+from musota.data.corpus import load_corpus
 from musota.errors import MusotaError, check_seed, nearest_name
 from musota.files import sentence
 from musota.plan.config import Experiment, check_changes
-from musota.plan.profiles import Profile, changed, find_profile, scaled, twin
+from musota.plan.profiles import changed, find_profile, scaled, twin
 from musota.plan.registry import TUNED, find_experiment, registry, run_name
 from musota.plan.suspects import Cell, Suspect, turned_by
 from musota.plan.suspects import grid as suspects_grid
@@ -22,13 +22,13 @@ from musota.rules.findings import Finding
 from musota.rules.plan import plan_does_not_apply
 from musota.studies import campaign
 from musota.studies.cells import run_cells
-from musota.studies.path import Judged, run_path
+from musota.studies.path import run_path
 from musota.studies.probes import measure_ablations
 from musota.training.machine import about_machine
 from musota.training.runs import Run
 from musota.training.start import started_from
 from musota.training.trainer import train
-from musota.workbook.evidence import PATH, SWEEP, read_path
+from musota.workbook.evidence import PATH, SWEEP
 from musota.workbook.records import read_runs
 from musota.workbook.results import Results, results_folder
 from musota.workbook.tables import fields_table
@@ -64,16 +64,11 @@ class Workbook(Results):
         self.vocab_size = self.changes.get("vocab_size", size.vocab_size or 50_000)
         self.whole_corpus = load_corpus(corpus, self.vocab_size)
         super().__init__(size, self.whole_corpus.limited(size), fresh, save_to, grid)
-        print(self.about)
-
-    @property
-    def about(self) -> str:
-        """Corpus and profile in two lines, for every output and figure."""
-        corpus = self.corpus
-        return (
-            f"corpus {corpus.name} ({corpus.source}), {len(corpus.train):,} training and "
-            f"{len(corpus.valid):,} validation tokens, vocabulary {corpus.tokenizer.size:,}\n"
-            f"profile {self.profile.name}, {about_machine()['device']}, results in {self.home}"
+        here = self.corpus
+        print(
+            f"corpus {here.name} ({here.source}), {len(here.train):,} training and "
+            f"{len(here.valid):,} validation tokens, vocabulary {here.tokenizer.size:,}\n"
+            f"profile {size.name}, {about_machine()['device']}, results in {self.home}"
         )
 
     @property
@@ -115,24 +110,20 @@ class Workbook(Results):
         experiment, row = self.experiment(name), name
         if source := choices.get("continue_from"):
             experiment, _ = started_from(source, experiment, self.corpus)
-        name = self.called(row, experiment)
         if self.changes and experiment == self._unchanged(row):
             print(f"The changes leave {row} as it is.")
+        name = self.called(row, experiment)
         folder = self.folder / f"{name}-seed{self.seed}"
         wanted = experiment, self.corpus.fingerprint, self.seed
-        same = [run for run in self.known if run.finished and run.identity == wanted]
+        same = [run for run in self.known() if run.finished and run.identity == wanted]
         if same and not self.fresh and not (folder / "config.json").exists():
             print(f"{same[0].path}: finished before, loaded as it is.")
             self.deliver()
             return same[0]
-        choices.setdefault("watch", live_view())
         if self.mirror:
             choices["copy"] = self.mirror.part(folder).push
-        resume, profile = not self.fresh, self.profile.name
-        run = train(
-            experiment, self.corpus, folder, resume, self.seed, name=name, profile=profile,
-            **choices,
-        )  # fmt: skip
+        choices = {"watch": live_view(), "name": name, "profile": self.profile.name, **choices}
+        run = train(experiment, self.corpus, folder, not self.fresh, self.seed, **choices)
         self.deliver()
         return run
 
@@ -140,52 +131,34 @@ class Workbook(Results):
         """Train the root-cause grid of this profile, or go on with it (see `suspects.grid`)."""
         cells, suspects, seeds = suspects_grid(self.profile.name)
         longest = "epochs" if "epochs" in cells else "original"  # to look inside afterwards
-        seeds = [self.seed + n for n in seeds]
-        try:
-            how = {"known": self.known, "keep": (longest,)}
-            how |= {**self._how, "changes": self.changes}
-            return run_cells(cells, seeds, *self._place, **how), suspects
-        finally:
-            self.push()
-
-    @property
-    def _place(self) -> tuple[Profile, Corpus, Path]:
-        return self.profile, self.corpus, self.folder
-
-    @property
-    def _how(self) -> dict:
-        return {"fresh": self.fresh, "each": self.push}
+        how = {"cells": cells, "seeds": [self.seed + n for n in seeds], "changes": self.changes}
+        return self._trained(run_cells, **how, keep=(longest,)), suspects
 
     def carry_out(self, part: str, seeds: int) -> None:
         """Train one of `PARTS` of the plan with `seeds` seeds, or go on with it."""
-        how = {**self._how, "quiet": False}
-        if part == "sweep":
-            profile, corpus, folder = self._place
-            how["known"] = read_runs(self.root, SWEEP)[0]
-            campaign.run_sweeps(profile, corpus, folder / SWEEP, self.seed, **how)
-            return
-        if part == "path":
-            self.run_path(seeds)
-            return
-        cells = campaign.models()
-        if part == "tuned":
-            losses = {name: self._swept(self.root, name) for name in TUNED}
-            cells = {n: Cell(campaign.tuned(n, self.profile, losses[n])) for n in TUNED}
         seeds = range(self.seed, self.seed + seeds)
-        runs = run_cells(cells, seeds, *self._place, **how, known=self.known, keep=cells)
-        for name in ("tuned",) if part == "tuned" else ("optimized", "redesigned"):
-            if (run := runs[name][self.seed]).has_model:
-                self.kept(f"ablations_{name}", measure_ablations, run, self.corpus)
+        if part == SWEEP:
+            self._trained(campaign.run_sweeps, part, seed=self.seed, quiet=False)
+        elif part == PATH:
+            self._trained(run_path, part, seeds=seeds, quiet=False)
+        else:
+            cells, looked = campaign.models(), ("optimized", "redesigned")
+            if part == "tuned":
+                losses = {name: self._swept(self.root, name) for name in TUNED}
+                cells = {n: Cell(campaign.tuned(n, self.profile, losses[n])) for n in TUNED}
+                looked = ("tuned",)
+            runs = self._trained(run_cells, cells=cells, seeds=seeds, keep=cells, quiet=False)
+            for name in looked:
+                if (run := runs[name][self.seed]).has_model:
+                    self.kept(f"ablations_{name}", measure_ablations, run, self.corpus)
 
-    def run_path(self, seeds: int = 1) -> dict[str, Judged]:
-        """Train the path from `optimized` to `redesigned`, or go on with it."""
-        how = {**self._how, "known": read_runs(self.root, PATH)[0]}
-        seeds = range(self.seed, self.seed + seeds)
+    def _trained(self, study: Callable, part: str = "", **how):
+        """What a study that trains many runs returns; however it ends, what it made is copied."""
+        how |= {"profile": self.profile, "corpus": self.corpus, "folder": self.folder / part}
         try:
-            run_path(self.profile, self.corpus, self.folder / PATH, seeds, **how)
+            return study(**how, fresh=self.fresh, each=self.push, known=self.known(part))
         finally:
             self.push()
-        return read_path(self.folder, self.corpus.fingerprint)
 
     def show_blocks(self, run: Run, sentence: str) -> None:
         """The matrices and gates of a sentence, to be changed by the reader (see `widgets`)."""
@@ -200,11 +173,9 @@ class Workbook(Results):
 
     def scaling_table(self, *names: str) -> pd.DataFrame:
         """Every scaled value beside the plan's, for the experiments named."""
-        columns = {}
+        columns, here = {}, f"profile {self.profile.name}" + (", changed" if self.changes else "")
         for name in names:
-            columns[name, "plan"] = find_experiment(name)
-            here = f"profile {self.profile.name}" + (", changed" if self.changes else "")
-            columns[name, here] = self.experiment(name)
+            columns |= {(name, "plan"): find_experiment(name), (name, here): self.experiment(name)}
         return fields_table(columns)
 
 

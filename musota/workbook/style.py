@@ -23,6 +23,7 @@ BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#999999"
 SHADES = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", RED, "#F0E442", GREY)
 HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
 PLAIN = FuncFormatter(lambda value, _: f"{value:,.10g}")
+DOTTED = {"color": "0.45", "linewidth": 0.9, "linestyle": (0, (1, 2))}  # a rung
 
 
 def new_figure(width: float, height: float, columns: int = 1, grid: str = ""):
@@ -70,7 +71,7 @@ def logarithmic(axis, lowest: float, highest: float) -> None:
 def draw_rungs(axis, rungs: Mapping[str, float], between: str = " ") -> None:
     """Lines across at the rungs, their names on the right, pushed apart where they are close."""
     for level in rungs.values():
-        axis.axhline(level, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)))
+        axis.axhline(level, **DOTTED)
     axis.figure.draw_without_rendering()  # for where the levels come to stand
     points, last = 72 / axis.figure.dpi, -np.inf
     for name, level in sorted(rungs.items(), key=lambda rung: rung[1]):
@@ -92,8 +93,8 @@ def draw_intervals(
             continue
         if np.isfinite(interval.high - interval.low):
             axis.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2.5)
-        style = {"fillstyle": fill, "markersize": 8, "markeredgewidth": 1.5}
-        axis.plot(interval.mean, row, marker, color=colour, markerfacecoloralt="white", **style)
+        look = {"fillstyle": fill, "markersize": 8, "markeredgewidth": 1.5}
+        axis.plot(interval.mean, row, marker, color=colour, markerfacecoloralt="white", **look)
     for row, text in enumerate(notes):
         axis.text(1.01, row, text, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
     axis.axvline(0, color="black", linewidth=1)

@@ -13,17 +13,14 @@ from string import Formatter
 import pandas as pd
 
 from musota.plan.config import Experiment
-from musota.plan.profiles import PLAN_TRAIN_TOKENS
-from musota.plan.registry import experiments, title_of
+from musota.plan.registry import title_of
 from musota.rules.stats import seed_interval
 from musota.rules.verdicts import Cause
 from musota.studies.path import Judged
 from musota.training.evaluate import exp_nats
 from musota.training.runs import Run
-from musota.training.schedule import learning_rate_at
-from musota.workbook import figures, pictures
 from musota.workbook.answers import health_of
-from musota.workbook.evidence import Evidence
+from musota.workbook.evidence import Evidence, by_name, progress_of
 
 MEANINGLESS = 1e12  # a perplexity over so many words, where a "word" is a paragraph
 
@@ -46,34 +43,33 @@ def table(rows: Iterable[Mapping], columns: Mapping[str, str]) -> pd.DataFrame:
     return pd.DataFrame(cells, columns=[*columns])
 
 
-RUN = {
-    "model": "{title}",
-    "seed": "{run.seed}",
-    "parameters": "{parameters:,}",
-    "MFLOP/token": "{mflop:.1f}",
-    "minutes": "{minutes:.1f}",
-    "tokens/s": "{tokens_per_second:,.0f}",
-    "peak memory (MB)": "{megabytes:,.0f}",
-    "best epoch": "{best_epoch} of {run.experiment.training.epochs}",
-    "valid PPL": "{ppl:.1f}",
-    "valid word PPL": "{word_ppl:.1f}",
-    "valid bits/byte": "{bits_per_byte:.3f}",
-    "valid accuracy": "{accuracy:.1%}",
-    "test PPL": "{test_ppl:.1f}",
-    "test word PPL": "{test_word_ppl:.1f}",
-}
-MODEL = {
-    "model (measured)": "{title}",
-    "seeds": "{seeds}",
-    "learning rate": "{rate:.3g}",
-    "parameters": "{parameters:,}",
-    "MFLOP/token": "{mflop:.1f}",
-    "valid PPL [95 % over seeds]": "{ppl:,.1f}{interval}",
+SIZE = {"parameters": "{parameters:,}", "MFLOP/token": "{mflop:.1f}"}
+SCORES = {
     "valid word PPL": "{word_ppl:,.1f}",
     "valid bits/byte": "{bits_per_byte:.3f}",
     "valid accuracy": "{accuracy:.1%}",
     "test PPL": "{test_ppl:,.1f}",
     "test word PPL": "{test_word_ppl:,.1f}",
+}
+RUN = {
+    "model": "{title}",
+    "seed": "{run.seed}",
+    **SIZE,
+    "minutes": "{minutes:.1f}",
+    "tokens/s": "{tokens_per_second:,.0f}",
+    "peak memory (MB)": "{megabytes:,.0f}",
+    "best epoch": "{best_epoch} of {run.experiment.training.epochs}",
+    "valid PPL": "{ppl:,.1f}",
+    **SCORES,
+}
+BRIEF = ["model", "seed", "parameters", "best epoch", "valid PPL", *SCORES]  # for a terminal
+MODEL = {
+    "model (measured)": "{title}",
+    "seeds": "{seeds}",
+    "learning rate": "{rate:.3g}",
+    **SIZE,
+    "valid PPL [95 % over seeds]": "{ppl:,.1f}{interval}",
+    **SCORES,
 }
 FRONT = {
     "model": "{title}",
@@ -82,23 +78,24 @@ FRONT = {
     "against its dense twin, nats/token [95 %]": "{against}",
 }
 CAUSE = {
-    "suspect": "{suspect.name}",
-    "the plan's confidence (reported)": "{suspect.confidence}",
-    "changed here": "{here}",
+    "suspect": "{cause.suspect.name}",
+    "the plan's confidence (reported)": "{cause.suspect.confidence}",
+    "changed here": "{cause.here}",
     "effect of mending it": "{gain}",
-    "PPL": "{ppl_before:,.1f} → {after:,.1f}",
-    "verdict": "{verdict}",
+    "PPL": "{cause.ppl_before:,.1f} → {after:,.1f}",
+    "verdict": "{cause.verdict}",
 }
 PATH_ROW = {
-    "change": "{step.title}",
-    "parameters": "{parameters:,}",
-    "best rate": "{rate:g} of {tried}",
+    "change": "{row.step.title}",
+    "parameters": "{run.experiment.model.n_parameters:,}",
+    "best rate": "{row.rate:g} of {row.tried}",
     "seeds": "{seeds}",
-    "valid PPL": "{ppl:,.1f}",
+    "valid PPL": "{row.ppl:,.1f}",
     "nats against the row it is one change away from": "{against}",
-    "verdict": "{verdict}",
+    "verdict": "{row.verdict}",
 }
 HEALTH = {"statistic": "{rule}", "value": "{saw}", "band": "{threshold}", "meaning": "{conclusion}"}
+BENCH_NAMES = {"mu": "MU-SOTA", "dense": "dense"}
 BENCH = {
     "model": "{name}",
     "against": "{against}",
@@ -110,30 +107,12 @@ BENCH = {
     "of theirs": "{memory_ratio:.0%}",
     "of the matmul rate": "{share_of_matmul_rate:.0%}",
 }
-SCALING = {
-    "model": "{name}",
-    "changed": "{axis} {value:,}",
-    "batch": "{batch}",
-    "tokens/s": "{tokens_per_s:,.0f}",
-    "time per token": "{time_per_token:.2f}",
-    "arithmetic": "{arithmetic:.2f}",
-    "measured": "{measured}",
-}
 # On the whole of WikiText-2, test split, without dynamic evaluation; hundreds of epochs each.
 PUBLISHED = (
     ("tuned LSTM (Melis et al. 2018)", "10 M", 69.1),
     ("AWD-LSTM (Merity et al. 2017)", "33 M", 65.8),
     ("Mogrifier RLSTM (Melis 2022)", "24 M", 55.0),
 )
-PPLS = ("ppl", "word_ppl", "test_ppl", "test_word_ppl")
-REASONS = {  # the plan's, for what it changes
-    "max_seq_len": "better context, still memory-safe",
-    "batch_size": "compensate for longer sequences",
-    "epochs": "break through the plateau",
-    "learning_rate": "smoother convergence",
-    "warmup_steps": "better stability",
-    "accumulation_steps": "“maintain effective batch = 32”",
-}
 
 
 def comparison_table(runs: Iterable[Run], title: Callable[[str], str] = title_of) -> pd.DataFrame:
@@ -150,14 +129,10 @@ def _of_run(run: Run) -> dict:
     }
 
 
-def _mean(runs: Iterable[Run], key: str, of: Callable[[float], float] = float) -> float:
-    values = [run.summary.get(key) for run in runs]
-    return sum(math.nan if v is None else of(v) for v in values) / len(values)
-
-
-def mean_ppl(runs: Iterable[Run], key: str = "ppl") -> float:
-    """exp of the mean loss."""
-    return exp_nats(_mean(runs, key, of=math.log))
+def mean_ppl(runs: Sequence[Run], key: str = "ppl") -> float:
+    """exp of the mean loss; NaN where a run has none."""
+    ppls = [run.summary.get(key) for run in runs]
+    return exp_nats(sum(math.nan if p is None else math.log(p) for p in ppls) / len(ppls))
 
 
 def interval_of(runs: Sequence[Run]) -> str:
@@ -170,40 +145,42 @@ def interval_of(runs: Sequence[Run]) -> str:
 
 def _of_seeds(evidence: Evidence, group: Sequence[Run]) -> dict:
     """Means over seeds, Student's interval where there are two or more, and the dense twin's."""
-
-    name, against = group[0].name, ""
-    rate = group[0].experiment.training.learning_rate
-    if compared := evidence.compared.get(name):
+    first, against = group[0], ""
+    if compared := evidence.compared.get(first.name):
         difference = str(list(compared[1].values())[-1]).replace(" nats/token", "")
         against = f"{difference}, {compared[0].verdict}"
-    title = evidence.title(name)
-    if not group[0].finished:
-        planned = group[0].experiment.training.epochs
-        title += f" ({group[0].summary['epochs_done']} of {planned} epochs, unfinished)"
-    about = {"title": title, "seeds": len(group), "rate": rate, "against": against}
-    means = {key: mean_ppl(group, key) for key in PPLS}
-    means |= {key: _mean(group, key) for key in ("bits_per_byte", "accuracy")}
-    return _of_run(group[0]) | about | means | {"interval": interval_of(group)}
+    unfinished = "" if first.finished else f" ({progress_of(first)}, unfinished)"
+    ppls = ("ppl", "word_ppl", "test_ppl", "test_word_ppl")
+    return {
+        **_of_run(first),
+        **{key: mean_ppl(group, key) for key in ppls},
+        **pd.DataFrame([r.summary for r in group])[["bits_per_byte", "accuracy"]].mean(),
+        "title": evidence.title(first.name) + unfinished,
+        "seeds": len(group),
+        "rate": first.experiment.training.learning_rate,
+        "against": against,
+        "interval": interval_of(group),
+    }
 
 
-def _of_rungs(evidence: Evidence) -> list[dict]:
+def _of_rungs(evidence: Evidence) -> dict[str, dict]:
     """Word PPL and bits/byte of the rungs follow from the same tokens, words and bytes."""
-    rows = []
+    rows = {}
     for name, ppl in evidence.rungs.items():
         corpus = evidence.runs[0].config["corpus"]
         nats = math.log(ppl) * (corpus["tokens"]["valid"] - 1)  # all but the first are scored
         word_ppl = exp_nats(nats / corpus["words"]["valid"])
         bits = nats / math.log(2) / corpus["bytes"]["valid"]
-        about = {"title": f"rung: {name}", "ppl": ppl, "word_ppl": word_ppl}
-        rows.append(about | {"bits_per_byte": bits})
+        rows[name] = {"title": f"rung: {name}", "ppl": ppl, "word_ppl": word_ppl}
+        rows[name]["bits_per_byte"] = bits
     return rows
 
 
 def model_table(evidence: Evidence) -> pd.DataFrame:
     """One row a model, means over its seeds; then the measured rungs, then published models, whose
     PPLs are reported, on the test split of the whole corpus."""
-    groups = figures.by_name([run for run in evidence.runs if run.finished]).values()
-    rows = [_of_seeds(evidence, group) for group in groups] + _of_rungs(evidence)
+    groups = by_name(run for run in evidence.runs if run.finished).values()
+    rows = [_of_seeds(evidence, group) for group in groups] + [*_of_rungs(evidence).values()]
     for name, size, ppl in PUBLISHED:
         rows.append({"title": f"reported: {name}", "parameters": size, "test_word_ppl": ppl})
     return table(rows, MODEL)
@@ -211,10 +188,10 @@ def model_table(evidence: Evidence) -> pd.DataFrame:
 
 def front_table(evidence: Evidence, names: Iterable[str]) -> pd.DataFrame:
     """The rows of `names` that were trained, and what counting reaches, in four columns."""
-    groups = [[run for run in evidence.runs if run.name == name] for name in names]
-    wanted = ("rung: bigram", "rung: trigram")
-    rungs = [rung for rung in _of_rungs(evidence) if rung["title"] in wanted]
-    return table([_of_seeds(evidence, group) for group in groups if group] + rungs, FRONT)
+    groups, rungs = by_name(evidence.runs), _of_rungs(evidence)
+    rows = [_of_seeds(evidence, groups[name]) for name in names if name in groups]
+    rows += [rungs[name] for name in ("bigram", "trigram") if name in rungs]
+    return table(rows, FRONT)
 
 
 def ledger_table(runs: Iterable[Run]) -> pd.DataFrame:
@@ -234,13 +211,12 @@ def fields_table(columns: Mapping[tuple[str, str], Experiment]) -> pd.DataFrame:
 def differences_table(runs: Iterable[Run]) -> pd.DataFrame:
     """Where models differ, one column each: fields, corpus, budget, machine, code."""
     columns = {}
-    for name, group in figures.by_name([*runs]).items():
+    for name, group in by_name(runs).items():
         run, corpus = group[0], group[0].config["corpus"]
-        model, parameters = run.experiment.model, run.experiment.model.n_parameters
         columns[title_of(name)] = {
-            "architecture": type(model).__name__.removesuffix("Config"),
+            "architecture": type(run.experiment.model).__name__.removesuffix("Config"),
             **run.experiment.fields(),
-            "parameters": parameters,
+            "parameters": run.experiment.model.n_parameters,
             "corpus": f"{corpus['name']} {run.fingerprint[:8]}",
             "training tokens": corpus["tokens"]["train"],
             "vocabulary in use": corpus["vocabulary_in_use"],
@@ -264,16 +240,16 @@ def causes_table(causes: Iterable[Cause]) -> pd.DataFrame:
     rows = []
     for cause in causes:
         after = cause.ppl_after if cause.effect else "diverges"
-        rows.append({**vars(cause), "gain": cause.effect or "diverges", "after": after})
+        rows.append({"cause": cause, "gain": cause.effect or "diverges", "after": after})
     return table(rows, CAUSE)
 
 
 def path_table(judged: Mapping[str, Judged]) -> pd.DataFrame:
     """The path to the redesign, a change a row, and each change taken back alone."""
-    rows = []
-    for row in judged.values():
-        about = {"ppl": row.ppl, "seeds": len(row.runs), "against": row.effect or ""}
-        rows.append({**vars(row), **about, "parameters": row.runs[0].experiment.model.n_parameters})
+    rows = [
+        {"row": row, "run": row.runs[0], "seeds": len(row.runs), "against": row.effect or ""}
+        for row in judged.values()
+    ]
     return table(rows, PATH_ROW)
 
 
@@ -282,67 +258,22 @@ def health_table(run: Run) -> pd.DataFrame:
     return table(map(vars, health_of(run)), HEALTH)
 
 
+def names_table(found: Mapping) -> pd.DataFrame:
+    """What each block tells (see `studies.names`), a row a block: what a linear probe reads from it
+    alone, how far the word before moves a word in it, and how alike the others are on average."""
+    told = pd.DataFrame({**found["reads"], "moved by the word before": found["moves"]})
+    alike = pd.DataFrame(found["similarity"], found["blocks"])
+    told["alike"] = (alike.sum(axis=1) - 1) / (len(alike) - 1)
+    return told.map(lambda value: f"{value[0] if isinstance(value, (list, tuple)) else value:.2f}")
+
+
 def bench_table(result: Mapping) -> pd.DataFrame:
     """Ours against each literal version, a row each."""
     rows = []
     for row in result["rows"]:
-        about = {
-            "name": pictures.BENCH_NAMES[row["model"]],
-            "mebibytes": row["memory_bytes"] / 2**20,
-        }
+        about = {"name": BENCH_NAMES[row["model"]], "mebibytes": row["memory_bytes"] / 2**20}
         rows.append({**row, **about, "range": row["tokens_per_s_ratio_range"]})
     return table(rows, BENCH)
-
-
-def scaling_table(result: Mapping, tolerance: float = 1.25) -> pd.DataFrame:
-    """How the time a token takes grows; within `tolerance` it counts as what arithmetic says."""
-    rows = []
-    for point in result["scaling"]:
-        off = point["time_per_token"] / point["arithmetic"]
-        measured = "as it says" if 1 / tolerance < off < tolerance else f"{off:.2f} × it"
-        name = pictures.BENCH_NAMES[point["model"]]
-        rows.append({**point, "name": name, "measured": measured})
-    return table(rows, SCALING)
-
-
-def plan_changes() -> pd.DataFrame:
-    """The plan's changes from `original` to `optimized`, with the reasons it gives (reported)."""
-    old, new = (experiments[name].fields() for name in ("original", "optimized"))
-    rows = [{"old": old[name], "new": new[name], "why": why} for name, why in REASONS.items()]
-    columns = {"original": "{old:g}", "optimized": "{new:g}", "reason (reported)": "{why}"}
-    return table(rows, columns).set_axis([*REASONS])
-
-
-def overlooked_facts() -> list[str]:
-    """What follows from the plan's table though the plan does not say it; computed from it."""
-
-    def both(measure: Callable[[Experiment], float], form: str) -> str:
-        old, new = (format(measure(experiments[n]), form) for n in ("original", "optimized"))
-        return f"from {old} to {new}"
-
-    def per_step(e: Experiment) -> int:
-        return e.training.sequences_per_step * e.model.max_seq_len
-
-    def steps(e: Experiment) -> int:
-        return e.training.epochs * PLAN_TRAIN_TOKENS // per_step(e)
-
-    def moved(e: Experiment) -> float:
-        return sum(learning_rate_at(n, e.training, steps(e)) for n in range(1, steps(e) + 1))
-
-    sequences = both(lambda e: e.training.sequences_per_step, "d")
-    warmup = both(lambda e: e.training.warmup_steps / steps(e), ".0%")
-    micro_batch = both(lambda e: e.training.batch_size * e.model.max_seq_len, "d")
-    return [
-        f"The effective batch was not kept at 32: it goes {sequences} sequences.",
-        f"Tokens per optimizer step go {both(per_step, ',d')}.",
-        f"The sum of the learning rate over all steps goes {both(moved, '.2f')}: three times the "
-        "epochs, yet half the total movement.",
-        f"Warm-up goes {warmup} of all steps.",
-        f"“Same memory” rests on the tokens of a micro-batch ({micro_batch}); attention grows with "
-        "the square of the length, so it has to be measured.",
-        "The plan gives two times for the first ten epochs: 1.8 hours and 73 minutes (reported).",
-        "The first epochs cannot “match the previous run”: the learning rate is another.",
-    ]
 
 
 def markdown(table: pd.DataFrame) -> str:

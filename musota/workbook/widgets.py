@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -30,7 +29,7 @@ from musota.training.machine import has_front_end
 from musota.training.runs import Run
 from musota.workbook import figures, pictures
 from musota.workbook.answers import plateau_of
-from musota.workbook.evidence import Evidence
+from musota.workbook.evidence import Evidence, by_name
 from musota.workbook.style import figure_png
 
 # What can be shown: (records, column, label, where a rung's perplexity stands, if anywhere).
@@ -43,10 +42,11 @@ METRICS = {
     "gradient norm": ("steps", "grad_norm", "gradient norm before clipping", None),
 }
 UNITS = {"epochs": "epoch", "tokens": "training tokens", "seconds": "seconds of training"}
-LIVE_SECONDS = 3  # at least so long between two pictures of a training run
+LIVE_SECONDS = 10  # between two pictures of a training run: drawing takes little of its time
 # Boxes of ipywidgets 7 neither shrink nor scroll: without these they are cut off on the right.
 _FITTING = {"max_width": "100%"}
 _WRAPPED = {"flex_flow": "row wrap", **_FITTING}
+_WIDE = {"width": "420px", **_FITTING}
 
 
 class Panel:
@@ -59,7 +59,6 @@ class Panel:
 
     def __init__(self, columns, draw, path, about="", copy=None):
         self.draw, self.path, self.about, self.copy = draw, Path(path), about, copy
-        self.one_at_a_time = threading.Lock()  # newer kernels may handle two controls at once
         self.button = Button(description="Save as PNG", icon="download")
         self.button.on_click(lambda _: self.save())
         for control in chain(*columns):
@@ -75,37 +74,28 @@ class Panel:
         figure, sentences = self.draw()
         self.image.value = figure_png(figure, self.about)
         self.text.value = "<br>".join(sentences)
-
-    def redraw(self) -> bool:
-        """Picture and text anew; False, and the reason as text, where nothing can be drawn."""
         self.saved.value = ""
-        with self.one_at_a_time:
-            try:
-                self._paint()
-            except MusotaError as error:
-                self.text.value = str(error)
-                return False
-        return True
+
+    def redraw(self) -> None:
+        """Picture and text anew, or the reason as text where nothing can be drawn."""
+        try:
+            self._paint()
+        except MusotaError as error:
+            self.text.value = str(error)
 
     def save(self) -> None:
-        """What the controls say, should its picture still be on its way, to the file given."""
-        if self.redraw():
-            self._write()
-
-    def _write(self) -> None:
         try:
             self.path.write_bytes(self.image.value)
         except OSError as error:
             self.saved.value = f"not saved: {self.path}: {error.strerror}"
             return
-        where = f"{self.path.name}, in the folder of the results" if self.copy else str(self.path)
-        if self.copy and not self.copy():
-            where = f"{self.path}, but it could not be copied beside the results"
-        self.saved.value = f"saved: {where}"
+        copied = not self.copy or self.copy()
+        missing = "" if copied else ", but it could not be copied beside the results"
+        self.saved.value = f"saved: {self.path}{missing}"
 
     def show(self, alone: str) -> None:
         """Save the picture and show the panel; where nobody watches say `alone` and show that."""
-        self._write()
+        self.save()
         if has_front_end():
             display(self.box)
         else:
@@ -124,8 +114,7 @@ def explore(
 ) -> None:
     """Curves of runs with their plateaus, to turn and look at; also saved at `path`.
 
-    Opens on `metric`, one of METRICS; `about` and `copy` as in Panel. Without a front end the
-    static figure is shown.
+    Opens on `metric`, one of METRICS; `about` and `copy` as in Panel.
     """
     if not runs:
         print("No run has finished an epoch yet: there is nothing to explore.")
@@ -140,25 +129,20 @@ class Explorer(Panel):
     def __init__(self, runs, rungs, path, about="", metric="valid perplexity", copy=None):
         self.runs = {figures.label_of(run): run for run in runs}
         self.rungs = {name: ppl for name, ppl in rungs.items() if name != "uniform"}
-        first_seeds = [figures.label_of(group[0]) for group in figures.by_name(runs).values()]
+        first_seeds = [figures.label_of(group[0]) for group in by_name(runs).values()]
         widest = max([curves.PLATEAU_EPOCHS, *(len(run.history) - 1 for run in runs)])
-        wide = {"style": {"description_width": "110px"}}
+        wide = {"style": {"description_width": "110px"}, "layout": _WIDE}
         slider = {"continuous_update": False, **wide}
         tick = {"indent": False, "layout": {"width": "auto"}}
         self.chosen = ipywidgets.SelectMultiple(
-            options=list(self.runs), value=first_seeds[:6], rows=max(2, min(6, len(self.runs))),
-            description="runs", layout={"width": "420px"}, **wide,
-        )  # fmt: skip
+            options=list(self.runs), value=first_seeds[:6], description="runs", **wide
+        )
         self.metric = Dropdown(options=list(METRICS), value=metric, description="metric", **wide)
         self.unit = Dropdown(options=list(UNITS), description="x axis", **wide)
         self.smoothing = IntSlider(0, 0, 30, description="smoothing", **slider)
-        self.window = IntSlider(
-            curves.PLATEAU_EPOCHS, 1, widest, description="plateau: epochs", **slider
-        )
-        self.least_gain = FloatSlider(
-            100 * curves.PLATEAU_GAIN, min=0.1, max=10, step=0.1, description="… gain under %",
-            **slider,
-        )  # fmt: skip
+        window, gain = curves.PLATEAU_EPOCHS, 100 * curves.PLATEAU_GAIN
+        self.window = IntSlider(window, 1, widest, description="plateau: epochs", **slider)
+        self.least_gain = FloatSlider(gain, min=0.1, max=10, description="… gain under %", **slider)
         self.log_x = Checkbox(False, description="x logarithmic", **tick)
         self.log_y = Checkbox(True, description="y logarithmic", **tick)
         self.show_rungs = Checkbox(bool(rungs), description="rungs", **tick)
@@ -180,8 +164,7 @@ class Explorer(Panel):
             [curve_of(run, *how, found[run].since) for run in chosen],
             {name: place(ppl) for name, ppl in rungs.items()},
             (UNITS[self.unit.value], label),
-            self.log_x.value,
-            self.log_y.value,
+            "x" * self.log_x.value + "y" * self.log_y.value,
         )
         sentences = [f"{figures.label_of(run)}: {found[run].sentence}" for run in chosen]
         compared = Evidence(self.path.parent, tuple(chosen)).compared
@@ -196,9 +179,7 @@ def curve_of(
     per_epoch = run.history.step.iloc[0] / run.history.epoch.iloc[0]
     history = run.history.assign(epochs=run.history.step / per_epoch)
     steps = run.steps.assign(epochs=run.steps.step / per_epoch)
-    table = history if records == "history" else steps
-    values = table.set_index(unit)[column]
-    smoothing = 0 if column == "learning_rate" else smoothing  # that has no noise
+    values = (history if records == "history" else steps).set_index(unit)[column]
     end = float(history[unit].iloc[-1])
     plateau = (float(history[unit][history.epoch == since].iloc[0]), end) if since else None
     passed = pd.concat([steps, history]).sort_values("step")
@@ -207,21 +188,16 @@ def curve_of(
     swings = curves.oscillation(run.steps, run.experiment.training.warmup_steps)
     if swings.verdict in ("oscillating", "diverging"):
         marks.append((end, swings.verdict))
-    lines = (_smoothed(values, smoothing), values) if smoothing else (values,)
+    lines = (values,)
+    if smoothing:  # from both sides, so that the curve does not lag behind where it falls
+        window = values.rolling(1 + 2 * smoothing, center=True, min_periods=1)
+        lines = window.mean(), values
     return figures.Curve(run.name, figures.label_of(run), *lines, plateau=plateau, marks=marks)
-
-
-def _smoothed(y: pd.Series, halflife: float) -> pd.Series:
-    """Averaged from both sides, so that the curve does not lag behind where it falls."""
-    backward = y[::-1].ewm(halflife=halflife).mean()[::-1]
-    return (y.ewm(halflife=halflife).mean() + backward) / 2
 
 
 def live_view() -> Callable[[Run], None] | None:
     """For `train(watch=…)`: curves and the last epochs, refreshed in place; None if nobody looks.
-
-    Drawing takes a twentieth of the time at most.
-    """
+    A run that is only loaded shows none."""
     if not has_front_end():
         return None
     image, table = ipywidgets.Image(format="png", layout=_FITTING), HTML()
@@ -230,21 +206,17 @@ def live_view() -> Callable[[Run], None] | None:
 
     def refresh(run: Run) -> None:
         nonlocal due
-        if due is None:  # a run that is only loaded shows none
+        if due is None:
             display(box)
             due = 0.0
-        if not len(run.steps):
-            return
-        started = time.monotonic()
         is_last = len(run.history) == run.experiment.training.epochs
-        if started < due and not is_last:
+        if not len(run.steps) or (time.monotonic() < due and not is_last):
             return
         image.value, image.layout.display = figure_png(figures.training_curve(run), ""), None
         if len(run.history):
             columns = ["epoch", "train_loss", "valid_loss", "ppl", "accuracy", "seconds"]
             table.value = run.history[columns].tail(6).to_html(index=False, float_format="%.4g")
-        spent = time.monotonic() - started
-        due = time.monotonic() + max(LIVE_SECONDS, 20 * spent)
+        due = time.monotonic() + LIVE_SECONDS
 
     return refresh
 
@@ -259,14 +231,12 @@ def block_view(
 ) -> None:
     """The matrices and gates of a sentence's tokens, for any sentence; also saved at `path`.
 
-    Shows at most 12 tokens, and says so; `about` and `copy` as in Panel. Without a front end the
-    picture of `sentence` is shown. Raises MusotaError for a model without blocks or a sentence
-    without a token.
+    Shows at most 12 tokens, and says so; `about` and `copy` as in Panel. Raises MusotaError for a
+    model without blocks or a sentence without a token.
     """
     probes.require_blocks(model)
     L, most = model.config.n_layer, min(12, model.config.max_seq_len)
-    typed = ipywidgets.Text(sentence, description="sentence", continuous_update=False,
-                            layout={"width": "480px", **_FITTING})  # fmt: skip
+    typed = ipywidgets.Text(sentence, description="text", continuous_update=False, layout=_WIDE)
     layer = IntSlider(L, 0, L, description="after layer", continuous_update=False)
 
     def draw() -> tuple[Figure, list[str]]:
