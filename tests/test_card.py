@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,7 @@ from musota.models import attention, base, loss
 from musota.models.base import score
 from musota.plan.profiles import find_profile
 from musota.studies import probes
-from musota.training import keeping, machine, remedies, trainer
+from musota.training import keeping, machine, remedies
 
 TOKENS = 3000
 
@@ -162,28 +161,6 @@ def test_a_process_that_does_not_write_checkpoints_waits_as_long_for_the_next():
                              accelerator=SimpleNamespace(scaler=None))  # fmt: skip
     keeping.checkpoint(reader)
     assert reader.saved_at > 0
-
-
-def test_the_trainer_of_too_long_sequences_is_gone_before_the_next_is_built(
-    corpus, tmp_path, monkeypatch
-):
-    built = []
-
-    class Big(trainer.Trainer):
-        def __init__(self, experiment, *_, **__):
-            assert not any(earlier() for earlier in built)
-            built.append(weakref.ref(self))
-            self.length = experiment.model.max_seq_len
-
-        def run(self, *_):
-            if self.length > remedies.SHORTER:
-                raise remedies.TooLong
-            return self.length
-
-    monkeypatch.setattr(trainer, "Trainer", Big)
-    experiment = musota.experiments["optimized"]
-    assert trainer.train(experiment, corpus, tmp_path / "run", auto_remedy=True) == 160
-    assert len(built) == 2
 
 
 def test_entropy_keeps_no_weights_for_the_way_back():

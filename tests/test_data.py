@@ -285,13 +285,19 @@ def test_valid_text_that_stands_in_train_is_told(text_folder, tmp_path):
     assert "100% of the longer lines of valid stand in train, too" in source
 
 
-def test_paths_may_begin_with_a_tilde(tmp_path, monkeypatch):
+def test_paths_may_begin_with_a_tilde_and_there_may_be_no_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MUSOTA_CACHE", "~/kept")
     _folder(tmp_path / "mine")
     corpus = load_corpus("~/mine", 300)
     assert load_corpus("mine", 300, data_dir="~").fingerprint == corpus.fingerprint
     assert [*(tmp_path / "kept").glob("tokens-*")]
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where nobody has a home
+    monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path / "kept"))
+    assert load_corpus(str(tmp_path / "mine"), 300).fingerprint == corpus.fingerprint
+    monkeypatch.delenv("MUSOTA_CACHE")
+    with pytest.raises(MusotaError, match="no path that can be used here"):
+        load_corpus(str(tmp_path / "mine"), 300)
 
 
 # --- large texts ---

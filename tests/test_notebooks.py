@@ -260,7 +260,13 @@ def test_a_parameter_that_is_text_stays_text(monkeypatch):
     assert (asked["corpus"], asked["save_to"], asked["seed"]) == ("2024", "007", 3)
 
 
-def test_the_kernel_is_this_python_and_its_death_is_a_sentence(tmp_path):
+def test_the_kernel_is_this_python_and_its_death_is_a_sentence(tmp_path, monkeypatch):
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    other = {"argv": ["/bin/false"], "display_name": "another Python", "language": "python"}
+    (spec / "kernel.json").write_text(json.dumps(other))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+
     def run(source):
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
         nbformat.write(notebook, tmp_path / "in.ipynb")

@@ -28,6 +28,7 @@ from musota.training import evaluate as evaluate_room
 from musota.training import remedies, schedule, trainer
 from musota.training.folder import RunFolder
 from musota.training.trainer import Diverged
+from musota.workbook.pages import write_report
 from musota.workbook.records import load_runs, pack
 
 SHA = "weights_sha256"
@@ -219,6 +220,23 @@ def _full(patch, is_full):
         return write(path, data)
 
     patch.setattr(Path, "write_bytes", failing)
+
+
+def test_files_are_the_same_where_text_has_other_line_ends(short, tmp_path, monkeypatch):
+    """Windows writes \\r\\n in text mode: what is hashed must not go through it."""
+    write_bytes = Path.write_bytes
+
+    def write_text(path, text, *_, **__):
+        return write_bytes(path, text.replace("\n", "\r\n").encode())
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    run = musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path / "run", profile="tiny")
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "away")
+    write_report(tmp_path)
+    pack(tmp_path)
+    assert load_runs(tmp_path)[0].summary == run.summary
+    for path in tmp_path.rglob("*"):
+        assert path.suffix not in (".json", ".jsonl", ".md") or b"\r" not in path.read_bytes()
 
 
 def test_a_full_disk_leaves_packed_records_as_they_were(short, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from musota.data.corpus import window_starts
 from musota.errors import MusotaError
 from musota.models.base import score
 from musota.plan.config import TrainConfig
-from musota.training import keeping, trainer
+from musota.training import keeping, machine, trainer
 from musota.training.optimizer import update_ratios
 from musota.training.runs import read_metrics
 from musota.training.schedule import learning_rate_at
@@ -388,3 +388,13 @@ def test_the_device_may_be_chosen_and_what_acts_is_recorded(short, tmp_path, mon
     assert acting.items() <= run.summary["environment"].items()
     assert run.summary["weights_sha256"] == plain.summary["weights_sha256"]
     assert run.summary["device"].startswith("CPU")
+
+
+def test_progress_goes_on_where_the_clock_is_put_back(monkeypatch, capsys):
+    wall, steady = iter(range(10**6, 0, -3600)), iter(range(0, 10**6, 20))
+    monkeypatch.setattr("tqdm.std.time", lambda: next(wall))
+    monkeypatch.setattr(machine.time, "monotonic", lambda: next(steady))
+    bar = machine.progress_bar(100)
+    for _ in range(5):
+        bar.update(10)
+    assert capsys.readouterr().out.count("\n") == 1 + 5

@@ -196,7 +196,7 @@ def progress_bar(total_tokens: int, done: int = 0, shown: bool = True) -> tqdm:
     settings = {"mininterval": 1, "dynamic_ncols": True}
     if not live:
         settings = {"mininterval": 10, "file": _Lines(), "ncols": 120}
-    return tqdm(
+    bar = tqdm(
         total=total_tokens,
         initial=done,
         disable=not shown,
@@ -205,3 +205,6 @@ def progress_bar(total_tokens: int, done: int = 0, shown: bool = True) -> tqdm:
         maxinterval=float("inf"),
         **settings,
     )
+    bar._time = time.monotonic  # the clock on the wall may be put back an hour
+    bar.start_t = bar.last_print_t = bar._time()
+    return bar

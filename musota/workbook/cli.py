@@ -72,6 +72,7 @@ def _literal(text: str):
         return text
 
 
+PRECISION_HELP = "Of training [default: what pays there]; a CPU with bf16 gains from it, too."
 SET_HELP = "FIELD=VALUE of the experiment, after the profile; may be repeated."
 changes_option = _option("--set", "changes", multiple=True, callback=_changes, help=SET_HELP)
 
@@ -120,7 +121,7 @@ def run(only, parameters, **values):
 @_option("--compile/--no-compile", default=None, help="[default: in long runs on a GPU]")
 @_option("--auto-remedy", is_flag=True, help="Let the plan's remedies apply themselves.")
 @_option("--device", default=None, help="cpu, cuda or mps [default: the best one here].")
-@_option("--precision", type=click.Choice(["no", "bf16", "fp16"]), help="[default: what pays]")
+@_option("--precision", type=click.Choice(["no", "bf16", "fp16"]), help=PRECISION_HELP)
 def train(experiment, compile, auto_remedy, continue_from, device, precision, **parameters):
     from musota.workbook.compare import find_runs
     from musota.workbook.session import Workbook
@@ -177,8 +178,10 @@ def compare(runs, profile, results):
 @place_options
 def score(run, file, profile, results):
     """Score a text FILE (UTF-8) with the best weights of a RUN (as in `compare`): perplexity, bits
-    per byte, and which tokens were surprising, all of them in a table in the run's folder."""
+    per byte, and which tokens were surprising, as a table and a picture in the run's folder."""
     from musota.workbook.compare import find_runs
+    from musota.workbook.pictures import surprises
+    from musota.workbook.style import save_figure
 
     found = find_runs(run, results, profile)[0]
     try:
@@ -188,9 +191,10 @@ def score(run, file, profile, results):
     scored = found.load_model().score_text(text)
     click.echo(f"{found}\nPPL {scored.ppl:,.1f}, {scored.bits_per_byte:.3f} bits per byte\n")
     click.echo(scored.table.nlargest(15, "bits").to_string(float_format="%.4g"))
-    path = found.path / f"score-{file.stem}.csv"
-    scored.table.to_csv(path, index_label="place")
-    click.echo(f"\nEvery token: {path}")
+    path = found.path / f"score-{file.stem}"
+    scored.table.to_csv(path.with_suffix(".csv"), index_label="place")
+    save_figure(surprises(scored), path.with_suffix(".png"), f"{file.name} by {found.name}")
+    click.echo(f"\nEvery token: {path}.csv, {path}.png")
 
 
 @cli.command()

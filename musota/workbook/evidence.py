@@ -185,12 +185,18 @@ class Evidence:
         expected = twin(run.experiment)
         if expected == run.experiment:  # it is the modern twin itself
             return ""
+        rates = {other.name: other.experiment.training.learning_rate for other in self.runs}
+        twins = [
+            other.name
+            for other in self.runs
+            if other.experiment == expected.with_(learning_rate=rates[other.name])
+        ]
         if row in TUNED:  # at whatever learning rate is best for it
             other = self.best(",".join([PAIRS[row], *changes]))
-            rate = other and other.experiment.training.learning_rate
-            twins = other and other.experiment == expected.with_(learning_rate=rate)
-            return other.name if twins else ""
-        return next((run.name for run in self.runs if run.experiment == expected), "")
+            return other.name if other and other.name in twins else ""
+        same = [other for other in twins if rates[other] == rates[name]]
+        chosen = [other for other in twins if all("learning_rate=" in n for n in (name, other))]
+        return next(iter(same + chosen), "")
 
     @cached_property
     def compared(self) -> dict[str, tuple[Finding, dict[str, Interval]]]:
@@ -209,6 +215,10 @@ class Evidence:
             rates = "each at its own best learning rate"
             if tries := [len(losses) for losses in self.sweeps.values()]:  # not where it was tuned
                 rates = f"each at its own best of {min(tries)} learning rates"
+        elif (
+            len({r.experiment.training.learning_rate for r in (*own.values(), *other.values())}) > 1
+        ):
+            rates = "each at a learning rate of its own"
         finding, text, seeds = verdicts.helps_or_hurts(*sides, title_of(name), rates)
         intervals = {"over blocks of text\n(these trained models)": text}
         if seeds:
@@ -245,7 +255,7 @@ def _roles(runs: list[Run], sweep_runs: Iterable[Run]) -> tuple[dict[str, Experi
 
     The first of two equal rows is the one that is shown; the second is its alias.
     """
-    profile = profiles.get(runs[0].config["profile"]) if runs else None
+    profile = profiles.get(runs[0].config["profile"], profiles["full"]) if runs else None
     roles: dict[str, Experiment] = {}
     aliases: dict[str, str] = {}
     for name in registry if profile else ():

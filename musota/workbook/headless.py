@@ -72,6 +72,7 @@ def _execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> Non
             output,
             parameters,
             kernel_name="python3",
+            kernel_manager_class=_this_python(),
             cwd=os.getcwd(),
             progress_bar=False,
             log_output=False,
@@ -92,6 +93,18 @@ def _execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> Non
             f"({error}). The same command goes on from here."
         ) from None
     click.echo(f"{prefix} {notebook.stem} done in {time.perf_counter() - started:.0f} s")
+
+
+def _this_python():
+    """What starts a kernel of this very Python, whatever is installed here under that name."""
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class ThisPython(AsyncKernelManager):
+        kernel_spec = property(lambda _: KernelSpec(**get_kernel_dict()))
+
+    return ThisPython
 
 
 class _Relay:

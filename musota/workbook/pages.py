@@ -178,9 +178,9 @@ def _answer(evidence: Evidence) -> tuple[list[str], list[str]]:
     else:
         said = f"**MU-SOTA reaches valid PPL {_ppl(groups[best])}**"
         said += f"{_unfinished(groups[best][0])} ({title_of(best)})"
-        if evidence.at_the_plans_size:
-            told = f"PPL {REPORTED['ppl']:.0f} after {REPORTED['epochs']} epochs"
-            said = f"Reported by the plan: {told}. Measured here: {said}"
+    if evidence.at_the_plans_size:
+        told = f"PPL {REPORTED['ppl']:.0f} after {REPORTED['epochs']} epochs"
+        said = f"Reported by the plan: {told}. Measured here: {said}"
     if {"bigram", "trigram"} <= evidence.rungs.keys():
         pairs, triples = (evidence.rungs[name] for name in ("bigram", "trigram"))
         said += f"; counting pairs of tokens reaches {pairs:,.0f}, triples {triples:,.0f}"

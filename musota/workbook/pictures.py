@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import ListedColormap
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from musota.models.base import ScoredText
 from musota.plan.layout import BlockLayout
 from musota.rules.audit import GUILTY
 from musota.rules.plan import PLAN_LADDER, REPORTED
+from musota.rules.stats import Interval
 from musota.studies.audit import Audit
 from musota.workbook import style
 from musota.workbook.style import BLUE, GREY, HATCHES, ORANGE, PLAIN, RED, SHADES, new_figure
@@ -189,6 +194,37 @@ def block_view(
     return figure
 
 
+def surprises(scored: ScoredText, most: int = 600, width: int = 90) -> Figure:
+    """The text, its first `most` tokens, each on a ground as dark as it was surprising."""
+    lines, held = [[]], 0
+    for piece, nats in list(zip(scored.pieces, scored.nats, strict=True))[:most]:
+        shown = piece.replace("\n", "⏎").replace("\t", "→")
+        if held + len(shown) > width:
+            lines, held = [*lines, []], 0
+        lines[-1].append((held, shown, nats / math.log(2)))
+        held += len(shown)
+        if "\n" in piece:
+            lines, held = [*lines, []], 0
+    figure, axis = new_figure(10.5, max(2.6, 1.1 + 0.24 * len(lines)))
+    shades, scale = colormaps["Blues"], Normalize(0, 16)
+    for row, line in enumerate(lines):
+        for start, shown, bits in line:
+            dark = scale(min(bits, 16))
+            axis.add_patch(Rectangle((start, row - 0.45), len(shown), 0.9, color=shades(dark)))
+            colour = "white" if dark > 0.6 else "black"
+            for place, character in enumerate(shown):  # one by one: any font becomes monospaced
+                look = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
+                axis.text(start + place + 0.5, row, character, **look)
+    axis.set(xlim=(0, width), ylim=(len(lines) - 0.4, -0.6), xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    many = len(scored.pieces)
+    cut = f", the first {most:,} of {many:,} tokens" if most < many else ""
+    axis.set_title(f"PPL {scored.ppl:,.1f}, {scored.bits_per_byte:.3f} bits per byte{cut}")
+    label = "bits a token cost"
+    figure.colorbar(ScalarMappable(scale, shades), ax=axis, label=label, shrink=0.9, pad=0.01)
+    return figure
+
+
 def bench(result: Mapping) -> Figure:
     """Training throughput and peak memory of ours and of the literal versions."""
     bars = {}
@@ -213,4 +249,36 @@ def bench(result: Mapping) -> Figure:
         axis.invert_yaxis()
         axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.xaxis.set_major_formatter(PLAIN)
+    return figure
+
+
+def names(found: Mapping) -> Figure:
+    """What each block tells (see `studies.names`): alike which others, what a linear probe reads
+    from it alone, and how much of a word's place in it depends on the word before."""
+    blocks, reads, moves = found["blocks"], found["reads"], found["moves"]
+    figure = Figure(figsize=(12.5, 5), layout="constrained", dpi=110)
+    alike, read, move = figure.subplots(1, 3, width_ratios=(1, 1.1, 0.75))
+    values = [[of[block][0] for block in blocks] for of in reads.values()]
+    for axis, table, look in ((alike, found["similarity"], "Blues"), (read, values, "Oranges")):
+        axis.imshow(table, cmap=look, vmin=0, vmax=1 if axis is alike else None, aspect="auto")
+        for (row, column), value in np.ndenumerate(np.array(table)):
+            dark = value > (0.6 if axis is alike else 0.6 * np.max(values))
+            colour = "white" if dark else "0.25"
+            size = 8 if len(blocks) <= 8 else 5.5
+            text = f"{value:.2f}".replace("0.", ".")
+            axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+        axis.set_xticks(range(len(blocks)), blocks, fontsize=8)
+    alike.set_yticks(range(len(blocks)), blocks, fontsize=8)
+    alike.set_title(
+        "How alike two blocks are\n(linear CKA: 0 nothing shared, 1 the same)", fontsize=10
+    )
+    read.set_yticks(range(len(reads)), list(reads), fontsize=8)
+    read.set_title(
+        "What is read from one block alone\n(accuracy beyond shuffled labels)", fontsize=10
+    )
+    style.draw_intervals(move, {block: Interval(*moves[block]) for block in blocks})
+    move.tick_params(axis="y", labelsize=8)
+    move.spines[["top", "right"]].set_visible(False)
+    words = f"share of variance, {found['words']} words"
+    move.set_title(f"How far the word before\nmoves a word ({words})", fontsize=10)
     return figure

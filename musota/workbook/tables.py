@@ -258,15 +258,6 @@ def health_table(run: Run) -> pd.DataFrame:
     return table(map(vars, health_of(run)), HEALTH)
 
 
-def names_table(found: Mapping) -> pd.DataFrame:
-    """What each block tells (see `studies.names`), a row a block: what a linear probe reads from it
-    alone, how far the word before moves a word in it, and how alike the others are on average."""
-    told = pd.DataFrame({**found["reads"], "moved by the word before": found["moves"]})
-    alike = pd.DataFrame(found["similarity"], found["blocks"])
-    told["alike"] = (alike.sum(axis=1) - 1) / (len(alike) - 1)
-    return told.map(lambda value: f"{value[0] if isinstance(value, (list, tuple)) else value:.2f}")
-
-
 def bench_table(result: Mapping) -> pd.DataFrame:
     """Ours against each literal version, a row each."""
     rows = []
