@@ -123,5 +123,6 @@ def test_a_text_without_spaces_runs_to_the_end_and_shows_dashes(tmp_path):
         assert run.finished and run.summary["bits_per_byte"] > 0
     shown = comparison_table(musota.load_runs(tmp_path / "results")).loc[0]
     assert shown["valid word PPL"] == "–" and float(shown["valid bits/byte"]) > 0
+    assert [*shown.index].index("valid bits/byte") < [*shown.index].index("valid PPL")
     page = write_report(tmp_path / "results").read_text("utf-8")
     assert "nan" not in page and not re.search(r"\d{12}", re.sub(r"[0-9a-f]{12,}", "", page))

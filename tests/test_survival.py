@@ -231,10 +231,11 @@ def test_files_are_the_same_where_text_has_other_line_ends(short, tmp_path, monk
 
     monkeypatch.setattr(Path, "write_text", write_text)
     run = musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path / "run", profile="tiny")
+    summary = run.summary  # is read when it is asked for
     (tmp_path / "run" / "checkpoints").rename(tmp_path / "away")
     write_report(tmp_path)
     pack(tmp_path)
-    assert load_runs(tmp_path)[0].summary == run.summary
+    assert load_runs(tmp_path)[0].summary == summary
     for path in tmp_path.rglob("*"):
         assert path.suffix not in (".json", ".jsonl", ".md") or b"\r" not in path.read_bytes()
 

@@ -87,11 +87,11 @@ def run_name(name: str, experiment: Experiment) -> str:
 def title_of(name: str) -> str:
     """What people read for a row's name, or for `row,field=value,…`."""
     row, *changes = name.split(",")
-    title = registry[row].title if row in registry else row.replace("_", " ")
-    if "@" in row:
-        title = row.removesuffix("_twin")
-        title = title if title == row else f"dense twin of {title}"
-    return ", ".join([title, *changes])
+    if row in registry:
+        return ", ".join([registry[row].title, *changes])
+    of = row.removesuffix("_twin")
+    title = registry[of].title if of in registry else of if "@" in of else of.replace("_", " ")
+    return ", ".join([f"dense twin of {title}" if of != row else title, *changes])
 
 
 def style_of(name: str) -> tuple[str, str, str]:

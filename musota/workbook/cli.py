@@ -155,7 +155,7 @@ def compare(runs, profile, results):
     from musota.workbook.style import save_figure
 
     evidence = chosen_runs(runs, results, profile)
-    shown = tables.comparison_table(evidence.runs)[tables.BRIEF]
+    shown = tables.comparison_table(evidence.runs, columns=tables.BRIEF)
     click.echo(f"{evidence.note}\n\n{tables.differences_table(evidence.runs).to_string()}\n")
     click.echo(shown.to_string(index=False) + "\n")
     drawn, found = {}, {}

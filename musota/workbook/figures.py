@@ -223,8 +223,9 @@ def _draw_ends(axis, ends: Mapping[str, Sequence[float]], styles: Sequence, rung
     for row, (ppls, (colour, _, marker)) in enumerate(zip(ends.values(), styles, strict=True)):
         mean = float(np.exp(np.mean(np.log(ppls))))
         look = {"color": colour, "marker": marker, "linestyle": "none"}
-        axis.plot(ppls, [row + 0.22] * len(ppls), fillstyle="none", markersize=5, **look)
         axis.plot(mean, row, markersize=9, **look)
+        if len(ppls) > 1:
+            axis.plot(ppls, [row + 0.22] * len(ppls), fillstyle="none", markersize=5, **look)
         note(axis, f"{mean:,.0f}", (mean, row), (0, 7), ha="center", fontsize=9)
     furthest = max(map(max, ends.values()))
     for place, (name, ppl) in enumerate(sorted(rungs.items(), key=lambda rung: rung[1])):
@@ -239,7 +240,8 @@ def _draw_ends(axis, ends: Mapping[str, Sequence[float]], styles: Sequence, rung
     axis.xaxis.set_major_formatter(PLAIN)
     axis.margins(x=0.12)
     axis.grid(axis="x", color="0.9")
-    axis.set_title("Where the models end (hollow: each seed)", pad=18)
+    seeds = " (hollow: each seed)" if any(len(ppls) > 1 for ppls in ends.values()) else ""
+    axis.set_title(f"Where the models end{seeds}", pad=18)
 
 
 def path(judged: Mapping[str, Judged], rungs: Mapping[str, float]) -> Figure:

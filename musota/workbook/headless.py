@@ -49,7 +49,7 @@ def run_notebooks(book, notebooks: Sequence[Path], values: dict, own: dict) -> N
     write_report(book.folder)
     evidence = read_evidence(book.folder)
     if evidence.runs:
-        shown = comparison_table(evidence.runs)[BRIEF]
+        shown = comparison_table(evidence.runs, columns=BRIEF)
         click.echo(f"\n{shown.to_string(index=False)}\n")
     for line in verdict_lines(evidence):
         click.echo(f"- {line}")

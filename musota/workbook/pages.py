@@ -21,7 +21,7 @@ from musota.plan.architectures import MuConfig, OwnConfig
 from musota.plan.path import EARNED
 from musota.plan.registry import TUNED, title_of
 from musota.rules import verdicts
-from musota.rules.plan import REPORTED
+from musota.rules.plan import REPORTED, broke_through
 from musota.training.runs import Run
 from musota.workbook import figures, pictures, tables
 from musota.workbook.answers import answers, rule_lines
@@ -122,8 +122,12 @@ def _training_again(evidence: Evidence, shown: Sequence[Run]) -> dict:
             if type(role.model) is type(model)
         }
         nearest = min(changes, key=lambda name: len(changes[name]), default="")
-        if changes.get(nearest):
-            by_hand.append({"run": run, "nearest": nearest, "changes": changes[nearest]})
+        flags = [f"--set {change}" for change in changes.get(nearest, ())]
+        precision = run.config.get("precision", "no")
+        if precision != "no" and run.summary["device"].startswith("CPU"):  # where it was asked for
+            flags.append(f"--precision {precision}")
+        if flags:
+            by_hand.append((run, " ".join([nearest, *flags])))
         elif nearest:
             named.append(nearest)
     corpus = shown[0].config["corpus"]["name"] if shown else ""
@@ -199,8 +203,14 @@ def _answer(evidence: Evidence) -> tuple[list[str], list[str]]:
         sentences.append(told)
         if verdict == "better":
             advice.append("Train the redesign: `python -m musota train redesigned`.")
-    if evidence.at_the_plans_size and (goal := evidence.goal(best)):
-        sentences.append(f"The plan's goal (PPL under 200, under 100): {goal.conclusion}.")
+    if evidence.at_the_plans_size:
+        goals = {"MU-SOTA": evidence.goal(best)}
+        if rows:
+            goals["the redesign"] = broke_through(
+                [r.summary["ppl"] for r in groups[row]], row, None
+            )
+        said = "; ".join(f"{who} is {goal.conclusion}" for who, goal in goals.items() if goal)
+        sentences.append(f"The plan's goals, PPL under 200 and under 100: {said}.")
     advice += [f"In the model: {spot.next_step}." for spot in weak if spot.next_step][:1]
     causes = evidence.grid[1]
     return sentences, advice + ([verdicts.root_cause_advice(causes)] if causes else [])

@@ -40,7 +40,12 @@ class _Cells(Formatter):
 
 def table(rows: Iterable[Mapping], columns: Mapping[str, str]) -> pd.DataFrame:
     cells = [[_Cells().vformat(form, (), row) for form in columns.values()] for row in rows]
-    return pd.DataFrame(cells, columns=[*columns])
+    shown = pd.DataFrame(cells, columns=[*columns])
+    if len(shown) and "valid word PPL" in shown and (shown["valid word PPL"] == "–").all():
+        bits = shown.pop("valid bits/byte")  # leads where the text has no words
+        place = next(i for i, name in enumerate(shown) if name.startswith("valid PPL"))
+        shown.insert(place, bits.name, bits)
+    return shown
 
 
 SIZE = {"parameters": "{parameters:,}", "MFLOP/token": "{mflop:.1f}"}
@@ -62,7 +67,8 @@ RUN = {
     "valid PPL": "{ppl:,.1f}",
     **SCORES,
 }
-BRIEF = ["model", "seed", "parameters", "best epoch", "valid PPL", *SCORES]  # for a terminal
+_FOR_A_TERMINAL = ("model", "seed", "parameters", "best epoch", "valid PPL", *SCORES)
+BRIEF = {heading: RUN[heading] for heading in _FOR_A_TERMINAL}
 MODEL = {
     "model (measured)": "{title}",
     "seeds": "{seeds}",
@@ -115,9 +121,11 @@ PUBLISHED = (
 )
 
 
-def comparison_table(runs: Iterable[Run], title: Callable[[str], str] = title_of) -> pd.DataFrame:
+def comparison_table(
+    runs: Iterable[Run], title: Callable[[str], str] = title_of, columns: Mapping[str, str] = RUN
+) -> pd.DataFrame:
     """One row a run, every number measured; best valid epoch, test once with its weights."""
-    return table([_of_run(run) | {"title": title(run.name)} for run in runs], RUN)
+    return table([_of_run(run) | {"title": title(run.name)} for run in runs], columns)
 
 
 def _of_run(run: Run) -> dict:
