@@ -255,7 +255,7 @@ def _roles(runs: list[Run], sweep_runs: Iterable[Run]) -> tuple[dict[str, Experi
 
     The first of two equal rows is the one that is shown; the second is its alias.
     """
-    profile = profiles.get(runs[0].config["profile"], profiles["full"]) if runs else None
+    profile = profiles.get(runs[0].config["profile"]) if runs else None
     roles: dict[str, Experiment] = {}
     aliases: dict[str, str] = {}
     for name in registry if profile else ():

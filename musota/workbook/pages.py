@@ -19,7 +19,7 @@ from musota.errors import MusotaError
 from musota.files import write_text
 from musota.plan.architectures import MuConfig, OwnConfig
 from musota.plan.path import EARNED
-from musota.plan.registry import TUNED, title_of
+from musota.plan.registry import TUNED, find_experiment, registry, title_of
 from musota.rules import verdicts
 from musota.rules.plan import REPORTED, broke_through
 from musota.training.runs import Run
@@ -111,6 +111,7 @@ def _training_again(evidence: Evidence, shown: Sequence[Run]) -> dict:
     """What trains each row again: names for the command, and for runs that are no row of the
     registry what to `--set` in the nearest one. What a run is called decides nothing."""
     named, by_hand = [], []
+    of_python = {name: find_experiment(name) for name in registry if name not in TUNED}
     for run in shown:
         model = run.experiment.model
         if isinstance(model, OwnConfig):
@@ -118,7 +119,7 @@ def _training_again(evidence: Evidence, shown: Sequence[Run]) -> dict:
             continue
         changes = {
             name: run.experiment.differences(role)
-            for name, role in evidence.roles.items()
+            for name, role in (evidence.roles or of_python).items()
             if type(role.model) is type(model)
         }
         nearest = min(changes, key=lambda name: len(changes[name]), default="")
