@@ -295,6 +295,8 @@ def explored(
             above = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "right"}
             note(axis, text, (x, 0.98), (-2, 0), rotation=90, **above)
     axis.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if "x" in log else "linear")
+    if labels[0] == "epoch":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.xaxis.set_major_formatter(PLAIN)
     axis.yaxis.set_major_formatter(PLAIN)
     if curves:
