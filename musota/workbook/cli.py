@@ -158,11 +158,11 @@ def compare(runs, profile, results):
     shown = tables.comparison_table(evidence.runs, columns=tables.BRIEF)
     click.echo(f"{evidence.note}\n\n{tables.differences_table(evidence.runs).to_string()}\n")
     click.echo(shown.to_string(index=False) + "\n")
-    drawn, found = {}, {}
+    found = {}
     for finding, interval in against_first(evidence.runs):
         click.echo(f"- {finding.sentence}")
-        found[finding.rule.replace(" against ", "\nagainst ")] = interval
-    drawn["curves"] = figures.curves(evidence.runs, evidence.rungs, reported=False)
+        found[finding.rule] = interval
+    drawn = {"curves": figures.curves(evidence.runs, evidence.rungs, reported=False)}
     if found:
         drawn["verdicts"] = figures.difference(found, "Against the first", figures.FIRST)
     (results / "compared").mkdir(parents=True, exist_ok=True)

@@ -108,8 +108,12 @@ def difference(
     intervals: Mapping[str, Interval], title: str, sides: str = "← better than its twin · worse →"
 ) -> Figure:
     """Differences in loss with their 95 % intervals around 0; `sides` names left and right."""
-    figure, axis = new_figure(8.5, 1.8 + 0.6 * len(intervals), grid="x")
-    draw_intervals(axis, intervals)
+    figure, axis = new_figure(9.5, 1.8 + 0.7 * len(intervals), grid="x")
+    rows = {}
+    for name, interval in intervals.items():
+        lines = name.replace(" against ", "\nagainst ").split("\n")
+        rows["\n".join(map(style.wrapped, lines))] = interval
+    draw_intervals(axis, rows)
     ends = [abs(end) for i in intervals.values() for end in (i.mean, i.low, i.high)]
     edge = 1.25 * max(0.001, *filter(np.isfinite, ends))
     axis.set(xlim=(-edge, edge), xlabel=f"difference, nats per token ({sides})")

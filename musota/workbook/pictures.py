@@ -279,6 +279,6 @@ def names(found: Mapping) -> Figure:
     style.draw_intervals(move, {block: Interval(*moves[block]) for block in blocks})
     move.tick_params(axis="y", labelsize=8)
     move.spines[["top", "right"]].set_visible(False)
-    words = f"share of variance, {found['words']} words"
-    move.set_title(f"How far the word before\nmoves a word ({words})", fontsize=10)
+    move.set_title("How far the word before\nmoves a word", fontsize=10)
+    move.set_xlabel(f"share of variance, {found['words']} words", fontsize=9)
     return figure
