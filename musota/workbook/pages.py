@@ -99,7 +99,8 @@ def _figures(evidence: Evidence, shown: Sequence[Run]) -> dict[str, Figure]:
         title = f"{finding.rule}: {finding.conclusion}"
         drawn[f"verdict_{name}"] = figures.difference(intervals, title)
     looked = {"ablations": evidence.ablated}
-    looked["ablations_redesigned"] = evidence.ablation_of("redesigned")
+    rows = (name for name in evidence.names if name.split(",")[0] == "redesigned")
+    looked["ablations_redesigned"] = next(filter(None, map(evidence.ablation_of, rows)), None)
     for name, (run, effects) in ((n, found) for n, found in looked.items() if found):
         layout = run.experiment.model.layout
         drawn[name] = figures.ablations(effects, run.summary["ppl"], layout)
@@ -200,7 +201,8 @@ def _answer(evidence: Evidence) -> tuple[list[str], list[str]]:
     rows = [n for n in rows if {r.seed for r in groups[n]} & {r.seed for r in groups[beside]}]
     if rows:
         row = min(rows, key=lambda name: tables.mean_ppl(groups[name]))
-        told, verdict = _of_redesign(evidence, groups[row], groups[beside])
+        plain = [*evidence.seeds(evidence.twin_of(beside)).values()]
+        told, verdict = _of_redesign(evidence, groups[row], groups[beside], plain)
         sentences.append(told)
         if verdict == "better":
             advice.append("Train the redesign: `python -m musota train redesigned`.")
@@ -217,14 +219,21 @@ def _answer(evidence: Evidence) -> tuple[list[str], list[str]]:
     return sentences, advice + ([verdicts.root_cause_advice(causes)] if causes else [])
 
 
-def _of_redesign(evidence: Evidence, runs: list[Run], beside: list[Run]) -> tuple[str, str]:
-    """How the best redesigned model stands beside MU-SOTA's, and the verdict's word."""
-    sides = ({run.seed: run.summary for run in side} for side in (runs, beside))
-    finding, text, over_seeds = verdicts.better_or_worse(*sides, "redesigned", "MU-SOTA")
+def _of_redesign(
+    evidence: Evidence, runs: list[Run], beside: list[Run], plain: list[Run]
+) -> tuple[str, str]:
+    """How the best redesigned model stands beside MU-SOTA's, with the verdict's word on that, and
+    beside the plain transformer, where there is one."""
+    own, theirs, plains = ({r.seed: r.summary for r in side} for side in (runs, beside, plain))
+    finding, text, over_seeds = verdicts.better_or_worse(own, theirs, "redesigned", "MU-SOTA")
     said = (
         f"**[The redesign](notebooks/07_redesign.ipynb), of the same size, reaches "
         f"{_ppl(runs)}**{_unfinished(runs[0])}, {finding.conclusion}: {over_seeds or text}"
     )
+    if own.keys() & plains.keys():
+        name = "the plain transformer"
+        other, *intervals = verdicts.better_or_worse(own, plains, "redesigned", name)
+        said += f"; against {name} {intervals[1] or intervals[0]}, {other.verdict}"
     if looked := evidence.ablation_of(runs[0].name):
         said += f"; without attention it loses {_without_attention(looked):.2f} nats"
     return f"{said}.", finding.verdict
