@@ -12,6 +12,7 @@ from musota.errors import MusotaError
 from musota.plan.architectures import KINDS, MuConfig
 from musota.plan.profiles import Profile
 from musota.workbook import records
+from musota.workbook.answers import health_of
 from musota.workbook.evidence import read_evidence
 from musota.workbook.pages import write_report
 from musota.workbook.tables import comparison_table
@@ -126,3 +127,11 @@ def test_a_text_without_spaces_runs_to_the_end_and_shows_dashes(tmp_path):
     assert [*shown.index].index("valid bits/byte") < [*shown.index].index("valid PPL")
     page = write_report(tmp_path / "results").read_text("utf-8")
     assert "nan" not in page and not re.search(r"\d{12}", re.sub(r"[0-9a-f]{12,}", "", page))
+
+
+def test_a_run_whose_gradient_norms_all_overflowed_is_still_shown(folder):
+    run = musota.load_runs(folder)[0]
+    run.records = [r | {"grad_norm": None} if r["kind"] == "step" else r for r in run.records]
+    assert run.steps.grad_norm.isna().all()
+    assert "Clipped steps" not in {finding.rule for finding in health_of(run)}
+    write_report(folder)
