@@ -52,6 +52,10 @@ def run_path(profile: Profile, corpus, folder: Path, seeds: range, known=(), **h
     train({name: [best_of(of_one)] for name, of_one in losses.items()}, seeds[1:])
 
 
+OF_A_CHANGE = {1: "earns its place", 0: "undecided", -1: "does not"}
+OF_A_TWIN = {1: "worse than the redesign", 0: "undecided", -1: "as good as the redesign"}
+
+
 @dataclass(frozen=True)
 class Judged:
     """A row of the path as trained: its seeds at its best of `tried` rates, the nats it has over
@@ -62,7 +66,7 @@ class Judged:
     tried: int
     runs: tuple[Run, ...]
     effect: Interval | None
-    verdict: str  # earns its place | does not | undecided, or nothing without an interval
+    verdict: str  # of OF_A_CHANGE, of a twin of OF_A_TWIN, or nothing without an interval
 
     @property
     def ppl(self) -> float:
@@ -97,7 +101,7 @@ def judge(trained: Mapping[str, ByRate]) -> dict[str, Judged]:
         if effect and not math.isinf(effect.low):
             gain = -1 if step.made else 1  # of a change made, or one taken back
             side = effect.beyond(gain * EARNED) * gain
-            verdict = {1: "earns its place", 0: "undecided", -1: "does not"}[side]
+            verdict = (OF_A_TWIN if "twin" in name else OF_A_CHANGE)[side]
         shown = tuple(seeds[seed] for seed in sorted(common & seeds.keys()))
         judged[name] = Judged(step, best[name], len(trained[name]), shown, effect, verdict)
     return judged

@@ -258,6 +258,7 @@ def path(judged: Mapping[str, Judged], rungs: Mapping[str, float]) -> Figure:
     looks = [(colour, "o", "full") for colour in colours]
     draw_intervals(right, effects, [row.verdict for row in judged.values()], looks)
     right.set_yticks(range(len(effects)), [])
+    right.xaxis.set_major_locator(MaxNLocator(6))
     right.set_xlabel("nats per token (← better · worse →)")
     right.set_title("Against the row before; red: against the redesign", pad=18)
     return figure
