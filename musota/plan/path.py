@@ -32,7 +32,7 @@ FORWARD = {
     "wide heads": ("8 blocks in place of 16, each twice as wide", "16 blocks half as wide"),
     "rotary": ("rotary positions in place of learned ones", "learned positions"),
     "query norm": ("queries and keys normalised", "queries and keys as they are"),
-    "quiet start": ("updates start at 0", ""),  # the last: judged where it is made
+    "quiet start": ("updates start at 0: the redesign", ""),  # the last: judged where it is made
     "blocks": ("", "queries and keys read every block"),
     "gate": ("", "no gate"),
 }
