@@ -74,7 +74,7 @@ def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> F
     right.set(ylabel="valid top-1 accuracy (%)", title="Accuracy")
     for axis in (left, right):
         axis.set(xlabel="epoch", xlim=(0.8, last + 0.3))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left.legend(fontsize=8)
     # The uniform rung is far above everything: it would flatten the curves.
     style.draw_rungs(left, {name: ppl for name, ppl in rungs.items() if name != "uniform"}, "\n")
@@ -301,7 +301,7 @@ def explored(
             note(axis, text, (x, 0.98), (-2, 0), rotation=90, **above)
     axis.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if "x" in log else "linear")
     if labels[0] == "epoch":
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.xaxis.set_major_formatter(PLAIN)
     axis.yaxis.set_major_formatter(PLAIN)
     if curves:
