@@ -89,13 +89,13 @@ def anneal(run: Run, corpus: Corpus, share: float = 0.15) -> dict[str, Tensor]:
             shutil.copytree(run.path, scratch, dirs_exist_ok=True)
             trainer = Trainer(run.experiment, corpus, scratch, seed=run.seed, name=run.name)
             keeping.restore(trainer, trainer.saved)
-            with trainer.accelerator.autocast():
+            with autocast_on(trainer.device):
                 nats.setdefault("before", score(trainer.model, corpus.valid)[0])
             rate, steps = trainer.schedule(trainer.applied), math.ceil(share * trainer.step)
             for done in range(1, steps + 1):
                 trainer.schedule = lambda _, rate=rate * (1 - falls * done / steps): rate
                 trainer.one_step()
-            with trainer.accelerator.autocast():
+            with autocast_on(trainer.device):
                 nats[arm] = score(trainer.model, corpus.valid)[0]
             trainer.folder.lock.release()
     return nats
