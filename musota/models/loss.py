@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}  # 100 MB and 400 MB of logits at 50,000 words
+CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}  # at most; on a GPU 400 MB of logits at 50,000 words
+CACHED_LOGITS = 10_000_000  # a CPU is fastest with what its cache holds: 200 tokens at 50,000 words
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
@@ -25,15 +26,22 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
     """Slices of tokens, each with its hidden states in `dtype` and its float32 logits, which the
     next chunk may overwrite, and the caller."""
     size = CHUNK_TOKENS.get(hidden.device.type, 512)
+    if hidden.device.type == "cpu":
+        size = min(size, max(CACHED_LOGITS // len(weight), 32))
     # A GPU adds up in float32 anyway; rounded to bf16, the likeliest tokens would often be equal.
     exact = hidden.is_cuda and dtype != torch.float32
-    buffer = None if exact else hidden.new_empty(min(size, len(hidden)), len(weight), dtype=dtype)
+    shape = min(size, len(hidden)), len(weight)
+    buffer = None if exact else hidden.new_empty(shape, dtype=dtype)
+    rounded = buffer is not None and dtype != torch.float32
+    logits32 = hidden.new_empty(shape, dtype=torch.float32) if rounded else None
     for start in range(0, len(hidden), size):
         x = hidden[start : start + size].to(dtype)
         if exact:
             logits = torch.mm(x, weight.T, out_dtype=torch.float32)
         else:
-            logits = torch.mm(x, weight.T, out=buffer[: len(x)]).float()
+            logits = torch.mm(x, weight.T, out=buffer[: len(x)])
+            if rounded:
+                logits = logits32[: len(x)].copy_(logits)
         if bias is not None:
             logits += bias
         yield slice(start, start + size), x, logits
