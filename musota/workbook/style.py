@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from PIL import Image  # comes with matplotlib
 
 from musota.files import write_whole
 from musota.plan.registry import style_of
@@ -112,6 +113,7 @@ def figure_png(figure: Figure, about: str) -> bytes:
 
 
 def save_figure(figure: Figure, path: Path, about: str) -> None:
-    """Write `figure_png`, whole or not at all."""
-    data = figure_png(figure, about)
-    write_whole(path, lambda target: target.write_bytes(data))
+    """Write `figure_png` with a palette, a third of the bytes; whole or not at all."""
+    image = Image.open(io.BytesIO(figure_png(figure, about))).convert("RGB")
+    image = image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    write_whole(path, lambda target: image.save(target, "PNG", optimize=True))
