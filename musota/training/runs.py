@@ -130,14 +130,14 @@ class Run:
     @cached_property
     def health(self) -> list[dict]:
         """The health statistics of each epoch, with `epoch` and `valid_loss`."""
-        epochs = self._of_kind("epoch")
+        epochs = [record for record in self._of_kind("epoch") if "health" in record]
         return [{"epoch": r["epoch"], "valid_loss": r["valid_loss"], **r["health"]} for r in epochs]
 
     @cached_property
     def samples(self) -> pd.DataFrame:
         """One row a sample: epoch, prompt, text."""
         epochs = self._of_kind("epoch")
-        rows = [{"epoch": r["epoch"], **sample} for r in epochs for sample in r["samples"]]
+        rows = [{"epoch": r["epoch"], **sample} for r in epochs for sample in r.get("samples", ())]
         return pd.DataFrame(rows, columns=["epoch", "prompt", "text"])
 
     @cached_property

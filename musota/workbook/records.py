@@ -25,6 +25,8 @@ from musota.training.runs import Run
 
 PACKED = ("runs.jsonl", "epochs.jsonl", "steps.parquet", "probes.json")
 SUMS = "SHA256SUMS"
+BARE = ("path", "sweep")  # parts whose runs are packed without what only a single run's page shows
+SMALL = {"compression": "zstd", "compression_level": 19, "use_dictionary": ["run"]}
 
 
 def read_runs(folder: str | os.PathLike, part: str = "") -> tuple[list[Run], dict[str, str]]:
@@ -121,8 +123,9 @@ def pack(folder: str | os.PathLike) -> list[Path]:
     for run in runs:
         path = run.path.relative_to(folder).as_posix()
         kinds = {"step": [], "epoch": [], "event": []}
+        hidden = ("kind", "samples", "health") if _part_of(path) in BARE else ("kind",)
         for record in run.records:
-            kinds[record["kind"]].append({k: v for k, v in record.items() if k != "kind"})
+            kinds[record["kind"]].append({k: v for k, v in record.items() if k not in hidden})
         about = {"config": run.config, "summary": run.summary, "events": kinds["event"]}
         lines.append({"run": path, **about})
         epochs += [{"run": path, **record} for record in kinds["epoch"]]
@@ -130,11 +133,14 @@ def pack(folder: str | os.PathLike) -> list[Path]:
     table = pd.concat(steps, ignore_index=True)
     whole = {"run": "category", "step": "int32", "tokens": "int64"}
     kinds = dict.fromkeys(table, "float32") | {k: v for k, v in whole.items() if k in table}
+    split = [name for name, kind in kinds.items() if kind == "float32"]  # by byte: half the size
     probes = json.dumps(read_probes(folder), ensure_ascii=False, indent=1) + "\n"
     contents = {
         "runs.jsonl": _lines(lines),
         "epochs.jsonl": _lines(epochs),
-        "steps.parquet": table.astype(kinds).to_parquet(index=False, compression="zstd"),
+        "steps.parquet": table.astype(kinds).to_parquet(
+            index=False, use_byte_stream_split=split, **SMALL
+        ),
         "probes.json": probes.encode(),
     }
     sums = "".join(f"{sha256(data)}  {name}\n" for name, data in contents.items())
