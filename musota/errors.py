@@ -26,7 +26,7 @@ def check_seed(seed) -> None:
         raise MusotaError(f"seed must be a whole number from 0 to {2**31 - 1}, not {seed!r}.")
 
 
-# Files that are never to blame for what somebody's own code raises.
+# Never to blame for what somebody's own code raises.
 _BLAMELESS = (os.path.dirname(__file__), os.path.dirname(os.__file__), "<")
 
 
@@ -38,8 +38,7 @@ def blaming(whose: str):
     except MusotaError:
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        places = [(frame.filename, frame.lineno) for frame in frames]
+        places = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
         if isinstance(error, SyntaxError):
             places.append((error.filename or "", error.lineno))
         own = [p for p in places if not p[0].startswith(_BLAMELESS) and "-packages" not in p[0]]

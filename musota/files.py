@@ -54,8 +54,11 @@ def write_json(path: Path, data) -> None:
 
 def write_sealed(path: Path, data: dict) -> None:
     """`write_json` with the hash of the rest as a last entry, see `read_sealed`."""
-    data = jsonable(data)
-    write_json(path, {**data, SEAL: sha256(_dump(data).encode())})
+    write_json(path, _sealed(data))
+
+
+def _sealed(data: dict) -> dict:
+    return {**data, SEAL: sha256(_dump(data).encode())}
 
 
 def read_sealed(path: Path) -> dict:
@@ -63,17 +66,18 @@ def read_sealed(path: Path) -> dict:
     try:
         text = path.read_bytes().decode()
         data = json.loads(text)
-        seal = data.pop(SEAL)
-        if text != _dump({**data, SEAL: seal}) or seal != sha256(_dump(data).encode()):
+        del data[SEAL]
+        if text != _dump(_sealed(data)):
             raise ValueError("its sha256 does not fit")
     except FileNotFoundError:
         raise MusotaError(f"There is no {path}: not a run folder.") from None
     except OSError as error:
         raise MusotaError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        broken = f"{path} is damaged or was changed by hand, and cannot be read"
-        instead = "restore it, or train the run again with fresh=True (--fresh)"
-        raise MusotaError(f"{broken}: {instead}.") from None
+    except (ValueError, KeyError, TypeError):
+        raise MusotaError(
+            f"{path} is damaged or was changed by hand: restore it, or train the run again with "
+            "fresh=True (--fresh)."
+        ) from None
     return data
 
 
@@ -123,6 +127,6 @@ def cache_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        what = f"The cache folder {folder}"
-        raise system_error(what, error, "set MUSOTA_CACHE to another") from None
+        instead = "set MUSOTA_CACHE to another"
+        raise system_error(f"The cache folder {folder}", error, instead) from None
     return folder

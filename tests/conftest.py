@@ -9,6 +9,10 @@ import pytest
 import torch
 
 import musota
+from musota.data.corpus import load_corpus
+from musota.data.sources import docstrings
+from musota.plan.profiles import Profile, profiles
+from musota.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -21,8 +25,6 @@ EXPERIMENT = musota.Experiment(  # MU-SOTA, two epochs of a second
 @contextmanager
 def each_step(before=lambda trainer: None, after=lambda trainer: None):
     """Within it every training step has something done before and after it."""
-    from musota.training.trainer import Trainer
-
     one_step = Trainer.one_step
 
     def step(trainer):
@@ -58,14 +60,11 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory) -> Path:
     """Real English, on every machine: docstrings of the standard library's top-level modules."""
-    from musota.data.sources import docstrings
-
     library = Path(sysconfig.get_paths()["stdlib"])
     documents = [text for path in sorted(library.glob("*.py")) for text in docstrings(path)]
     folder = tmp_path_factory.mktemp("texts") / "docs"
     folder.mkdir()
-    cuts = {"train": (0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1)}
-    for split, (low, high) in cuts.items():
+    for split, low, high in (("train", 0, 0.8), ("valid", 0.8, 0.9), ("test", 0.9, 1)):
         part = documents[int(low * len(documents)) : int(high * len(documents))]
         (folder / f"{split}.txt").write_text("\n\n".join(part) + "\n", encoding="utf-8")
     return folder
@@ -74,18 +73,23 @@ def text_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def corpus(text_folder):
     """A small corpus at the size of the `tiny` profile."""
-    from musota.data.corpus import load_corpus
-    from musota.plan.profiles import profiles
-
     return load_corpus(str(text_folder), 512).limited(profiles["tiny"])
 
 
 @pytest.fixture(scope="session")
 def short(corpus):
     """Its first tokens: an epoch of eleven steps."""
-    from musota.plan.profiles import Profile
-
     return corpus.limited(Profile("short", 512, 4000, 1200))
+
+
+def shaken(config):
+    """A model none of whose weights is zero, as trained ones are."""
+    torch.manual_seed(0)
+    model = musota.build_model(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import click
 
@@ -31,8 +31,7 @@ def train_in_a_child(corpus: str, folder: Path, kill_at_write: int = 0) -> int:
         return child
     status = 1
     try:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         import torch
 
         import musota
@@ -44,8 +43,7 @@ def train_in_a_child(corpus: str, folder: Path, kill_at_write: int = 0) -> int:
         trainer.CHECKPOINT_SECONDS = 0.2  # many checkpoints inside an epoch
         profile = replace(musota.profiles["tiny"], train_tokens=5_000, valid_tokens=1_500)
         text = musota.load_corpus(corpus, profile.vocab_size).limited(profile)
-        experiment = musota.scaled(musota.experiments["optimized"], profile)
-        musota.train(experiment, text, folder)
+        musota.train(musota.scaled(musota.experiments["optimized"], profile), text, folder)
         status = 0
     finally:
         os._exit(status)
@@ -80,31 +78,26 @@ def drill(corpus: str, kills: int) -> list[str]:
 
     import musota.workbook  # noqa: F401
 
-    root, chance = Path(mkdtemp()), random.Random(0)
-    started = time.monotonic()
-    _, status = os.waitpid(train_in_a_child(corpus, root / "undisturbed"), 0)
-    assert status == 0, "the undisturbed run failed"
-    duration, expected = time.monotonic() - started, ended(root / "undisturbed")
-    results = []
-    for number in range(kills):
-        folder, was_killed = root / f"round-{number}", False
-        while not was_killed:  # until the kill comes before the end
-            shutil.rmtree(folder, ignore_errors=True)
-            if number % 2:
-                child = train_in_a_child(corpus, folder, kill_at_write=chance.randint(1, 12))
-            else:
-                child = train_in_a_child(corpus, folder)
-                time.sleep(chance.uniform(0.1, 1.0) * duration)
+    def wait(child: int) -> int:
+        return os.waitpid(child, 0)[1]
+
+    chance, started, results = random.Random(0), time.monotonic(), []
+    with TemporaryDirectory() as root:
+        folder = Path(root) / "undisturbed"
+        assert wait(train_in_a_child(corpus, folder)) == 0, "the undisturbed run failed"
+        duration, expected = time.monotonic() - started, ended(folder)
+        while len(results) < kills:
+            folder, by_write = Path(root) / f"round-{len(results)}", len(results) % 2
+            child = train_in_a_child(corpus, folder, chance.randint(1, 12) if by_write else 0)
+            if not by_write:
+                time.sleep(chance.uniform(0.1, 0.8) * duration)
                 os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            was_killed = os.WIFSIGNALED(status)
-            duration *= 1 if was_killed else 0.9
-        _, status = os.waitpid(train_in_a_child(corpus, folder), 0)
-        outcome = "failed" if status else "same" if ended(folder) == expected else "differs"
-        results.append(outcome)
-        print(f"round {number}: killed, then {outcome}", flush=True)
-        shutil.rmtree(folder)
-    shutil.rmtree(root)
+            if os.WIFSIGNALED(wait(child)):  # before it ended
+                failed = wait(train_in_a_child(corpus, folder))
+                same = not failed and ended(folder) == expected
+                results.append("failed" if failed else "same" if same else "differs")
+                print(f"round {len(results)}: killed, then {results[-1]}", flush=True)
+            shutil.rmtree(folder)
     return results
 
 

@@ -20,11 +20,11 @@ def literal(q, k, v):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("with_entropy", [False, True])
-@pytest.mark.parametrize(("T", "width"), [(1, 2), (23, 8), (33, 18)])
+@pytest.mark.parametrize(("T", "width"), [(1, 2), (33, 18)])
 def test_equals_the_literal_version_in_value_and_gradient(way, with_entropy, T, width, monkeypatch):
-    # Tiles of ten rows and a few heads: none of the sizes above fits them evenly.
-    monkeypatch.setattr(attention, "TILE_ROWS", 10)
-    monkeypatch.setattr(attention, "TILE_SIZE", 500)
+    # Tiles of ten rows, launches of a few heads: none of the sizes above fits them evenly.
+    for name, size in {"TILE_ROWS": 10, "TILE_SIZE": 500, "MOST_HEADS": 3}.items():
+        monkeypatch.setattr(attention, name, size)
     torch.manual_seed(T)
     leaves = [torch.randn(5, T, width, dtype=torch.double, requires_grad=True) for _ in range(3)]
     got, wanted = WAYS[way](*leaves, with_entropy), literal(*leaves)
@@ -54,9 +54,7 @@ def test_autocast_computes_it_in_full_precision():
     wanted = causal_attention(q.float(), k.float(), v.float(), with_entropy=True)
     with torch.autocast("cpu", torch.bfloat16):
         got = causal_attention(q, k, v, with_entropy=True)
-    for one, other in zip(got, wanted, strict=True):
-        assert one.dtype == torch.float32
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(got, wanted)
 
 
 def test_no_more_weights_are_held_than_a_tile(monkeypatch):

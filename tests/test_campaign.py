@@ -1,8 +1,8 @@
-import json
 import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -30,54 +30,42 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.parametrize("profile", ["full", "study"])
 def test_a_sweep_trains_at_the_rates_it_names(profile):
     profile = profiles[profile]
-    cells = campaign.sweep("optimized", profile)
+    short = campaign.swept_experiment("optimized")
+    cells = campaign.at_rates("optimized", short, profile, campaign.FIRST_RATES)
     assert (len(cells), min(campaign.FIRST_RATES), max(campaign.FIRST_RATES)) == (6, 1e-4, 3e-2)
     whole = find_experiment("optimized").training
     for rate, (name, cell) in zip(campaign.FIRST_RATES, cells.items(), strict=True):
         training = musota.scaled(cell.experiment, profile).training
         assert name == f"optimized_rate_{rate:g}"
         assert training.learning_rate == pytest.approx(rate, rel=1e-12)
-        # Five of the plan's thirty epochs, with the plan's share of warm-up.
-        short = cell.experiment.training
-        share = whole.warmup_steps / whole.epochs
-        assert short.epochs == 5 and short.warmup_steps / 5 == pytest.approx(share, rel=0.01)
+    # Five of the plan's thirty epochs, with the plan's share of warm-up.
+    share = whole.warmup_steps / whole.epochs
+    assert short.training.epochs == 5
+    assert short.training.warmup_steps / 5 == pytest.approx(share, rel=0.01)
 
 
-def _sweep_with(monkeypatch, tmp_path, best):
-    """Rates tried for both models when the loss is lowest at `best` (a rate a model)."""
-    tried = {}
+def test_a_best_at_an_edge_widens_the_sweep_for_both_alike(monkeypatch):
+    tried, best = {}, {"optimized": 1e-1, "baseline": 3e-5}
 
-    def pretend(cells, seeds, profile, corpus, folder, **how):
+    def pretend(cells, seeds, profile, **how):
+        runs = {}
         for name, cell in cells.items():
             model, rate = name.split("_rate_")
             tried.setdefault(model, []).append(float(rate))
             assert cell.experiment.training.learning_rate == pytest.approx(float(rate))
-
-        return {}
-
-    def losses(runs, model, profile):
-        return {rate: [abs(math.log(rate / best[model]))] for rate in sorted(tried[model])}
+            loss = abs(math.log(float(rate) / best[model]))
+            runs[name] = {0: SimpleNamespace(valid_loss=loss)}
+        return runs
 
     monkeypatch.setattr(campaign, "run_cells", pretend)
-    monkeypatch.setattr(campaign, "swept", losses)
-    campaign.run_sweeps(profiles["full"], None, tmp_path, 0)
-    return {model: sorted(rates) for model, rates in tried.items()}
+    campaign.run_sweeps(profiles["full"], 0)
+    assert sorted(tried["optimized"]) == sorted(tried["baseline"])
+    assert sorted(tried["baseline"]) == [1e-5, 3e-5, *campaign.FIRST_RATES, 1e-1, 3e-1]
 
 
-def test_a_best_at_an_edge_widens_the_sweep_for_both_alike(monkeypatch, tmp_path):
-    tried = _sweep_with(monkeypatch, tmp_path, {"optimized": 1e-2, "baseline": 1e-3})
-    assert tried["optimized"] == tried["baseline"] == [*campaign.FIRST_RATES]
-    tried = _sweep_with(monkeypatch, tmp_path, {"optimized": 1e-1, "baseline": 3e-5})
-    wider = [1e-5, 3e-5, *campaign.FIRST_RATES, 1e-1, 3e-1]
-    assert tried["optimized"] == tried["baseline"] == wider
-
-
-def test_without_a_sweep_nothing_is_tuned():
+def test_what_cannot_be_carried_out_is_named():
     with pytest.raises(musota.MusotaError, match="--only sweep"):
         campaign.tuned("tuned", profiles["tiny"], {})
-
-
-def test_an_unknown_part_is_named():
     answer = CliRunner().invoke(cli, ["evidence", "--only", "modles"])
     assert isinstance(answer.exception, musota.MusotaError) and "models" in str(answer.exception)
 
@@ -94,7 +82,7 @@ def carried_out(text_folder, tmp_path_factory):
         command = ["evidence", *options, "--seeds", "2", "--only", "sweep,tuned"]
         answer = CliRunner().invoke(cli, command, catch_exceptions=False)
     assert answer.exit_code == 0, answer.output
-    return next(folder.glob("tiny-docs-*")), options, answer.output
+    return next(folder.glob("tiny-docs-*")), answer.output
 
 
 @pytest.fixture
@@ -106,7 +94,7 @@ def recorded(carried_out, monkeypatch):
 
 
 def test_both_models_are_tuned_to_their_own_best_rate(carried_out, recorded):
-    output = carried_out[2]
+    output = carried_out[1]
     evidence = read_evidence(recorded)
     for tuned, origin in TUNED.items():
         losses = campaign.swept(evidence.sweep_runs, origin, profiles["tiny"])
@@ -147,21 +135,6 @@ def test_the_report_says_what_it_leaves_out_and_what_no_command_trains(recorded,
     assert "NAME is `baseline --set epochs=7 --set learning_rate=0.5`." in text
 
 
-def test_a_tuned_row_can_be_trained_again_alone(carried_out, tmp_path, monkeypatch):
-    folder, options, _ = carried_out
-    away = tmp_path / "elsewhere"
-    away.mkdir()
-    shutil.copytree(folder / "sweep", away / folder.name / "sweep")
-    kept = json.loads((folder / "tuned_baseline-seed1" / "summary.json").read_text())
-    command = ["train", "tuned_baseline", *options[:-1], str(away), "--seed", "1"]
-    monkeypatch.setitem(profiles, "tiny", replace(profiles["tiny"], train_tokens=5_000))
-    answer = CliRunner().invoke(cli, command, catch_exceptions=False)
-    assert answer.exit_code == 0, answer.output
-    path = away / folder.name / "tuned_baseline-seed1" / "summary.json"
-    again = json.loads(path.read_text())
-    assert again["ppl"] == pytest.approx(kept["ppl"], rel=1e-4)  # one thread there, two here
-
-
 # --- tables and answers ---
 
 
@@ -171,14 +144,14 @@ def test_the_model_table_averages_losses_and_tells_their_spread(recorded):
     same = evidence.runs[0].summary
     object.__setattr__(evidence, "rungs", {"like": same["ppl"]})
     rows = model_table(evidence).set_index("model (measured)")
-    losses = [run.summary["valid_loss"] for run in evidence.runs if run.name == "tuned"]
-    mean, spread = sum(losses) / 2, seed_interval(losses)
     row, rung = rows.loc["MU-SOTA, its best rate"], rows.loc["rung: like"]
-    low, high = math.exp(spread.low), math.exp(spread.high)
-    assert row["valid PPL [95 % over seeds]"] == f"{math.exp(mean):,.1f} [{low:,.1f}, {high:,.1f}]"
-    assert row["seeds"] == "2"
+    losses = [run.summary["valid_loss"] for run in evidence.seeds("tuned").values()]
+    ends = seed_interval(losses)
+    shown = [f"{math.exp(loss):,.1f}" for loss in (sum(losses) / 2, ends.low, ends.high)]
+    assert row["valid PPL [95 % over seeds]"] == "{} [{}, {}]".format(*shown)
+    assert (row["seeds"], rung["seeds"]) == ("2", "")
     assert rung["valid word PPL"] == f"{same['word_ppl']:,.1f}"
-    assert rung["valid bits/byte"] == f"{same['bits_per_byte']:.3f}" and rung["seeds"] == ""
+    assert rung["valid bits/byte"] == f"{same['bits_per_byte']:.3f}"
     for name, _, ppl in PUBLISHED:
         assert rows.loc[f"reported: {name}", "test word PPL"] == f"{ppl}"
 
@@ -237,20 +210,25 @@ def test_the_front_page_gets_what_is_recorded_and_keeps_the_rest(recorded, tmp_p
     page, (begin, end) = tmp_path / "README.md", pages.FRONT_MARKS
     page.write_text(f"before\n\n{begin}\nstale\n{end}\n\nafter\n")
     pages.write_front_page(page, [place])
-    text = page.read_text()
-    assert text.startswith(f"before\n\n{begin}\n\n**MU-SOTA ") and text.endswith(
-        f"{end}\n\nafter\n"
-    )
-    assert "stale" not in text and "results/tiny-docs/answer.png" in text
-    evidence = read_evidence(place)
+    text, evidence = page.read_text(), read_evidence(place)
+    assert text.startswith(f"before\n\n{begin}\n\n- **MU-SOTA ")
+    assert text.endswith(f"{end}\n\nafter\n") and "stale" not in text
     finding, _ = evidence.compare("tuned")
     assert pages.OUTCOME[finding.verdict] in text and f", {finding.verdict} |" in text
     assert pages.tables.interval_of([*evidence.seeds("tuned").values()]) in text
-    assert text.count("\n") < 30
     pages.write_front_page(page, [place])
     assert page.read_text() == text
     pages.write_front_page(page, [place, place])  # the second is told in a paragraph, no table
     assert page.read_text().count("answer.png") == 1 and "**Profile tiny" in page.read_text()
+    rows = {run.name: evidence.seeds(run.name).values() for run in evidence.runs}
+    losses = [[run.summary["valid_loss"] for run in row] for row in rows.values()]
+    within = [loss - sum(row) / len(row) for row in losses for loss in row]
+    freedom = sum(len(row) - 1 for row in losses)
+    assert evidence.spread == pytest.approx((sum(d * d for d in within) / freedom) ** 0.5)
+    alone = place.with_name("alone")
+    shutil.copytree(recorded, alone, ignore=shutil.ignore_patterns("*-seed[1-9]"))
+    pages.write_front_page(page, [alone, place])
+    assert f"another seed moves the loss by {evidence.spread:.3f} nats" in page.read_text()
     page.write_text("no marks")
     with pytest.raises(musota.MusotaError, match="not one line"):
         pages.write_front_page(page, [place])

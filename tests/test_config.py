@@ -19,16 +19,18 @@ def test_the_experiments_are_the_plans_and_the_redesign():
     assert e["original"].training == TrainConfig(10, 3e-4, 500, 6, 4, 0.01, 1.0)
     for name in ("optimized", "baseline", "simplified"):
         assert e[name].training == TrainConfig(30, 1e-4, 2000, 4, 8, 0.01, 1.0)
+    for experiment in e.values():
+        assert musota.Experiment.from_dict(experiment.to_dict()) == experiment
+        assert musota.scaled(experiment, "full") is experiment
 
 
 @pytest.mark.parametrize("target", [10_000, 300_000, 5_000_000])
 def test_match_width_has_no_nearer_neighbour(target):
     config = musota.match_width(target, DenseConfig(vocab_size=300, n_layer=2))
     assert config.d_model % 2 == 0 and config.d_model % config.n_head == 0
-    for step in (-2, 2):
-        if config.d_model + step > 0:
-            other = dataclasses.replace(config, d_model=config.d_model + step, n_head=1)
-            assert abs(other.n_parameters - target) >= abs(config.n_parameters - target)
+    for width in {config.d_model - 2, config.d_model + 2} - {0}:
+        other = dataclasses.replace(config, d_model=width, n_head=1)
+        assert abs(other.n_parameters - target) >= abs(config.n_parameters - target)
 
 
 def test_with_changes_model_and_training_by_name_and_refuses_unknown_names():
@@ -36,13 +38,6 @@ def test_with_changes_model_and_training_by_name_and_refuses_unknown_names():
     assert changed.training.learning_rate == 1e-3 and changed.model.n_layer == 2
     with pytest.raises(MusotaError, match="did you mean 'learning_rate'"):
         musota.experiments["optimized"].with_(learning_rat=1)
-
-
-@pytest.mark.parametrize("name", musota.experiments)
-def test_an_experiment_survives_being_written_down_and_the_full_profile(name):
-    experiment = musota.experiments[name]
-    assert musota.Experiment.from_dict(experiment.to_dict()) == experiment
-    assert musota.scaled(experiment, "full") is experiment
 
 
 @pytest.mark.parametrize("profile", ["study", "quick", "tiny"])
@@ -62,9 +57,8 @@ def test_profiles_keep_the_plans_proportions(profile):
         share = warmup_share(small, musota.profiles[profile].train_tokens)
         plans = warmup_share(musota.experiments[name], PLAN_TRAIN_TOKENS)
         assert share == pytest.approx(plans, abs=0.01) and small.training.epochs >= 3
-    assert baseline.model.n_layer == optimized.model.n_layer
+    assert baseline.model.n_layer == optimized.model.n_layer > simplified.model.n_layer
     assert abs(baseline.model.n_parameters / optimized.model.n_parameters - 1) < 0.02
-    assert simplified.model.n_layer < optimized.model.n_layer
     # A twin scaled is a scaled model's twin.
     twin = musota.scaled(musota.twin(musota.experiments["simplified"]), profile)
     assert twin == musota.twin(simplified) and twin.training == simplified.training
@@ -76,21 +70,19 @@ def test_profiles_keep_the_plans_proportions(profile):
         (lambda: find_experiment("optimised"), "did you mean 'optimized'"),
         (lambda: find_profile("quik"), "did you mean 'quick'"),
         (lambda: MuConfig(n_block=7), "7 equal blocks do not tile a 8×8 matrix"),
-        (lambda: MuConfig(matrix_size=6, n_block=4, n_head=6), "Block B1 has 9 cells"),
-        (lambda: MuConfig(n_head=7), "n_head=7 does not divide d_model=64"),
+        (
+            lambda: MuConfig(matrix_size=6, n_block=4, n_head=6),
+            "n_block=4 makes blocks of an odd number",
+        ),
         (lambda: DenseConfig(n_head=12), "n_head=12 does not divide d_model=208"),
         (lambda: MuConfig(matrix_size=10**7), "a whole number of at least 1, at most 64"),
-        (lambda: MuConfig(n_block=10**7), "a whole number of at least 1, at most 4096"),
         (lambda: MuConfig(vocab_size=2**40), "parameters is beyond"),
-        (lambda: MuConfig(vocab_size=0), "vocab_size must be a whole number"),
         (lambda: MuConfig(n_layer=1.5), "n_layer must be a whole number"),
         (lambda: DenseConfig(dropout=1.0), "a finite number of at least 0, at most 0.99"),
         (lambda: RedesignedConfig(without="rotery"), "'rotery': did you mean 'rotary'"),
-        (lambda: RedesignedConfig(n_block=5, without=""), "5 blocks have no names: use 8 or 16"),
+        (lambda: RedesignedConfig(n_block=5, without=""), "5 blocks have no names"),
         (lambda: TrainConfig(learning_rate=0), "learning_rate must be a finite number above 0"),
         (lambda: TrainConfig(learning_rate=float("nan")), "learning_rate must be a finite"),
-        (lambda: TrainConfig(learning_rate=float("inf")), "learning_rate must be a finite"),
-        (lambda: TrainConfig(epochs=0), "epochs must be a whole number"),
     ],
 )
 def test_bad_values_get_one_sentence(make, message):

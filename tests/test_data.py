@@ -13,14 +13,13 @@ from musota.data import sources
 from musota.data.corpus import load_corpus, window_starts
 from musota.data.tokenizer import LONGEST_WORD, TextTokenizer
 from musota.errors import MusotaError
-from musota.plan.profiles import Profile, profiles
+from musota.plan.profiles import Profile
 
 ODD = [
     "",
     "\n",
     "one line without an end",
-    "\n\n\nempty lines\n\n",
-    "tabs\tand  double  spaces \n trailing \n",
+    "\n\n\ntabs\tand  double  spaces \n trailing \n\n",
     "emoji 😀🏳️‍🌈, accents é è ﬁ, 漢字, عربى\n",
     "an <unk> word, <unk><unk>, <UNK> and <|endoftext|> spelled out\n",
     "\r carriage \x0b vertical \u2028 separators \x00 nul\n",
@@ -48,54 +47,60 @@ def test_any_text_survives_the_tokenizer_and_the_tokenizer_its_file(tokenizer, t
 
 def _folder(path, **texts):
     path.mkdir(exist_ok=True)
-    for split in ("train", "valid", "test"):
+    for split in sources.SPLITS:
         (path / f"{split}.txt").write_text(texts.get(split, "a few words\n" * 30), "utf-8")
     return path
 
 
 def test_counts_words_line_ends_and_bytes_by_hand(tmp_path):
-    folder = _folder(tmp_path / "mine", valid="né a b\n\nc <unk>\n")
-    corpus = load_corpus(str(folder), 300)
+    corpus = load_corpus(_folder(tmp_path / "mine", valid="né a b\n\nc <unk>\n"), 300)
     assert corpus.name == "mine"
     assert corpus.words["valid"] == 5 + 3  # né a b c <unk>, and three line ends
     assert corpus.bytes["valid"] == len("né a b\n\nc <unk>\n".encode())
     assert corpus.valid.dtype == torch.int32 and corpus.valid.dim() == 1
-    statistics = corpus.statistics()
-    assert statistics.loc["valid", "unk rate"] == pytest.approx(1 / 8)
+    assert corpus.statistics().loc["valid", "unk rate"] == pytest.approx(1 / 8)
 
 
-def test_only_the_train_split_teaches_the_tokenizer(tmp_path):
-    plain = load_corpus(str(_folder(tmp_path / "a")), 300)
-    other = load_corpus(str(_folder(tmp_path / "b", valid="zebra zebra zebra\n" * 50)), 300)
-    for text in ("zebra", "a few words"):
-        assert (plain.tokenizer.encode(text) == other.tokenizer.encode(text)).all()
-
-
-def test_a_changed_corpus_is_never_read_stale(tmp_path):
+def test_nothing_is_read_stale_and_only_train_teaches_the_tokenizer(tmp_path):
     folder = _folder(tmp_path / "c")
-    before = load_corpus(str(folder), 300)
-    assert torch.equal(before.train, load_corpus(str(folder), 300).train)
-    (folder / "valid.txt").write_text("other words entirely\n" * 30, "utf-8")
-    after = load_corpus(str(folder), 300)
+    before = load_corpus(folder, 300)
+    assert torch.equal(before.train, load_corpus(folder, 300).train)
+    (folder / "valid.txt").write_text("zebra words entirely\n" * 30, "utf-8")
+    after = load_corpus(folder, 300)
     assert after.fingerprint != before.fingerprint
-    assert after.tokenizer.decode(after.valid).startswith("other words")
+    assert after.tokenizer.decode(after.valid).startswith("zebra words")
+    assert after.tokenizer.backend.to_str() == before.tokenizer.backend.to_str()
+
+
+@pytest.mark.parametrize("name", ["tokens-*.bin", "tokenizer-*.json"])
+def test_a_damaged_cache_is_made_anew(name, text_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path))
+    before = load_corpus(text_folder, 400)
+    for path in tmp_path.glob(name):
+        data = bytearray(path.read_bytes())
+        path.unlink()  # the tensors of `before` are mapped from it
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    again = load_corpus(text_folder, 400)
+    assert again.fingerprint == before.fingerprint
+    assert again.tokenizer.backend.to_str() == before.tokenizer.backend.to_str()
 
 
 def test_white_space_at_line_ends_does_not_count(tmp_path):
-    local = load_corpus(str(_folder(tmp_path / "d", valid=" = Title = \n \n text \n")), 300)
-    hub = load_corpus(str(_folder(tmp_path / "e", valid=" = Title =\n\n text\n")), 300)
+    local = load_corpus(_folder(tmp_path / "d", valid=" = Title = \n \n text \n"), 300)
+    hub = load_corpus(_folder(tmp_path / "e", valid=" = Title =\n\n text\n"), 300)
     assert local.fingerprint == hub.fingerprint
 
 
 def test_limits_cut_at_a_line_end_and_recount(text_folder):
-    whole = load_corpus(str(text_folder), 512)
+    whole = load_corpus(text_folder, 512)
     cut = whole.limited(Profile("some", 512, train_tokens=5000, valid_tokens=800))
     assert 4000 < len(cut.train) <= 5000 and len(cut.valid) <= 800
     assert torch.equal(cut.valid, whole.valid[: len(cut.valid)])
     assert cut.valid[-1] == whole.tokenizer.line_end
     text = whole.tokenizer.decode(cut.valid)
     assert cut.words["valid"] == len(text.split()) + text.count("\n")
-    assert cut.fingerprint != whole.fingerprint
+    assert cut.fingerprint != whole.fingerprint and cut.text_hash == whole.text_hash
     assert whole.limited(Profile("full")).train is whole.train
 
 
@@ -128,18 +133,18 @@ def test_windows_depend_on_seed_and_epoch_alone():
 
 
 @pytest.mark.parametrize(
-    ("prepare", "message"),
+    ("split", "content", "message"),
     [
-        (lambda f: (f / "valid.txt").unlink(), "has no valid.txt"),
-        (lambda f: (f / "test.txt").write_text(" \n"), "The test text of .* is empty"),
-        (lambda f: (f / "train.txt").write_bytes(b"fine \xff\xfe not"), "is not UTF-8"),
+        ("valid", None, "has no valid.txt"),
+        ("test", b" \n", "The test text of .* is empty"),
+        ("train", b"fine \xff\xfe not", "is not UTF-8"),
     ],
 )
-def test_bad_folders_get_one_sentence(tmp_path, prepare, message):
-    folder = _folder(tmp_path / "f")
-    prepare(folder)
+def test_bad_folders_get_one_sentence(tmp_path, split, content, message):
+    path = _folder(tmp_path / "f") / f"{split}.txt"
+    path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(MusotaError, match=message):
-        load_corpus(str(folder), 300)
+        load_corpus(tmp_path / "f", 300)
 
 
 @pytest.mark.parametrize(
@@ -147,10 +152,9 @@ def test_bad_folders_get_one_sentence(tmp_path, prepare, message):
     [
         ("wikitext2", 300, "did you mean 'wikitext-2'"),
         ("./nowhere", 300, "There is no folder"),
-        ("python-docs", 200, "vocab_size=200 is below the 258"),
+        ("python-docs", 200, "vocab_size must be a whole number of at least 258"),
         ("python-docs", "512", "vocab_size must be a whole number"),
-        ("python-docs", True, "vocab_size must be a whole number"),
-        (None, 300, "corpus must be a name"),
+        (None, 300, "Unknown corpus"),
     ],
 )
 def test_bad_names_and_vocabularies_get_one_sentence(name, vocab_size, message):
@@ -163,7 +167,6 @@ def test_a_local_copy_is_preferred_to_the_hub(tmp_path):
     corpus = load_corpus("auto", 300, data_dir=tmp_path)
     assert (corpus.name, corpus.source) == ("wikitext-2 (another text)", "local copy")
     assert corpus.tokenizer.decode(corpus.train).startswith("a local copy")
-    assert load_corpus("wikitext-2", 300, data_dir=str(tmp_path)).fingerprint == corpus.fingerprint
 
 
 def test_auto_falls_back_on_python_docs_and_says_so(monkeypatch, text_folder):
@@ -171,7 +174,7 @@ def test_auto_falls_back_on_python_docs_and_says_so(monkeypatch, text_folder):
     monkeypatch.setitem(sources.SOURCES, "python-docs", lambda: ("docstrings", texts))
     corpus = load_corpus("auto", 300)
     assert corpus.name == "python-docs"
-    assert "instead of wikitext-2, because HF_HUB_OFFLINE is set" in corpus.source
+    assert corpus.source.startswith("docstrings; wikitext-2 is not on this machine and the Hugging")
 
 
 def test_python_docs_are_split_by_document_without_repeats(monkeypatch, tmp_path):
@@ -186,19 +189,17 @@ def test_python_docs_are_split_by_document_without_repeats(monkeypatch, tmp_path
     monkeypatch.setattr(sources, "DOCS_PACKAGES", ())
     monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: {"stdlib": str(package)})
     texts = sources._collect_docs()
-    documents = {split: text.strip().split("\n\n") for split, text in texts.items()}
-    assert sum(map(len, documents.values())) == 201  # 200 modules and the repeated one once
-    assert [len(documents[s]) for s in sources.SPLITS] == [181, 10, 10]
+    documents = [texts[split].strip().split("\n\n") for split in sources.SPLITS]
+    assert list(map(len, documents)) == [181, 10, 10]  # 200 modules and the repeated one once
     assert "Test word" not in str(documents) and "short" not in str(documents)
-    assert documents["train"] != sorted(documents["train"])
+    assert documents[0] != sorted(documents[0])
 
 
 def _in_a_process(code, *arguments, **environment):
     """A fresh interpreter: for what is decided at import, and for memory of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 CACHED = """
@@ -240,21 +241,20 @@ def test_a_silent_hub_is_answered_within_seconds(tmp_path):
         code = "import musota\nmusota.load_corpus('wikitext-103')"
         done = _in_a_process(code, **hub, HF_HOME=str(tmp_path))
     assert time.perf_counter() - started < 40  # importing torch and datasets included
-    assert "does not answer" in done.stderr and "Three ways on" in done.stderr
+    assert "hub does not give it" in done.stderr and "Three ways on" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "names",
-    [("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
-     ("train.txt", "validation.txt", "test.txt"), ("train.raw", "dev.raw", "test.raw")],
-)  # fmt: skip
-def test_splits_are_found_under_the_names_people_give_them(names, tmp_path):
-    usual = _folder(tmp_path / "usual", valid="other words entirely\n" * 30)
-    other = tmp_path / "other"
-    other.mkdir()
-    for split, name in zip(sources.SPLITS, names, strict=True):
-        shutil.copy(usual / f"{split}.txt", other / name)
-    assert load_corpus(str(other), 300).fingerprint == load_corpus(str(usual), 300).fingerprint
+def test_splits_are_found_under_the_names_people_give_them(tmp_path):
+    usual = load_corpus(_folder(tmp_path / "usual", valid="other words entirely\n" * 30), 300)
+    for names in (
+        "wiki.train.tokens wiki.valid.tokens wiki.test.tokens",
+        "train.raw dev.raw test.txt",
+    ):
+        other = tmp_path / names[:5]
+        other.mkdir()
+        for split, name in zip(sources.SPLITS, names.split(), strict=True):
+            shutil.copy(tmp_path / "usual" / f"{split}.txt", other / name)
+        assert load_corpus(other, 300).fingerprint == usual.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -262,14 +262,13 @@ def test_splits_are_found_under_the_names_people_give_them(names, tmp_path):
     [
         ("".join(f"part {n} says\nnothing new\n\n" for n in range(400)), "\n\n"),
         ("one line\n" + "of many words\n" * 400, "\n"),
-        ("word " * 4000, ""),
         ("字" * 9000, ""),
     ],
-    ids=["paragraphs", "lines", "one line", "no spaces"],
+    ids=["paragraphs", "lines", "no spaces"],
 )
 def test_one_text_is_split_by_itself_and_this_is_said(text, end, tmp_path):
     (tmp_path / "input.txt").write_text(text, "utf-8")
-    corpus = load_corpus(str(tmp_path / "input.txt"), 300)
+    corpus = load_corpus(tmp_path / "input.txt", 300)
     assert corpus.name == "input" and "input.txt, split 90/5/5" in corpus.source
     parts = [corpus.tokenizer.decode(corpus.split(split)) for split in sources.SPLITS]
     assert "".join(parts) == text
@@ -279,9 +278,9 @@ def test_one_text_is_split_by_itself_and_this_is_said(text, end, tmp_path):
 
 def test_valid_text_that_stands_in_train_is_told(text_folder, tmp_path):
     folder = shutil.copytree(text_folder, tmp_path / "leaks")
-    assert "stand in train" not in load_corpus(str(_folder(tmp_path / "clean")), 300).source
+    assert "stand in train" not in load_corpus(_folder(tmp_path / "clean"), 300).source
     shutil.copy(folder / "train.txt", folder / "valid.txt")
-    source = load_corpus(str(folder), 300).source
+    source = load_corpus(folder, 300).source
     assert "100% of the longer lines of valid stand in train, too" in source
 
 
@@ -289,15 +288,12 @@ def test_paths_may_begin_with_a_tilde_and_there_may_be_no_home(tmp_path, monkeyp
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MUSOTA_CACHE", "~/kept")
     _folder(tmp_path / "mine")
-    corpus = load_corpus("~/mine", 300)
-    assert load_corpus("mine", 300, data_dir="~").fingerprint == corpus.fingerprint
+    assert load_corpus("~/mine", 300).name == load_corpus("mine", 300, data_dir="~").name == "mine"
     assert [*(tmp_path / "kept").glob("tokens-*")]
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where nobody has a home
-    monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path / "kept"))
-    assert load_corpus(str(tmp_path / "mine"), 300).fingerprint == corpus.fingerprint
     monkeypatch.delenv("MUSOTA_CACHE")
     with pytest.raises(MusotaError, match="no path that can be used here"):
-        load_corpus(str(tmp_path / "mine"), 300)
+        load_corpus(tmp_path / "mine", 300)
 
 
 # --- large texts ---
@@ -306,21 +302,20 @@ def test_paths_may_begin_with_a_tilde_and_there_may_be_no_home(tmp_path, monkeyp
 def test_an_endless_line_comes_in_bounded_pieces(monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "PIECE", 500)
     text = "字 and so on " * 2000 + "end"
-    (tmp_path / "train.txt").write_text(text, "utf-8")
-    pieces = list(sources._read_file(tmp_path / "train.txt"))
-    assert "".join(pieces) == text and max(map(len, pieces)) <= 500
-    corpus = load_corpus(str(_folder(tmp_path / "folder", train=text)), 300)
+    folder = _folder(tmp_path / "folder", train=text)
+    assert max(map(len, sources._read_file(folder / "train.txt"))) <= 500
+    corpus = load_corpus(folder, 300)
     assert corpus.tokenizer.decode(corpus.train) == text
     assert len(corpus.limited(Profile("some", 300, 40, 40)).train) == 40
 
 
 def test_a_text_in_pieces_gives_the_tokens_of_the_whole(text_folder, monkeypatch, tmp_path):
-    whole = load_corpus(str(text_folder), 400)
+    whole = load_corpus(text_folder, 400)
     monkeypatch.setattr(sources, "PIECE", 500)
     monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path))
     pieces = list(sources._read_file(text_folder / "train.txt"))
     assert len(pieces) > 100 and all(piece.endswith("\n") for piece in pieces[:-1])
-    in_pieces = load_corpus(str(text_folder), 400)
+    in_pieces = load_corpus(text_folder, 400)
     assert in_pieces.fingerprint == whole.fingerprint
     assert (in_pieces.words, in_pieces.bytes) == (whole.words, whole.bytes)
     for split in sources.SPLITS:
@@ -328,50 +323,25 @@ def test_a_text_in_pieces_gives_the_tokens_of_the_whole(text_folder, monkeypatch
         assert in_pieces.tokenizer.encode(text).tolist() == in_pieces.split(split).tolist()
 
 
-MEASURE = r"""
-import sys, re, torch, musota
-from musota.data.corpus import load_corpus
-corpus = load_corpus(sys.argv[1], 1000)
-status = open("/proc/self/status").read()
-print(len(corpus.train), re.search(r"VmHWM:\s+(\d+)", status)[1])
-"""
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
-def test_memory_does_not_grow_with_the_text(text_folder, tmp_path):
-    lines = (text_folder / "train.txt").read_text("utf-8")
-    peaks = {}
-    for megabytes in (2, 20):
-        text = lines * (megabytes * 10**6 // len(lines) + 1)
-        folder = _folder(tmp_path / str(megabytes), train=text)
-        done = _in_a_process(MEASURE, folder, MUSOTA_CACHE=str(tmp_path))
-        assert done.returncode == 0, done.stderr
-        tokens, peaks[megabytes] = map(int, done.stdout.split())
-    assert tokens > 4_000_000
-    # Eighteen megabytes of text more, and their tokens: with the file's pages, which can be dropped
-    # at any time, under twice the text. Held whole they would be ten times that.
-    assert peaks[20] - peaks[2] < 40_000
+# --- which text it is ---
 
 
 def test_wikitext_is_recognised_by_its_content_and_by_nothing_else(
     text_folder, tmp_path, monkeypatch
 ):
-    posing = tmp_path / "wikitext-2"
-    shutil.copytree(text_folder, posing)
-    other = load_corpus(str(posing), 300)
+    posing = shutil.copytree(text_folder, tmp_path / "wikitext-2")
+    other = load_corpus(posing, 300)
     assert other.name == "wikitext-2 (another text)" and other.label.endswith(other.text_hash[:8])
-    monkeypatch.setitem(sources.KNOWN_TEXTS, "wikitext-2", other.text_hash)
+    monkeypatch.setitem(sources.KNOWN_TEXTS, other.text_hash, "wikitext-2")
     for folder in (posing, text_folder):  # wherever it lies
-        assert load_corpus(str(folder), 300).label == "wikitext-2"
+        assert load_corpus(folder, 300).label == "wikitext-2"
 
 
 def test_two_texts_never_share_a_label_and_one_text_keeps_its_hash(text_folder, tmp_path):
-    changed = tmp_path / text_folder.name
-    shutil.copytree(text_folder, changed)
+    changed = shutil.copytree(text_folder, tmp_path / text_folder.name)
     with (changed / "train.txt").open("a") as file:
         file.write("One more line.\n")
-    here, there = (load_corpus(str(folder), 300) for folder in (text_folder, changed))
+    here, there = (load_corpus(folder, 300) for folder in (text_folder, changed))
     assert here.name == there.name and here.label != there.label
-    assert here.limited(profiles["tiny"]).text_hash == here.text_hash
-    larger = load_corpus(str(text_folder), 400)  # other tokens of the same text
+    larger = load_corpus(text_folder, 400)  # other tokens of the same text
     assert larger.text_hash == here.text_hash and larger.fingerprint != here.fingerprint

@@ -15,8 +15,7 @@ def _problem(tokens, bias=True):
     return hidden, weight, bias, torch.randint(97, (tokens,))
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 512, 1025])  # below, at and above whole chunks
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("tokens", "bias"), [(1, True), (512, False), (1025, True)])
 def test_equals_the_plain_loss_in_value_and_gradient(tokens, bias):
     hidden, weight, bias, targets = _problem(tokens, bias)
     leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None]
@@ -57,11 +56,6 @@ def test_scores_are_the_losses_and_hits_of_each_token():
     assert nats.shape == hits.shape == (7, 100)
     torch.testing.assert_close(nats.flatten(), F.cross_entropy(logits, targets, reduction="none"))
     assert torch.equal(hits.flatten(), logits.argmax(-1) == targets)
-
-
-def test_a_model_that_knows_nothing_is_not_called_right():
-    """All logits equal: the guess is the first token, not whatever the target is."""
-    targets = torch.arange(97)
-    nats, hits = score_tokens(torch.zeros(97, 16), torch.zeros(97, 16), None, targets)
-    torch.testing.assert_close(nats, torch.full((97,), 97.0).log())
+    # All logits equal: the guess is the first token, not whatever the target is.
+    _, hits = score_tokens(torch.zeros(97, 16), torch.zeros(97, 16), None, torch.arange(97))
     assert hits.sum() == 1 and hits[0]

@@ -15,7 +15,7 @@ from musota.plan.suspects import Suspect
 from musota.rules.stats import Interval
 from musota.rules.verdicts import Cause
 from musota.workbook import figures, pictures
-from musota.workbook.answers import verdict_lines
+from musota.workbook.answers import rule_lines
 from musota.workbook.evidence import read_evidence
 from musota.workbook.style import figure_png, styles_of
 from musota.workbook.tables import comparison_table, ledger_table
@@ -142,7 +142,8 @@ def test_tables_and_verdicts_hold_the_recorded_numbers(evidence):
         assert row["parameters"] == f"{run.experiment.model.n_parameters:,}"
     total = ledger_table(evidence.runs).loc["total", "MU-SOTA optimized"]
     assert total == f"{MODELS['optimized'].n_parameters:,}"
-    text = "\n".join(verdict_lines(evidence))
+    compared = [finding.sentence for finding, _ in evidence.compared.values()]
+    text = "\n".join(compared + rule_lines(evidence))
     for said in ("optimized against its dense twin", "Ladder", "Option 3", "not applicable here"):
         assert said in text
 

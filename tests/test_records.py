@@ -6,35 +6,25 @@ import shutil
 from dataclasses import dataclass
 
 import pytest
+from conftest import EXPERIMENT
 
 import musota
 from musota.errors import MusotaError
 from musota.plan.architectures import KINDS, MuConfig
-from musota.plan.profiles import Profile
 from musota.workbook import records
 from musota.workbook.answers import health_of
 from musota.workbook.evidence import read_evidence
 from musota.workbook.pages import write_report
 from musota.workbook.tables import comparison_table
 
-EXPERIMENT = musota.Experiment(
-    MuConfig(vocab_size=512, max_seq_len=24, n_layer=1),
-    musota.TrainConfig(epochs=2, learning_rate=3e-3, warmup_steps=5, batch_size=16),
-)
-
-
-@pytest.fixture(scope="module")
-def short(corpus):
-    return corpus.limited(Profile("short", 512, 4000, 1200))
-
 
 @pytest.fixture(scope="module")
 def trained(short, tmp_path_factory):
     """Three runs from Python, none of them named, all of seed 0: three different things."""
     folder = tmp_path_factory.mktemp("results")
-    others = EXPERIMENT, EXPERIMENT.with_(learning_rate=1e-3), musota.twin(EXPERIMENT)
-    for name, experiment in zip("abc", others, strict=True):
-        musota.train(experiment, short, folder / name)
+    musota.train(EXPERIMENT, short, folder / "a")
+    musota.train(EXPERIMENT.with_(learning_rate=1e-3), short, folder / "b")
+    musota.train(musota.twin(EXPERIMENT), short, folder / "c")
     return folder
 
 
@@ -105,33 +95,25 @@ def test_what_is_no_run_is_skipped_and_named(folder, capsys):
     data[20] ^= 1
     (folder / "b" / "config.json").write_bytes(data)
     assert len(musota.load_runs(folder)) == 2
-    said = capsys.readouterr().out
-    assert "model is left out: no recorded run" in said and "b is left out: damaged" in said
+    assert "b is left out: damaged" in capsys.readouterr().out
 
 
 def test_a_text_without_spaces_runs_to_the_end_and_shows_dashes(tmp_path):
     """Its "words" are paragraphs: a perplexity over them is a number of 200 digits, or none."""
-    choose, texts = random.Random(0), tmp_path / "texts"
-    texts.mkdir()
-    signs = [chr(0x4E00 + n) for n in range(99)]
+    signs, choose = [chr(0x4E00 + n) for n in range(99)], random.Random(0).choices
     for split, lines in (("train", 40), ("valid", 9), ("test", 9)):
-        text = "".join("".join(choose.choices(signs, k=400)) + "\n" for _ in range(lines))
-        (texts / f"{split}.txt").write_text(text, "utf-8")
-    corpus = musota.load_corpus(str(texts), 300)
-    experiment = EXPERIMENT.with_(vocab_size=300, epochs=1)
-    for name, one in (("a", experiment), ("b", musota.twin(experiment))):
-        run = musota.train(one, corpus, tmp_path / "results" / name, profile="tiny")
-        assert run.finished and run.summary["bits_per_byte"] > 0
-    shown = comparison_table(musota.load_runs(tmp_path / "results")).loc[0]
+        text = "".join("".join(choose(signs, k=400)) + "\n" for _ in range(lines))
+        (tmp_path / f"{split}.txt").write_text(text, "utf-8")
+    corpus, experiment = musota.load_corpus(str(tmp_path), 300), EXPERIMENT.with_(vocab_size=300)
+    run = musota.train(experiment.with_(epochs=1), corpus, tmp_path / "results" / "a")
+    shown = comparison_table([run]).loc[0]
     assert shown["valid word PPL"] == "–" and float(shown["valid bits/byte"]) > 0
-    assert [*shown.index].index("valid bits/byte") < [*shown.index].index("valid PPL")
     page = write_report(tmp_path / "results").read_text("utf-8")
     assert "nan" not in page and not re.search(r"\d{12}", re.sub(r"[0-9a-f]{12,}", "", page))
 
 
-def test_a_run_whose_gradient_norms_all_overflowed_is_still_shown(folder):
+def test_a_run_whose_gradient_norms_all_overflowed_has_health_all_the_same(folder):
     run = musota.load_runs(folder)[0]
     run.records = [r | {"grad_norm": None} if r["kind"] == "step" else r for r in run.records]
-    assert run.steps.grad_norm.isna().all()
-    assert "Clipped steps" not in {finding.rule for finding in health_of(run)}
-    write_report(folder)
+    found = {finding.rule for finding in health_of(run)}
+    assert found and "Clipped steps" not in found

@@ -11,31 +11,22 @@ from musota.rules.verdicts import root_cause_advice, root_causes
 
 
 @pytest.mark.parametrize(
-    ("ppl", "letter", "bottom_line", "expectation"),
-    [(99, "A", "validated", "optimistic"), (180, "A", "validated", "optimistic"),
-     (181, "A", "validated", "conservative"), (199.9, "A", "validated", "conservative"),
-     (200, "A", "compare", "conservative"), (250, "A", "compare", "conservative"),
-     (250.1, "B", "compare", "neither"), (300, "B", "compare", "neither"),
-     (300.1, "B", "redesign", "neither"), (350, "B", "redesign", "neither"),
-     (350.1, "C", "redesign", "neither")],
+    ("ppl", "letter", "bottom_line"),
+    [(199.9, "A", "validated"), (200, "A", "compare"), (250, "A", "compare"),
+     (250.1, "B", "compare"), (300, "B", "compare"), (300.1, "B", "redesign"),
+     (350, "B", "redesign"), (350.1, "C", "redesign")],
 )  # fmt: skip
-def test_the_plans_three_scales(ppl, letter, bottom_line, expectation):
-    found = plan.scenario(ppl, 0.3), plan.bottom_line(ppl), plan.expectation(ppl, 0.4)
-    assert [finding.verdict for finding in found] == [letter, bottom_line, expectation]
+def test_the_plans_two_scales(ppl, letter, bottom_line):
+    found = plan.scenario(ppl, 0.3), plan.bottom_line(ppl)
+    assert [finding.verdict for finding in found] == [letter, bottom_line]
 
 
-@pytest.mark.parametrize(
-    ("ppl", "accuracy", "where"), [(240, 0.29, "under"), (240, 0.31, ""), (300, 0.31, "over")]
-)
-def test_ppl_decides_a_scenario_and_a_contradicting_accuracy_is_mentioned(ppl, accuracy, where):
-    found = plan.scenario(ppl, accuracy).conclusion
-    assert (f"though the accuracy is {where}" in found) == bool(where)
-
-
-def test_in_scenario_b_the_baseline_decides_what_comes_next():
-    assert "50 epochs or more" in plan.scenario(300, 0.25, baseline_ppl=301).next_step
-    assert "simplify" in plan.scenario(300, 0.25, baseline_ppl=299).next_step
-    assert "train the baseline" in plan.scenario(300, 0.25).next_step
+def test_accuracy_is_mentioned_and_in_scenario_b_the_baseline_decides_what_comes_next():
+    for ppl, accuracy, said in [(240, 0.29, "under"), (240, 0.31, ""), (300, 0.31, "over")]:
+        found = plan.scenario(ppl, accuracy).conclusion
+        assert (f"though the accuracy is {said}" in found) == bool(said)
+    for baseline, step in [(301, "50 epochs or more"), (299, "simplify"), (None, "train the")]:
+        assert step in plan.scenario(300, 0.25, baseline).next_step
 
 
 @pytest.mark.parametrize(
@@ -55,21 +46,14 @@ def test_the_plans_thresholds_apply_to_its_own_setting_only():
     reason = plan.plan_does_not_apply("python-docs", 8192, "study")
     assert all(word in reason for word in ("python-docs", "8,192", "study"))
     assert "full budget" in plan.plan_does_not_apply("wikitext-2", 50_000, "full", False)
+    assert [plan.plans_own_test(ppl).verdict for ppl in (403, 402)] == ["above", "below"]
 
 
 def test_the_ladder_names_the_rungs_on_either_side():
     rungs = {"uniform": 8192, "unigram": 800, "bigram": 200, "trigram": 170}
-    assert plan.on_the_ladder(300, rungs).verdict == "unigram"
-    assert "not yet the bigram (200)" in plan.on_the_ladder(200, rungs).conclusion
-    assert plan.on_the_ladder(199.9, rungs).verdict == "bigram"
-    assert "better than every rung" in plan.on_the_ladder(100, rungs).conclusion
-    assert plan.on_the_ladder(9000, rungs).verdict == "none"
-
-
-def test_the_plans_own_test_is_shown_as_reported():
-    found = [plan.plans_own_test(ppl) for ppl in (403, 402)]
-    assert [finding.verdict for finding in found] == ["above", "below"]
-    assert "reported" in found[0].rule
+    found = [plan.on_the_ladder(ppl, rungs) for ppl in (9000, 300, 200, 199.9, 100)]
+    assert [f.verdict for f in found] == ["none", "unigram", "unigram", "bigram", "trigram"]
+    assert "not yet the bigram (200)" in found[2].conclusion
 
 
 # --- intervals ---
@@ -106,9 +90,6 @@ def test_a_pooled_contrast_equals_the_textbooks_two_way_table():
     sd = np.sqrt(np.sum(residuals**2) / 2)
     assert effect.mean == pytest.approx(-0.185)
     assert effect.high - effect.mean == pytest.approx(4.302653 * sd, rel=1e-4)
-    # What all cells share in a seed is no doubt about their differences.
-    shifted = {cell: {0: row[0], 1: row[1] + 1} for cell, row in losses.items()}
-    assert stats.pooled_contrast(shifted, contrast).high == pytest.approx(effect.high)
     one_seed = {cell: {0: row[0]} for cell, row in losses.items()}
     assert "no interval" in str(stats.pooled_contrast(one_seed, contrast))
 
@@ -133,7 +114,8 @@ def test_one_seed_gives_a_provisional_verdict():
     finding, text, seeds = verdicts.helps_or_hurts(_summaries(5.0), _summaries(5.2))
     assert finding.verdict == "helps" and text.high < 0 and seeds is None
     assert finding.conclusion.startswith("provisional, seeds not measured")
-    assert verdicts.helps_or_hurts(_summaries(5.2), _summaries(5.0))[0].verdict == "hurts"
+    finding, *_ = verdicts.helps_or_hurts(_summaries(5.2), _summaries(5.0))
+    assert finding.verdict == "hurts"
 
 
 def test_several_seeds_decide_or_leave_it_open():
@@ -201,12 +183,9 @@ def test_plateau(losses, planned, noise, verdict, said):
     assert ("still too high" in found.sentence) == (planned == 10)
 
 
-def test_what_the_text_cannot_tell_from_noise_is_not_called_slow():
+def test_the_plateau_rule_doubts_noise_and_can_be_moved():
     doubtful = [_plateau(SLOW, noise=0.02, seed=seed).verdict for seed in range(5)]
     assert "plateau" in doubtful and "slow" not in doubtful
-
-
-def test_the_plateau_rule_can_be_moved():
     drawn = [7.0, 6.5, 6.2, 6.19, 6.19]
     assert _plateau(drawn, noise=0.01, window=3).verdict == "none"
     found = _plateau(drawn, noise=0.01, window=1, least_gain=0.02)
@@ -235,7 +214,6 @@ def _steps(curve, seed=0):
 def test_oscillation(curve, verdict, seed):
     found = curves.oscillation(_steps(curve, seed=seed), warmup_steps=400)
     assert found.verdict == verdict, found.sentence
-    assert ("5e-5" in found.next_step) == (verdict != "none")
 
 
 def test_warm_up_is_not_taken_for_an_oscillation():
@@ -271,7 +249,6 @@ def test_a_healthy_run_is_called_healthy():
     assert {finding.verdict for finding in found.values()} == {"good", "small"}
     assert "33%" in found["Clipped steps"].saw
     assert "5.0e-04 (embedding)" in found["Update of a step ÷ weights"].saw
-    assert curves.health([], [], 1.0, 64, 96) == []
     dense = {key: value for key, value in HEALTHY.items() if not key.startswith("gate")}
     rules = [finding.rule for finding in curves.health([dense], [0.5], 1.0, 64, 96)]
     assert rules == [rule for rule in found if rule != "Gate"]
@@ -323,23 +300,12 @@ def test_root_causes_are_judged_and_ranked():
     assert causes[-1].effect is None  # above ln 50,000 = 10.8 it has not trained
     assert causes[0].effect.high < -0.48  # and does not widen the intervals of the others
     assert causes[0].ppl_before == pytest.approx(np.exp(6.1), rel=0.01)
+    assert root_cause_advice(causes[1:]) == "No suspect was found guilty."
+    assert "mend big; measure again" in root_cause_advice(causes)
     generator = np.random.default_rng(0)
     noisy = {c: {s: generator.normal(row[s], 0.3) for s in row} for c, row in losses.items()}
     found = root_causes(suspects[2:4], noisy, vocab_size=50_000)
     assert {cause.verdict for cause in found} == {"undecided"}
-
-
-def test_the_advice_is_one_line_that_names_what_is_certain_in_order():
-    gains = dict(base=0, steps=0.4, epochs=0.8, rate=-0.3, blocks=0, data=0.2, x=0.1)  # noqa: C408
-    losses = {cell: {0: 6 - gain, 1: 6.1 - gain} for cell, gain in gains.items()}
-    losses["epochs"][1] += 0.001
-    suspects = _suspects("rate", "data", "epochs", "blocks", "steps", "epochs", "x")
-    assert root_cause_advice(root_causes(suspects, losses, 50_000)) == (
-        "Largest certain gain: too epochs, −0.80 nats. In this order: mend epochs, then mend "
-        "steps, then mend data; measure again after each."
-    )
-    none = root_causes(suspects[:1], losses, 50_000)
-    assert root_cause_advice(none) == "No suspect was found guilty."
 
 
 @pytest.mark.parametrize(
@@ -374,14 +340,3 @@ def test_data_halving_gives_nats_per_doubling():
     assert verdicts.data_halving(flat)[0].verdict == "not data-starved"
     found, slope = verdicts.data_halving({n: {0: row[0]} for n, row in losses.items()})
     assert found.verdict == "undecided" and "no interval" in found.saw
-
-
-def test_ablation_effects_are_paired_over_blocks_of_text():
-    whole = [600.0, 700.0, 500.0, 650.0] * 3
-    nats = {"none": whole, "gate": [value + 10 for value in whole]}
-    effects = verdicts.ablation_effects(nats, [100] * 12)
-    assert list(effects) == ["gate"]
-    assert (effects["gate"].low, effects["gate"].high) == pytest.approx((0.1, 0.1))
-    few = {name: values[:9] for name, values in nats.items()}
-    effect = verdicts.ablation_effects(few, [100] * 9)["gate"]
-    assert effect.mean == pytest.approx(0.1) and effect.side == 0  # too little text to decide

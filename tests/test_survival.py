@@ -2,7 +2,6 @@
 
 import errno
 import gc
-import json
 import math
 import os
 import re
@@ -26,10 +25,8 @@ from musota.models.base import CausalLM
 from musota.rules.findings import Finding
 from musota.training import evaluate as evaluate_room
 from musota.training import remedies, schedule, trainer
-from musota.training.folder import RunFolder
 from musota.training.trainer import Diverged
-from musota.workbook.pages import write_report
-from musota.workbook.records import load_runs, pack
+from musota.workbook.records import pack
 
 SHA = "weights_sha256"
 
@@ -68,21 +65,6 @@ def test_killed_runs_end_as_if_nothing_had_been(text_folder):
     assert done.stdout.count(": killed") >= 2
 
 
-def test_checkpoints_come_by_the_clock_too_and_two_are_kept(
-    short, tmp_path, monkeypatch, always_due
-):
-    seen, save = [], RunFolder.save_checkpoint
-
-    def watched(folder, tensors, state):
-        save(folder, tensors, state)
-        seen.append((state["step"], len([*folder.checkpoints.glob("step-*")])))
-
-    monkeypatch.setattr(RunFolder, "save_checkpoint", watched)
-    run = musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path)
-    assert [step for step, _ in seen] == list(range(1, run.history.step[0] + 1))
-    assert max(kept for _, kept in seen) == 2
-
-
 # --- damaged ---
 
 
@@ -105,7 +87,7 @@ def test_a_flipped_bit_in_any_file_of_a_finished_run_is_seen(finished, tmp_path,
 
 @pytest.fixture
 def half_way(short, tmp_path, monkeypatch):
-    """A run stopped in its second epoch, with two checkpoints."""
+    """A run stopped in its second epoch, with two checkpoints by the clock."""
     monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
     run = musota.train(EXPERIMENT, short, tmp_path / "half", stop_at=0.7)
     monkeypatch.undo()
@@ -113,12 +95,9 @@ def half_way(short, tmp_path, monkeypatch):
     return run.path, newest, older
 
 
-@pytest.mark.parametrize("place", [0, 500, -1])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
-    half_way, place, finished, short, capsys
-):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(half_way, finished, short, capsys):
     folder, newest, _ = half_way
-    _break(newest, place)
+    _break(newest, 500)
     _break(folder / "metrics.jsonl", 100)
     run = musota.train(EXPERIMENT, short, folder)
     said = capsys.readouterr().out
@@ -149,28 +128,19 @@ def test_damaged_checkpoints_do_not_push_good_ones_out(half_way, finished, short
 
 
 def test_flipped_or_lost_metrics_of_an_unfinished_run_are_seen(half_way):
-    folder, *_ = half_way
-    path, whole = folder / "metrics.jsonl", (folder / "metrics.jsonl").read_bytes()
-    known = musota.Run(folder).summary["metrics_bytes"]
-    assert 0 < known < len(whole) and musota.Run(folder).records
-    for place in range(0, known, 97):
-        _break(path, place)
+    path, run = half_way[0] / "metrics.jsonl", musota.Run(half_way[0])
+    assert 0 < run.summary["metrics_bytes"] < path.stat().st_size and run.records
+    for spoil in (lambda: _break(path, 97), path.unlink):
+        spoil()
         with pytest.raises(MusotaError, match="damaged"):
-            _ = musota.Run(folder).records
-        path.write_bytes(whole)
-    path.unlink()
-    with pytest.raises(MusotaError, match="damaged"):
-        _ = musota.Run(folder).records
+            _ = musota.Run(run.path).records
 
 
 def test_without_its_config_a_checkpoint_still_knows_its_run(half_way, short):
     folder, *_ = half_way
     (folder / "config.json").unlink()
-    for other, seed in (({}, 1), ({"learning_rate": 1e-3}, 0), ({"n_layer": 2}, 0)):
-        with pytest.raises(MusotaError, match=r"checkpoint .* belongs to another run"):
-            musota.train(EXPERIMENT.with_(**other), short, folder, seed=seed)
-    run = musota.train(EXPERIMENT, short, folder, resume=False)
-    assert run.finished and run.steps.step.iloc[0] == 1
+    with pytest.raises(MusotaError, match=r"checkpoint .* belongs to another run: its n_layer"):
+        musota.train(EXPERIMENT.with_(n_layer=2), short, folder)
 
 
 def test_a_summary_without_a_run_is_not_believed(finished, short, tmp_path):
@@ -222,24 +192,6 @@ def _full(patch, is_full):
     patch.setattr(Path, "write_bytes", failing)
 
 
-def test_files_are_the_same_where_text_has_other_line_ends(short, tmp_path, monkeypatch):
-    """Windows writes \\r\\n in text mode: what is hashed must not go through it."""
-    write_bytes = Path.write_bytes
-
-    def write_text(path, text, *_, **__):
-        return write_bytes(path, text.replace("\n", "\r\n").encode())
-
-    monkeypatch.setattr(Path, "write_text", write_text)
-    run = musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path / "run", profile="tiny")
-    summary = run.summary  # is read when it is asked for
-    (tmp_path / "run" / "checkpoints").rename(tmp_path / "away")
-    write_report(tmp_path)
-    pack(tmp_path)
-    assert load_runs(tmp_path)[0].summary == summary
-    for path in tmp_path.rglob("*"):
-        assert path.suffix not in (".json", ".jsonl", ".md") or b"\r" not in path.read_bytes()
-
-
 def test_a_full_disk_leaves_packed_records_as_they_were(short, tmp_path, monkeypatch):
     for seed in (0, 1):
         musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path / f"run-seed{seed}", seed=seed)
@@ -253,35 +205,26 @@ def test_a_full_disk_leaves_packed_records_as_they_were(short, tmp_path, monkeyp
     said = r"probes.json cannot be used .No space left on device.: make room there"
     assert re.search(said, sentence(full.value))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == kept
-    assert len(load_runs(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("lasting", [False, True])
 def test_a_full_disk_is_told_and_made_good_later(
-    finished, short, tmp_path, monkeypatch, capsys, always_due
+    lasting, finished, short, tmp_path, capsys, always_due
 ):
-    now = {"step": 0}
-    _full(monkeypatch, lambda _: 4 <= now["step"] <= finished.history.step[0] + 2)
-    with each_step(after=lambda trainer: now.update(step=trainer.step)):
-        run = musota.train(EXPERIMENT, short, tmp_path)
-    out = capsys.readouterr().out
-    assert "Not saved" in out and "No space left on device" in out
-    assert run.summary[SHA] == finished.summary[SHA]
-    assert _losses(musota.Run(tmp_path)) == _losses(finished)
-    assert musota.Run(tmp_path).load_model()
-
-
-def test_an_end_that_cannot_be_saved_is_an_error_and_goes_on_later(finished, short, tmp_path):
-    now = {"step": 0}
-    with pytest.MonkeyPatch.context() as patch:
-        _full(patch, lambda _: now["step"] > finished.history.step[0])
-        with (
-            each_step(after=lambda trainer: now.update(step=trainer.step)),
-            pytest.raises(MusotaError, match="end of the run could not be saved .* No space"),
-        ):
+    now, epoch = {"step": 0}, finished.history.step[0]
+    ends = math.inf if lasting else epoch + 2
+    with each_step(after=lambda t: now.update(step=t.step)), pytest.MonkeyPatch.context() as patch:
+        _full(patch, lambda _: 4 <= now["step"] <= ends)
+        if lasting:
+            with pytest.raises(MusotaError, match="end of the run could not be saved .* No space"):
+                musota.train(EXPERIMENT, short, tmp_path)
+        else:
             musota.train(EXPERIMENT, short, tmp_path)
-    assert not musota.Run(tmp_path).finished
+    assert re.search("Not saved.*No space left on device", capsys.readouterr().out)
+    assert musota.Run(tmp_path).finished != lasting
     run = musota.train(EXPERIMENT, short, tmp_path)
-    assert run.summary[SHA] == finished.summary[SHA] and run.load_model()
+    assert run.summary[SHA] == finished.summary[SHA]
+    assert _losses(run) == _losses(finished) and run.load_model()
 
 
 def test_a_folder_that_vanishes_does_not_stop_training(finished, short, tmp_path):
@@ -298,12 +241,6 @@ def test_a_folder_that_vanishes_does_not_stop_training(finished, short, tmp_path
     shutil.move(tmp_path / "away", tmp_path / "disk")
     run = musota.train(EXPERIMENT, short, place, auto_remedy=True)
     assert run.summary[SHA] == finished.summary[SHA]
-
-
-def test_no_room_for_the_first_file_gets_one_sentence(short, tmp_path, monkeypatch):
-    _full(monkeypatch, lambda _: True)
-    with pytest.raises(MusotaError, match="cannot be used .No space left on device.: make room"):
-        musota.train(EXPERIMENT, short, tmp_path)
 
 
 # --- memory ---
@@ -323,10 +260,7 @@ def _too_large(patch, sequences, said="CUDA out of memory"):
     return sizes
 
 
-@pytest.mark.parametrize(
-    "said", ["MPS backend out of memory (MPS allocated", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
-             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"],
-)  # fmt: skip
+@pytest.mark.parametrize("said", ["MPS backend out of memory", "can't allocate memory"])
 def test_out_of_memory_halves_the_micro_batch_and_nothing_else(short, tmp_path, said):
     still = EXPERIMENT.with_(dropout=0.0)
     plain = musota.train(still, short, tmp_path / "plain")
@@ -337,13 +271,9 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(short, tmp_path, 
         sizes = _too_large(patch, 99)
         run = musota.train(still, short, tmp_path / "run")
     assert max(sizes) == 4  # which is remembered
-    assert _events(run) == [
-        "out of memory: micro-batch 16 → 8", "out of memory: micro-batch 8 → 4",
-    ]  # fmt: skip
+    assert _events(run) == [f"out of memory: micro-batch {n} → {n // 2}" for n in (16, 8)]
     assert _losses(run) == pytest.approx(_losses(plain), rel=1e-5)
-    weights = plain.load_model().state_dict()
-    for name, value in run.load_model().state_dict().items():
-        torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-4)
+    assert list(run.history.ppl) == pytest.approx(list(plain.history.ppl), rel=1e-4)
 
 
 def test_where_not_even_one_sequence_fits_the_plans_remedy_is_named(short, tmp_path, monkeypatch):
@@ -441,11 +371,11 @@ def test_a_remedy_goes_back_at_half_the_rate_twice_at_most(short, tmp_path):
     for step in rates.index:
         planned = schedule.learning_rate_at(step, EXPERIMENT.training, 2 * epoch)
         assert rates[step] == pytest.approx(planned * (1 if step <= epoch else 0.25))
-    assert list(rates.index) == sorted(set(rates.index))  # no line doubled
+    assert rates.index.is_unique
     with pytest.raises(Diverged):
         _train_spoiled([14, 15, 16], short, tmp_path / "thrice", auto_remedy=True)
     run = _train_spoiled([3], short, tmp_path / "early", auto_remedy=True)
-    assert _events(run) == ["bad loss at step 3: back to step 0, learning rate × 0.5"]
+    assert "back to step 0" in _events(run)[0]
 
 
 def test_an_oscillating_loss_halves_the_rate_once_it_is_seen(short, tmp_path, monkeypatch):
@@ -457,11 +387,8 @@ def test_an_oscillating_loss_halves_the_rate_once_it_is_seen(short, tmp_path, mo
 
     monkeypatch.setattr(remedies, "oscillation", oscillation)
     run = musota.train(EXPERIMENT.with_(epochs=4), short, tmp_path, auto_remedy=True)
-    assert _events(run) == [
-        "the loss oscillates: learning rate × 0.5", "the loss oscillates: learning rate × 0.25",
-    ]  # fmt: skip
+    assert _events(run) == [f"the loss oscillates: learning rate × {f}" for f in (0.5, 0.25)]
     assert seen == [5, run.history.step[0]]  # after warm-up, then after the first remedy
-    assert not _events(musota.train(EXPERIMENT, short, tmp_path / "calm"))
 
 
 # --- several processes ---
@@ -489,6 +416,4 @@ def test_two_processes_train_as_one(text_folder, tmp_path):
     assert (one.config["processes"], two.config["processes"]) == (1, 2)
     assert _losses(two) == pytest.approx(_losses(one), rel=1e-5)
     assert two.history.valid_loss.tolist() == pytest.approx(one.history.valid_loss.tolist(), 1e-4)
-    lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == len((tmp_path / "one" / "metrics.jsonl").read_text().splitlines())
-    assert json.loads(lines[0])["step"] == 1 and two.finished
+    assert len(two.records) == len(one.records) and two.finished

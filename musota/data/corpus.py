@@ -22,15 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from musota.data.sources import (
-    KNOWN_TEXTS,
-    PIECE,
-    RECIPE,
-    SPLITS,
-    content_hash,
-    read_texts,
-    recognised,
-)
+from musota.data import sources
+from musota.data.sources import SPLITS, content_hash
 from musota.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer
 from musota.errors import MusotaError
 from musota.files import cache_folder, write_whole
@@ -57,7 +50,7 @@ class Corpus:
     @property
     def label(self) -> str:
         """A name for folders: two texts never share one, unless both are WikiText-2."""
-        if self.name in KNOWN_TEXTS:
+        if self.name in sources.KNOWN_TEXTS.values():
             return self.name
         plain = re.sub(r"[^\w.-]+", "-", self.name).strip("-")[:60]
         return f"{plain}-{self.text_hash[:8]}"
@@ -104,20 +97,15 @@ def load_corpus(
     `name` is `wikitext-2`, `wikitext-2-raw`, `wikitext-103`, `wikitext-103-raw`, `python-docs`, the
     path of a folder with train.txt, valid.txt and test.txt, the path of one text, which is split
     90/5/5, or `auto`: wikitext-2 where it can be had, else python-docs. `data_dir` (default
-    `$MUSOTA_DATA_DIR`) may hold local copies in folders named like the corpora. Raises MusotaError
-    saying what is wrong and what to do.
+    `$MUSOTA_DATA_DIR`) may hold local copies in folders named like the corpora. Raises MusotaError.
     """
-    if not isinstance(name, (str, os.PathLike)):
-        raise MusotaError(f"corpus must be a name or the path of a folder, not {name!r}.")
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise MusotaError(f"vocab_size must be a whole number, not {vocab_size!r}.")
-    if vocab_size < SMALLEST_VOCABULARY:
+    if not isinstance(vocab_size, int) or vocab_size < SMALLEST_VOCABULARY:
         raise MusotaError(
-            f"vocab_size={vocab_size} is below the {SMALLEST_VOCABULARY} that 256 bytes and two "
-            "special tokens need: raise it."
+            f"vocab_size must be a whole number of at least {SMALLEST_VOCABULARY}, every byte and "
+            f"two special tokens, not {vocab_size!r}."
         )
     data_dir = data_dir or os.environ.get("MUSOTA_DATA_DIR")
-    name, source, texts = read_texts(os.fspath(name), data_dir)
+    name, source, texts = sources.read_texts(str(name), data_dir)
     surveys = [_survey(texts[split](), f"The {split} text of {name}") for split in SPLITS]
     by_split = (dict(zip(SPLITS, column, strict=True)) for column in zip(*surveys, strict=True))
     keys, lines, words, sizes, long_lines = by_split
@@ -128,7 +116,7 @@ def load_corpus(
 
     def pieces(split: str, doing: str) -> Iterable[str]:
         """Work of more than seconds shows its progress; a piece is about a megabyte."""
-        return tqdm(texts[split](), doing, 1 + sizes[split] // PIECE, unit="MB", delay=2)
+        return tqdm(texts[split](), doing, 1 + sizes[split] // sources.PIECE, unit="MB", delay=2)
 
     def learn(path: Path) -> None:
         learned_from = pieces("train", "learning a tokenizer from train")
@@ -139,27 +127,19 @@ def load_corpus(
             for piece in pieces(split, f"tokenizing {split}"):
                 file.write(tokenizer.encode(piece).tobytes())
 
-    made_by = RECIPE, metadata.version("tokenizers"), str(vocab_size)
+    made_by = sources.RECIPE, metadata.version("tokenizers"), str(vocab_size)
     tokenizer_key = content_hash(*made_by, keys["train"])
     tokenizer = TextTokenizer.load(_cached(f"tokenizer-{tokenizer_key}.json", learn))
     tokens = {}
     for split, key in keys.items():
         file_name = f"tokens-{content_hash(tokenizer_key, key)}.bin"
         path = _cached(file_name, partial(tokenize, split))
-        # Mapped from the disk: WikiText-103 needs no room of its own in memory.
-        length = path.stat().st_size // 4
+        length = path.stat().st_size // 4  # mapped from the disk, it takes no memory of its own
         tokens[split] = torch.from_file(str(path), size=length, dtype=torch.int32)
     text_hash = content_hash(*map(str, lines.values()))
-    return Corpus(
-        name=recognised(name, source, text_hash),
-        **tokens,
-        words=words,
-        bytes=sizes,
-        tokenizer=tokenizer,
-        fingerprint=_fingerprint(tokens),
-        text_hash=text_hash,
-        source=source,
-    )
+    name = sources.recognised(name, source, text_hash)
+    fingerprint = _fingerprint(tokens)
+    return Corpus(name, *tokens.values(), words, sizes, tokenizer, fingerprint, text_hash, source)
 
 
 def window_starts(n_tokens: int, length: int, seed: int, epoch: int) -> Tensor:
@@ -217,7 +197,7 @@ def _survey(pieces: Iterable[str], what: str) -> tuple[str, int, int, int, np.nd
 
 
 def _fingerprint(splits: dict[str, Tensor]) -> str:
-    """A hash of the tokens themselves: the same wherever and however they were made."""
+    """A hash of the tokens themselves, however they were made."""
     digest = hashlib.sha256()
     for name in SPLITS:
         digest.update(f"{name} {len(splits[name])} ".encode())

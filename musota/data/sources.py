@@ -1,4 +1,4 @@
-"""Where texts come from: a table, corpus name -> how to read it, and folders of one's own."""
+"""Where texts come from: a table, corpus name to how it is read, and folders of one's own."""
 
 from __future__ import annotations
 
@@ -13,21 +13,17 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import metadata
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 
 from musota.errors import MusotaError, nearest_name
 from musota.files import as_path, cache_folder, write_text
 
 SPLITS = ("train", "valid", "test")
-# What people call a split's file, before any of ENDINGS.
-FILE_NAMES = {
-    "train": ("train", "wiki.train"),
-    "valid": ("valid", "validation", "val", "dev", "wiki.valid"),
-    "test": ("test", "wiki.test"),
-}
+# What people call a split's file, perhaps with wiki. before it, before any of ENDINGS.
+FILE_NAMES = {"train": ["train"], "valid": ["valid", "validation", "val", "dev"], "test": ["test"]}
 ENDINGS = (".txt", ".tokens", ".raw")
-SHARES = (0.90, 0.95, 1.0)  # where the splits of one text end
+SHARES = {"train": (0, 0.90), "valid": (0.90, 0.95), "test": (0.95, 1)}  # of a text's splits
 HUB_REPOSITORY = "Salesforce/wikitext"
 HUB_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 HUB_TIMEOUT = 5  # seconds
@@ -35,7 +31,7 @@ DOCS_PACKAGES = ("numpy", "pandas", "matplotlib", "torch")
 PIECE = 2**20  # characters of text, or tokens, that are looked at together
 RECIPE = "3"  # raise when the same text should give other tokens or another python-docs
 # Texts that are recognised wherever they lie (see `Corpus.text_hash`).
-KNOWN_TEXTS = {"wikitext-2": "5eaed3defaa96076"}
+KNOWN_TEXTS = {"5eaed3defaa96076": "wikitext-2"}
 
 
 def content_hash(*parts: str) -> str:
@@ -46,8 +42,7 @@ def content_hash(*parts: str) -> str:
     return digest.hexdigest()[:16]
 
 
-# A text is a function: it gives the text in pieces of PIECE characters or so that end at line ends,
-# where there are any.
+# Gives a text in pieces of PIECE characters or so that end at line ends, where there are any.
 Text = Callable[[], Iterator[str]]
 
 
@@ -58,14 +53,14 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, Text]]:
             return read_texts("wikitext-2", data_dir)
         except HubUnreachable as error:
             name, source, texts = read_texts("python-docs", data_dir)
-            return name, f"{source}; instead of wikitext-2, because {error.reason}", texts
+            return name, f"{source}; {str(error).partition('. ')[0]}", texts
     local = as_path(data_dir) / name if data_dir else None
     if name in SOURCES:
         if local and os.path.isdir(local):
             return name, "local copy", _read_folder(local)
         return (name, *SOURCES[name]())
-    for place in filter(None, (as_path(name), local)):
-        if os.path.isdir(place):  # unlike Path's, it bears names that no file can have
+    for place in filter(None, (as_path(name), local)):  # of names that no path can have, too
+        if os.path.isdir(place):
             return place.resolve().name, "local folder", _read_folder(place)
         if os.path.isfile(place):
             texts = {split: partial(_read_file, place, split) for split in SPLITS}
@@ -81,31 +76,29 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, Text]]:
 def recognised(name: str, source: str, text_hash: str) -> str:
     """What a text is by its content: nobody's folder makes a text WikiText-2, or hides that it is.
     What comes from the hub's pinned revision is what it is called."""
-    for known, its_hash in KNOWN_TEXTS.items():
-        if text_hash == its_hash:
-            return known
-        if name == known and source.startswith("local"):
-            return f"{name} (another text)"
-    return name
+    if text_hash in KNOWN_TEXTS:
+        return KNOWN_TEXTS[text_hash]
+    posing = name in KNOWN_TEXTS.values() and source.startswith("local")
+    return f"{name} (another text)" if posing else name
 
 
 def _read_folder(folder: Path) -> dict[str, Text]:
     texts = {}
     for split, names in FILE_NAMES.items():
-        paths = [folder / f"{name}{ending}" for name in names for ending in ENDINGS]
-        found = next((path for path in paths if path.exists()), None)
+        stems = [f"{before}{name}" for before in ("", "wiki.") for name in names]
+        paths = [folder / f"{stem}{ending}" for stem in stems for ending in ENDINGS]
+        found = [path for path in paths if path.exists()]
         if not found:
             raise MusotaError(
                 f"The folder {folder} has no {split}.txt: it needs train.txt, valid.txt and "
                 "test.txt. One text is named by its own path."
             )
-        texts[split] = partial(_read_file, found)
+        texts[split] = partial(_read_file, found[0])
     return texts
 
 
 def _read_file(path: Path, split: str | None = None) -> Iterator[str]:
-    """A file, or a split's share of it, in pieces. Raises MusotaError where it cannot be read or is
-    not UTF-8."""
+    """A file, or a split's share of it, in pieces."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             source = io.StringIO(_share(file.read(), split)) if split else file
@@ -131,39 +124,39 @@ def _in_pieces(lines: Iterable[str]) -> Iterator[str]:
 def _share(text: str, split: str) -> str:
     """A split's share of a text. Splits end with a paragraph; where none ends nearby, with a line;
     failing that anywhere."""
-    cuts = [0]
-    for share in SHARES:
+
+    def cut(share: float) -> int:
         start, near = round(share * len(text)), len(text) // 100
         ends = [text.find(end, start, start + near) + len(end) for end in ("\n\n", "\n")]
-        cuts.append(next((end for end in ends if end >= start + 1), start))
-    at = SPLITS.index(split)
-    return text[cuts[at] : cuts[at + 1]]
+        return next((end for end in ends if end > start > 0), start)
+
+    return text[slice(*map(cut, SHARES[split]))]
 
 
 class HubUnreachable(MusotaError):
     """The corpus is neither here nor to be had from the hub."""
 
-    def __init__(self, name: str, reason: str):
-        self.reason = reason
-        super().__init__(
-            f"{name} is not on this machine and {reason}. Three ways on: put train.txt, valid.txt "
-            f"and test.txt into $MUSOTA_DATA_DIR/{name}/, copy a Hugging Face datasets cache that "
-            "has it here, or use the corpus python-docs, which needs no download."
-        )
-
 
 def _read_hub(name: str) -> tuple[str, dict[str, Text]]:
-    """From the Hugging Face datasets cache or the hub; HubUnreachable within seconds otherwise."""
+    """From the Hugging Face cache or the hub; HubUnreachable within seconds otherwise."""
     import datasets
+    from huggingface_hub import HfApi
 
-    reason = _hub_trouble()
-    was_offline = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = was_offline or reason is not None
+    was_offline, trouble = datasets.config.HF_HUB_OFFLINE, None
+    try:  # whatever goes wrong, the hub is of no use now
+        HfApi().dataset_info(HUB_REPOSITORY, revision=HUB_REVISION, timeout=HUB_TIMEOUT)
+    except Exception as error:
+        trouble = error
+        datasets.config.HF_HUB_OFFLINE = True
     try:
         rows = datasets.load_dataset(HUB_REPOSITORY, f"{name}-v1", revision=HUB_REVISION)
     except Exception as error:  # the hub's client raises many types; none may end in a traceback
-        reason = reason or f"the Hugging Face hub failed ({type(error).__name__}: {error})"
-        raise HubUnreachable(name, reason) from None
+        raise HubUnreachable(
+            f"{name} is not on this machine and the Hugging Face hub does not give it "
+            f"({type(trouble or error).__name__}). Three ways on: put train.txt, valid.txt and "
+            f"test.txt into $MUSOTA_DATA_DIR/{name}/, copy a Hugging Face datasets cache that has "
+            "it here, or use the corpus python-docs, which needs no download."
+        ) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
 
@@ -173,21 +166,8 @@ def _read_hub(name: str) -> tuple[str, dict[str, Text]]:
         return _in_pieces(lines)
 
     hub_splits = zip(SPLITS, ("train", "validation", "test"), strict=True)
-    source = "the Hugging Face cache" if reason else "the Hugging Face hub"
+    source = "the Hugging Face cache" if trouble else "the Hugging Face hub"
     return source, {split: partial(read, hub_split) for split, hub_split in hub_splits}
-
-
-def _hub_trouble() -> str | None:
-    """Why the hub cannot be asked just now, or None. Answers within HUB_TIMEOUT or so."""
-    from huggingface_hub import HfApi, constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    try:
-        HfApi().dataset_info(HUB_REPOSITORY, revision=HUB_REVISION, timeout=HUB_TIMEOUT)
-    except Exception as error:  # whatever it is, the hub is of no use now
-        return f"the Hugging Face hub does not answer ({type(error).__name__})"
-    return None
 
 
 def _python_docs() -> tuple[str, dict[str, Text]]:
@@ -212,9 +192,11 @@ def _collect_docs() -> dict[str, str]:
     with ProcessPoolExecutor() as pool:
         documents = set(chain.from_iterable(pool.map(docstrings, files, chunksize=32)))
     ordered = sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
-    cuts = [0, *(round(share * len(ordered)) for share in SHARES)]
-    parts = [ordered[start:end] for start, end in pairwise(cuts)]
-    return {split: "\n\n".join(part) + "\n" for split, part in zip(SPLITS, parts, strict=True)}
+    texts = {}
+    for split, shares in SHARES.items():
+        start, end = (round(share * len(ordered)) for share in shares)
+        texts[split] = "\n\n".join(ordered[start:end]) + "\n"
+    return texts
 
 
 def docstrings(path: Path) -> list[str]:

@@ -15,10 +15,8 @@ LONGEST_WORD = 256  # bytes; what is longer (no spaces, no punctuation) is cut: 
 
 
 class TextTokenizer:
-    """Byte-level BPE over lines. `decode(encode(text)) == text` for any text.
-
-    Every line end becomes `<|endoftext|>`; a literal `<unk>` in the text is one token.
-    """
+    """Byte-level BPE over lines; `decode(encode(text)) == text`. A line end is one token, and so is
+    a literal `<unk>`."""
 
     def __init__(self, backend: Tokenizer):
         self.backend = backend
@@ -31,9 +29,9 @@ class TextTokenizer:
     def train(cls, pieces: Iterable[str], vocab_size: int) -> TextTokenizer:
         """Merges learned on a text, for a vocabulary of at least SMALLEST_VOCABULARY."""
         backend = Tokenizer(models.BPE())
-        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bounded = pre_tokenizers.FixedLength(LONGEST_WORD)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([words, bounded])
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.ByteLevel(False), pre_tokenizers.FixedLength(LONGEST_WORD)]
+        )
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

@@ -1,7 +1,4 @@
-"""What every model shares: logits or loss, scoring, generation, the ledger. Knows no architecture.
-
-A model's own file says how tokens become hidden states, and which parameters do what.
-"""
+"""What every model shares: logits or loss, scoring, generation, the ledger."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from typing import ClassVar
@@ -48,9 +44,8 @@ class CausalLM(nn.Module, Watched, Shareable):
         self.config = config
         self.tokenizer: TextTokenizer | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions = None
-        if learned_positions:
-            self.positions = nn.Embedding(config.max_seq_len, config.d_model)
+        shape = config.max_seq_len, config.d_model
+        self.positions = nn.Embedding(*shape) if learned_positions else None
         self.dropout = Dropout(config.dropout)
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
@@ -79,12 +74,9 @@ class CausalLM(nn.Module, Watched, Shareable):
     def forward(
         self, input_ids: Tensor, targets: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(B, T) token ids to (logits (B, T, V), None), or with `targets` to (None, mean loss).
-
-        `targets` (B, T) are already shifted: targets[:, t] follows input_ids[:, t]. The loss is in
-        nats per token. Raises MusotaError for a sequence longer than max_seq_len and, on a CPU, for
-        a token id out of range.
-        """
+        """(B, T) token ids to (logits (B, T, V), None), or with `targets` (B, T), of which
+        targets[:, t] follows input_ids[:, t], to (None, mean loss in nats). Raises MusotaError for
+        a sequence longer than max_seq_len and, on a CPU, for a token id out of range."""
         length, longest = input_ids.shape[-1], self.config.max_seq_len
         if not 1 <= length <= longest:
             raise MusotaError(
@@ -117,8 +109,8 @@ class CausalLM(nn.Module, Watched, Shareable):
             )
 
     def as_ids(self, text: str | Sequence[int] | Tensor) -> Tensor:
-        """Token ids, whole numbers of any shape, from whatever holds them: a text, a list, an
-        array, a tensor. Raises MusotaError for what is none of these."""
+        """Token ids from a text, a list, an array or a tensor of whole numbers. Raises MusotaError
+        for what is none of these."""
         if isinstance(text, str):
             if not self.tokenizer:
                 raise MusotaError("This model came without its tokenizer: give token ids.")
@@ -133,7 +125,7 @@ class CausalLM(nn.Module, Watched, Shareable):
 
     def compile_layers(self, on: bool = True) -> None:
         """Let training steps run their layers through torch.compile: one graph for all, a shape.
-        Evaluation, whose shapes vary, stays as it is, and so does the loss, a few large kernels."""
+        Evaluation, whose shapes vary, stays as it is."""
         torch.compiler.reset()  # shapes of earlier models count against torch's limit, too
         kind = type(self.layers[0])
         compiled = torch.compile(kind.forward, dynamic=False, fullgraph=True) if on else None
@@ -164,15 +156,20 @@ class CausalLM(nn.Module, Watched, Shareable):
                 groups[not self.is_decayed(name, parameter)]["params"].append(parameter)
         return groups
 
-    def score_text(self, text: str) -> ScoredText:
-        """How well a text is foreseen, token by token, the first after a line end. Raises
+    def score_text(self, text: str) -> pd.DataFrame:
+        """How well a text is foreseen, the first token after a line end: a row a token, with its
+        bits and probability, and in `.attrs` the whole text's `ppl` and `bits_per_byte`. Raises
         MusotaError for a model without its tokenizer, and for what is no text."""
         if not isinstance(text, str) or not text:
             raise MusotaError(f"score_text needs a text of a character or more, not {text!r:.40}.")
         tokens = self.as_ids(text).tolist()
-        nats, _ = score(self, torch.tensor([self.tokenizer.line_end, *tokens]))
-        pieces = tuple(self.tokenizer.decode([token]) for token in tokens)
-        return ScoredText(text, pieces, tuple(nats.tolist()))
+        nats = score(self, torch.tensor([self.tokenizer.line_end, *tokens]))[0].double()
+        pieces = [self.tokenizer.decode([token]) for token in tokens]
+        bits, chance = nats / math.log(2), (-nats).exp()
+        scored = pd.DataFrame({"token": pieces, "bits": bits, "probability": chance})
+        size = len(text.encode())
+        scored.attrs = {"ppl": math.exp(nats.mean()), "bits_per_byte": float(bits.sum()) / size}
+        return scored
 
     @torch.no_grad()
     def generate(
@@ -184,19 +181,17 @@ class CausalLM(nn.Module, Watched, Shareable):
         top_p: float | None = None,
         seed: int = 0,
     ) -> Tensor:
-        """Continue (B, T) prompts to (B, T + max_new_tokens), the last max_seq_len tokens in view;
-        a text or (T,) ids are one prompt.
+        """Continue (B, T) prompts, or one prompt, a text or (T,) ids, to (B, T + max_new_tokens),
+        the last max_seq_len tokens in view.
 
         Temperature 0 takes the likeliest token. `top_k` keeps the k likeliest, `top_p` the fewest
         whose probability reaches p. The draw depends on `seed` alone. Raises MusotaError for an
         empty prompt, a token out of range or a setting outside its bounds.
         """
-        if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
-            raise MusotaError("temperature must be a number of at least 0, and top_k at least 1.")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise MusotaError(f"top_p must lie in (0, 1], not {top_p!r}.")
-        ids = self.as_ids(input_ids)
-        ids = ids[None] if ids.dim() == 1 else ids
+        few = (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1)
+        if few or not 0 <= temperature < math.inf:
+            raise MusotaError("temperature must be at least 0, top_k at least 1, top_p in (0, 1].")
+        ids = torch.atleast_2d(self.as_ids(input_ids))
         if ids.dim() != 2 or not ids.numel():
             raise MusotaError("generate needs token ids of shape (B, T) with at least one token.")
         self.check_tokens(ids)
@@ -248,19 +243,17 @@ def score(
     """Nats (float32) and top-1 hits (bool) of tokens 1 … n−1, each predicted once; (n−1,) each.
 
     Windows of max_seq_len advance by `stride` (default: their length): with a smaller stride all
-    but the first window score only tokens that have at least max_seq_len − stride before them. The
-    batch size changes speed and memory alone.
-
+    but the first window score only tokens that have at least max_seq_len − stride before them.
     Raises MusotaError for too few tokens, an id out of range or a stride out of bounds.
     """
     length = model.config.max_seq_len
     stride = length if stride is None else stride
-    if not 1 <= stride <= length:
-        raise MusotaError(f"stride must lie between 1 and max_seq_len={length}, not {stride}.")
-    if batch_size is None:
+    if batch_size is None:  # which changes speed and memory alone
         batch_size = 16 if model.device.type == "cpu" else 64
-    if batch_size < 1:
-        raise MusotaError(f"batch_size must be at least 1, not {batch_size}.")
+    if not 1 <= stride <= length or batch_size < 1:
+        raise MusotaError(
+            f"stride must lie between 1 and max_seq_len={length}, batch_size be at least 1."
+        )
     if tokens.dim() != 1 or len(tokens) < 2:
         raise MusotaError("Scoring needs a 1-D tensor of at least two tokens.")
     model.check_tokens(tokens)
@@ -284,31 +277,6 @@ def score(
             hits.append(correct.flatten())
     model.train(was_training)
     return torch.cat(nats).cpu(), torch.cat(hits).cpu()
-
-
-@dataclass(frozen=True)
-class ScoredText:
-    """A text in pieces, a token each, and the nats each one cost."""
-
-    text: str
-    pieces: tuple[str, ...]
-    nats: tuple[float, ...]
-
-    @property
-    def ppl(self) -> float:
-        """Perplexity per token."""
-        return math.exp(sum(self.nats) / len(self.nats))
-
-    @property
-    def bits_per_byte(self) -> float:
-        return sum(self.nats) / math.log(2) / len(self.text.encode())
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row a token: token, bits, probability."""
-        bits = [nats / math.log(2) for nats in self.nats]
-        chance = [math.exp(-nats) for nats in self.nats]
-        return pd.DataFrame({"token": self.pieces, "bits": bits, "probability": chance})
 
 
 def weights_sha256(model: CausalLM) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,11 @@ class Watched:
     def watch(self, seen: dict[str, list[Tensor]]) -> list:
         """Hooks that collect in `seen` what `looks` names."""
 
-        def keep(name: str, of: Callable) -> Callable:
-            return lambda *seen_by_hook: seen[name].append(of(*seen_by_hook))
+        def keep(name: str, of: Callable, *given) -> None:
+            seen[name].append(of(*given))
 
         return [
-            module.register_forward_hook(keep(name, of))
+            module.register_forward_hook(partial(keep, name, of))
             for name, (of, modules) in self.looks().items()
             for module in modules
         ]

@@ -16,15 +16,9 @@ from torch import Tensor
 
 from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError
-from musota.files import as_path, write_json, write_whole
-from musota.plan.architectures import (
-    DenseConfig,
-    ModelConfig,
-    MuConfig,
-    OwnConfig,
-    RedesignedConfig,
-    describe,
-)
+from musota.files import as_path, write_bytes, write_json, write_whole
+from musota.plan import architectures as plan
+from musota.plan.architectures import ModelConfig, OwnConfig
 from musota.plan.config import Experiment
 
 if TYPE_CHECKING:
@@ -32,10 +26,10 @@ if TYPE_CHECKING:
 
 # What builds a model from its configuration; a string, so that a model's file can import this one.
 ARCHITECTURES = {
-    MuConfig: "musota.models.musota:MuSota",
-    DenseConfig: "musota.models.dense:DenseTransformer",
-    RedesignedConfig: "musota.models.redesigned:Redesigned",
-    OwnConfig: "musota.models.own:OwnModel",
+    plan.MuConfig: "musota.models.musota:MuSota",
+    plan.DenseConfig: "musota.models.dense:DenseTransformer",
+    plan.RedesignedConfig: "musota.models.redesigned:Redesigned",
+    plan.OwnConfig: "musota.models.own:OwnModel",
 }
 CARD = """\
 ---
@@ -62,9 +56,8 @@ def save_model(
     """Write model.safetensors, config.json and tokenizer.json, each whole or not at all."""
     folder = as_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data = save(weights)
-    write_whole(folder / "model.safetensors", lambda path: path.write_bytes(data))
-    write_json(folder / "config.json", describe(config))
+    write_bytes(folder / "model.safetensors", save(weights))
+    write_json(folder / "config.json", plan.describe(config))
     if tokenizer:
         write_whole(folder / "tokenizer.json", tokenizer.save)
 
@@ -73,8 +66,7 @@ def load_model(folder: str | os.PathLike, device: str = "cpu") -> CausalLM:
     """A model written by `save_model`, its tokenizer included.
 
     Raises MusotaError if a file is missing or damaged, or (before any memory is taken) if the
-    weights are not as many as the config says. Of somebody's own model (OwnConfig) also where the
-    caller has not named its file in this process: the folder runs no code.
+    weights are not as many as the config says; of an OwnConfig, if its file was not named here.
     """
     folder = as_path(folder)
     try:

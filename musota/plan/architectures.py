@@ -1,7 +1,4 @@
-"""The models as frozen dataclasses: their sizes, and what follows from those by hand.
-
-Everything here is plain arithmetic on names and numbers, so it imports in milliseconds.
-"""
+"""The models as frozen dataclasses: their sizes, and what follows from those by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ BOUNDS = {
 
 
 def check_fields(config) -> None:
-    """Raises MusotaError for the first field whose value is not allowed."""
+    """Raises MusotaError for a value that no experiment may have."""
     for field in dataclasses.fields(config):
         check_field(field, getattr(config, field.name))
 
@@ -51,16 +48,14 @@ def check_field(field: dataclasses.Field, value) -> None:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the models of this workbook share. A subclass says the rest, and what follows from it
-    by hand: `d_model`, `n_head`, `n_parameters`, and `layer_products`, the multiply-adds of a layer
-    for a token. Tests hold the built models to the last two."""
+    """What the models of this workbook share. A subclass says the rest: `d_model`, `n_head`,
+    `n_parameters`, and `layer_products`, the multiply-adds of a layer for a token."""
 
     vocab_size: int = 50_000
     max_seq_len: int = 192
     n_layer: int = 12
 
     def __post_init__(self):
-        """Raises MusotaError for bad fields, heads that do not divide, or an absurd size."""
         check_fields(self)
         if self.d_model % self.n_head:
             raise MusotaError(
@@ -83,10 +78,8 @@ class Sizes:
 @dataclass(frozen=True)
 class MuConfig(Sizes):
     """MU-SOTA: each token a matrix of `matrix_size`² cells cut into `n_block` semantic blocks.
-
     `n_head` counts the heads of the attention across all blocks; inside a block there are two.
-    Raises MusotaError for a layout that does not tile the matrix or heads that do not divide.
-    """
+    Raises MusotaError on bad values, blocks that do not tile, heads that do not divide."""
 
     n_head: int = 8
     dropout: float = 0.1
@@ -95,12 +88,9 @@ class MuConfig(Sizes):
 
     def __post_init__(self):
         super().__post_init__()
-        for block in self.layout.blocks:
-            if block.size % HEADS_PER_BLOCK:
-                raise MusotaError(
-                    f"Block {block.name} has {block.size} cells, which {HEADS_PER_BLOCK} heads do "
-                    "not divide: choose another n_block."
-                )
+        if any(size % HEADS_PER_BLOCK for size in self.layout.sizes):
+            odd = f"n_block={self.n_block} makes blocks of an odd number of cells"
+            raise MusotaError(f"{odd}: choose another.")
 
     @property
     def layout(self) -> BlockLayout:
@@ -108,7 +98,6 @@ class MuConfig(Sizes):
 
     @property
     def d_model(self) -> int:
-        """Cells of a token's matrix."""
         return self.matrix_size**2
 
     @property
@@ -116,8 +105,9 @@ class MuConfig(Sizes):
         V, d, N = self.vocab_size, self.d_model, self.n_block
         attention = sum(4 * (c * c + c) for c in self.layout.sizes) + 4 * (d * d + d)
         feed_forward_and_norms = 8 * d * d + 5 * d + 4 * d
-        layer = attention + feed_forward_and_norms + 4 * N * N + 6 * N + V * N
-        return V * d + self.max_seq_len * d + self.n_layer * layer + 2 * d + V * d + V
+        gate = 4 * N * N + 6 * N + V * N
+        layers = self.n_layer * (attention + feed_forward_and_norms + gate)
+        return V * d + self.max_seq_len * d + layers + 2 * d + V * d + V
 
     @property
     def layer_products(self) -> int:
@@ -163,10 +153,8 @@ CHANGES = (
 @dataclass(frozen=True)
 class RedesignedConfig(Sizes):
     """The redesign: each token `n_block` named blocks of `block_size` cells, one head a block.
-
     `without` names changes (of `CHANGES`, separated by commas) that are taken back. Raises
-    MusotaError on bad values.
-    """
+    MusotaError on bad values."""
 
     n_block: int = 8
     block_size: int = 28
@@ -180,9 +168,7 @@ class RedesignedConfig(Sizes):
                 raise nearest_name("change", change, CHANGES)
         super().__post_init__()
         if self.has("names") and self.n_block not in NAMES:
-            raise MusotaError(
-                f"{self.n_block} blocks have no names: use 8 or 16, or without='names'."
-            )
+            raise MusotaError(f"{self.n_block} blocks have no names: use 8, 16 or without='names'.")
 
     def has(self, change: str) -> bool:
         """Whether a change is made; without a gate there is no table."""
@@ -198,7 +184,6 @@ class RedesignedConfig(Sizes):
 
     @property
     def d_model(self) -> int:
-        """Cells of a token's matrix."""
         return self.n_block * self.block_size
 
     @property
@@ -207,14 +192,12 @@ class RedesignedConfig(Sizes):
 
     @property
     def n_parameters(self) -> int:
-        V, d, N, L = self.vocab_size, self.d_model, self.n_block, self.n_layer
-        total = V * d + (2 * L + 1) * d + L * self._maps
-        total += 0 if self.has("rotary") else self.max_seq_len * d
-        total += 0 if self.has("tied") else V * d + V
-        total += L * N if self.has("query norm") else 0
-        if self.has("gate"):
-            total += V * N + L * (N * N + N) if self.has("one table") else V * N * L
-        return total
+        V, d, N, L, has = self.vocab_size, self.d_model, self.n_block, self.n_layer, self.has
+        tables = V * N + L * (N * N + N) if has("one table") else V * N * L * has("gate")
+        positions = self.max_seq_len * d * (not has("rotary"))
+        output = (V * d + V) * (not has("tied"))
+        norms = (2 * L + 1) * d + L * N * has("query norm")
+        return V * d + positions + L * self._maps + norms + tables + output
 
     @property
     def _maps(self) -> int:
@@ -225,7 +208,7 @@ class RedesignedConfig(Sizes):
 
     @property
     def layer_products(self) -> int:
-        gate = self.n_block**2 if self.has("one table") else 0
+        gate = self.n_block**2 * self.has("one table")
         return self._maps + gate + 2 * self.d_model * self.max_seq_len
 
 
@@ -236,8 +219,8 @@ class OwnConfig:
     `OwnConfig("my_model.py:build", {"width": 64})` calls `build(width=64, vocab_size=…,
     max_seq_len=…)`, the last two where it takes them. The file's name and sha256 belong to what the
     experiment is, its folder does not. A config read from a record remembers its size, and builds
-    no model until the caller has named that file by such a call. Raises MusotaError for a file that
-    cannot be read, and where a property has to build the model, for what goes wrong there.
+    no model until the caller has named that file by such a call. Raises MusotaError for what goes
+    wrong in reading the file, and in building its model.
     """
 
     source: str
@@ -247,17 +230,18 @@ class OwnConfig:
     sha256: str = ""
 
     def __post_init__(self):
+        given, fixed = self.arguments, {}
         try:
-            given = self.arguments
             given = dict(json.loads(given) if isinstance(given, str) else given)
-            object.__setattr__(self, "arguments", json.dumps(given, sort_keys=True))
+            fixed["arguments"] = json.dumps(given, sort_keys=True)
         except (TypeError, ValueError):
             raise MusotaError(
-                f"arguments must be a dict of plain values (or its JSON), not {self.arguments!r}."
+                f"arguments must be a dict of plain values (or its JSON), not {given!r}."
             ) from None
         if not self.sha256:
-            for name, value in zip(("source", "sha256"), own.name_file(self.source), strict=True):
-                object.__setattr__(self, name, value)
+            fixed["source"], fixed["sha256"] = own.name_file(self.source)
+        for name, value in fixed.items():
+            object.__setattr__(self, name, value)
         check_fields(self)
 
     def build(self):
@@ -287,7 +271,7 @@ KINDS = {"mu": MuConfig, "dense": DenseConfig, "redesigned": RedesignedConfig, "
 
 def describe(model: ModelConfig) -> dict:
     """A model's configuration for JSON; `model_config` is the inverse."""
-    kind = next(kind for kind, config_class in KINDS.items() if type(model) is config_class)
+    kind = next(kind for kind, its_class in KINDS.items() if type(model) is its_class)
     size = {"size": model.size} if isinstance(model, OwnConfig) else {}
     return {"kind": kind, **dataclasses.asdict(model), **size}
 

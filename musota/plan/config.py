@@ -8,15 +8,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from musota.errors import MusotaError, nearest_name
-from musota.plan.architectures import (
-    KINDS,
-    ModelConfig,
-    RedesignedConfig,
-    check_field,
-    check_fields,
-    describe,
-    model_config,
-)
+from musota.plan import architectures
+from musota.plan.architectures import KINDS, ModelConfig, RedesignedConfig, describe, model_config
 
 
 @dataclass(frozen=True)
@@ -35,7 +28,7 @@ class TrainConfig:
     started_from: str = ""  # hash of another run's weights; empty: freshly initialised
 
     def __post_init__(self):
-        check_fields(self)
+        architectures.check_fields(self)
 
     @property
     def sequences_per_step(self) -> int:
@@ -53,25 +46,20 @@ class Experiment:
 
     def with_(self, **changes) -> Experiment:
         """A copy with fields of the model or of the training changed, by name."""
-        parts = self.model, self.training
-        known = [{field.name for field in dataclasses.fields(part)} for part in parts]
-        for name in changes:
-            if name not in known[0] | known[1]:
-                raise nearest_name("experiment field", name, sorted(self.fields()))
-        in_model = {name: value for name, value in changes.items() if name in known[0]}
-        in_training = {name: value for name, value in changes.items() if name not in known[0]}
+        known = [{f.name for f in dataclasses.fields(part)} for part in (self.model, self.training)]
+        for name in changes.keys() - known[0] - known[1]:
+            raise nearest_name("experiment field", name, sorted(self.fields()))
+        in_model = {name: changes.pop(name) for name in known[0] & changes.keys()}
         return Experiment(
             dataclasses.replace(self.model, **in_model),
-            dataclasses.replace(self.training, **in_training),
+            dataclasses.replace(self.training, **changes),
             None if in_model else self.twin_of,  # another model is no longer a twin
         )
 
     def fields(self) -> dict:
         """Every field of model and training by name; what a run was started from, if anything."""
         fields = dataclasses.asdict(self.model) | dataclasses.asdict(self.training)
-        if not self.training.started_from:
-            del fields["started_from"]
-        return fields
+        return {name: value for name, value in fields.items() if name != "started_from" or value}
 
     def differences(self, base: Experiment) -> list[str]:
         """What was changed in `base`, as `field=value`; in a model that is matched to another, what
@@ -110,7 +98,7 @@ class Experiment:
 
 def check_changes(changes) -> dict:
     """What a person wants changed, by field: a dict, or the text of one. Raises MusotaError for a
-    field no experiment has, and for a value none may have."""
+    field or a value that no experiment has."""
     if isinstance(changes, str):  # from papermill's command line
         with contextlib.suppress(ValueError, SyntaxError):
             changes = ast.literal_eval(changes)
@@ -121,5 +109,5 @@ def check_changes(changes) -> dict:
     for name, value in changes.items():
         if name not in known:
             raise nearest_name("field", name, sorted(known))
-        check_field(known[name], value)
+        architectures.check_field(known[name], value)
     return changes

@@ -12,8 +12,8 @@ from musota.plan.profiles import redesign, twin
 
 @dataclass(frozen=True)
 class Row:
-    """An experiment as people meet it: an `experiment`, or the dense twin of another row; a row
-    `tuned_from` another trains at the best rate of a recorded sweep, so only results say what."""
+    """An experiment as people meet it: an `experiment`, the dense twin of another row, or a row
+    `tuned_from` another: at the best rate of a recorded sweep, so that only results say what."""
 
     title: str
     style: tuple[str, str, str]  # colour, line style, marker

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,48 +15,53 @@ GUILTY = (
 )  # fmt: skip
 SURE = 5  # standard errors: a false alarm in millions
 SHIFTS = ("not shifted", "shifted once", "shifted twice")  # targets against logits
-Setting = tuple[str, str]  # the mode, and what was done to the weights
-SETTINGS = tuple(
-    (mode, weights)
-    for mode in ("in evaluation", "in training")
-    for weights in ("as it is", "with its weights shaken")
-)
 
 
-def _only(found: Collection[Setting]) -> str:
-    """Which mode and which weights all of these settings share; nothing where there is none."""
-    shared = [{setting[part] for setting in found} for part in (0, 1)]
+@dataclass(frozen=True)
+class Probe:
+    """What a model showed in one mode, with its weights as they are or shaken."""
+
+    mode: str
+    weights: str
+    ahead: list[int]  # how far ahead of logits that moved the replaced token stood
+    talk: bool  # a row moved another
+    kept: bool  # a call moved the next
+    unsure: bool  # even fresh copies answer unlike
+    tolerance: float  # smaller changes are rounding
+
+
+def _only(found: Sequence[Probe]) -> str:
+    """Which mode and which weights all of these share; nothing where there is none."""
+    shared = {probe.mode for probe in found}, {probe.weights for probe in found}
     same = [name for names in shared if len(names) == 1 for name in names]
     return f" (only {', '.join(same)})" if same else ""
 
 
-def looks_ahead(ahead: Mapping[Setting, Sequence[int]], unsure: Collection[Setting]) -> Finding:
-    """`ahead` says by setting how far ahead of the logits that moved the replaced token stood;
-    `unsure` settings gave unlike answers to one question."""
+def looks_ahead(probes: Sequence[Probe]) -> Finding:
+    """Does a token move the logits of a position before it?"""
     rule, band = "Looking ahead", "changing a token must move no logit before it"
-    if guilty := [setting for setting, distances in ahead.items() if distances]:
-        near, far = (of(of(ahead[setting]) for setting in guilty) for of in (min, max))
+    if guilty := [probe for probe in probes if probe.ahead]:
+        near, far = (of(of(probe.ahead) for probe in guilty) for of in (min, max))
         saw = f"the logits at t see token t+{near}" + (f", and up to t+{far}" if far > near else "")
         conclusion = "it sees the future: its perplexity means nothing"
         step = "mask everything after a position in whatever mixes positions"
         return Finding(rule, "looks ahead", saw + _only(guilty), band, conclusion, step)
-    if unsure:
+    if unsure := [probe for probe in probes if probe.unsure]:
         saw = f"one question got unlike answers{_only(unsure)}"
         return Finding(rule, "undecided", saw, band, "cannot be told", "make it repeatable")
-    saw = f"no logit before a changed token moved, in {len(ahead)} settings"
+    saw = f"no logit before a changed token moved, in {len(probes)} settings"
     return Finding(rule, "causal", saw, band, "it does not see the future")
 
 
-def other_sequences(talk: Collection[Setting], kept: Collection[Setting]) -> Finding:
-    """`talk`: settings in which a row of the batch moved another; `kept`: in which a call changed
-    the answer to the next."""
+def other_sequences(probes: Sequence[Probe]) -> Finding:
+    """Does anything reach a sequence from another, of the same batch or of an earlier call?"""
     rule, band = "Other sequences", "a row's logits depend on that row alone"
-    if talk:
+    if talk := [probe for probe in probes if probe.talk]:
         saw = f"changing one row of a batch moved another{_only(talk)}"
         conclusion = "rows of a batch talk to each other: results depend on what is beside them"
         step = "normalise and mix within a sequence only"
         return Finding(rule, "rows talk", saw, band, conclusion, step)
-    if kept:
+    if kept := [probe for probe in probes if probe.kept]:
         saw = f"asked again, it answered otherwise than at first{_only(kept)}"
         conclusion = "it keeps a state from call to call: a text's loss depends on what came before"
         return Finding(rule, "keeps a state", saw, band, conclusion, "start every call afresh")
@@ -95,17 +101,15 @@ def which_shift(own: Sequence[float], plain: Sequence[Sequence[float]]) -> tuple
 def loss_is_the_loss(own: Sequence[float], plain: Sequence[Sequence[float]]) -> Finding:
     """The author's loss; arguments as for `which_shift`, empty where no loss was given."""
     rule, band = "Its own loss", "cross-entropy of the logits, targets shifted once"
-    if not len(own):
+    if not own:
         saw = "none was given, so the workbook's was used"
         return Finding(rule, "not given", saw, band, "nothing to compare")
     best, scale = which_shift(own, plain)
     if best is None:
         saw = f"{own[0]:.4f} nats where cross-entropy is {plain[1][0]:.4f}"
         return Finding(rule, "another", saw, band, "it has other terms: report PPL without them")
-    saw = f"the cross-entropy with targets {SHIFTS[best]}"
-    saw += "" if abs(scale - 1) < 1e-3 else f", times {scale:.3g}"
-    if best == 1:
-        return Finding(rule, SHIFTS[best], saw, band, "it is the loss it should be")
-    wrong = "to repeat each token" if best == 0 else "the token after the next"
+    learned = ("to repeat each token", "what comes next", "the token after the next")[best]
+    saw = f"the cross-entropy with targets {SHIFTS[best]}, times {scale:.3g}"
     step = "compare logits[:, :-1] with ids[:, 1:], and shift in one place only"
-    return Finding(rule, SHIFTS[best], saw, band, f"it learns {wrong}", step)
+    step = "" if SHIFTS[best] == "shifted once" else step
+    return Finding(rule, SHIFTS[best], saw, band, f"it learns {learned}", step)

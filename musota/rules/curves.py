@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import signal
 
-from musota.rules.findings import Finding
+from musota.rules.findings import Finding, judged
 from musota.rules.stats import paired_bootstrap, weights_per_doubling
 
 PLATEAU_GAIN, PLATEAU_EPOCHS = 0.01, 3
@@ -48,20 +48,19 @@ def plateau(
         f"best valid PPL {best[-1 - window]:.1f} → {best[-1]:.1f}, {gain:.1%} lower over "
         f"{span}; valid loss per doubling of tokens {slope}"
     )
-    if gain >= least_gain:
-        return Finding("Plateau", "none", saw, rule, "no plateau: still improving")
-    if slope.side < 0:
-        conclusion = "no plateau: slow, but improving beyond the noise of the text"
-        return Finding("Plateau", "slow", saw, rule, conclusion)
     # The first epoch after which everything gained stays under the threshold.
     since = int(history.epoch.iloc[np.argmax(1 - best[-1] / best < least_gain)])
-    conclusion = f"a plateau since epoch {since}"
-    if slope.side > 0:
-        conclusion += ", and the valid loss rises: look at training against valid for overfitting"
+    rising = ", and the valid loss rises: look at training against valid for overfitting"
     next_step = "measure the learning rate (a sweep) before training on"
     if len(best) > planned_epochs / 2:
         next_step = f"the plan reads this as “learning rate still too high”; {next_step}"
-    return Finding("Plateau", "plateau", saw, rule, conclusion, next_step, since)
+    return judged(
+        ("Plateau", saw, rule),
+        (gain >= least_gain, "none", "no plateau: still improving"),
+        (slope.side < 0, "slow", "no plateau: slow, but improving beyond the noise of the text"),
+        (slope.side > 0, "plateau", f"a plateau since epoch {since}{rising}", next_step, since),
+        (True, "plateau", f"a plateau since epoch {since}", next_step, since),
+    )
 
 
 def warmup(warmup_steps: int, total_steps: int) -> Finding | None:
@@ -70,17 +69,15 @@ def warmup(warmup_steps: int, total_steps: int) -> Finding | None:
     share = warmup_steps / total_steps
     if share <= LONG_WARMUP:
         return None
-    verdict, conclusion = "long", "most of the run trains below the rate that was asked for"
-    if share > 1:
-        verdict = "never ends"
-        conclusion = f"the rate only reaches {1 / share:.0%} of what was asked for"
-    return Finding(
-        "Warm-up",
-        verdict,
-        f"{warmup_steps:,} warm-up steps in a run of {total_steps:,}",
-        f"at most {LONG_WARMUP:.0%} of the steps",
-        f"{conclusion}: this alone may look like a plateau",
-        f"set warmup_steps={max(1, total_steps // 10)}, a tenth of the steps",
+    peak = f"the rate only reaches {1 / share:.0%} of what was asked for"
+    most = "most of the run trains below the rate that was asked for"
+    alone = "this alone may look like a plateau"
+    step = f"set warmup_steps={max(1, total_steps // 10)}, a tenth of the steps"
+    saw = f"{warmup_steps:,} warm-up steps in a run of {total_steps:,}"
+    return judged(
+        ("Warm-up", saw, f"at most {LONG_WARMUP:.0%} of the steps"),
+        (share > 1, "never ends", f"{peak}: {alone}", step),
+        (True, "long", f"{most}: {alone}", step),
     )
 
 
@@ -103,15 +100,15 @@ def oscillation(steps: pd.DataFrame, warmup_steps: int) -> Finding:
     error = np.mean(noise / np.sqrt([len(stretch) for stretch in stretches]))
     least = max(SWING_NATS, 4 * math.sqrt(2) * error)
     swings = signal.find_peaks(means, prominence=least)[0]
-    unfinished = means[-1] - means[swings[-1] if len(swings) else 0 :].min()
-    verdict, conclusion, next_step = "none", "no oscillation", ""
-    if unfinished > 5 * least:
-        verdict, next_step = "diverging", LOWER_RATE
-        conclusion = f"diverging: {unfinished:.2f} nats above the lowest before"
-    elif len(swings) >= SWINGS:
-        verdict, conclusion, next_step = "oscillating", "the loss oscillates", LOWER_RATE
+    risen = means[-1] - means[swings[-1] if len(swings) else 0 :].min()
+    away = f"diverging: {risen:.2f} nats above the lowest before"
     saw = f"{len(swings)} swings of more than {least:.2f} nats, last loss {means[-1]:.2f} nats"
-    return Finding("Oscillation", verdict, saw, rule, conclusion, next_step)
+    return judged(
+        ("Oscillation", saw, rule),
+        (risen > 5 * least, "diverging", away, LOWER_RATE),
+        (len(swings) >= SWINGS, "oscillating", "the loss oscillates", LOWER_RATE),
+        (True, "none", "no oscillation"),
+    )
 
 
 def health(
@@ -126,9 +123,7 @@ def health(
     came to its peak.
 
     `epochs` are records as `Run.health` gives them, `grad_norms` the logged norms after warm-up,
-    `length` the model's max_seq_len.
-    Bands: updates, CS231n; clipping, google-research/tuning_playbook; scores and entropy, Wortsman
-    et al. 2309.14322; rank, Godey et al. 2404.07647.
+    `length` the model's max_seq_len. The bands' sources: docs/verdicts.md.
     """
     found = [*_training_health(epochs, grad_norms, grad_clip, warmed_up)] if epochs else []
     if epochs and "effective_rank" in epochs[-1]:  # nobody knows the inside of one's own model
@@ -144,69 +139,64 @@ def _training_health(
     low, high = min(ratios, key=ratios.get), max(ratios, key=ratios.get)
     middle = float(np.median(list(ratios.values())))
     saw = f"{middle:.1e}, from {ratios[low]:.1e} ({low}) to {ratios[high]:.1e} ({high})"
-    verdict, means = "good", "the learning rate moves the weights as is usual"
-    if not warmed_up:
-        verdict, means = "warming up", "says nothing of the rate asked for: warm-up never ended"
-    elif middle < 1e-4:
-        verdict, means = "low", "the weights hardly move: the learning rate is too low"
-    elif middle > 1e-2:
-        verdict, means = "high", "the weights are thrown about: the learning rate is too high"
-    band = "1e-4 to 1e-2, about 1e-3 is usual"
-    yield Finding("Update of a step ÷ weights", verdict, saw, band, means)
-
+    yield judged(
+        ("Update of a step ÷ weights", saw, "1e-4 to 1e-2, about 1e-3 is usual"),
+        (not warmed_up, "warming up", "says nothing of the rate asked for: warm-up never ended"),
+        (middle < 1e-4, "low", "the weights hardly move: the learning rate is too low"),
+        (middle > 1e-2, "high", "the weights are thrown about: the learning rate is too high"),
+        (True, "good", "the learning rate moves the weights as is usual"),
+    )
     if len(grad_norms):
         clipped = float(np.mean(np.asarray(grad_norms) > grad_clip))
-        verdict, means = "good", "clipping catches exceptions only"
-        if clipped > 0.5:
-            verdict, means = "high", "lower the learning rate"
-        yield Finding("Clipped steps", verdict, f"{clipped:.0%}", "at most 50 %", means)
-
+        yield judged(
+            ("Clipped steps", f"{clipped:.0%}", "at most 50 %"),
+            (clipped > 0.5, "high", "lower the learning rate"),
+            (True, "good", "clipping catches exceptions only"),
+        )
     train, valid = epochs[-1]["clean_train_loss"], epochs[-1]["valid_loss"]
+    risen = valid - min(epoch["valid_loss"] for epoch in epochs)
+    small = "no overfitting: budget, learning rate, capacity or architecture hold it back"
     saw = f"{train:.2f} → {valid:.2f} nats, {valid - train:+.2f}"
-    verdict, means = "gap", "training text is known better: more data would help"
-    if valid - min(epoch["valid_loss"] for epoch in epochs) > 0.01:
-        verdict, means = "overfit", "valid rises while training goes on: regularise, or stop"
-    elif valid - train < 0.1:
-        verdict = "small"
-        means = "no overfitting: budget, learning rate, capacity or architecture hold it back"
-    band = "under 0.1 nats; valid not rising"
-    yield Finding("Train (no dropout) → valid loss", verdict, saw, band, means)
+    yield judged(
+        ("Train (no dropout) → valid loss", saw, "under 0.1 nats; valid not rising"),
+        (risen > 0.01, "overfit", "valid rises while training goes on: regularise, or stop"),
+        (valid - train < 0.1, "small", small),
+        (True, "gap", "training text is known better: more data would help"),
+    )
 
 
 def _inner_health(first: Mapping, last: Mapping, d_model: int, length: int) -> Iterator[Finding]:
     before, score = first["largest_score"], last["largest_score"]
-    verdict, means = "good", "attention is stable"
-    if score > 2 * before and score > 50:
-        verdict, means = "growing", "attention grows unstable"
-    saw, band = f"{before:.1f} → {score:.1f}", "not over 50 and doubling"
-    yield Finding("Largest attention score", verdict, saw, band, means)
-
+    yield judged(
+        ("Largest attention score", f"{before:.1f} → {score:.1f}", "not over 50 and doubling"),
+        (score > max(50, 2 * before), "growing", "attention grows unstable"),
+        (True, "good", "attention is stable"),
+    )
     by_layer = last["attention_entropy"]
     lowest, mean = min(by_layer), float(np.mean(by_layer))
     uniform = math.lgamma(length + 1) / length  # mean of ln t over the positions t
+    alike = "attention weighs all tokens alike: it does not choose"
     saw = f"{lowest:.2f} nats in the lowest layer, mean {mean:.2f}"
-    verdict, means = "good", "attention chooses among several tokens"
-    if lowest < 0.1:
-        verdict, means = "low", f"layer {by_layer.index(lowest) + 1} looks at one token only"
-    elif mean > 0.98 * uniform:
-        verdict, means = "uniform", "attention weighs all tokens alike: it does not choose"
-    band = f"not towards 0, nor {uniform:.2f} (all alike)"
-    yield Finding("Attention entropy", verdict, saw, band, means)
-
+    yield judged(
+        ("Attention entropy", saw, f"not towards 0, nor {uniform:.2f} (all alike)"),
+        (lowest < 0.1, "low", f"layer {by_layer.index(lowest) + 1} looks at one token only"),
+        (mean > 0.98 * uniform, "uniform", alike),
+        (True, "good", "attention chooses among several tokens"),
+    )
     if "gate_mean" in last:
         gate, saturated = last["gate_mean"], float(np.mean(last["gate_saturated"]))
         saw = (
             f"mean {np.mean(gate):.2f} (blocks {min(gate):.2f} to {max(gate):.2f}), over tokens "
             f"±{np.mean(last['gate_spread']):.3f}, {saturated:.0%} saturated"
         )
-        verdict, means = "good", "the gates can still react to their token"
-        if saturated > 0.5:
-            verdict, means = "saturated", "most gates no longer react to their token"
-        yield Finding("Gate", verdict, saw, "at most 50 % saturated", means)
-
+        yield judged(
+            ("Gate", saw, "at most 50 % saturated"),
+            (saturated > 0.5, "saturated", "most gates no longer react to their token"),
+            (True, "good", "the gates can still react to their token"),
+        )
     rank = last["effective_rank"]
-    verdict, means = "good", "the width is used"
-    if rank < d_model / 2:
-        verdict, means = "low", "the output layer sees few directions"
-    saw, band = f"{rank:.0f} of {d_model}", "at least half the width"
-    yield Finding("Effective rank before the output", verdict, saw, band, means)
+    yield judged(
+        ("Effective rank before the output", f"{rank:.0f} of {d_model}", "at least half the width"),
+        (rank < d_model / 2, "low", "the output layer sees few directions"),
+        (True, "good", "the width is used"),
+    )

@@ -29,6 +29,13 @@ class Finding:
         return f"{self.rule}: {self.saw} ({self.threshold}) — {self.conclusion}.{step}"
 
 
+def judged(about: tuple[str, str, str], *cases: tuple) -> Finding:
+    """The finding about (rule, saw, threshold) of the first case that holds: each is (whether it
+    does, verdict, conclusion, next step if any, …)."""
+    (rule, saw, threshold), (_, verdict, *said) = about, next(case for case in cases if case[0])
+    return Finding(rule, verdict, saw, threshold, *said)
+
+
 def not_applicable(rule: str, reason: str) -> Finding:
     scope = "the plan speaks of wikitext-2, V 50,000, full budget"
     conclusion = "not applicable here: read the run against the measured rungs instead"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from musota.rules.findings import Finding
+from musota.rules.findings import Finding, judged
 from musota.rules.stats import Interval, seed_interval
 
 REPORTED = {"ppl": 402.17, "accuracy": 0.1725, "epochs": 10, "plateau_after_epoch": 6}
@@ -52,22 +52,23 @@ def scenario(ppl: float, accuracy: float, baseline_ppl: float | None = None) -> 
 
 def bottom_line(ppl: float) -> Finding:
     """The plan's other scale, which disagrees with the scenarios between 300 and 350."""
-    verdict, conclusion = "redesign", "the architecture needs redesign"
-    if ppl < 200:
-        verdict, conclusion = "validated", "architecture validated, ready to publish"
-    elif ppl <= 300:
-        verdict, conclusion = "compare", "compare with the baseline, or train on"
-    saw = f"valid PPL {ppl:.1f}"
-    return Finding("Bottom line", verdict, saw, "< 200 · 200–300 · > 300", conclusion)
+    return judged(
+        ("Bottom line", f"valid PPL {ppl:.1f}", "< 200 · 200–300 · > 300"),
+        (ppl < 200, "validated", "architecture validated, ready to publish"),
+        (ppl <= 300, "compare", "compare with the baseline, or train on"),
+        (True, "redesign", "the architecture needs redesign"),
+    )
 
 
 def expectation(ppl: float, accuracy: float) -> Finding:
     """Which of the plan's two expectations was met, by PPL; accuracy is shown beside it."""
-    verdict = "optimistic" if ppl <= 180 else "conservative" if ppl <= 250 else "neither"
-    said = "neither" if verdict == "neither" else f"the {verdict}"
-    saw = f"valid PPL {ppl:.1f}, accuracy {accuracy:.1%}"
     rule = "conservative 200–250 and 25–30 %; optimistic 120–180 and 35–45 %"
-    return Finding("Expectation", verdict, saw, rule, f"{said} expectation is met")
+    return judged(
+        ("Expectation", f"valid PPL {ppl:.1f}, accuracy {accuracy:.1%}", rule),
+        (ppl <= 180, "optimistic", "the optimistic expectation is met"),
+        (ppl <= 250, "conservative", "the conservative expectation is met"),
+        (True, "neither", "neither expectation is met"),
+    )
 
 
 def option_three(ppl: float | None, comparison: Finding | None) -> Finding:
@@ -121,23 +122,20 @@ def broke_through(
     mean = float(np.mean(np.log(ppls)))
     loss = seed_interval(np.log(ppls)) if len(ppls) > 1 else Interval(mean, mean, mean)
     low, high = math.exp(loss.low), math.exp(loss.high)
-    verdict, conclusion = "≥ 200", "not under 200"
-    if high < 100:
-        verdict, conclusion = "< 100", "under 200, and under the stretch goal of 100"
-    elif high < 200:
-        verdict, conclusion = "< 200", "under 200, not under 100"
-    elif low < 200:
-        goal = 100 if low < 100 else 200
-        verdict, conclusion = "undecided", f"undecided, the interval reaches over {goal}"
-    if budget and not verdict.startswith("<"):
+    if budget and high >= 200:
         reason = reason or f"it had {budget}"
-    if reason:
-        conclusion += f"; but {reason}, so the plan's goals are not answered by this"
-    saw = f"valid PPL {math.exp(mean):,.1f}"
-    if len(ppls) > 1:
-        saw += f" [{low:,.1f}, {high:,.1f}] over {len(ppls)} seeds"
-    saw += f" after {budget}" if budget else ""
-    return Finding(f"Goal, {name}", verdict, saw, "goals < 200, stretch < 100", conclusion)
+    but = f"; but {reason}, so the plan's goals are not answered by this" if reason else ""
+    seeds = f" [{low:,.1f}, {high:,.1f}] over {len(ppls)} seeds" if len(ppls) > 1 else ""
+    after = f" after {budget}" if budget else ""
+    over = f"undecided, the interval reaches over {100 if low < 100 else 200}"
+    saw = f"valid PPL {math.exp(mean):,.1f}{seeds}{after}"
+    return judged(
+        (f"Goal, {name}", saw, "goals < 200, stretch < 100"),
+        (high < 100, "< 100", f"under 200, and under the stretch goal of 100{but}"),
+        (high < 200, "< 200", f"under 200, not under 100{but}"),
+        (low < 200, "undecided", f"{over}{but}"),
+        (True, "≥ 200", f"not under 200{but}"),
+    )
 
 
 def plans_own_test(baseline_ppl: float) -> Finding:

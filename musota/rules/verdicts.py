@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from musota.rules import stats
-from musota.rules.findings import Finding
+from musota.rules.findings import Finding, judged
 from musota.rules.stats import Interval, paired_bootstrap
 
 RELEVANT = 0.05  # nats/token, 5 % of the PPL: what less brings is not worth a search
 DECIDED = "decided by 95 % intervals that exclude 0"
 DATA_STARVED = 0.1  # nats gained per doubling of the text
-OPEN = ("undecided", "undecided, the interval reaches over the threshold", "")
+OPEN = (True, "undecided", "undecided, the interval reaches over the threshold")
 
 
 def helps_or_hurts(
@@ -33,8 +33,8 @@ def helps_or_hurts(
     """
     words = ("helps", "the architecture helps"), ("hurts", "the architecture hurts")
     one = name if "@" in name else "MU-SOTA"  # a model of the reader's own
-    saw, rule = f"{one} minus dense twin", f"{DECIDED}, {rates}"
-    return _paired(mu, dense, f"{name} against its dense twin", saw, words, rule)
+    title, saw = f"{name} against its dense twin", f"{one} minus dense twin"
+    return _paired(mu, dense, title, saw, words, f"{DECIDED}, {rates}")
 
 
 def better_or_worse(
@@ -57,25 +57,24 @@ def _paired(
         raise ValueError("The runs were validated on different texts and cannot be compared.")
     nats = np.mean([[run["valid_block_nats"] for run in pair] for pair in pairs], axis=0)
     text, over_seeds = paired_bootstrap(*nats, tokens), None
-    saw = f"{difference} {text} over blocks of text"
-    doubt = "the interval includes 0"
+    saw, side = f"{difference} {text} over blocks of text", text.side
+    doubt, provisional = "the interval includes 0", "provisional, seeds not measured: "
+    next_step = "train both with more seeds (-p seed 1, -p seed 2)"
     if len(pairs) > 1:
         over_seeds = stats.seed_interval([a["valid_loss"] - b["valid_loss"] for a, b in pairs])
         saw += f"; {over_seeds} over {len(pairs)} seeds"
-        doubt = "the intervals do not both exclude 0 on one side"
+        side = text.side if over_seeds.side == text.side else 0
+        doubt, provisional = "the intervals do not both exclude 0 on one side", ""
+        next_step = ""
         if all("test_loss" in summary for pair in pairs for summary in pair):
             on_test = stats.seed_interval([a["test_loss"] - b["test_loss"] for a, b in pairs])
             saw += f"; on test, scored once and not decided by, {on_test}"
     if len(tokens) < stats.MIN_BLOCKS:
         doubt = f"{len(tokens)} blocks are too little text"
-    agreed = over_seeds is None or over_seeds.side == text.side
     undecided = "undecided", f"undecided, {doubt}"
-    verdict, conclusion = (words[0], undecided, words[1])[1 + (text.side if agreed else 0)]
-    next_step = ""
-    if over_seeds is None:
-        conclusion = f"provisional, seeds not measured: {conclusion}"
-        next_step = "train both with more seeds (-p seed 1, -p seed 2)"
-    return Finding(title, verdict, saw, rule, conclusion, next_step), text, over_seeds
+    verdict, conclusion = {-1: words[0], 0: undecided, 1: words[1]}[side]
+    found = Finding(title, verdict, saw, rule, provisional + conclusion, next_step)
+    return found, text, over_seeds
 
 
 @dataclass(frozen=True)
@@ -140,14 +139,14 @@ def best_rate(losses: Mapping[float, Sequence[float]], own: float, model: str) -
     saw = f"best at {best:g}: PPL {math.exp(means[best]):,.1f}"
     if own in means:
         saw += f", {means[best] - means[own]:+.2f} nats against {own:g}"
-    verdict, conclusion, next_step = "bracketed", "the best is bracketed", ""
-    if best in (min(means), max(means)):
-        verdict, conclusion = "edge", "the best is at the edge"
-        next_step = "widen the sweep on that side"
-    elif own in means and means[own] - means[best] >= RELEVANT:
-        next_step = f"{'raise' if best > own else 'lower'} the learning rate to {best:g}"
-    rule = f"{len(means)} rates from {min(means):g} to {max(means):g}"
-    return Finding(f"Learning-rate sweep, {model}", verdict, saw, rule, conclusion, next_step)
+    low, high = min(means), max(means)
+    far = own in means and means[own] - means[best] >= RELEVANT
+    change = f"{'raise' if best > own else 'lower'} the learning rate to {best:g}" if far else ""
+    return judged(
+        (f"Learning-rate sweep, {model}", saw, f"{len(means)} rates from {low:g} to {high:g}"),
+        (best in (low, high), "edge", "the best is at the edge", "widen the sweep on that side"),
+        (True, "bracketed", "the best is bracketed", change),
+    )
 
 
 def annealing(
@@ -164,15 +163,15 @@ def annealing(
         "falling − held": paired_bootstrap(decayed, held, tokens),
     }
     falling, _, noise = intervals.values()
-    advice = "decay the rate to 0, or lower it, before judging the model"
-    verdict, conclusion, next_step = {
-        1: ("noise", "learning-rate noise hides what was learned", advice),
-        0: OPEN,
-        -1: ("not the rate", "the learning rate's noise is not what holds it back", ""),
-    }[_lowers(noise)]
+    side, advice = _lowers(noise), "decay the rate to 0, or lower it, before judging the model"
     saw = f"falling to 0 {falling}, beyond the held rate {noise}"
-    rule = f"a gain of {RELEVANT} nats beyond the held rate is noise"
-    return Finding("Anneal probe", verdict, saw, rule, conclusion, next_step), intervals
+    found = judged(
+        ("Anneal probe", saw, f"a gain of {RELEVANT} nats beyond the held rate is noise"),
+        (side > 0, "noise", "learning-rate noise hides what was learned", advice),
+        (side < 0, "not the rate", "the learning rate's noise is not what holds it back"),
+        OPEN,
+    )
+    return found, intervals
 
 
 def data_halving(losses: Mapping[int, Mapping[int, float]]) -> tuple[Finding, Interval]:
@@ -180,14 +179,15 @@ def data_halving(losses: Mapping[int, Mapping[int, float]]) -> tuple[Finding, In
     nats/token by number of training tokens and seed. Interval: `pooled_contrast`."""
     weights = stats.weights_per_doubling(np.array([*losses], float))
     slope = stats.pooled_contrast(losses, dict(zip(losses, weights, strict=True)))
-    verdict, conclusion, next_step = {
-        -1: ("data-starved", "data-starved", "get more text"),
-        0: OPEN,
-        1: ("not data-starved", "data is not what holds it back", ""),
-    }[slope.beyond(-DATA_STARVED)]
+    side = slope.beyond(-DATA_STARVED)
     saw = f"per doubling of the text {slope}"
-    rule = f"more than {DATA_STARVED} nats gained per doubling"
-    return Finding("Data halving", verdict, saw, rule, conclusion, next_step), slope
+    found = judged(
+        ("Data halving", saw, f"more than {DATA_STARVED} nats gained per doubling"),
+        (side < 0, "data-starved", "data-starved", "get more text"),
+        (side > 0, "not data-starved", "data is not what holds it back"),
+        OPEN,
+    )
+    return found, slope
 
 
 def ablation_effects(
@@ -227,26 +227,22 @@ def weak_spots(
         found.append(_part("Context", effects[part], saw, said, advice))
     for part, advice in _REDESIGN.items():
         if cost := effects.get(part):
-            held = ledger[part] / whole
-            saw = f"disabling it costs {cost}, it holds {held:.1%} of the parameters"
-            said = "hardly used", "used"
-            found.append(_part(part.capitalize(), cost, saw, said, advice))
+            saw = (
+                f"disabling it costs {cost}, it holds {ledger[part] / whole:.1%} of the parameters"
+            )
+            found.append(_part(part.capitalize(), cost, saw, ("hardly used", "used"), advice))
     idle = [block for block in blocks if effects[block].beyond(RELEVANT) < 0]
     most = max(blocks, key=lambda block: effects[block].mean)
     saw = f"zeroing a block's cells costs at most {effects[most]} ({most})"
-    conclusion = f"{len(idle)} of {len(blocks)} hardly used"
-    verdict, next_step = "used", ""
-    if len(idle) > len(blocks) / 2:
-        verdict, next_step = "idle", "fewer blocks of more cells"
-    found.append(Finding("Semantic blocks", verdict, saw, _HARDLY_USED, conclusion, next_step))
-    return found
+    said, many = f"{len(idle)} of {len(blocks)} hardly used", len(idle) > len(blocks) / 2
+    cases = (many, "idle", said, "fewer blocks of more cells"), (True, "used", said)
+    return [*found, judged(("Semantic blocks", saw, _HARDLY_USED), *cases)]
 
 
 def _part(title: str, cost: Interval, saw: str, said: tuple[str, str], advice: str) -> Finding:
-    side = cost.beyond(RELEVANT)
-    verdict = {-1: "idle", 0: "undecided", 1: "used"}[side]
-    conclusion = {-1: said[0], 0: "undecided", 1: said[1]}[side]
-    return Finding(title, verdict, saw, _HARDLY_USED, conclusion, advice if side < 0 else "")
+    side, (idle, used) = cost.beyond(RELEVANT), said
+    cases = (side < 0, "idle", idle, advice), (side > 0, "used", used)
+    return judged((title, saw, _HARDLY_USED), *cases, (True, "undecided", "undecided"))
 
 
 def names_mean(found: Mapping, expected: Mapping[str, str]) -> Finding:
@@ -262,9 +258,9 @@ def names_mean(found: Mapping, expected: Mapping[str, str]) -> Finding:
         f"({', '.join(f'{name}: {best[name]}' for name in reads)}); a word moves least with its "
         f"context in {still}; similarity of two blocks {np.mean(others):.2f} on average"
     )
-    rule = f"chance: 1 in {len(found['blocks'])}"
-    named = len(right) > len(reads) / 2
-    verdict, conclusion = ("names", "the names say where to look") if named else (
-        "labels", "the names are labels: training does not fill a block with what it is called"
-    )  # fmt: skip
-    return Finding("The blocks' names", verdict, saw, rule, conclusion)
+    labels = "the names are labels: training does not fill a block with what it is called"
+    return judged(
+        ("The blocks' names", saw, f"chance: 1 in {len(found['blocks'])}"),
+        (len(right) > len(reads) / 2, "names", "the names say where to look"),
+        (True, "labels", labels),
+    )

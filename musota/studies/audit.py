@@ -25,6 +25,7 @@ SYMBOLS = 16  # of the vocabulary are drawn at random: so few that a leak is lea
 STEPS, STEP_ROWS, STEP_TOKENS, RATE = 250, 8, 16, 2e-3  # of training on them
 SHOWN = 24  # tokens of the picture
 ROUNDING = 1e-5  # of the largest logit: what a convolution by FFT spreads everywhere
+MODES = {"in evaluation": False, "in training": True}
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -62,42 +63,40 @@ def audit(
     Raises MusotaError for what is no such module, and for what its code raises.
     """
     _check(module, vocab_size, max_seq_len)
-    prepare_memory(_device(module))
+    device = _device(module)
+    prepare_memory(device)
     with torch.random.fork_rng():
         draw = Generator().manual_seed(seed)
-        ids = torch.randint(vocab_size, (2, max_seq_len), generator=draw).to(_device(module))
+        ids = torch.randint(vocab_size, (2, max_seq_len), generator=draw).to(device)
         checked_logits(_copy(module, False), ids, vocab_size)
-        shaken = _shaken(module, ids, draw)
-        asked = [(net, training) for training in (False, True) for net in (module, shaken)]
-        nets = dict(zip(rules.SETTINGS, asked, strict=True))
-        probes = {setting: _probe(*net, ids, vocab_size) for setting, net in nets.items()}
-        leaky = [setting for setting, probe in probes.items() if probe.ahead]
-        shown = leaky[0] if leaky else rules.SETTINGS[1]
-        first = ids[:, :SHOWN]
-        change = _changes(*nets[shown], first, vocab_size, range(first.shape[1]))
-        change = change * (change > probes[shown].tolerance)
-        ahead = {setting: probe.ahead for setting, probe in probes.items()}
-        ahead[shown] = ahead[shown] + _ahead(change, range(first.shape[1]))
-        talk, kept, unsure = (
-            [setting for setting, probe in probes.items() if getattr(probe, what)]
-            for what in ("talk", "kept", "unsure")
-        )
-        compared = _compare_losses(shaken, ids, vocab_size, loss, draw)
+        nets = {"as it is": module, "with its weights shaken": _shaken(module, ids, draw)}
+        probes = [
+            _probe(mode, weights, net, ids, vocab_size)
+            for mode in MODES
+            for weights, net in nets.items()
+        ]
+        shown = next((probe for probe in probes if probe.ahead), probes[1])
+        net, first = nets[shown.weights], ids[:, :SHOWN]
+        change = _changes(net, MODES[shown.mode], first, vocab_size, range(first.shape[1]))
+        change = change * (change > shown.tolerance)
+        shown.ahead.extend(_ahead(change, range(first.shape[1])))
+        compared = _compare_losses(nets["with its weights shaken"], ids, vocab_size, loss, draw)
         scale = rules.which_shift(*compared)[1] if loss else 1.0
         try:
             losses = _on_random_tokens(module, vocab_size, max_seq_len, loss, draw)
         except MusotaError:
-            if not kept:
+            if not any(probe.kept for probe in probes):
                 raise
             losses = []  # a state with a history cannot be trained
+        symbols = min(SYMBOLS, vocab_size)
         findings = (
-            rules.looks_ahead(ahead, unsure),
-            rules.other_sequences(talk, kept),
-            rules.random_floor([one / scale for one in losses], min(SYMBOLS, vocab_size)),
+            rules.looks_ahead(probes),
+            rules.other_sequences(probes),
+            rules.random_floor([one / scale for one in losses], symbols),
             rules.loss_is_the_loss(*compared),
             _size(module, ids, vocab_size),
         )
-    return Audit(findings, change, tuple(losses), min(SYMBOLS, vocab_size))
+    return Audit(findings, change, tuple(losses), symbols)
 
 
 def causality_matrix(model: CausalLM, tokens: Tensor, positions: int = 32) -> Tensor:
@@ -182,18 +181,8 @@ def _ahead(moved: Tensor, positions: Sequence[int]) -> list[int]:
     return distances[distances > 0].tolist()
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """What one setting showed."""
-
-    ahead: list[int]  # how far, where logits saw what comes
-    talk: bool  # a row moved another
-    kept: bool  # a call moved the next
-    unsure: bool  # even fresh copies answer unlike
-    tolerance: float  # smaller changes are rounding
-
-
-def _probe(module: nn.Module, training: bool, ids: Tensor, vocab_size: int) -> _Probe:
+def _probe(mode: str, weights: str, module: nn.Module, ids: Tensor, vocab_size: int) -> rules.Probe:
+    training = MODES[mode]
     base, same = (_ask(_copy(module, training), ids) for _ in range(2))
     noise, largest = float(same.sub_(base).abs_().max()), float(base.abs().max())
     tolerance, last = ROUNDING * largest + 4 * noise, ids.shape[1] - 1
@@ -203,7 +192,9 @@ def _probe(module: nn.Module, training: bool, ids: Tensor, vocab_size: int) -> _
     other[0] = (ids[0] + 1) % vocab_size
     beside = _ask(_copy(module, training), other).sub_(base).abs_()
     after = [_ask(kept, asked) for asked in (other, ids)][1].sub_(base).abs_()
-    return _Probe(
+    return rules.Probe(
+        mode,
+        weights,
         ahead=_ahead(change > tolerance, positions),
         talk=bool(beside[1].max() > tolerance),
         kept=bool(after.max() > tolerance),
@@ -259,13 +250,11 @@ def _compare_losses(
 
 def _size(module: nn.Module, ids: Tensor, vocab_size: int) -> Finding:
     """Parameters by module, arithmetic, memory, and the dense model to compare with."""
-    length = ids.shape[1]
-    size = size_of(_copy(module, False), vocab_size, length)
-    parts = Counter()
+    size, parts = size_of(_copy(module, False), vocab_size, ids.shape[1]), Counter()
     for name, weight in module.named_parameters():
         parts[name.partition(".")[0]] += weight.numel()
     shares = ", ".join(f"{n} {c / size.n_parameters:.0%}" for n, c in parts.most_common(5))
-    other = match_width(size.n_parameters, DenseConfig(vocab_size, length, size.n_layer))
+    other = match_width(size.n_parameters, DenseConfig(vocab_size, ids.shape[1], size.n_layer))
     saw = (
         f"{size.n_parameters:,} parameters ({shares}), {size.flops_per_token / 1e6:.1f} MFLOP a "
         f"token; {16 * size.n_parameters / 1e6:,.0f} MB for weights, gradients and Adam"

@@ -22,6 +22,10 @@ LINES = {  # for advice that changes no field
 Runs = Mapping[str, Mapping[int, Run]]  # by cell and seed
 
 
+def _first(runs: Runs, cell: str) -> Run:
+    return next(iter(runs[cell].values()))
+
+
 def valid_losses(runs: Runs) -> dict[str, dict[int, float]]:
     """Best valid nats/token by cell and seed, inf where it diverged; whole cells only."""
     seeds = {seed for by_seed in runs.values() for seed in by_seed}
@@ -34,7 +38,7 @@ def valid_losses(runs: Runs) -> dict[str, dict[int, float]]:
 
 def _sweep(runs: Runs, name: str) -> dict[float, str]:
     """By learning rate, the cells that differ from the cell `name` in nothing else."""
-    ones = {cell: next(iter(runs[cell].values())) for cell in valid_losses(runs)}
+    ones = {cell: _first(runs, cell) for cell in valid_losses(runs)}
     if name not in ones:
         return {}
     alike = {run: cell for cell, run in ones.items() if run.fingerprint == ones[name].fingerprint}
@@ -51,7 +55,7 @@ def sweep_losses(runs: Runs, name: str) -> dict[float, list[float]]:
 def data_losses(runs: Runs, name: str) -> dict[int, dict[int, float]]:
     """Valid losses by number of training tokens, of the cells that `data_shares(name, …)` made."""
     return {
-        next(iter(runs[cell].values())).config["corpus"]["tokens"]["train"]: losses
+        _first(runs, cell).config["corpus"]["tokens"]["train"]: losses
         for cell, losses in valid_losses(runs).items()
         if cell in (name, f"{name}_half", f"{name}_quarter")
     }
@@ -64,24 +68,23 @@ def judge(runs: Runs, suspects: Sequence[Suspect]) -> list[Cause]:
     best rate: the plan's rates were made for neither. With a best rate at the edge of its sweep
     that stays undecided.
     """
-    losses, best, at_edge, fair = valid_losses(runs), [], False, None
-    for name in ("original", "dense"):
-        if len(swept := sweep_losses(runs, name)) > 1:
-            rate = best_of(swept)
-            best.append(_sweep(runs, name)[rate])
-            at_edge |= rate in (min(swept), max(swept))
-    if len(best) == 2:
+    losses, fair, at_edge = valid_losses(runs), None, False
+    sweeps = {name: sweep_losses(runs, name) for name in ("original", "dense")}
+    if all(len(swept) > 1 for swept in sweeps.values()):
+        rates = {name: best_of(swept) for name, swept in sweeps.items()}
+        at_edge = any(rates[n] in (min(swept), max(swept)) for n, swept in sweeps.items())
+        best = [_sweep(runs, name)[rate] for name, rate in rates.items()]
         name = f"{TWIN[0]}, each at its best rate" + (" (at an edge)" if at_edge else "")
         fair = Suspect(name, TWIN[1], *best, DENSE)
     known = [s for s in (*suspects, fair) if s and {s.before, s.after} <= losses.keys()]
-    vocab_size = next(iter(runs["original"].values())).experiment.model.vocab_size
+    causes = root_causes(known, losses, _first(runs, "original").experiment.model.vocab_size)
     return [
         replace(
             cause,
             here=_changes(runs, cause.suspect),
             verdict="undecided" if at_edge and cause.suspect is fair else cause.verdict,
         )
-        for cause in root_causes(known, losses, vocab_size)
+        for cause in causes
     ]
 
 
@@ -124,7 +127,7 @@ def advised_changes(suspect: Suspect, profile: str) -> dict[str, float]:
 
 def _changes(runs: Runs, suspect: Suspect) -> str:
     """What the cells of a suspect really differ in: names, values before and after."""
-    pair = [next(iter(runs[cell].values())) for cell in (suspect.before, suspect.after)]
+    pair = [_first(runs, cell) for cell in (suspect.before, suspect.after)]
     before, after = (
         run.experiment.fields() | {"training tokens": run.config["corpus"]["tokens"]["train"]}
         for run in pair

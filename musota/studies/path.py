@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from musota.plan.path import EARNED, Step, steps
-from musota.plan.profiles import Profile, rate_factor, scaled
-from musota.plan.suspects import Cell
+from musota.plan.profiles import Profile, scaled
 from musota.rules.stats import Interval, pooled_contrast
-from musota.studies.campaign import ByRate, best_of, by_rate, wider
+from musota.studies.campaign import ByRate, at_rates, best_of, bracket, by_rate
 from musota.studies.cells import run_cells
 from musota.training.runs import Run
 
@@ -29,27 +27,15 @@ def _losses(runs: ByRate, seed: int) -> dict[float, list[float]]:
     return {rate: [seeds[seed].valid_loss] for rate, seeds in runs.items() if seed in seeds}
 
 
-def run_path(profile: Profile, corpus, folder: Path, seeds: range, known=(), **how) -> None:
+def run_path(profile: Profile, seeds: range, **how) -> None:
     """Train every row of the path with the first seed at several rates, until the best lies
     between two others, then with the other seeds at the best."""
-    known = list(known)
-
-    def train(rates: Mapping[str, Iterable[float]], seeds) -> None:
-        cells = {}
-        for name, step in steps().items():
-            for rate in rates.get(name, ()):
-                factor = rate_factor(step.experiment.model, profile)
-                label = f"{name.replace(', ', ' ').replace(' ', '_')}_rate_{rate:g}"
-                cells[label] = Cell(step.experiment.with_(learning_rate=rate / factor))
-        done = run_cells(cells, list(seeds), profile, corpus, folder, known=known, **how)
-        known.extend(run for by_seed in done.values() for run in by_seed.values())
-
-    rates = dict.fromkeys(steps(), RATES)
-    while any(rates.values()):
-        train(rates, seeds[:1])
-        losses = {n: _losses(runs, seeds[0]) for n, runs in sort_out(known, profile).items()}
-        rates = {name: wider(of_one) for name, of_one in losses.items()}
-    train({name: [best_of(of_one)] for name, of_one in losses.items()}, seeds[1:])
+    names = {name: name.replace(",", "").replace(" ", "_") for name in steps()}
+    experiments = {names[name]: step.experiment for name, step in steps().items()}
+    cells = {}
+    for name, losses in bracket(experiments, RATES, seeds[0], profile, **how).items():
+        cells |= at_rates(name, experiments[name], profile, [best_of(losses)])
+    run_cells(cells, seeds[1:], profile, **how)
 
 
 OF_A_CHANGE = {1: "earns its place", 0: "undecided", -1: "does not"}

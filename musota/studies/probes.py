@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from musota.data.corpus import Corpus
 from musota.errors import MusotaError
@@ -19,9 +19,13 @@ from musota.models.musota import MuSota
 from musota.plan.config import Experiment
 from musota.training import keeping
 from musota.training.evaluate import blocks_of
-from musota.training.machine import autocast_on, find_device
+from musota.training.folder import RunFolder
+from musota.training.machine import autocast_on, find_device, make_accelerator
 from musota.training.runs import Run
 from musota.training.trainer import Trainer, train
+
+# Modules, and what becomes of their output: a forward hook of torch.
+Change = tuple[list[nn.Module], Callable]
 
 
 @torch.no_grad()
@@ -52,8 +56,8 @@ def ablations(model: CausalLM, tokens: Tensor) -> dict[str, Tensor]:
     """
     require_blocks(model)
     nats = {"none": score(model, tokens)[0]}
-    for name, hooks in _disabled_parts(model, tokens).items():
-        with _removed_after(hooks()):
+    for name, changes in disabled_parts(model, tokens).items():
+        with replaced(*changes):
             nats[name] = score(model, tokens)[0]
     return nats
 
@@ -87,7 +91,8 @@ def anneal(run: Run, corpus: Corpus, share: float = 0.15) -> dict[str, Tensor]:
     for arm, falls in {"decayed": 1, "held": 0}.items():
         with TemporaryDirectory() as scratch:
             shutil.copytree(run.path, scratch, dirs_exist_ok=True)
-            trainer = Trainer(run.experiment, corpus, scratch, seed=run.seed, name=run.name)
+            folder = RunFolder(scratch, run.config)
+            trainer = Trainer(run.experiment, corpus, run.seed, folder, make_accelerator())
             keeping.restore(trainer, trainer.saved)
             with autocast_on(trainer.device):
                 nats.setdefault("before", score(trainer.model, corpus.valid)[0])
@@ -97,7 +102,6 @@ def anneal(run: Run, corpus: Corpus, share: float = 0.15) -> dict[str, Tensor]:
                 trainer.one_step()
             with autocast_on(trainer.device):
                 nats[arm] = score(trainer.model, corpus.valid)[0]
-            trainer.folder.lock.release()
     return nats
 
 
@@ -107,57 +111,48 @@ def _by_blocks(nats: Mapping[str, Tensor]) -> dict:
     return {"tokens": tokens, "nats": {name: sums for name, (sums, _) in blocks.items()}}
 
 
-def _disabled_parts(model: CausalLM, tokens: Tensor) -> dict:
-    """By name, functions that disable a part through hooks and return those."""
+def disabled_parts(model: CausalLM, tokens: Tensor) -> dict[str, list[Change]]:
+    """By the name of a part, what disables it."""
 
-    def replace(modules, new) -> list:
-        return [module.register_forward_hook(new) for module in modules]
-
-    def own_value(attention, inputs, _):
+    def alone(attention, inputs, _):
         B, T, C = inputs[0].shape
-        alone = inputs[0].reshape(B * T, 1, C)  # every token a sequence of its own
-        return type(attention).forward(attention, alone).view(B, T, C)
+        one_by_one = inputs[0].reshape(B * T, 1, C)  # every token a sequence of its own
+        return type(attention).forward(attention, one_by_one).view(B, T, C)
 
-    def alone() -> list:
-        return replace(attentions, own_value)
-
-    def no_cross() -> list:
-        crosses = [layer.cross_attention for layer in model.layers]
-        return replace(crosses, lambda _, __, out: (torch.zeros_like(out[0]), out[1]))
-
-    def mean_gate() -> list:
-        seen = defaultdict(list)
-        gates = [layer.gate for layer in model.layers]
-
-        def keep(gate, _, out):
-            seen[gate].append(out.flatten(0, 1))
-
-        with _removed_after(replace(gates, keep)):
+    def mean_gate() -> Change:
+        seen, gates = defaultdict(list), [layer.gate for layer in model.layers]
+        with replaced((gates, lambda gate, _, out: seen[gate].append(out.flatten(0, 1)))):
             score(model, tokens)
         means = {gate: torch.cat(outs).mean(0) for gate, outs in seen.items()}
-        return replace(gates, lambda gate, _, out: means[gate].expand_as(out))
+        return gates, lambda gate, _, out: means[gate].expand_as(out)
 
-    def no_affinity() -> list:
-        return replace([model.affinity], lambda _, __, out: out * 0)
-
-    def without(block: int) -> list:
+    def without(block: int) -> Change:
         kept = torch.ones(model.config.d_model, device=model.device)
         kept[sum(layout.sizes[:block]) :][: layout.sizes[block]] = 0
         places = [model.dropout, *model.layers, model.norm]  # whatever hands cells on
-        return replace(places, lambda _, __, out: out * kept)
+        return places, lambda _, __, out: out * kept
 
-    if isinstance(model, MuSota):
-        attentions = [one for layer in model.layers for one in layer.block_attention]
-        parts = {"block attention": alone, "cross attention": no_cross}
-        parts["both attentions"] = lambda: [*alone(), *no_cross()]
-    else:
-        attentions = [layer.attention for layer in model.layers]
-        parts = {"attention": alone}
-    if hasattr(model, "affinity"):
-        parts |= {"gate": mean_gate, "affinity tables": no_affinity}
     layout = model.config.layout
-    names = layout.names if layout else ()
-    return parts | {name: lambda n=n: without(n) for n, name in enumerate(names)}
+    if isinstance(model, MuSota):
+        own = [one for layer in model.layers for one in layer.block_attention], alone
+        crosses = [layer.cross_attention for layer in model.layers]
+        cross = crosses, lambda _, __, out: (torch.zeros_like(out[0]), out[1])
+        parts = {"block attention": [own], "cross attention": [cross]}
+        parts["both attentions"] = [own, cross]
+    else:
+        parts = {"attention": [([layer.attention for layer in model.layers], alone)]}
+    if hasattr(model, "affinity"):
+        parts["gate"] = [mean_gate()]
+        parts["affinity tables"] = [([model.affinity], lambda _, __, out: out * 0)]
+    return parts | {name: [without(place)] for place, name in enumerate(layout.names)}
+
+
+@contextmanager
+def replaced(*changes: Change) -> Iterator[None]:
+    """Within it what some modules return is replaced."""
+    hooks = [module.register_forward_hook(new) for modules, new in changes for module in modules]
+    with _removed_after(hooks):
+        yield
 
 
 def require_blocks(model: CausalLM) -> None:

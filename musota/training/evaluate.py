@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +14,6 @@ from musota.training.machine import is_out_of_memory
 
 BLOCK_TOKENS = 1024  # valid losses are kept by blocks of so many tokens, for the paired bootstrap
 HEALTH_WINDOWS = 8  # of valid, looked at closely after each epoch
-CHECKED_TOKENS, LEAST_AGREEMENT = 2000, 0.9  # generated text may be cut a little otherwise
 CLEAN_SHARE = 32  # one training token in so many is scored without dropout after each epoch
 SAMPLE_PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 32
 SAMPLE_SETTINGS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0}
@@ -34,20 +31,10 @@ def evaluate(
 
     Given the counts of the same text also `word_ppl` = exp(total nats / words), line ends counted
     as words, and `bits_per_byte` = total bits / UTF-8 bytes; both survive a change of tokenizer.
-    `tokens` may be a text. Warns of tokens that another tokenizer has made.
+    `tokens` may be a text.
     """
-    ids = model.as_ids(tokens)
-    measured = metrics_of(*score(model, ids, stride, batch_size), words, bytes)
-    if model.tokenizer:  # the text these ids would spell has other tokens, then
-        some = ids[:CHECKED_TOKENS].tolist()
-        again = model.tokenizer.encode(model.tokenizer.decode(some)).tolist()
-        if (Counter(some) & Counter(again)).total() < LEAST_AGREEMENT * len(some):
-            warnings.warn(
-                "The model's tokenizer would make other tokens of this text: if another one made "
-                "these, the PPL means nothing.",
-                stacklevel=2,
-            )
-    return measured
+    nats, hits = score(model, model.as_ids(tokens), stride, batch_size)
+    return metrics_of(nats, hits, words, bytes)
 
 
 def metrics_of(

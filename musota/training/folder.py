@@ -29,6 +29,8 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike, identity: dict, writes: bool = True):
         self.path = as_path(path)
         self.checkpoints = self.path / "checkpoints"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.summary_path = self.path / "summary.json"
         self.identity, self.writes = identity, writes
         self.metrics = b""  # of metrics.jsonl, as it should be
         self.trouble = ""
@@ -44,13 +46,20 @@ class RunFolder:
         self._refuse_other(run.config, f"folder {self.path}")
         return run.finished
 
-    def prepare(self, fresh: bool) -> None:
-        """Make the folder and lock it, empty of an earlier run if `fresh`.
+    @contextmanager
+    def held(self, fresh: bool = False) -> Iterator[None]:
+        """Within it the folder is there and locked, at first empty of an earlier run if `fresh`.
 
         Raises MusotaError if it cannot be written or another process trains in it.
         """
-        if not self.writes:
-            return
+        try:
+            if self.writes:
+                self._prepare(fresh)
+            yield
+        finally:
+            self.lock.release()
+
+    def _prepare(self, fresh: bool) -> None:
         with self._told():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             try:
@@ -84,14 +93,16 @@ class RunFolder:
         try:
             write()
         except OSError as error:
-            if not self.trouble:
-                said = (
-                    f"{error.strerror or error}. Training goes on; the next checkpoint tries again"
-                )
-                print(f"\nNot saved: {self.path}: {said}.", flush=True)
-            self.trouble = error.strerror or str(error)
+            told, self.trouble = self.trouble, error.strerror or str(error)
+            if not told:
+                again = "Training goes on; the next checkpoint tries again"
+                print(f"\nNot saved: {self.path}: {self.trouble}. {again}.", flush=True)
             return False
         return True
+
+    def say(self, text: str) -> None:
+        if self.writes:
+            print(text, flush=True)
 
     def append(self, record: dict) -> None:
         """A line for metrics.jsonl."""
@@ -100,16 +111,15 @@ class RunFolder:
 
     def write_metrics(self) -> None:
         """Let metrics.jsonl be as it should: add what is missing, or replace what is not so."""
-        path, held = self.path / "metrics.jsonl", self._held_metrics()
+        held = self._held_metrics()
         if self.metrics.startswith(held):
-            with path.open("ab") as file:
+            with self.metrics_path.open("ab") as file:
                 file.write(self.metrics[len(held) :])
         else:
-            write_bytes(path, self.metrics)
+            write_bytes(self.metrics_path, self.metrics)
 
     def _held_metrics(self) -> bytes:
-        path = self.path / "metrics.jsonl"
-        return path.read_bytes() if path.exists() else b""
+        return self.metrics_path.read_bytes() if self.metrics_path.exists() else b""
 
     def write_config(self, choices: dict) -> None:
         """Once. Raises MusotaError where it cannot be written."""
@@ -132,9 +142,13 @@ class RunFolder:
             lost = f"The end of the run could not be saved in {self.path}: {self.trouble}"
             raise MusotaError(f"{lost}. Make room there and repeat the call.")
 
-    def forget_summary(self) -> None:
-        """Remove the summary of epochs that this run has not come to."""
-        self.attempt(lambda: (self.path / "summary.json").unlink(missing_ok=True))
+    def write_summary(self, summary: dict) -> None:
+        """With the hash of metrics.jsonl, which it vouches for; an empty one is removed."""
+        if not summary:
+            self.attempt(lambda: self.summary_path.unlink(missing_ok=True))
+        elif self.attempt(self.write_metrics):
+            known = {"metrics_sha256": sha256(self.metrics), "metrics_bytes": len(self.metrics)}
+            self.attempt(lambda: write_sealed(self.summary_path, {**summary, **known}))
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], state: dict) -> None:
         """Write what to resume from, metrics.jsonl included, and keep the last two."""
@@ -170,7 +184,7 @@ class RunFolder:
             self._refuse_other(state.pop("identity"), f"checkpoint {path}")
             self.metrics = state.pop("metrics").encode()
             if not self._held_metrics().startswith(self.metrics):
-                print(f"{self.path}/metrics.jsonl was damaged: it is restored from the checkpoint.")
+                print(f"{self.metrics_path} was damaged: it is restored from the checkpoint.")
             self.attempt(self.write_metrics)
             self.last = path.name
             return load(data), state
@@ -178,8 +192,8 @@ class RunFolder:
             none = f"No checkpoint in {self.checkpoints} can be read any more"
             raise MusotaError(f"{none}: start over with fresh=True (--fresh).")
         if self.writes:
-            (self.path / "metrics.jsonl").unlink(missing_ok=True)
-            self.forget_summary()
+            self.metrics_path.unlink(missing_ok=True)
+        self.write_summary({})
         return None
 
 

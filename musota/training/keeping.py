@@ -9,7 +9,7 @@ import time
 import torch
 from torch import Tensor
 
-from musota.files import sha256, write_sealed
+from musota.files import sha256
 from musota.models.base import weights_sha256
 from musota.models.sharing import save_model
 from musota.training.evaluate import blocks_of, health_of, metrics_of, samples_of, score_in_memory
@@ -94,10 +94,7 @@ def restore(trainer, saved: tuple[dict[str, Tensor], dict]) -> None:
     for name in KEPT:
         setattr(trainer, name, state[name])
     trainer.started = time.perf_counter() - state["seconds"]
-    if trainer.summary:  # of that moment again, should a later one stand there
-        write_summary(trainer)
-    else:
-        trainer.folder.forget_summary()
+    write_summary(trainer)  # of that moment again, should a later one stand there
 
 
 def finish(trainer) -> None:
@@ -125,17 +122,12 @@ def finish(trainer) -> None:
 
 
 def write_summary(trainer) -> None:
-    folder = trainer.folder
-    if not folder.attempt(folder.write_metrics):  # which the summary vouches for
-        return
-    summary = {
-        **trainer.summary,
+    """What has been measured, and on what; nothing before the first epoch has ended."""
+    about = {
         "parameters": sum(trainer.ledger.values()),
         "parameter_ledger": trainer.ledger,
         "flops_per_token": trainer.experiment.model.flops_per_token,
         "peak_memory_bytes": peak_memory(trainer.device),
         **about_machine(trainer.device),
-        "metrics_sha256": sha256(folder.metrics),
-        "metrics_bytes": len(folder.metrics),
     }
-    folder.attempt(lambda: write_sealed(folder.path / "summary.json", summary))
+    trainer.folder.write_summary({**trainer.summary, **about} if trainer.summary else {})

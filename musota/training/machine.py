@@ -27,7 +27,6 @@ from musota.files import sha256
 from musota.plan.config import Experiment
 
 PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}  # accelerate's
-ACTING = ("ACCELERATE_", "TORCH_ALLOW_", "NVIDIA_TF32", "CUBLAS_")
 COMPILE_STEPS = 2000  # a run of so many steps wins back what compiling takes
 HEADLESS = "MUSOTA_HEADLESS"  # set where progress goes to a log and not to a screen
 
@@ -42,9 +41,8 @@ def find_device(name: str | None = None) -> torch.device:
 
 
 def make_accelerator(device: str | None = None, precision: str | None = None) -> Accelerator:
-    """accelerate's, on a device by name or the best one, in a precision by its name or in what
-    pays there. Whatever its environment variables could change in the mathematics is said
-    explicitly (a number of steps alone they overrule)."""
+    """accelerate's, on a device by name or the best one, in a precision by name or in what pays
+    there. What its environment variables could change in the mathematics is said explicitly."""
     if device is None and parse_flag_from_env("ACCELERATE_USE_CPU"):
         device = "cpu"
     chosen = find_device(device)
@@ -93,34 +91,31 @@ def default_choices(experiment: Experiment, device: torch.device, total_steps: i
 
 
 def about_machine(used: torch.device | None = None) -> dict:
-    """What a measurement was taken on (`used`, by default the best device here), and when; with
-    the environment variables that change what is computed."""
+    """What a measurement was taken on (`used`, by default the best device here), and when."""
     threads = torch.get_num_threads()
     device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     if (used := used or find_device()).type != "cpu":
         device = torch.cuda.get_device_name() if used.type == "cuda" else "Apple GPU"
-    versions = {package: metadata.version(package) for package in ("torch", "tokenizers")}
     house = Path(__file__).resolve().parents[1]
     rooms = (house / room for room in ("plan", "data", "models", "training"))
     files = sorted(path for room in rooms for path in room.glob("*.py"))  # that decide its result
     text = b"".join(path.read_bytes() for path in files)
-    versions["musota"] = sha256(text.replace(b"\r\n", b"\n"))[:12]  # git may write either
-    acting = {k: v for k, v in sorted(os.environ.items()) if k.startswith(ACTING)}
+    versions = {
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in ("torch", "tokenizers")},
+        "musota": sha256(text.replace(b"\r\n", b"\n"))[:12],  # git may write either
+    }
     return {
         "device": device,
-        **({"environment": acting} if acting else {}),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions,
     }
 
 
 def prepare_memory(device: torch.device) -> None:
     """Before a run: a GPU forgets the last one, and counts its peak anew; a CPU's allocator keeps
-    what one step frees for the next (Linux with glibc).
-
-    By default every large tensor is handed back to the system and asked for again page by page,
-    which costs a tenth of a training step and more. Holds for the whole process.
-    """
+    what one step frees for the next (Linux with glibc), for otherwise every large tensor is asked
+    for again page by page: a tenth of a step and more. Holds for the whole process."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
@@ -133,8 +128,7 @@ def prepare_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on a GPU since the run began, else of the whole process (on a Mac, which
-    does not tell its peak, now)."""
+    """Bytes: allocated on a GPU since the run began, else of the whole process (on a Mac: now)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
@@ -180,9 +174,8 @@ class _Lines:
 
 def has_front_end() -> bool:
     """Whether a person sees this notebook while it runs, as far as a kernel can know."""
-    if "IPython" not in sys.modules or os.environ.get(HEADLESS):
-        return False
-    if not hasattr(sys.modules["IPython"].get_ipython(), "kernel"):
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if os.environ.get(HEADLESS) or not hasattr(shell, "kernel"):
         return False
     with suppress(psutil.Error):
         started_by = " ".join(psutil.Process().parent().cmdline())
@@ -192,19 +185,8 @@ def has_front_end() -> bool:
 
 def progress_bar(total_tokens: int, done: int = 0, shown: bool = True) -> tqdm:
     """Tokens done, tokens/s and time left: a live bar for people, a line every 10 s for logs."""
-    live = sys.stderr.isatty() or has_front_end()
     settings = {"mininterval": 1, "dynamic_ncols": True}
-    if not live:
+    if not (sys.stderr.isatty() or has_front_end()):
         settings = {"mininterval": 10, "file": _Lines(), "ncols": 120}
-    bar = tqdm(
-        total=total_tokens,
-        initial=done,
-        disable=not shown,
-        unit=" tokens",
-        unit_scale=True,
-        maxinterval=float("inf"),
-        **settings,
-    )
-    bar._time = time.monotonic  # the clock on the wall may be put back an hour
-    bar.start_t = bar.last_print_t = bar._time()
-    return bar
+    settings |= {"maxinterval": float("inf"), "unit": " tokens", "unit_scale": True}
+    return tqdm(total=total_tokens, initial=done, disable=not shown, **settings)

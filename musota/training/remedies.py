@@ -22,7 +22,6 @@ class Diverged(MusotaError):
 
 
 COMPILING = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
-SURPRISES = (RuntimeError, *COMPILING, Diverged)
 
 
 def known(error: Exception) -> Exception:
@@ -50,6 +49,7 @@ def refuse_bad_loss(trainer, loss: float, limit: float = math.inf) -> None:
 
 def mend(trainer, trouble: Exception) -> None:
     """After a step that failed. Raises what cannot be mended here."""
+    trainer.optimizer.zero_grad()
     if is_out_of_memory(trouble):
         _take_less_memory(trainer)
     elif isinstance(trouble, Diverged):
@@ -59,7 +59,6 @@ def mend(trainer, trouble: Exception) -> None:
         trainer.tell(f"torch.compile failed, training goes on without it ({reason})")
         trainer.choices["compile"] = False
         trainer.model.compile_layers(False)
-    trainer.optimizer.zero_grad()
 
 
 def _take_less_memory(trainer) -> None:
@@ -70,7 +69,6 @@ def _take_less_memory(trainer) -> None:
     if held == 1:
         other = "the plan's remedy is max_seq_len=160, which is another experiment"
         raise MusotaError(f"Out of memory with a single sequence: {other}.")
-    trainer.optimizer.zero_grad()
     if trainer.accelerator.scaler:  # it may have been between unscaling and the step
         trainer.accelerator.scaler._per_optimizer_states.clear()
     if trainer.device.type == "cuda":
@@ -79,13 +77,17 @@ def _take_less_memory(trainer) -> None:
     trainer.tell(f"out of memory: micro-batch {held} → {trainer.choices['micro_batch']}")
 
 
+def _half_the_rate(trainer) -> float:
+    """The next factor of the learning rate; 0 where remedies may not apply themselves any more."""
+    factor = trainer.remedies["rate_factor"] / 2
+    return factor if trainer.auto_remedy and factor >= LEAST_RATE_FACTOR else 0.0
+
+
 def _go_back(trainer, error: Diverged) -> None:
     """To the last checkpoint at half the rate, if remedies may apply themselves."""
-    factor = trainer.remedies["rate_factor"] / 2  # of now: twice back to one checkpoint, a quarter
-    if not trainer.auto_remedy or factor < LEAST_RATE_FACTOR:
-        raise error
-    bad, saved = trainer.step, trainer.folder.load_checkpoint()
-    if saved is None:  # not even the first could be written
+    factor = _half_the_rate(trainer)  # of now: twice back to one checkpoint, a quarter
+    bad, saved = trainer.step, trainer.folder.load_checkpoint() if factor else None
+    if saved is None:  # or not even the first could be written
         raise error
     keeping.restore(trainer, saved)
     trainer.remedies = {"rate_factor": factor, "step": trainer.step}
@@ -96,8 +98,7 @@ def _go_back(trainer, error: Diverged) -> None:
 
 def calm_down(trainer) -> None:
     """Half the rate where the training loss oscillates, if remedies may apply themselves."""
-    factor = trainer.remedies["rate_factor"] / 2
-    if not trainer.auto_remedy or factor < LEAST_RATE_FACTOR:
+    if not (factor := _half_the_rate(trainer)):
         return
     steps = steps_table(read_metrics(trainer.folder.metrics, trainer.folder.path))
     since = max(trainer.training.warmup_steps, trainer.remedies["step"])

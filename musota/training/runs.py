@@ -19,19 +19,17 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor
 
+from musota.data.corpus import Corpus
 from musota.errors import MusotaError
 from musota.files import as_path, read_sealed, sha256
-from musota.models.base import CausalLM
+from musota.models.base import CausalLM, weights_sha256
 from musota.models.sharing import load_model
+from musota.plan.architectures import describe
 from musota.plan.config import Experiment
 
-# What every record of a kind holds at least.
-RECORDED = {
-    "step": {"step", "loss", "learning_rate", "grad_norm", "tokens", "seconds"},
-    "epoch": {"epoch", "step", "tokens", "seconds", "valid_loss", "ppl", "accuracy", "samples"},
-    "event": {"step", "event"},
-}
+KINDS = ("step", "epoch", "event")  # of records
 
 
 class Run:
@@ -180,10 +178,30 @@ def read_metrics(data: bytes, path: Path) -> list[dict]:
     for line in data.split(b"\n")[:-1]:  # what follows the last line end is half
         try:
             record = json.loads(line)
-            if not RECORDED[record["kind"]] <= record.keys():
-                raise ValueError("a record without its fields")
+            if record["kind"] not in KINDS:
+                raise ValueError("another kind of record")
             records.append(record)
         except (ValueError, KeyError, TypeError):
             where = f"Line {len(records) + 1} of {path}"
             raise MusotaError(f"{where} is damaged: delete it, or train the run again.") from None
     return records
+
+
+def started_from(
+    source: Run | str | os.PathLike, experiment: Experiment, corpus: Corpus
+) -> tuple[Experiment, dict[str, Tensor]]:
+    """`experiment` as one that starts from the best weights of a run, and those weights.
+
+    Raises MusotaError for a run without its checkpoint, of another model or of other tokens.
+    """
+    run = source if isinstance(source, Run) else Run(source)
+    model = run.load_model()
+    held = describe(model.config)
+    for name, value in describe(experiment.model).items():  # the kind first
+        if held[name] != value and name != "dropout":  # which has no weights
+            differs = f"{run.path} has {name}={held[name]}, not {value}"
+            raise MusotaError(f"{differs}: weights fit a model of their own shape only.")
+    if model.tokenizer.backend.to_str() != corpus.tokenizer.backend.to_str():
+        other = f"{run.path} was trained on another tokenizer's tokens"
+        raise MusotaError(f"{other}: its weights mean nothing here.")
+    return experiment.with_(started_from=weights_sha256(model)[:12]), model.state_dict()

@@ -10,10 +10,12 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from musota.data.corpus import Corpus, window_starts
@@ -34,9 +36,8 @@ from musota.training.machine import (
 )
 from musota.training.optimizer import OPTIMIZERS, update_ratios
 from musota.training.remedies import Diverged
-from musota.training.runs import Run
+from musota.training.runs import Run, started_from
 from musota.training.schedule import SCHEDULES, learning_rate_at
-from musota.training.start import started_from
 
 __all__ = ["Diverged", "Trainer", "train"]
 CHECKPOINT_SECONDS = 180  # between checkpoints inside an epoch
@@ -65,20 +66,18 @@ def train(
     """Train an experiment into `run_dir` and return the run, its best epoch chosen on valid.
 
     A finished run of the same experiment, corpus and seed is returned as it is; an unfinished one
-    goes on where its last checkpoint stands; `resume=False` starts over. Ctrl-C or SIGTERM ends
-    after the step at hand, saves it and returns what has been measured; so does `stop_at` after
-    that share of the steps. Where memory runs out the micro-batch is halved. Started by
-    `accelerate launch` or torchrun, every process computes its share of each step.
+    goes on from its last checkpoint; `resume=False` starts over. Ctrl-C or SIGTERM ends after the
+    step at hand, saves it and returns what has been measured; so does `stop_at` after that share of
+    the steps. Started by `accelerate launch` or torchrun, every process computes a share of a step.
 
     `name`, `profile`: recorded for people, they decide nothing.
-    `micro_batch`, `compile`: sequences computed at a time (at dropout 0 it changes nothing else),
+    `micro_batch`, `compile`: sequences computed at a time (halved where memory runs out),
         torch.compile for the layers; chosen for the device unless given, kept when a run goes on.
     `auto_remedy`: after a loss that is not finite or explodes, back to the last checkpoint at half
         the rate; half the rate where it oscillates (twice at most in all, each an event).
     `continue_from`: another run, or its folder, whose best weights to start from; their hash is
         part of what the run is (`started_from`).
-    `device`, `precision`: cpu, cuda or mps; no, bf16 or fp16. By default what pays here. A CPU
-        with instructions for bf16 trains a large vocabulary nearly twice as fast in it.
+    `device`, `precision`: cpu, cuda or mps; no, bf16 or fp16. By default what pays here.
     `watch`: called with the run at first and whenever something new was recorded.
     `copy`: called every ten minutes and at the end; its OSErrors are treated like the disk's.
 
@@ -92,11 +91,19 @@ def train(
     start = None
     if continue_from:
         experiment, start = started_from(continue_from, experiment, corpus)
-    trainer = Trainer(
-        experiment, corpus, run_dir, resume, seed, name, profile, auto_remedy, start, device,
-        precision, micro_batch=micro_batch, compile=compile,
-    )  # fmt: skip
-    return trainer.run(stop_at, watch, copy)
+    accelerator = make_accelerator(device, precision)
+    identity = _described(experiment, corpus, seed, name, profile)
+    folder = RunFolder(run_dir, identity, accelerator.is_main_process)
+    if resume and folder.finished:  # perhaps kept as evidence, and read-only: nothing is written
+        folder.say(f"{folder.path}: finished before, loaded as it is.")
+        folder.attempt(copy)
+        folder.refuse_unsaved()
+        return Run(folder.path)
+    choices = {"micro_batch": micro_batch, "compile": compile}
+    with folder.held(fresh=not resume):
+        trainer = Trainer(experiment, corpus, seed, folder, accelerator, start, choices)
+        trainer.auto_remedy, trainer.watch, trainer.copy = auto_remedy, watch, copy
+        return trainer.run(stop_at)
 
 
 def _check_arguments(experiment, corpus, seed, micro_batch, stop_at) -> None:
@@ -105,7 +112,8 @@ def _check_arguments(experiment, corpus, seed, micro_batch, stop_at) -> None:
             raise MusotaError(f"train needs an Experiment and a Corpus, not {value!r:.80}.")
     check_seed(seed)
     for kind, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        if (name := getattr(experiment.training, kind)) not in table:
+        name = getattr(experiment.training, kind)
+        if name not in table:
             raise nearest_name(kind, name, table)
     if micro_batch is not None and not (type(micro_batch) is int and micro_batch >= 1):
         raise MusotaError(f"micro_batch must be a whole number of at least 1, not {micro_batch!r}.")
@@ -123,56 +131,49 @@ def _check_arguments(experiment, corpus, seed, micro_batch, stop_at) -> None:
 class Trainer:
     """One training run: its state, one step, and what is due after it."""
 
+    auto_remedy = False
+    watch: Callable[[Run], None] | None = None
+    copy: Callable[[], None] | None = None
+
     def __init__(
-        self, experiment, corpus, run_dir, resume=True, seed=0, name="run", profile=None,
-        auto_remedy=False, start=None, device=None, precision=None, **choices,
-    ):  # fmt: skip
+        self,
+        experiment: Experiment,
+        corpus: Corpus,
+        seed: int,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        start: dict[str, Tensor] | None = None,
+        choices: Mapping = MappingProxyType({}),
+    ):
         self.experiment, self.corpus, self.seed = experiment, corpus, seed
         self.training, self.length = experiment.training, experiment.model.max_seq_len
-        self.auto_remedy = auto_remedy
         self.windows = len(window_starts(len(corpus.train), self.length, seed, 0))
         self.steps_per_epoch = math.ceil(self.windows / self.training.sequences_per_step)
         self.total_steps = self.training.epochs * self.steps_per_epoch
         self.log_interval = max(1, self.total_steps // LOG_LINES)
-        self.accelerator = make_accelerator(device, precision)
-        self.device = self.accelerator.device
-        identity = _described(experiment, corpus, seed, name, profile)
-        self.folder = RunFolder(run_dir, identity, self.accelerator.is_main_process)
-        self.finished = resume and self.folder.finished
-        if self.finished:  # perhaps kept as evidence, and read-only: nothing is written
-            return
-        self.folder.prepare(fresh=not resume)
-        try:
-            self._open(start, {key: value for key, value in choices.items() if value is not None})
-        except BaseException:  # whoever keeps the error, as a notebook does, would keep the lock
-            self.folder.lock.release()
-            raise
-
-    def _open(self, start: dict[str, Tensor] | None, choices: dict) -> None:
-        """What the folder holds, the choices that follow from it and from the device, the model."""
-        self.accelerator.wait_for_everyone()
-        self.saved = self.folder.load_checkpoint()
-        prepare_memory(self.device)
-        saved = self.saved[1]["choices"] if self.saved else {}
-        usual = default_choices(self.experiment, self.device, self.total_steps)
-        self.choices = usual | saved | choices
+        self.folder, self.accelerator, self.device = folder, accelerator, accelerator.device
+        accelerator.wait_for_everyone()
+        self.saved = folder.load_checkpoint()
         if self.training.started_from and not (self.saved or start):
             wanted = f"This experiment starts from the weights {self.training.started_from}"
             raise MusotaError(f"{wanted}: name their run with continue_from= (--continue-from).")
-        torch.manual_seed(self.seed)
-        model = build_model(self.experiment.model)
+        prepare_memory(self.device)
+        self.choices = default_choices(experiment, self.device, self.total_steps)
+        self.choices |= self.saved[1]["choices"] if self.saved else {}
+        self.choices |= {key: value for key, value in choices.items() if value is not None}
+        torch.manual_seed(seed)
+        model = build_model(experiment.model)
         if start:
             model.load_state_dict(start)
         self.ledger = model.parameter_ledger()
         if self.choices["compile"]:
             model.compile_layers()
         groups = model.optimizer_groups(self.training.weight_decay)
-        loss_scaling = self.accelerator.scaler is not None
-        optimizer = OPTIMIZERS[self.training.optimizer](groups, loss_scaling)
-        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.model: CausalLM = self.accelerator.unwrap_model(self.wrapped)
+        optimizer = OPTIMIZERS[self.training.optimizer](groups, accelerator.scaler is not None)
+        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model: CausalLM = accelerator.unwrap_model(self.wrapped)
         # On the device once; int32 there, int64 only for the windows in use.
-        self.tokens = self.corpus.train.to(self.device)
+        self.tokens = corpus.train.to(self.device)
         self.span = torch.arange(self.length + 1, device=self.device)
         self.starts = None  # of this epoch's windows
         self.step = self.applied = 0  # steps begun, and those fp16 scaling did not skip
@@ -182,13 +183,10 @@ class Trainer:
         self.update_ratio: dict[str, float] = {}  # of this epoch, by group
         self.best_unsaved: dict[str, Tensor] | None = None
         self.remedies = {"rate_factor": 1.0, "step": 0}
-        self.watch: Callable[[Run], None] | None = None
-        self.copy: Callable[[], None] | None = None
         self.saved_at, self.copied_at = time.monotonic(), -math.inf
         self.progress = progress_bar(0, shown=False)
-        processes = self.accelerator.num_processes
-        together = {"precision": self.accelerator.mixed_precision, "processes": processes}
-        self.folder.write_config({**self.choices, **together})
+        together = {"precision": accelerator.mixed_precision}
+        folder.write_config({**self.choices, **together, "processes": accelerator.num_processes})
 
     def schedule(self, step: int) -> float:
         """The learning rate of a step; `anneal` puts another in its place."""
@@ -213,25 +211,23 @@ class Trainer:
     def tell(self, event: str) -> None:
         """Record and say something out of the ordinary."""
         self.record({"kind": "event", "step": self.step, "event": event})
-        self.say(f"\nStep {self.step}: {event}.")
+        self.folder.say(f"\nStep {self.step}: {event}.")
 
-    def say(self, text: str) -> None:
-        if self.folder.writes:
-            print(text, flush=True)
-
-    def run(self, stop_at: float, watch, copy) -> Run:
-        if self.finished:
-            self.say(f"{self.folder.path}: finished before, loaded as it is.")
-            self.folder.attempt(copy)
-            self.folder.refuse_unsaved()
-            return Run(self.folder.path)
-        _begin(self)
-        self.watch, self.copy = watch, copy
-        stop = math.ceil(stop_at * self.total_steps)
-        if watch and self.folder.writes:
-            watch(Run(self.folder.path))  # so that what it shows stands above the bar
+    def run(self, stop_at: float) -> Run:
+        """Go on from the last checkpoint, if there is one, until that share of the steps."""
+        folder, stop = self.folder, math.ceil(stop_at * self.total_steps)
+        if self.saved:
+            keeping.restore(self, self.saved)
+            self.saved = None
+            folder.say(f"{folder.path}: going on after step {self.step} of {self.total_steps}.")
+        elif self.auto_remedy:
+            keeping.checkpoint(self)  # to have something to go back to
+        if slow := curves.warmup(self.training.warmup_steps, self.total_steps):
+            folder.say(slow.sentence)
+        if self.watch and folder.writes:
+            self.watch(Run(folder.path))  # so that what it shows stands above the bar
         whole = self.training.epochs * self.windows * self.length
-        self.progress = progress_bar(whole, self.tokens_seen, self.folder.writes)
+        self.progress = progress_bar(whole, self.tokens_seen, folder.writes)
         try:
             with interruptible(self.accelerator.num_processes) as asked, self.progress:
                 while self.step < stop and not asked:
@@ -242,16 +238,15 @@ class Trainer:
                     remedies.refuse_bad_loss(self, float(self.epoch_nats))
                     keeping.checkpoint(self)
         finally:
-            self.folder.lock.release()
-            self.folder.attempt(copy)
-        self.folder.refuse_unsaved()
+            folder.attempt(self.copy)
+        folder.refuse_unsaved()
         if self.step < stop:
             place = f"step {self.step} of {self.total_steps}"
-            self.say(f"\nInterrupted after {place}; it is saved. The same call goes on from there.")
+            folder.say(f"\nInterrupted after {place}; it is saved. The same call goes on.")
             if not self.summary:  # nothing measured that could be returned
                 raise KeyboardInterrupt
         self.accelerator.wait_for_everyone()
-        return Run(self.folder.path)
+        return Run(folder.path)
 
     def _careful_step(self) -> None:
         """One step and what is due after it; with remedies for what may go wrong."""
@@ -262,7 +257,7 @@ class Trainer:
             due = time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
             if ends or due:
                 remedies.refuse_bad_loss(self, float(self.epoch_nats))
-        except remedies.SURPRISES as error:
+        except Exception as error:
             trouble = remedies.known(error)
         if trouble:
             remedies.mend(self, trouble)
@@ -271,8 +266,7 @@ class Trainer:
             self._tell_progress(float(self.epoch_nats) / self.windows)
             remedies.calm_down(self)
             keeping.checkpoint(self)
-            if self.summary:
-                keeping.write_summary(self)
+            keeping.write_summary(self)
         elif due:
             keeping.checkpoint(self)
 
@@ -338,19 +332,6 @@ class Trainer:
         best = f", best valid PPL {self.summary['ppl']:,.0f}" if self.summary else ""
         shown = f"epoch {epoch}/{epochs}, training PPL {exp_nats(loss):,.0f}{best}"
         self.progress.set_postfix_str(shown, refresh=False)
-
-
-def _begin(trainer: Trainer) -> None:
-    """Go on from the last checkpoint, if there is one; and what is to be said before a step."""
-    if trainer.saved:
-        keeping.restore(trainer, trainer.saved)
-        trainer.saved = None
-        place = f"step {trainer.step} of {trainer.total_steps}"
-        trainer.say(f"{trainer.folder.path}: going on after {place}.")
-    elif trainer.auto_remedy:
-        keeping.checkpoint(trainer)  # to have something to go back to
-    if slow := curves.warmup(trainer.training.warmup_steps, trainer.total_steps):
-        trainer.say(slow.sentence)
 
 
 def _described(experiment, corpus, seed, name, profile) -> dict:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from musota.plan.architectures import MuConfig
+from musota.plan.registry import title_of
 from musota.rules import curves, plan, verdicts
 from musota.rules.findings import Finding, not_applicable
+from musota.rules.stats import Interval
 from musota.training.runs import Run
-from musota.workbook.evidence import Evidence, plan_reason, smaller_budget
+from musota.workbook.evidence import Evidence, by_name, plan_reason, smaller_budget
 
 GOALS = ("original", "optimized", "tuned")  # rows the plan has goals for, changed or not
 
@@ -22,15 +24,15 @@ def run_findings(
     The plan's rules judge MU-SOTA; of a dense model only rungs and the curve are told.
     """
     ppl, accuracy = run.summary["ppl"], run.summary["accuracy"]
-    found, reason = [], plan_reason(run) or smaller_budget(run)
-    if isinstance(run.experiment.model, MuConfig):
+    found, is_mu = [], isinstance(run.experiment.model, MuConfig)
+    if is_mu and (reason := plan_reason(run) or smaller_budget(run)):
+        found = [not_applicable("Scenario, bottom line, expectation", reason)]
+    elif is_mu:
         found = [
             plan.scenario(ppl, accuracy, baseline.summary["ppl"] if baseline else None),
             plan.bottom_line(ppl),
             plan.expectation(ppl, accuracy),
         ]
-        if reason:
-            found = [not_applicable("Scenario, bottom line, expectation", reason)]
     if rungs:
         found.append(plan.on_the_ladder(ppl, rungs))
     plateau = plateau_of(run)
@@ -54,9 +56,26 @@ def warmup_of(run: Run) -> Finding | None:
     return curves.warmup(training.warmup_steps, int(first.step / first.epoch) * training.epochs)
 
 
-def verdict_lines(evidence: Evidence) -> list[str]:
-    """The answer in a few sentences: the comparisons first, then the plan's rules."""
-    return [found.sentence for found, _ in evidence.compared.values()] + rule_lines(evidence)
+def judged(
+    runs: Sequence[Run], first: Sequence[Run], name: str, first_name: str
+) -> tuple[Finding, Interval] | None:
+    """The verdict on a model's seeds against another's, and its interval: over seeds, or over
+    blocks of text if they share no more than one. None if validated on other tokens."""
+    if runs[0].valid_text != first[0].valid_text:
+        return None
+    sides = [{run.seed: run.summary for run in side} for side in (runs, first)]
+    if not sides[0].keys() & sides[1].keys():
+        sides = [{0: side[0].summary} for side in (runs, first)]
+    finding, text, seeds = verdicts.better_or_worse(*sides, name, first_name)
+    return finding, seeds or text
+
+
+def against_first(runs: Sequence[Run]) -> Iterator[tuple[Finding, Interval]]:
+    """What `judged` says of every model against the first of `runs`."""
+    first, *others = by_name(runs).values()
+    for group in others:
+        if found := judged(group, first, title_of(group[0].name), title_of(first[0].name)):
+            yield found
 
 
 def rule_lines(evidence: Evidence) -> list[str]:

@@ -16,6 +16,7 @@ from musota.plan.profiles import profiles
 from musota.plan.registry import TUNED, find_experiment, registry
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "results"
 # A backend inherited from a notebook would break scripts that are started from one.
 os.environ["MPLBACKEND"] = "Agg"
 TEXTS = ("profile", "corpus", "save_to")  # parameters that are text even where they look otherwise
@@ -37,33 +38,6 @@ class Place(click.Path):
         return Path(super().convert(as_path(value), parameter, context))
 
 
-def _option(*names, **how):
-    """An option whose help shows its default, where that says something."""
-    return click.option(*names, show_default=bool(how.get("default")), **how)
-
-
-def experiment_options(command):
-    """The options of every command that trains."""
-    options = (
-        _option("--profile", default="quick", help=f"auto, {', '.join(profiles)}."),
-        _option("--corpus", default="auto", help=CORPUS_HELP),
-        _option("--seed", default=0),
-        _option("--fresh", is_flag=True, help="Train again what is already trained."),
-        _option("--save-to", default="", help="Folder for results [default: results/]."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _changes(context, parameter, assignments: tuple[str, ...]) -> dict:
-    for text in assignments:
-        if "=" not in text:
-            raise MusotaError(f"--set takes FIELD=VALUE, for example epochs=50, not {text!r}.")
-    pairs = [text.partition("=") for text in assignments]
-    return {name.strip(): _literal(value.strip()) for name, _, value in pairs}
-
-
 def _literal(text: str):
     """A value from the command line: a Python literal if it is one, else the text."""
     try:
@@ -72,19 +46,45 @@ def _literal(text: str):
         return text
 
 
-PRECISION_HELP = "Of training [default: what pays there]; a CPU with bf16 gains from it, too."
-SET_HELP = "FIELD=VALUE of the experiment, after the profile; may be repeated."
-changes_option = _option("--set", "changes", multiple=True, callback=_changes, help=SET_HELP)
+def _changes(context, parameter, assignments: tuple[str, ...]) -> dict:
+    changes = {}
+    for text in assignments:
+        name, is_set, value = text.partition("=")
+        if not is_set:
+            raise MusotaError(f"--set takes FIELD=VALUE, for example epochs=50, not {text!r}.")
+        changes[name.strip()] = _literal(value.strip())
+    return changes
 
 
-def place_options(command):
-    """Where the labels of recorded runs are sought."""
-    results = ROOT / "results"
-    folder = click.option("--save-to", "results", default=results, type=Place())
-    return _option("--profile", default="quick")(folder(command))
+def _together(*options):
+    """Several options as one decorator."""
+
+    def decorate(command):
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+profile_option = click.option("--profile", default="quick", help=f"auto, {', '.join(profiles)}.")
+experiment_options = _together(
+    profile_option,
+    click.option("--corpus", default="auto", help=CORPUS_HELP),
+    click.option("--seed", default=0),
+    click.option("--fresh", is_flag=True, help="Train again what is already trained."),
+    click.option("--save-to", default="", show_default="results/", help="Folder for results."),
+)
+changes_option = click.option(
+    "--set", "changes", multiple=True, callback=_changes, help="FIELD=VALUE, after the profile."
+)
+place_options = _together(  # where the labels of recorded runs are sought
+    profile_option,
+    click.option("--save-to", "results", default=RESULTS, show_default="results/", type=Place()),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def cli():
     """Train MU-SOTA and its dense twin, compare them, and report what was measured."""
 
@@ -92,8 +92,8 @@ def cli():
 @cli.command()
 @experiment_options
 @changes_option
-@_option("--only", default="", help="Numbers of notebooks, for example 02,04.")
-@_option("-p", "parameters", nargs=2, multiple=True, help="NAME VALUE of a notebooks' parameter.")
+@click.option("--only", help="Numbers of notebooks, for example 02,04.")
+@click.option("-p", "parameters", nargs=2, multiple=True, help="A parameter: NAME VALUE.")
 def run(only, parameters, **values):
     """Run the notebooks in order; then print the comparison, the verdict and the report's place.
 
@@ -103,13 +103,13 @@ def run(only, parameters, **values):
     from musota.workbook.headless import chosen_notebooks, run_notebooks
     from musota.workbook.session import PARAMETERS, Workbook
 
-    known, own = (*PARAMETERS, "runs"), {}
+    notebooks, own = chosen_notebooks(only), {}
+    known = (*PARAMETERS, "runs")
     for name, text in parameters:
         if name not in known:
             raise nearest_name("notebook parameter", name, known)
         value = text if name in TEXTS else _literal(text)
         (own if name == "runs" else values)[name] = value
-    notebooks = chosen_notebooks(only)
     run_notebooks(Workbook(**values), notebooks, values, own)
 
 
@@ -117,22 +117,20 @@ def run(only, parameters, **values):
 @click.argument("experiment")
 @experiment_options
 @changes_option
-@_option("--continue-from", default="", help="Another run's folder or label: start at its best.")
-@_option("--compile/--no-compile", default=None, help="[default: in long runs on a GPU]")
-@_option("--auto-remedy", is_flag=True, help="Let the plan's remedies apply themselves.")
-@_option("--device", default=None, help="cpu, cuda or mps [default: the best one here].")
-@_option("--precision", type=click.Choice(["no", "bf16", "fp16"]), help=PRECISION_HELP)
-def train(experiment, compile, auto_remedy, continue_from, device, precision, **parameters):
-    from musota.workbook.compare import find_runs
+@click.option("--continue-from", help="Another run's folder or label: start at its best weights.")
+@click.option("--compile/--no-compile", default=None, show_default="in long runs on a GPU")
+@click.option("--auto-remedy", is_flag=True, help="Let the plan's remedies apply themselves.")
+@click.option("--device", show_default="the best one here", help="cpu, cuda or mps.")
+@click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]), show_default="what pays")
+def train(experiment, profile, corpus, seed, fresh, save_to, changes, continue_from, **choices):
+    from musota.workbook.evidence import find_runs
     from musota.workbook.session import Workbook
 
     if int(os.environ.get("RANK", 0)):  # of several processes one speaks
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if experiment not in TUNED:
         find_experiment(experiment)  # a wrong name is answered before the corpus is read
-    book = Workbook(**parameters)
-    choices = {"compile": compile, "auto_remedy": auto_remedy}
-    choices |= {"device": device, "precision": precision}
+    book = Workbook(profile, corpus, seed, fresh, save_to, changes)
     if continue_from:
         choices["continue_from"] = find_runs(continue_from, book.root.parent, book.root.name)[0]
     finished = book.train(experiment, **choices)
@@ -145,30 +143,31 @@ def train(experiment, compile, auto_remedy, continue_from, device, precision, **
 @click.argument("runs", nargs=-1, required=True, metavar="RUN RUN ...")
 @place_options
 def compare(runs, profile, results):
-    """Compare recorded RUNs, each with the first: where they differ, curves, table, verdicts.
+    """Compare recorded RUNs, each with the first: where they differ, table, verdicts, curves.
 
     A RUN is a run's folder, a label of results/PROFILE as tables have it (optimized,epochs=50,
     with -seed0 for one seed), or one of another folder there (study/tuned).
     """
     from musota.workbook import figures, tables
-    from musota.workbook.compare import against_first, chosen_runs
+    from musota.workbook.answers import against_first
+    from musota.workbook.evidence import chosen_runs
     from musota.workbook.style import save_figure
 
-    evidence = chosen_runs(runs, results, profile)
-    shown = tables.comparison_table(evidence.runs, columns=tables.BRIEF)
-    click.echo(f"{evidence.note}\n\n{tables.differences_table(evidence.runs).to_string()}\n")
-    click.echo(shown.to_string(index=False) + "\n")
+    chosen = chosen_runs(runs, results, profile)
+    click.echo(f"{tables.differences_table(chosen.runs).to_string()}\n")
+    shown = tables.comparison_table(chosen.runs).set_index("model").T
+    click.echo(f"{shown.to_string()}\n{chosen.note}")
     found = {}
-    for finding, interval in against_first(evidence.runs):
+    for finding, interval in against_first(chosen.runs):
         click.echo(f"- {finding.sentence}")
         found[finding.rule] = interval
-    drawn = {"curves": figures.curves(evidence.runs, evidence.rungs, reported=False)}
+    drawn = {"curves": figures.curves(chosen.runs, chosen.rungs, reported=False)}
     if found:
         drawn["verdicts"] = figures.difference(found, "Against the first", figures.FIRST)
     (results / "compared").mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         path = results / "compared" / f"{name}.png"
-        save_figure(figure, path, evidence.footer)
+        save_figure(figure, path, chosen.footer)
         click.echo(f"drawn: {path}")
 
 
@@ -179,7 +178,7 @@ def compare(runs, profile, results):
 def score(run, file, profile, results):
     """Score a text FILE (UTF-8) with the best weights of a RUN (as in `compare`): perplexity, bits
     per byte, and which tokens were surprising, as a table and a picture in the run's folder."""
-    from musota.workbook.compare import find_runs
+    from musota.workbook.evidence import find_runs
     from musota.workbook.pictures import surprises
     from musota.workbook.style import save_figure
 
@@ -189,18 +188,19 @@ def score(run, file, profile, results):
     except UnicodeDecodeError:
         raise MusotaError(f"{file} is not UTF-8: convert it, for example with iconv.") from None
     scored = found.load_model().score_text(text)
-    click.echo(f"{found}\nPPL {scored.ppl:,.1f}, {scored.bits_per_byte:.3f} bits per byte\n")
-    click.echo(scored.table.nlargest(15, "bits").to_string(float_format="%.4g"))
+    told = "PPL {ppl:,.1f}, {bits_per_byte:.3f} bits per byte".format(**scored.attrs)
+    click.echo(f"{found}\n{told}\n")
+    click.echo(scored.nlargest(15, "bits").to_string(float_format="%.4g"))
     path = found.path / f"score-{file.stem}"
-    scored.table.to_csv(path.with_suffix(".csv"), index_label="place")
+    scored.to_csv(path.with_suffix(".csv"), index_label="place")
     save_figure(surprises(scored), path.with_suffix(".png"), f"{file.name} by {found.name}")
     click.echo(f"\nEvery token: {path}.csv, {path}.png")
 
 
 @cli.command()
 @experiment_options
-@_option("--seeds", default=3, type=click.IntRange(1, 100), help="How many, from --seed on.")
-@_option("--only", default="models,sweep,tuned,grid,path", help="Parts to do.")
+@click.option("--seeds", default=3, type=click.IntRange(1, 100), help="How many.")
+@click.option("--only", default="models,sweep,tuned,grid,path", help="Parts to do.")
 def evidence(seeds, only, **parameters):
     """Carry the plan out with several seeds, then write the report.
 
@@ -222,8 +222,7 @@ def evidence(seeds, only, **parameters):
             Workbook(**parameters, grid=True).run_grid()
         else:
             book.carry_out(part, seeds)
-    for name, ppl in book.ladder.items():  # measured once, and in the report
-        click.echo(f"rung {name}: {ppl:,.1f}")
+    _ = book.ladder  # measured once, and in the report
     write_report(book.folder)
     book.deliver()
     click.echo(f"The report: {book.home / 'README.md'}")
@@ -231,11 +230,11 @@ def evidence(seeds, only, **parameters):
 
 @cli.command()
 @click.argument("model", metavar="FILE.py:NAME")
-@_option("--vocab-size", default=512, help="Tokens to audit it with.")
-@_option("--max-seq-len", default=64, help="Tokens a sequence.")
-@_option("--arguments", default="{}", help="For NAME, as JSON: '{\"width\": 64}'.")
-@_option("--loss", default="", help="The file's function loss(module, ids), if it has one.")
-@_option("--picture", type=Place(dir_okay=False), help="Draw what was found here.")
+@click.option("--vocab-size", default=512, help="Tokens to audit it with.")
+@click.option("--max-seq-len", default=64, help="Tokens a sequence.")
+@click.option("--arguments", default="{}", help="For NAME, as JSON: '{\"width\": 64}'.")
+@click.option("--loss", help="The file's function loss(module, ids), if it has one.")
+@click.option("--picture", type=Place(dir_okay=False), help="Draw what was found here.")
 def audit(model, vocab_size, max_seq_len, arguments, loss, picture):
     """Does a model of your own see the future? Runs FILE.py, and calls NAME to make the model.
 
@@ -259,9 +258,9 @@ def audit(model, vocab_size, max_seq_len, arguments, loss, picture):
 
 
 @cli.command()
-@_option("--device", default=None, help="cpu or cuda [default: cuda if there is one].")
-@_option("--json", "file", type=Place(dir_okay=False), help="Write the numbers here.")
-@_option("--repeats", default=7, type=click.IntRange(1, 1000), help="Rounds; all take turns.")
+@click.option("--device", show_default="cuda if there is one", help="cpu or cuda.")
+@click.option("--json", "file", type=Place(dir_okay=False), help="Write the numbers here.")
+@click.option("--repeats", default=7, type=click.IntRange(1), help="Rounds.")
 def bench(device, file, repeats):
     """Measure our training step against the literal version of the same model on this machine.
 
@@ -283,7 +282,7 @@ def bench(device, file, repeats):
 
 @cli.command()
 @click.argument("folders", nargs=-1, type=Place(exists=True, file_okay=False))
-@_option("--pack", is_flag=True, help="First pack run folders and probes into a few files.")
+@click.option("--pack", is_flag=True, help="First pack run folders and probes into a few files.")
 def report(folders, pack):
     """Write README.md and figures of results FOLDERS anew from their records [default: all].
 
@@ -292,16 +291,17 @@ def report(folders, pack):
     from musota.workbook import pages, records
     from musota.workbook.results import COMMITTED
 
-    results = ROOT / "results"
-    packed, whole = results.glob(f"*/{records.SUMS}"), results.glob("*/*/config.json")
+    packed, whole = RESULTS.glob(f"*/{records.SUMS}"), RESULTS.glob("*/*/config.json")
     found = {path.parent for path in packed} | {path.parent.parent for path in whole}
-    for folder in folders or [*sorted(found), *results.glob("bench")]:
-        is_bench = folder.name == "bench"
-        if pack and not is_bench:
+    for folder in folders or [*sorted(found), *RESULTS.glob("bench")]:
+        if folder.name == "bench":
+            click.echo(pages.write_bench_report(folder))
+            continue
+        if pack:
             records.pack(folder)
-        click.echo((pages.write_bench_report if is_bench else pages.write_report)(folder))
+        click.echo(pages.write_report(folder))
     if not folders:
-        kept = [path for name in COMMITTED if (path := results / name).exists()]
+        kept = [path for name in COMMITTED if (path := RESULTS / name).exists()]
         pages.write_front_page(ROOT / "README.md", kept)
         click.echo(ROOT / "README.md")
 

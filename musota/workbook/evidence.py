@@ -1,15 +1,18 @@
-"""What was recorded in a results folder, and what the rules say of it: no tables, no figures."""
+"""What was recorded, in a results folder or as chosen, and what the rules say of it: no tables."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from musota.errors import MusotaError
+import numpy as np
+
+from musota.errors import MusotaError, nearest_name
 from musota.files import as_path
 from musota.plan.architectures import DenseConfig
 from musota.plan.config import Experiment
@@ -34,10 +37,8 @@ ABLATED = (*TUNED, "optimized", "original")  # MU-SOTA as looked into: the first
 def footer(corpus: str, vocabulary: int, profile: str | None) -> str:
     """The line under every figure: what was measured on what."""
     name = corpus if "wikitext" in corpus else f"{corpus} (not WikiText!)"
-    return (
-        f"measured: {name} · byte-level BPE {vocabulary:,} · profile {profile} · valid, windows "
-        "without overlap"
-    )
+    how = f"byte-level BPE {vocabulary:,} · profile {profile} · valid, windows without overlap"
+    return f"measured: {name} · {how}"
 
 
 def footer_of(run: Run) -> str:
@@ -53,17 +54,18 @@ def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return groups
 
 
+def _rate(run: Run) -> float:
+    return run.experiment.training.learning_rate
+
+
 def progress_of(run: Run) -> str:
     return f"{run.summary['epochs_done']} of {run.experiment.training.epochs} epochs"
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The runs of a results folder on one corpus, with what else was measured on it.
-
-    Each run's `name` is a row of the registry where it is that row's experiment, so runs of equal
-    name differ in seed alone (see `records.labelled`).
-    """
+    """Runs with what else was measured on their corpus. Runs of equal name differ in seed alone:
+    each is called after the row of the registry that it is (see `records.labelled`)."""
 
     folder: Path
     runs: tuple[Run, ...]
@@ -98,13 +100,19 @@ class Evidence:
         return next(iter(self.only(name).runs), None)
 
     @property
-    def footer(self) -> str:
-        return footer_of(self.runs[0]) if self.runs else ""
+    def spread(self) -> float:
+        """Standard deviation of the valid loss (nats/token) over seeds, pooled over the rows that
+        have several; 0 where none has."""
+        losses = [
+            [run.summary["valid_loss"] for run in self.seeds(name).values()]
+            for name in by_name(self.runs)
+        ]
+        squares = sum(len(row) * np.var(row) for row in losses if row)
+        return math.sqrt(squares / max(1, sum(len(row) - 1 for row in losses if row)))
 
     @property
-    def profile(self) -> str | None:
-        """The profile these runs were made at, by name; None for runs from Python alone."""
-        return self.runs[0].config["profile"] if self.runs else None
+    def footer(self) -> str:
+        return footer_of(self.runs[0]) if self.runs else ""
 
     @property
     def plan_does_not_apply(self) -> str | None:
@@ -125,9 +133,11 @@ class Evidence:
     @property
     def sweeps(self) -> dict[str, dict[float, list[float]]]:
         """Valid losses by learning rate of both large models, where sweeps are recorded."""
-        profile = profiles.get(self.profile)
-        found = {name: swept(self.sweep_runs, name, profile) for name in TUNED.values() if profile}
-        return {title_of(name): losses for name, losses in found.items() if losses}
+        if not self.sweep_runs:
+            return {}
+        profile = profiles[self.sweep_runs[0].config["profile"]]
+        found = {title_of(n): swept(self.sweep_runs, n, profile) for n in TUNED.values()}
+        return {title: losses for title, losses in found.items() if losses}
 
     @cached_property
     def grid(self) -> tuple[list[Run], list[Cause]]:
@@ -147,7 +157,8 @@ class Evidence:
     @cached_property
     def path(self) -> dict[str, Judged]:
         """The rows of the path to the redesign that are recorded here, judged."""
-        return read_path(self.folder)
+        runs = read_runs(self.folder, PATH)[0]
+        return judge_path(sort_out(runs, profiles[runs[0].config["profile"]])) if runs else {}
 
     @property
     def ablated(self) -> tuple[Run, dict[str, Interval]] | None:
@@ -171,32 +182,31 @@ class Evidence:
 
     def goal(self, name: str) -> Finding | None:
         """The plan's goals against the seeds of a row; None without a finished one."""
-        ppls = [run.summary["ppl"] for run in self.seeds(name).values()]
-        if not ppls:
+        runs = [*self.seeds(name).values()]
+        if not runs:
             return None
-        run = self.best(name)
-        return plan.broke_through(ppls, title_of(name), plan_reason(run), smaller_budget(run))
+        why = plan_reason(runs[0]), smaller_budget(runs[0])
+        return plan.broke_through([run.summary["ppl"] for run in runs], title_of(name), *why)
 
     def twin_of(self, name: str) -> str:
-        """The recorded dense twin of a row, changed or not; empty where there is none."""
+        """The recorded dense twin of a row, changed or not; empty where there is none. A tuned
+        row's is tuned, too; another's has its learning rate, or both were given one of their own.
+        """
         run, (row, *changes) = self.best(name), name.split(",")
         if not run or isinstance(run.experiment.model, DenseConfig):
             return ""
         expected = twin(run.experiment)
         if expected == run.experiment:  # it is the modern twin itself
             return ""
-        rates = {other.name: other.experiment.training.learning_rate for other in self.runs}
-        twins = [
-            other.name
-            for other in self.runs
-            if other.experiment == expected.with_(learning_rate=rates[other.name])
-        ]
-        if row in TUNED:  # at whatever learning rate is best for it
-            other = self.best(",".join([PAIRS[row], *changes]))
-            return other.name if other and other.name in twins else ""
-        same = [other for other in twins if rates[other] == rates[name]]
-        chosen = [other for other in twins if all("learning_rate=" in n for n in (name, other))]
-        return next(iter(same + chosen), "")
+        twins = [r for r in self.runs if r.experiment == expected.with_(learning_rate=_rate(r))]
+        if row in TUNED:
+            tuned_twin = self.best(",".join([PAIRS[row], *changes]))
+            twins = [other for other in twins if tuned_twin and other.name == tuned_twin.name]
+        else:
+            same = [other for other in twins if _rate(other) == _rate(run)]
+            given = "learning_rate="
+            twins = same or [other for other in twins if given in name and given in other.name]
+        return twins[0].name if twins else ""
 
     @cached_property
     def compared(self) -> dict[str, tuple[Finding, dict[str, Interval]]]:
@@ -209,16 +219,13 @@ class Evidence:
         own, other = self.seeds(name), self.seeds(self.twin_of(name))
         if not own.keys() & other.keys():
             return None
-        sides = [{seed: run.summary for seed, run in runs.items()} for runs in (own, other)]
         rates = "at the one learning rate both were given"
-        if name.split(",")[0] in TUNED:
-            rates = "each at its own best learning rate"
-            if tries := [len(losses) for losses in self.sweeps.values()]:  # not where it was tuned
-                rates = f"each at its own best of {min(tries)} learning rates"
-        elif (
-            len({r.experiment.training.learning_rate for r in (*own.values(), *other.values())}) > 1
-        ):
+        tries = [len(losses) for losses in self.sweeps.values()]
+        if tries and name.split(",")[0] in TUNED:
+            rates = f"each at its own best of {min(tries)} learning rates"
+        elif len({_rate(run) for run in (*own.values(), *other.values())}) > 1:
             rates = "each at a learning rate of its own"
+        sides = [{seed: run.summary for seed, run in runs.items()} for runs in (own, other)]
         finding, text, seeds = verdicts.helps_or_hurts(*sides, title_of(name), rates)
         intervals = {"over blocks of text\n(these trained models)": text}
         if seeds:
@@ -237,27 +244,24 @@ def read_evidence(folder: str | os.PathLike, fingerprint: str | None = None) -> 
     for run in found:
         if run.fingerprint == fingerprint and run.summary:
             runs.append(run)
-            continue
-        reason = "diverged" if run.fingerprint == fingerprint else "another corpus"
-        left_out[run.path.relative_to(folder).as_posix()] = reason
+        else:
+            reason = "diverged" if run.fingerprint == fingerprint else "another corpus"
+            left_out[run.path.relative_to(folder).as_posix()] = reason
     sweep_runs = [run for run in read_runs(folder, SWEEP)[0] if run.fingerprint == fingerprint]
     roles, aliases = _roles(runs, sweep_runs)
     place = {name: index for index, name in enumerate(registry)}
     runs = labelled(runs, roles)
     runs.sort(key=lambda run: (place.get(run.name, len(place)), run.name, run.seed))
-    return Evidence(
-        folder, tuple(runs), read_probes(folder), tuple(sweep_runs), roles, aliases, left_out
-    )
+    measured = read_probes(folder), tuple(sweep_runs)
+    return Evidence(folder, tuple(runs), *measured, roles, aliases, left_out)
 
 
 def _roles(runs: list[Run], sweep_runs: Iterable[Run]) -> tuple[dict[str, Experiment], dict]:
-    """What each row of the registry is at the size of these runs, and which rows are the same.
-
-    The first of two equal rows is the one that is shown; the second is its alias.
-    """
-    profile = profiles.get(runs[0].config["profile"]) if runs else None
+    """What each row of the registry is at the size of these runs, and which rows are the same: the
+    second of two equal rows is an alias of the first."""
     roles: dict[str, Experiment] = {}
     aliases: dict[str, str] = {}
+    profile = profiles.get(runs[0].config["profile"]) if runs else None  # None: from Python alone
     for name in registry if profile else ():
         if name not in TUNED:
             experiment = find_experiment(name)
@@ -270,6 +274,46 @@ def _roles(runs: list[Run], sweep_runs: Iterable[Run]) -> tuple[dict[str, Experi
             aliases[name] = same
         roles[name] = experiment
     return roles, aliases
+
+
+def find_runs(name: str, results: Path, profile: str) -> list[Run]:
+    """The seeds of a recorded run, or the one that is named with its seed.
+
+    `name` is a run's folder, or a label of `results/<profile>` as tables have it (`optimized`,
+    `optimized,epochs=50-seed0`) or of another folder there (`study/tuned`). Raises MusotaError,
+    with the nearest label, where there is none.
+    """
+    path = as_path(name)
+    if (path / "config.json").exists():
+        return [Run(path)]
+    folder, known = results / (path.parent if path.parent.name else profile), {}
+    for fingerprint in {run.fingerprint for run in read_runs(folder)[0]}:
+        for run in read_evidence(folder, fingerprint).runs:
+            for label in (run.name, run.path.name):
+                known.setdefault(label, []).append(run)
+    if not known:
+        raise MusotaError(f"There is no run {name}: give its folder, or a label of {folder}.")
+    if path.name not in known:
+        raise nearest_name("run", path.name, sorted(known))
+    return known[path.name]
+
+
+def chosen_runs(names: Sequence[str], results: Path, profile: str) -> Evidence:
+    """The runs of `names` (see `find_runs`) in that order, with the rungs of the first.
+
+    Raises MusotaError for fewer than two models that have been measured.
+    """
+    found = [run for name in names for run in find_runs(name, results, profile)]
+    runs = labelled({run.identity: run for run in found if run.summary}.values(), {})
+    if len(by_name(runs)) < 2:
+        raise MusotaError(
+            "A comparison needs two models or more that have finished an epoch and differ in more "
+            "than the seed."
+        )
+    folder, note = runs[0].path.parent, ""
+    if len({run.valid_text for run in runs}) > 1:
+        note = "They were validated on other tokens: compare them in bits per byte alone."
+    return Evidence(folder, tuple(runs), read_probes(folder), note=note)
 
 
 def read_rungs(probes: Mapping[str, dict], fingerprint: str | None) -> dict[str, float]:
@@ -287,20 +331,12 @@ def read_rungs(probes: Mapping[str, dict], fingerprint: str | None) -> dict[str,
     return {}
 
 
-def read_path(folder: Path, fingerprint: str | None = None) -> dict[str, Judged]:
-    """The rows of the path to the redesign that are recorded in a results folder, judged."""
-    runs = [r for r in read_runs(folder, PATH)[0] if fingerprint in (None, r.fingerprint)]
-    profile = profiles.get(runs[0].config["profile"]) if runs else None
-    return judge_path(sort_out(runs, profile)) if profile else {}
-
-
 def plan_reason(run: Run) -> str | None:
     """Why the plan's thresholds say nothing about a run, or None where they do: the text, the
     vocabulary and the budget must be the plan's, whatever the run is called."""
-    corpus, size = run.config["corpus"]["name"], run.experiment.model.vocab_size
-    if reason := plan.plan_does_not_apply(corpus, size, run.config["profile"], run.finished):
-        return reason
-    return None if _planned_epochs(run) else "the model is none of the plan's"
+    about = run.config["corpus"]["name"], run.experiment.model.vocab_size, run.config["profile"]
+    other = None if _planned_epochs(run) else "the model is none of the plan's"
+    return plan.plan_does_not_apply(*about, run.finished) or other
 
 
 def smaller_budget(run: Run) -> str:

@@ -20,7 +20,7 @@ TAKES_RUNS, OWN_MODEL = "04_compare", "08_your_model"
 OWN_FIELDS = {f.name for kind in (OwnConfig, TrainConfig) for f in dataclasses.fields(kind)}
 
 
-def chosen_notebooks(only: str) -> list[Path]:
+def chosen_notebooks(only: str | None) -> list[Path]:
     found = {path.name[:2]: path for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))}
     wanted = [part.strip().zfill(2) for part in only.split(",")] if only else [*found]
     for number in wanted:
@@ -32,10 +32,10 @@ def chosen_notebooks(only: str) -> list[Path]:
 def run_notebooks(book, notebooks: Sequence[Path], values: dict, own: dict) -> None:
     """Execute `notebooks` with the parameters `values`, and `own` where runs are compared; then
     tell the comparison, the verdicts and where the report is."""
-    from musota.workbook.answers import verdict_lines
+    from musota.workbook.answers import rule_lines
     from musota.workbook.evidence import read_evidence
     from musota.workbook.pages import write_report
-    from musota.workbook.tables import BRIEF, comparison_table
+    from musota.workbook.tables import comparison_table
 
     executed = book.home / "executed"
     executed.mkdir(exist_ok=True)
@@ -49,9 +49,10 @@ def run_notebooks(book, notebooks: Sequence[Path], values: dict, own: dict) -> N
     write_report(book.folder)
     evidence = read_evidence(book.folder)
     if evidence.runs:
-        shown = comparison_table(evidence.runs, columns=BRIEF)
-        click.echo(f"\n{shown.to_string(index=False)}\n")
-    for line in verdict_lines(evidence):
+        shown = comparison_table(evidence.runs).set_index("model").T  # a run a column
+        click.echo(f"\n{shown.to_string()}\n")
+    compared = [finding.sentence for finding, _ in evidence.compared.values()]
+    for line in compared + rule_lines(evidence):
         click.echo(f"- {line}")
     book.deliver()
     minutes = (time.perf_counter() - started) / 60

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from musota.models.base import ScoredText
 from musota.plan.layout import BlockLayout
 from musota.rules.audit import GUILTY
 from musota.rules.plan import PLAN_LADDER, REPORTED
@@ -194,14 +192,14 @@ def block_view(
     return figure
 
 
-def surprises(scored: ScoredText, most: int = 600, width: int = 90) -> Figure:
+def surprises(scored: pd.DataFrame, most: int = 600, width: int = 90) -> Figure:
     """The text, its first `most` tokens, each on a ground as dark as it was surprising."""
     lines, held = [[]], 0
-    for piece, nats in list(zip(scored.pieces, scored.nats, strict=True))[:most]:
+    for piece, bits in scored[["token", "bits"]][:most].itertuples(index=False):
         shown = piece.replace("\n", "⏎").replace("\t", "→")
         if held + len(shown) > width:
             lines, held = [*lines, []], 0
-        lines[-1].append((held, shown, nats / math.log(2)))
+        lines[-1].append((held, shown, bits))
         held += len(shown)
         if "\n" in piece:
             lines, held = [*lines, []], 0
@@ -217,9 +215,10 @@ def surprises(scored: ScoredText, most: int = 600, width: int = 90) -> Figure:
                 axis.text(start + place + 0.5, row, character, **look)
     axis.set(xlim=(0, width), ylim=(len(lines) - 0.4, -0.6), xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
-    many = len(scored.pieces)
+    many = len(scored)
     cut = f", the first {most:,} of {many:,} tokens" if most < many else ""
-    axis.set_title(f"PPL {scored.ppl:,.1f}, {scored.bits_per_byte:.3f} bits per byte{cut}")
+    told = "PPL {ppl:,.1f}, {bits_per_byte:.3f} bits per byte".format(**scored.attrs)
+    axis.set_title(told + cut)
     label = "bits a token cost"
     figure.colorbar(ScalarMappable(scale, shades), ax=axis, label=label, shrink=0.9, pad=0.01)
     return figure

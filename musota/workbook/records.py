@@ -27,23 +27,21 @@ PACKED = ("runs.jsonl", "epochs.jsonl", "steps.parquet", "probes.json")
 SUMS = "SHA256SUMS"
 BARE = ("path", "sweep")  # parts whose runs are packed without what only a single run's page shows
 SMALL = {"compression": "zstd", "compression_level": 19, "use_dictionary": ["run"]}
+BEGUN = ("metrics.jsonl", "summary.json")  # what tells a run's folder from a saved model's
 
 
 def read_runs(folder: str | os.PathLike, part: str = "") -> tuple[list[Run], dict[str, str]]:
     """The runs of a results folder, or of a `part` (sub-folder) of it, by path and in no other
-    order; and why the rest was left out, by path: no run, damaged, no epoch yet.
+    order; and why the rest was left out, by path: damaged, or no epoch yet.
 
     Raises MusotaError for packed records that are damaged, and for two runs equal in all that a
     run is (experiment, corpus, seed).
     """
     folder, left_out = as_path(folder), {}
     found = {path: run for path, run in _packed(folder).items() if _part_of(path) == part}
-    for place in sorted(p for p in (folder / part).glob("*/") if any(p.glob("*.json*"))):
+    begun = (path for name in BEGUN for path in (folder / part).glob(f"*/{name}"))
+    for place in sorted({path.parent for path in begun}):
         path = place.relative_to(folder).as_posix()
-        if not (place / "metrics.jsonl").exists() and not (place / "summary.json").exists():
-            if (place / "config.json").exists():  # of a saved model, or of a run not begun
-                left_out[path] = "no recorded run"
-            continue
         try:
             found[path] = Run(place)
             found[path].records  # noqa: B018  damage is seen here, not in the middle of a page

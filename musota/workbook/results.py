@@ -19,8 +19,7 @@ from musota.studies.ngrams import measure_ladder
 from musota.studies.path import Judged
 from musota.training.mirror import Mirror
 from musota.training.runs import Run
-from musota.workbook.compare import chosen_runs
-from musota.workbook.evidence import GRID, Evidence, footer, read_evidence, read_path, read_rungs
+from musota.workbook.evidence import GRID, Evidence, chosen_runs, footer, read_evidence, read_rungs
 from musota.workbook.records import read_probes, read_runs
 from musota.workbook.style import save_figure
 
@@ -39,11 +38,8 @@ def results_folder(profile: str, corpus: Corpus, save_to: str | os.PathLike = ""
 
 
 class Results:
-    """Where the results of a profile and corpus are kept: runs, probes, pictures, and their copy.
-
-    With `grid` it is the part of the root-cause grid. Raises MusotaError for a folder that cannot
-    be made.
-    """
+    """Where the results of a profile and corpus are kept, with `grid` those of the root-cause grid.
+    Raises MusotaError for a folder that cannot be made."""
 
     def __init__(
         self, profile: Profile, corpus: Corpus, fresh: bool, save_to: str | os.PathLike, grid: bool
@@ -57,10 +53,9 @@ class Results:
             self.root = cache_folder() / "work" / key / self.home.name
         self.mirror, self.folder = None, self.root / self.part
         try:
-            self.home.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             if save_to:
-                self.mirror = Mirror(self.root, self.home)
+                self.mirror = Mirror(self.root, self.home)  # which makes the home
                 self.mirror.pull()
         except OSError as error:
             instead = "set save_to to another"
@@ -92,12 +87,11 @@ class Results:
         """What `measure(*arguments)` returns, measured once and kept as the probe `name`."""
         fingerprint, name = self.corpus.fingerprint, self.named(name)
         recorded = self.probes.get(name, {})
-        if recorded.get("fingerprint") == fingerprint and not self.fresh:
-            return recorded
-        measured = measure(*arguments)
-        write_json(self.folder / f"{name}.json", {"fingerprint": fingerprint, **measured})
-        self.push()
-        return measured
+        if recorded.get("fingerprint") != fingerprint or self.fresh:
+            recorded = {"fingerprint": fingerprint, **measure(*arguments)}
+            write_json(self.folder / f"{name}.json", recorded)
+            self.push()
+        return recorded
 
     @property
     def probes(self) -> dict[str, dict]:
@@ -143,14 +137,14 @@ class Results:
         return dataclasses.replace(own, note=f"{note}: run the notebook that trains it first.")
 
     def chosen(self, names: Sequence[str]) -> Evidence:
-        """Any recorded runs, by label or folder (see `compare.find_runs`)."""
+        """Any recorded runs, by label or folder (see `find_runs`)."""
         return chosen_runs(names, self.root.parent, self.root.name)
 
     @property
     def path(self) -> dict[str, Judged]:
         """The path to the redesign as trained here, else as it comes with the repository."""
-        kept = (read_path(ROOT / "results" / profile) for profile in COMMITTED)
-        return read_path(self.folder, self.corpus.fingerprint) or next(filter(None, kept), {})
+        folders = self.folder, *(ROOT / "results" / profile for profile in COMMITTED)
+        return next(filter(None, (Evidence(folder, ()).path for folder in folders)), {})
 
     def record(self, name: str, findings: Sequence[Finding], **numbers) -> None:
         """Write `<name>.json` beside the results: what this notebook found.

@@ -25,8 +25,7 @@ from musota.studies.cells import run_cells
 from musota.studies.path import run_path
 from musota.studies.probes import measure_ablations
 from musota.training.machine import about_machine
-from musota.training.runs import Run
-from musota.training.start import started_from
+from musota.training.runs import Run, started_from
 from musota.training.trainer import train
 from musota.workbook.evidence import PATH, SWEEP
 from musota.workbook.records import read_runs
@@ -56,7 +55,11 @@ class Workbook(Results):
         _plain_errors()
         _refuse_unknown_parameters()
         size = find_profile(profile, grid)
-        _check_parameters(seed, fresh, save_to)
+        check_seed(seed)
+        if not isinstance(fresh, bool):
+            raise MusotaError(f"fresh must be True or False, not {fresh!r}.")
+        if not isinstance(save_to, (str, os.PathLike)) or "\0" in str(save_to):
+            raise MusotaError(f"save_to must be the path of a folder, not {save_to!r}.")
         self.seed, self.changes = seed, check_changes(changes)
         if grid and (moot := turned_by(suspects_grid(size.name)[0]) & self.changes.keys()):
             print(f"The grid turns {', '.join(sorted(moot))} itself: left out of changes here.")
@@ -88,13 +91,13 @@ class Workbook(Results):
         return ",".join([run_name(name, experiment), *changes])
 
     def _unchanged(self, name: str) -> Experiment:
-        if name in TUNED:
-            kept = results_folder(self.profile.name, self.corpus)
-            losses = self._swept(self.root, name) or self._swept(kept, name)
-            return scaled(campaign.tuned(name, self.profile, losses), self.profile)
         if name.endswith("_twin") and name not in registry:
             return twin(self._unchanged(name.removesuffix("_twin")))
-        return scaled(find_experiment(name), self.profile)
+        if name not in TUNED:
+            return scaled(find_experiment(name), self.profile)
+        kept = results_folder(self.profile.name, self.corpus)
+        losses = self._swept(self.root, name) or self._swept(kept, name)
+        return scaled(campaign.tuned(name, self.profile, losses), self.profile)
 
     def _swept(self, folder: Path, name: str) -> dict[float, list[float]]:
         runs = [r for r in read_runs(folder, SWEEP)[0] if r.fingerprint == self.corpus.fingerprint]
@@ -107,23 +110,24 @@ class Workbook(Results):
         """
         from musota.workbook.widgets import live_view
 
-        experiment, row = self.experiment(name), name
+        experiment = self.experiment(name)
         if source := choices.get("continue_from"):
             experiment, _ = started_from(source, experiment, self.corpus)
-        if self.changes and experiment == self._unchanged(row):
-            print(f"The changes leave {row} as it is.")
-        name = self.called(row, experiment)
-        folder = self.folder / f"{name}-seed{self.seed}"
+        if self.changes and experiment == self._unchanged(name):
+            print(f"The changes leave {name} as it is.")
+        label = self.called(name, experiment)
+        folder = self.folder / f"{label}-seed{self.seed}"
         wanted = experiment, self.corpus.fingerprint, self.seed
         same = [run for run in self.known() if run.finished and run.identity == wanted]
         if same and not self.fresh and not (folder / "config.json").exists():
             print(f"{same[0].path}: finished before, loaded as it is.")
-            self.deliver()
-            return same[0]
-        if self.mirror:
-            choices["copy"] = self.mirror.part(folder).push
-        choices = {"watch": live_view(), "name": name, "profile": self.profile.name, **choices}
-        run = train(experiment, self.corpus, folder, not self.fresh, self.seed, **choices)
+            run = same[0]
+        else:
+            if self.mirror:
+                choices["copy"] = self.mirror.part(folder).push
+            choices = {"watch": live_view(), "name": label, **choices}
+            choices["profile"] = self.profile.name
+            run = train(experiment, self.corpus, folder, not self.fresh, self.seed, **choices)
         self.deliver()
         return run
 
@@ -138,16 +142,16 @@ class Workbook(Results):
         """Train one of `PARTS` of the plan with `seeds` seeds, or go on with it."""
         seeds = range(self.seed, self.seed + seeds)
         if part == SWEEP:
-            self._trained(campaign.run_sweeps, part, seed=self.seed, quiet=False)
+            self._trained(campaign.run_sweeps, part, seed=self.seed)
         elif part == PATH:
-            self._trained(run_path, part, seeds=seeds, quiet=False)
+            self._trained(run_path, part, seeds=seeds)
         else:
             cells, looked = campaign.models(), ("optimized", "redesigned")
             if part == "tuned":
                 losses = {name: self._swept(self.root, name) for name in TUNED}
                 cells = {n: Cell(campaign.tuned(n, self.profile, losses[n])) for n in TUNED}
                 looked = ("tuned",)
-            runs = self._trained(run_cells, cells=cells, seeds=seeds, keep=cells, quiet=False)
+            runs = self._trained(run_cells, cells=cells, seeds=seeds, keep=cells)
             for name in looked:
                 if (run := runs[name][self.seed]).has_model:
                     self.kept(f"ablations_{name}", measure_ablations, run, self.corpus)
@@ -185,14 +189,6 @@ def tell(findings: Finding | Sequence[Finding]) -> None:
     from IPython.display import Markdown, display
 
     display(Markdown("\n".join(f"- {finding.sentence}" for finding in findings)))
-
-
-def _check_parameters(seed, fresh, save_to) -> None:
-    check_seed(seed)
-    if not isinstance(fresh, bool):
-        raise MusotaError(f"fresh must be True or False, not {fresh!r}.")
-    if not isinstance(save_to, (str, os.PathLike)) or "\0" in str(save_to):
-        raise MusotaError(f"save_to must be the path of a folder, not {save_to!r}.")
 
 
 def _refuse_unknown_parameters() -> None:

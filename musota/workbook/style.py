@@ -1,8 +1,5 @@
-"""How figures look and how they are saved: what several of them share.
-
-Colours are Okabe and Ito's, told apart by people who see no red or no green; line styles, markers
-and hatches repeat the distinction for black-and-white prints.
-"""
+"""How figures look and how they are saved. Colours are Okabe and Ito's, told apart by people who
+see no red or no green; line styles, markers and hatches say the same in black and white."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image  # comes with matplotlib
 
-from musota.files import write_whole
+from musota.files import write_bytes
 from musota.plan.registry import style_of
 from musota.rules.stats import Interval
 
@@ -116,4 +113,5 @@ def save_figure(figure: Figure, path: Path, about: str) -> None:
     """Write `figure_png` with a palette, a third of the bytes; whole or not at all."""
     image = Image.open(io.BytesIO(figure_png(figure, about))).convert("RGB")
     image = image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    write_whole(path, lambda target: image.save(target, "PNG", optimize=True))
+    image.save(small := io.BytesIO(), "PNG", optimize=True)
+    write_bytes(path, small.getvalue())

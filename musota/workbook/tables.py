@@ -67,8 +67,6 @@ RUN = {
     "valid PPL": "{ppl:,.1f}",
     **SCORES,
 }
-_FOR_A_TERMINAL = ("model", "seed", "parameters", "best epoch", "valid PPL", *SCORES)
-BRIEF = {heading: RUN[heading] for heading in _FOR_A_TERMINAL}
 MODEL = {
     "model (measured)": "{title}",
     "seeds": "{seeds}",
@@ -121,11 +119,9 @@ PUBLISHED = (
 )
 
 
-def comparison_table(
-    runs: Iterable[Run], title: Callable[[str], str] = title_of, columns: Mapping[str, str] = RUN
-) -> pd.DataFrame:
+def comparison_table(runs: Iterable[Run], title: Callable[[str], str] = title_of) -> pd.DataFrame:
     """One row a run, every number measured; best valid epoch, test once with its weights."""
-    return table([_of_run(run) | {"title": title(run.name)} for run in runs], columns)
+    return table([_of_run(run) | {"title": title(run.name)} for run in runs], RUN)
 
 
 def _of_run(run: Run) -> dict:
@@ -171,24 +167,21 @@ def _of_seeds(evidence: Evidence, group: Sequence[Run]) -> dict:
     }
 
 
-def _of_rungs(evidence: Evidence) -> dict[str, dict]:
-    """Word PPL and bits/byte of the rungs follow from the same tokens, words and bytes."""
-    rows = {}
-    for name, ppl in evidence.rungs.items():
-        corpus = evidence.runs[0].config["corpus"]
-        nats = math.log(ppl) * (corpus["tokens"]["valid"] - 1)  # all but the first are scored
-        word_ppl = exp_nats(nats / corpus["words"]["valid"])
-        bits = nats / math.log(2) / corpus["bytes"]["valid"]
-        rows[name] = {"title": f"rung: {name}", "ppl": ppl, "word_ppl": word_ppl}
-        rows[name]["bits_per_byte"] = bits
-    return rows
+def _of_rung(evidence: Evidence, name: str) -> dict:
+    """Word PPL and bits/byte of a rung follow from the same tokens, words and bytes."""
+    ppl, corpus = evidence.rungs[name], evidence.runs[0].config["corpus"]
+    nats = math.log(ppl) * (corpus["tokens"]["valid"] - 1)  # all but the first are scored
+    word_ppl = exp_nats(nats / corpus["words"]["valid"])
+    bits = nats / math.log(2) / corpus["bytes"]["valid"]
+    return {"title": f"rung: {name}", "ppl": ppl, "word_ppl": word_ppl, "bits_per_byte": bits}
 
 
 def model_table(evidence: Evidence) -> pd.DataFrame:
     """One row a model, means over its seeds; then the measured rungs, then published models, whose
     PPLs are reported, on the test split of the whole corpus."""
     groups = by_name(run for run in evidence.runs if run.finished).values()
-    rows = [_of_seeds(evidence, group) for group in groups] + [*_of_rungs(evidence).values()]
+    rows = [_of_seeds(evidence, group) for group in groups]
+    rows += [_of_rung(evidence, name) for name in evidence.rungs]
     for name, size, ppl in PUBLISHED:
         rows.append({"title": f"reported: {name}", "parameters": size, "test_word_ppl": ppl})
     return table(rows, MODEL)
@@ -196,10 +189,10 @@ def model_table(evidence: Evidence) -> pd.DataFrame:
 
 def front_table(evidence: Evidence, names: Iterable[str]) -> pd.DataFrame:
     """The rows of `names` that were trained, and what counting reaches, in four columns."""
-    groups, rungs = by_name(evidence.runs), _of_rungs(evidence)
+    groups = by_name(evidence.runs)
     rows = [_of_seeds(evidence, groups[name]) for name in names if name in groups]
-    rows += [rungs[name] for name in ("bigram", "trigram") if name in rungs]
-    return table(rows, FRONT)
+    rungs = [name for name in ("bigram", "trigram") if name in evidence.rungs]
+    return table([*rows, *(_of_rung(evidence, name) for name in rungs)], FRONT)
 
 
 def ledger_table(runs: Iterable[Run]) -> pd.DataFrame:
