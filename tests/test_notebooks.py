@@ -195,7 +195,7 @@ def test_a_failing_notebook_stops_the_run_and_is_named(headless, text_folder, tm
     (folder / "optimized-seed0" / "config.json").write_text("{broken")
     done = _musota("run", "--profile", "tiny", "--corpus", text_folder, "--save-to", tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "02_train_optimized stopped in cell" in done.stderr and "cannot be read" in done.stderr
+    assert "02_train_optimized stopped in cell" in done.stderr and "is damaged" in done.stderr
     assert str(folder / "executed" / "02_train_optimized.ipynb") in done.stderr
     assert "03_train_baseline" not in done.stdout
 

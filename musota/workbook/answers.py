@@ -79,7 +79,7 @@ def against_first(runs: Sequence[Run]) -> Iterator[tuple[Finding, Interval]]:
 
 
 def rule_lines(evidence: Evidence) -> list[str]:
-    """What the plan's rules say of the optimized model."""
+    """What the plan's rules say of the optimized model, or else of the original one."""
     reason = evidence.plan_does_not_apply
     optimized, baseline = evidence.best("optimized"), evidence.best("baseline")
     found = []
@@ -89,6 +89,8 @@ def rule_lines(evidence: Evidence) -> list[str]:
         compared, ppl = evidence.compare(), None if reason else optimized.summary["ppl"]
         found += run_findings(optimized, evidence.rungs, baseline)
         found.append(plan.option_three(ppl, compared[0] if compared else None))
+    elif original := evidence.best("original"):
+        found += run_findings(original, evidence.rungs, baseline)
     return [finding.sentence for finding in found]
 
 
