@@ -127,11 +127,11 @@ def test_curves_draw_every_run_rung_and_the_reported_result(evidence):
     drawn = {tuple(np.round(line.get_ydata(), 6)) for line in left.lines}  # exp rounds by machine
     for run in evidence.runs:
         assert tuple(np.round(run.history.ppl, 6)) in drawn
-    labels = " ".join(text.get_text() for text in [*left.texts, *left.get_legend().texts])
+    labels = " ".join(text.get_text() for text in [*left.texts, *figure.legends[0].texts])
     for word in ("unigram", "bigram", "trigram", "reported: 402", "dense baseline, seed 0"):
         assert word in labels
     without = figures.curves(evidence.runs, evidence.rungs, reported=False)
-    assert "reported" not in str([t.get_text() for t in without.axes[0].get_legend().texts])
+    assert "reported" not in str([t.get_text() for t in without.legends[0].texts])
 
 
 def test_tables_and_verdicts_hold_the_recorded_numbers(evidence):

@@ -48,8 +48,8 @@ def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> F
     if len({run.valid_text for run in runs}) > 1:
         measured, shown, unit = "bits_per_byte", np.asarray, "bits per byte"
         rungs, reported = {}, False
-    figure, (left, right) = new_figure(10, 4.4, columns=2, grid="y")
     groups = by_name(runs)
+    figure, (left, right) = new_figure(10, 4.4 + 0.16 * len(groups), columns=2, grid="y")
     styles, last = styles_of(groups), max(run.history.epoch.max() for run in runs)
     for name, group in groups.items():
         colour, line, marker = styles[name]
@@ -75,7 +75,8 @@ def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> F
     for axis in (left, right):
         axis.set(xlabel="epoch", xlim=(0.8, last + 0.3))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    left.legend(fontsize=8)
+    key = left.get_legend_handles_labels()
+    figure.legend(*key, fontsize=8, ncols=2, loc="outside upper center")
     # The uniform rung is far above everything: it would flatten the curves.
     style.draw_rungs(left, {name: ppl for name, ppl in rungs.items() if name != "uniform"}, "\n")
     return figure
