@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import shaken
 
 import musota
 from musota.errors import MusotaError
@@ -23,16 +24,6 @@ SMALL = musota.RedesignedConfig(
     vocab_size=60, max_seq_len=12, n_layer=2, block_size=6, d_ff=90, dropout=0.0
 )
 TWIN = "blocks,gate,names"
-
-
-def shaken(config):
-    """A model none of whose weights is zero, as trained ones are."""
-    torch.manual_seed(0)
-    model = musota.build_model(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
 
 
 # --- the specification, block by block ---

@@ -56,7 +56,7 @@ def warmup_of(run: Run) -> Finding | None:
     return curves.warmup(training.warmup_steps, int(first.step / first.epoch) * training.epochs)
 
 
-def judged(
+def set_beside(
     runs: Sequence[Run], first: Sequence[Run], name: str, first_name: str
 ) -> tuple[Finding, Interval] | None:
     """The verdict on a model's seeds against another's, and its interval: over seeds, or over
@@ -71,10 +71,10 @@ def judged(
 
 
 def against_first(runs: Sequence[Run]) -> Iterator[tuple[Finding, Interval]]:
-    """What `judged` says of every model against the first of `runs`."""
+    """What `set_beside` says of every model against the first of `runs`."""
     first, *others = by_name(runs).values()
     for group in others:
-        if found := judged(group, first, title_of(group[0].name), title_of(first[0].name)):
+        if found := set_beside(group, first, title_of(group[0].name), title_of(first[0].name)):
             yield found
 
 

@@ -24,7 +24,7 @@ from musota.rules import verdicts
 from musota.rules.plan import REPORTED, broke_through
 from musota.training.runs import Run
 from musota.workbook import figures, pictures, tables
-from musota.workbook.answers import answers, judged, rule_lines
+from musota.workbook.answers import answers, rule_lines, set_beside
 from musota.workbook.evidence import GRID, Evidence, by_name, footer_of, progress_of, read_evidence
 from musota.workbook.style import save_figure
 
@@ -203,8 +203,8 @@ def _standing(evidence: Evidence) -> dict:
     if causes := evidence.grid[1]:
         found["advice"].append(verdicts.root_cause_advice(causes))
     if runs := found["redesign"]:
-        found["against_ours"] = judged(runs, groups[beside], "redesigned", "MU-SOTA")
-        found["against_plain"] = plain and judged(runs, plain, "redesigned", "the plain one")
+        found["against_ours"] = set_beside(runs, groups[beside], "redesigned", "MU-SOTA")
+        found["against_plain"] = plain and set_beside(runs, plain, "redesigned", "the plain one")
         goal = broke_through([run.summary["ppl"] for run in runs], "the redesign", None)
         found["goals"]["the redesign"] = goal
     return found
