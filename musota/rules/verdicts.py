@@ -32,7 +32,7 @@ def helps_or_hurts(
     ValueError without a common seed or common text.
     """
     words = ("helps", "the architecture helps"), ("hurts", "the architecture hurts")
-    one = name if "@" in name else "MU-SOTA"  # a model of the reader's own
+    one = "MU-SOTA" if name.startswith("MU-SOTA") else name.split(",")[0]
     title, saw = f"{name} against its dense twin", f"{one} minus dense twin"
     return _paired(mu, dense, title, saw, words, f"{DECIDED}, {rates}")
 
