@@ -217,7 +217,12 @@ def test_every_row_of_the_path_is_of_one_size_and_differs_from_the_others():
     assert len(set(at_study)) == len(at_study)
     for experiment in at_study:
         assert abs(experiment.model.n_parameters / at_study[0].model.n_parameters - 1) < 0.01
-        assert experiment.training.epochs == 4
+    longer = {name: rows.pop(name) for name in [*rows] if name.endswith(", longer")}
+    assert {scaled(step.experiment, "study").training.epochs for step in rows.values()} == {4}
+    assert {scaled(step.experiment, "study").training.epochs for step in longer.values()} == {6}
+    assert [step.experiment.model for step in longer.values()] == [
+        rows[name.removesuffix(", longer")].experiment.model for name in longer
+    ]
     made = [name for name, step in rows.items() if step.made]
     assert [rows[name].before for name in made] == ["", *made[:-1]]
     last = scaled(rows[made[-1]].experiment, "study").model

@@ -36,10 +36,19 @@ FORWARD = {
     "blocks": ("", "queries and keys read every block"),
     "gate": ("", "no gate"),
 }
+# The models that count, trained half as long again (is the order the same once each has turned?),
+# and which of them each is set against.
+LONGER = {
+    "optimized": ("", "MU-SOTA optimized"),
+    "quiet start": ("optimized", "the redesign"),
+    "modern dense twin": ("quiet start", "modern dense twin"),
+    "dense GPT-2 twin": ("quiet start", "dense GPT-2 twin"),
+}
 
 
 def steps() -> dict[str, Step]:
-    """Every row by name, all of one size and one budget: a third more epochs than the redesign."""
+    """Every row by name, all of one size; of one budget, a third more epochs than the redesign, but
+    the `LONGER` ones."""
     training = experiments["redesigned"].training
     training = replace(training, epochs=40, warmup_steps=training.warmup_steps * 4 // 3)
     start = Experiment(experiments["optimized"].model, training)
@@ -60,4 +69,9 @@ def steps() -> dict[str, Step]:
     others["redesigned, block I kept and C1 from the token before"] = redesign(start, without="")
     others["redesigned, dropout 0.2"] = redesign(start.with_(dropout=0.2))
     others["modern dense twin, dropout 0.2"] = twin(others["redesigned, dropout 0.2"])
-    return rows | {name: Step(name, other, last, False) for name, other in others.items()}
+    rows |= {name: Step(name, other, last, False) for name, other in others.items()}
+    for name, (against, title) in LONGER.items():
+        longer = rows[name].experiment.with_(epochs=60, warmup_steps=training.warmup_steps * 3 // 2)
+        before = against and f"{against}, longer"
+        rows[f"{name}, longer"] = Step(f"{title}, longer", longer, before, rows[name].made)
+    return rows
