@@ -54,6 +54,18 @@ def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return groups
 
 
+def brief_titles(groups: Mapping[str, Sequence[Run]], between: str = ", ") -> dict[str, str]:
+    """What people read for each name: where some were changed, budget and rate in place of all
+    that was, if that tells them apart."""
+    brief = {name: title_of(name) for name in groups}
+    for name, (run, *_) in groups.items() if any("," in name for name in groups) else ():
+        training = run.experiment.training
+        budget = f"{training.epochs} epochs at {training.learning_rate:g}"
+        brief[name] = f"{title_of(name.split(',')[0])}{between}{budget}"
+    apart = len(set(brief.values())) == len(brief)
+    return brief if apart else {name: title_of(name) for name in groups}
+
+
 def _rate(run: Run) -> float:
     return run.experiment.training.learning_rate
 

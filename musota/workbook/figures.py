@@ -21,7 +21,7 @@ from musota.rules.verdicts import Cause
 from musota.studies.path import Judged
 from musota.training.runs import Run
 from musota.workbook import style
-from musota.workbook.evidence import by_name, progress_of
+from musota.workbook.evidence import brief_titles, by_name, progress_of
 from musota.workbook.style import BLUE, PLAIN, RED, draw_intervals, new_figure, note, styles_of
 
 VERDICTS = {  # colour, marker, fill
@@ -50,14 +50,15 @@ def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> F
         rungs, reported = {}, False
     groups = by_name(runs)
     figure, (left, right) = new_figure(10, 4.4 + 0.16 * len(groups), columns=2, grid="y")
-    styles, last = styles_of(groups), max(run.history.epoch.max() for run in runs)
+    titles, last = brief_titles(groups), max(run.history.epoch.max() for run in runs)
+    styles = styles_of(groups)
     for name, group in groups.items():
         colour, line, marker = styles[name]
         tables = [run.history.set_index("epoch")[[measured, "accuracy"]] for run in group]
         mean = (sum(tables) / len(tables)).dropna()  # epochs that every seed has reached
-        label = f"{title_of(name)}, mean of {len(group)} seeds"
+        seeds = f"mean of {len(group)} seeds" if len(group) > 1 else f"seed {group[0].seed}"
         look = {"color": colour, "linestyle": line, "marker": marker}
-        look["label"] = style.wrapped(label if len(group) > 1 else label_of(group[0]), 60)
+        look["label"] = style.wrapped(f"{titles[name]}, {seeds}", 60)
         for table in tables if len(group) > 1 else []:
             left.plot(table.index, shown(table[measured]), color=colour, linewidth=0.7, alpha=0.5)
             right.plot(100 * table.accuracy, color=colour, linewidth=0.7, alpha=0.5)
@@ -209,10 +210,11 @@ def answer(
     groups = by_name(runs)
     figure, axes = new_figure(11, max(4.6, 0.62 * len(groups)), columns=2 if sweeps else 1)
     styles = list(styles_of(groups).values())
-    ends = {}
-    for name, group in groups.items():  # what was changed stands under the title, and how far it is
-        unfinished = "" if group[0].finished else f"\nunfinished: {progress_of(group[0])}"
-        ends[style.wrapped(title_of(name)) + unfinished] = [run.summary["ppl"] for run in group]
+    ends, titles = {}, brief_titles(groups, "\n")
+    for name, group in groups.items():
+        label = "\n".join(map(style.wrapped, titles[name].split("\n")))
+        label += "" if group[0].finished else f"\nunfinished: {progress_of(group[0])}"
+        ends[label] = [run.summary["ppl"] for run in group]
     if reported:
         told = f"reported by the plan:\nMU-SOTA original, {REPORTED['epochs']} epochs"
         ends, styles = {told: [REPORTED["ppl"]]} | ends, [("black", "", "*"), *styles]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from PIL import Image  # comes with matplotlib
 
 from musota.files import write_bytes
@@ -36,13 +36,19 @@ def new_figure(width: float, height: float, columns: int = 1, grid: str = ""):
 
 
 def styles_of(names: Iterable[str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, line style and marker of each: what the registry does not know takes its turn."""
-    styles = {name: style_of(name) for name in names}
-    unknown = [name for name, style in styles.items() if style == style_of("")]
-    used = {colour for colour, *_ in styles.values()}
-    free = [shade for shade in SHADES if shade not in used] or SHADES
-    turns = {name: (free[i % len(free)], ":", "XP*dph<>"[i % 8]) for i, name in enumerate(unknown)}
-    return styles | turns
+    """Colour, line style and marker of each: its row's; what has no row, or not alone, takes its
+    turn."""
+    names, styles = list(dict.fromkeys(names)), {}
+    for name in sorted(names, key=lambda name: "," in name):  # a row before what is changed in it
+        own = style_of(name.split(",")[0])
+        if own not in (style_of(""), *styles.values()):
+            styles[name] = own
+    used = {part for style in styles.values() for part in style}
+    colours, markers = ([p for p in of if p not in used] or of for of in (SHADES, "X*dph<>P"))
+    others = [name for name in names if name not in styles]
+    for i, name in enumerate(others):
+        styles[name] = colours[i % len(colours)], ":", markers[i % len(markers)]
+    return {name: styles[name] for name in names}
 
 
 def wrapped(title: str, width: int = 36) -> str:
@@ -61,7 +67,8 @@ def logarithmic(axis, lowest: float, highest: float) -> None:
     if lowest < highest / 1e4:
         axis.set_ylim(bottom=highest / 1e4)
     elif highest < 100 * lowest:  # few decades: round numbers, not powers of ten
-        axis.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+        few, more = MaxNLocator(8, steps=[1, 2, 5, 10]), LogLocator(subs=(1, 1.5, 2, 3, 5, 7))
+        axis.yaxis.set_major_locator(few if highest < 3 * lowest else more)
         axis.minorticks_off()
     axis.yaxis.set_major_formatter(PLAIN)
 

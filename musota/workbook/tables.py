@@ -20,7 +20,7 @@ from musota.studies.path import Judged
 from musota.training.evaluate import exp_nats
 from musota.training.runs import Run
 from musota.workbook.answers import health_of
-from musota.workbook.evidence import Evidence, by_name, progress_of
+from musota.workbook.evidence import Evidence, brief_titles, by_name, progress_of
 
 MEANINGLESS = 1e12  # a perplexity over so many words, where a "word" is a paragraph
 
@@ -147,7 +147,7 @@ def interval_of(runs: Sequence[Run]) -> str:
     return f" [{exp_nats(found.low):,.1f}, {exp_nats(found.high):,.1f}]"
 
 
-def _of_seeds(evidence: Evidence, group: Sequence[Run]) -> dict:
+def _of_seeds(evidence: Evidence, group: Sequence[Run], title: str) -> dict:
     """Means over seeds, Student's interval where there are two or more, and the dense twin's."""
     first, against = group[0], ""
     if compared := evidence.compared.get(first.name):
@@ -159,7 +159,7 @@ def _of_seeds(evidence: Evidence, group: Sequence[Run]) -> dict:
         **_of_run(first),
         **{key: mean_ppl(group, key) for key in ppls},
         **pd.DataFrame([r.summary for r in group])[["bits_per_byte", "accuracy"]].mean(),
-        "title": evidence.title(first.name) + unfinished,
+        "title": title + unfinished,
         "seeds": len(group),
         "rate": first.experiment.training.learning_rate,
         "against": against,
@@ -180,7 +180,7 @@ def model_table(evidence: Evidence) -> pd.DataFrame:
     """One row a model, means over its seeds; then the measured rungs, then published models, whose
     PPLs are reported, on the test split of the whole corpus."""
     groups = by_name(run for run in evidence.runs if run.finished).values()
-    rows = [_of_seeds(evidence, group) for group in groups]
+    rows = [_of_seeds(evidence, group, evidence.title(group[0].name)) for group in groups]
     rows += [_of_rung(evidence, name) for name in evidence.rungs]
     for name, size, ppl in PUBLISHED:
         rows.append({"title": f"reported: {name}", "parameters": size, "test_word_ppl": ppl})
@@ -189,8 +189,9 @@ def model_table(evidence: Evidence) -> pd.DataFrame:
 
 def front_table(evidence: Evidence, names: Iterable[str]) -> pd.DataFrame:
     """The rows of `names` that were trained, and what counting reaches, in four columns."""
-    groups = by_name(evidence.runs)
-    rows = [_of_seeds(evidence, groups[name]) for name in names if name in groups]
+    groups = {name: runs for name, runs in by_name(evidence.runs).items() if name in names}
+    titles = brief_titles(groups)
+    rows = [_of_seeds(evidence, groups[name], titles[name]) for name in groups]
     rungs = [name for name in ("bigram", "trigram") if name in evidence.rungs]
     return table([*rows, *(_of_rung(evidence, name) for name in rungs)], FRONT)
 
