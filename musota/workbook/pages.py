@@ -123,7 +123,11 @@ def _figures(evidence: Evidence, shown: Sequence[Run]) -> dict[str, Figure]:
     for name, (run, effects) in filter(all, looked.items()):
         layout = run.experiment.model.layout
         drawn[name] = figures.ablations(effects, run.summary["ppl"], layout)
-    ledgers = {title_of(run.name): run.summary["parameter_ledger"] for run in shown}
+    ledgers: dict[str, dict] = {}  # each once, however its model was trained
+    for run in shown:
+        if (ledger := run.summary["parameter_ledger"]) not in ledgers.values():
+            row = title_of(run.name.split(",")[0])
+            ledgers[title_of(run.name) if row in ledgers else row] = ledger
     return drawn | {"ledger": pictures.ledgers(ledgers)}
 
 
