@@ -80,7 +80,7 @@ def test_figures_are_not_empty_and_say_what_they_show(evidence):
         "sweep": figures.rate_sweep({"MU-SOTA": SWEEP, "dense": {1e-3: [6.1], 1e-2: [5.8]}}),
         "halving": figures.data_halving({1000: {0: 6.2, 1: 6.3}, 2000: {0: 6.0, 1: 6.1}}),
         "gap": figures.clean_gap(runs),
-        "ablations": figures.ablations(ABLATED, 200.0, layouts["8×8"]),
+        "ablations": figures.ablations(evidence.best("optimized"), ABLATED),
         "blocks": pictures.block_view(CELLS, GATE, ["The", "king", "was"], layouts["8×8"], 5),
         "explored": figures.explored([CURVE], evidence.rungs, ("epoch", "perplexity")),
     }

@@ -250,7 +250,7 @@ def test_the_path_judges_each_row_at_its_best_rate_with_the_seeds_all_have(named
     assert [r.seed for r in judged["stream"].runs] == [0, 1, 2]
     assert judged["one attention"].effect.mean == pytest.approx(-0.1)
     assert judged["one attention"].verdict == "earns its place"
-    assert judged["stream"].verdict == "does not"  # 0.005 nats
+    assert judged["stream"].verdict == "does not earn it"  # 0.005 nats
     assert judged["optimized"].effect is None
     # A row that has one seed yet is shown, without an interval, and takes none from the others.
     more = path.sort_out([*runs, run("norm before", 3e-3, 0, 5.2)], find_profile("study"))

@@ -170,7 +170,7 @@ def _inner_health(first: Mapping, last: Mapping, d_model: int, length: int) -> I
     yield judged(
         ("Largest attention score", f"{before:.1f} → {score:.1f}", "not over 50 and doubling"),
         (score > max(50, 2 * before), "growing", "attention grows unstable"),
-        (True, "good", "attention is stable"),
+        (True, "good", "it does not run away"),
     )
     by_layer = last["attention_entropy"]
     lowest, mean = min(by_layer), float(np.mean(by_layer))

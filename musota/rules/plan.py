@@ -54,7 +54,7 @@ def bottom_line(ppl: float) -> Finding:
     """The plan's other scale, which disagrees with the scenarios between 300 and 350."""
     return judged(
         ("Bottom line", f"valid PPL {ppl:.1f}", "< 200 · 200–300 · > 300"),
-        (ppl < 200, "validated", "architecture validated, ready to publish"),
+        (ppl < 200, "validated", "by the plan's words: architecture validated, ready to publish"),
         (ppl <= 300, "compare", "compare with the baseline, or train on"),
         (True, "redesign", "the architecture needs redesign"),
     )

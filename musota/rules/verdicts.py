@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,10 +119,14 @@ def root_causes(
     return sorted(causes, key=lambda cause: cause.effect.mean if cause.effect else math.inf)
 
 
+def guilty_of(causes: Iterable[Cause]) -> list[Cause]:
+    """The causes about which something is left to be done."""
+    return [cause for cause in causes if cause.verdict == "cause" and cause.suspect.advice]
+
+
 def root_cause_advice(causes: Sequence[Cause]) -> str:
     """One line: the largest certain gain, and what to change, in the order of what it brings."""
-    guilty = [cause for cause in causes if cause.verdict == "cause"]
-    if not guilty:
+    if not (guilty := guilty_of(causes)):
         return "No suspect was found guilty."
     steps = list(dict.fromkeys(cause.suspect.advice for cause in guilty))[:3]
     return (

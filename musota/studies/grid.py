@@ -9,7 +9,7 @@ from dataclasses import replace
 from musota.plan.profiles import grid_profiles, scaled
 from musota.plan.registry import experiments
 from musota.plan.suspects import COMPARE, MORE_TEXT, TWIN, Suspect, grid
-from musota.rules.verdicts import Cause, root_causes
+from musota.rules.verdicts import Cause, guilty_of, root_causes
 from musota.studies.campaign import best_of, by_rate
 from musota.training.runs import Run
 
@@ -76,6 +76,8 @@ def judge(runs: Runs, suspects: Sequence[Suspect]) -> list[Cause]:
         best = [_sweep(runs, name)[rate] for name, rate in rates.items()]
         name = f"{TWIN[0]}, each at its best rate" + (" (at an edge)" if at_edge else "")
         fair = Suspect(name, TWIN[1], *best, DENSE)
+        # What the plan's rates would advise has been done.
+        suspects = [replace(s, advice="") if s.advice == COMPARE else s for s in suspects]
     known = [s for s in (*suspects, fair) if s and {s.before, s.after} <= losses.keys()]
     causes = root_causes(known, losses, _first(runs, "original").experiment.model.vocab_size)
     return [
@@ -91,7 +93,7 @@ def judge(runs: Runs, suspects: Sequence[Suspect]) -> list[Cause]:
 def next_line(causes: Sequence[Cause], profile: str, corpus: str) -> str:
     """The command that makes the change of the largest certain gain, and what that is in the
     notebooks' parameters; `corpus` as it was asked for."""
-    guilty = next((cause.suspect for cause in causes if cause.verdict == "cause"), None)
+    guilty = next((cause.suspect for cause in guilty_of(causes)), None)
     if not guilty:
         return "No change is advised: more seeds, or a larger profile, may decide."
     line, changes = LINES.get(guilty.advice, "run --only 02,03,04"), {}

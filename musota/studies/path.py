@@ -38,7 +38,7 @@ def run_path(profile: Profile, seeds: range, **how) -> None:
     run_cells(cells, seeds[1:], profile, **how)
 
 
-OF_A_CHANGE = {1: "earns its place", 0: "undecided", -1: "does not"}
+OF_A_CHANGE = {1: "earns its place", 0: "undecided", -1: "does not earn it"}
 OF_A_TWIN = {1: "worse than the redesign", 0: "undecided", -1: "as good as the redesign"}
 
 

@@ -10,6 +10,7 @@ from musota.plan.registry import title_of
 from musota.rules import curves, plan, verdicts
 from musota.rules.findings import Finding, not_applicable
 from musota.rules.stats import Interval
+from musota.studies import names
 from musota.training.runs import Run
 from musota.workbook.evidence import Evidence, by_name, plan_reason, smaller_budget
 
@@ -80,17 +81,17 @@ def against_first(runs: Sequence[Run]) -> Iterator[tuple[Finding, Interval]]:
 
 def rule_lines(evidence: Evidence) -> list[str]:
     """What the plan's rules say of the optimized model, or else of the original one."""
-    reason = evidence.plan_does_not_apply
-    optimized, baseline = evidence.best("optimized"), evidence.best("baseline")
-    found = []
+    reason, best = evidence.plan_does_not_apply, evidence.best
+    row = next(filter(best, ("optimized", "original")), "")
+    rows = [name for name in evidence.names if name.split(",")[0] == row]  # changed ones, too
+    twins = (best(evidence.twin_of(name)) for name in rows)
+    baseline, found = best("baseline") or next(filter(None, twins), None), []
     if baseline and not reason:
         found.append(plan.plans_own_test(baseline.summary["ppl"]))
-    if optimized:
-        compared, ppl = evidence.compare(), None if reason else optimized.summary["ppl"]
-        found += run_findings(optimized, evidence.rungs, baseline)
-        found.append(plan.option_three(ppl, compared[0] if compared else None))
-    elif original := evidence.best("original"):
-        found += run_findings(original, evidence.rungs, baseline)
+    if row:
+        compared = next((evidence.compared[n][0] for n in rows if n in evidence.compared), None)
+        found += run_findings(best(row), evidence.rungs, baseline)
+        found.append(plan.option_three(None if reason else best(row).summary["ppl"], compared))
     return [finding.sentence for finding in found]
 
 
@@ -108,12 +109,17 @@ def answers(evidence: Evidence) -> dict[str, list[str]]:
     def told(findings: Iterable[Finding | None]) -> list[str]:
         return [finding.sentence for finding in findings if finding]
 
+    means = [
+        f"{title_of(row)}: {verdicts.names_mean(measured, names.EXPECTED).sentence}"
+        for row, measured in evidence.names_measured.items()
+    ]
     said = {
         "Did the plateau break (PPL < 200? < 100?)": told(goals),
         "Does the architecture help or hurt?": told(f for f, _ in evidence.compared.values()),
         "Was the learning rate right?": told(sweeps),
         "Which suspects were guilty?": [verdicts.root_cause_advice(causes)] if causes else [],
         "Where does the architecture lose, and what should a redesign change?": told(lost),
+        "Do the blocks' names mean anything?": means,
     }
     return {question: sentences for question, sentences in said.items() if sentences}
 

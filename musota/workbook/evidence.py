@@ -30,7 +30,8 @@ from musota.studies.path import judge as judge_path
 from musota.training.runs import Run
 from musota.workbook.records import labelled, read_probes, read_runs
 
-GRID, SWEEP, PATH = "root_causes", "sweep", "path"  # parts of a results folder
+# Parts of a results folder.
+GRID, SWEEP, PATH, TRIES = "root_causes", "sweep", "path", "tries"
 ABLATED = (*TUNED, "optimized", "original")  # MU-SOTA as looked into: the first that was
 
 
@@ -165,6 +166,17 @@ class Evidence:
             if own := {run.seed: run for run in recorded if run.experiment == experiment}:
                 runs[name] = own
         return (list(runs["original"].values()), judge_grid(runs, suspects)) if runs else ([], [])
+
+    @cached_property
+    def tries(self) -> list[Run]:
+        """Short runs from which the rate of longer ones was chosen."""
+        return [run for run in read_runs(self.folder, TRIES)[0] if run.summary]
+
+    @property
+    def names_measured(self) -> dict[str, dict]:
+        """What `studies.names` measured, by row."""
+        found = self.probes.items()
+        return {n.removeprefix("names_"): data for n, data in found if n.startswith("names_")}
 
     @cached_property
     def path(self) -> dict[str, Judged]:

@@ -12,7 +12,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from musota.plan.layout import BlockLayout
 from musota.plan.registry import title_of
 from musota.plan.suspects import MISSED
 from musota.rules.plan import REPORTED
@@ -184,8 +183,9 @@ def _draw_sweep(axis, sweeps: Sweeps) -> None:
     axis.legend(fontsize=9)
 
 
-def ablations(effects: Mapping[str, Interval], ppl: float, layout: BlockLayout) -> Figure:
-    """How the perplexity grows when a mechanism, or one semantic block's cells, are disabled."""
+def ablations(run: Run, effects: Mapping[str, Interval]) -> Figure:
+    """How a run's perplexity grows when a mechanism, or a block's cells, are disabled."""
+    ppl, layout = run.summary["ppl"], run.experiment.model.layout
     blocks = {block.name: f"{block.name} {block.title}" for block in layout.blocks}
     mechanisms = {name: name for name in effects if name not in blocks}
     figure, axes = new_figure(10, 1.4 + 0.3 * len(blocks), columns=2, grid="x")
@@ -199,6 +199,7 @@ def ablations(effects: Mapping[str, Interval], ppl: float, layout: BlockLayout) 
         draw_intervals(axis, grown, [f"{interval.mean:+,.1f}" for interval in grown.values()])
         axis.tick_params(axis="y", labelsize=8)
         axis.set(xlabel=f"change of valid PPL (whole model: {ppl:,.1f})", title=title)
+    figure.suptitle(style.wrapped(label_of(run), 90))
     return figure
 
 

@@ -24,13 +24,14 @@ from musota.rules import verdicts
 from musota.rules.plan import REPORTED, broke_through
 from musota.training.runs import Run
 from musota.workbook import figures, pictures, tables
-from musota.workbook.answers import answers, rule_lines, set_beside
+from musota.workbook.answers import answers, plateau_of, rule_lines, set_beside
 from musota.workbook.evidence import GRID, Evidence, by_name, footer_of, progress_of, read_evidence
 from musota.workbook.style import save_figure
 
 FRONT_MARKS = ("<!-- measured -->", "<!-- end of measured -->")
 BESIDE = ("simplified", "simplified_twin")  # another size: not on the front page
 OUTCOME = {"helps": "beats", "hurts": "loses to", "undecided": "cannot be told from"}
+OWNS = {"helps": "gain", "hurts": "cost more than they bring", "undecided": "may be worth nothing"}
 
 
 def _mean_ppl(seeds: Sequence[Run]) -> str:
@@ -53,6 +54,7 @@ _templates.filters |= {
     "title": title_of,
     "ppl": _mean_ppl,
     "progress": progress_of,
+    "plateau": lambda run: plateau_of(run).conclusion,
     "without_attention": _without_attention,
 }
 _templates.globals |= {
@@ -62,6 +64,7 @@ _templates.globals |= {
     "root_causes": GRID,
     "reported": REPORTED,
     "outcome": OUTCOME,
+    "owns": OWNS,
 }
 
 
@@ -120,9 +123,11 @@ def _figures(evidence: Evidence, shown: Sequence[Run]) -> dict[str, Figure]:
     rows = [name for name in evidence.names if name.split(",")[0] == "redesigned"]
     redesigned = next(filter(None, map(evidence.ablation_of, rows)), None)
     looked = {"ablations": evidence.ablated, "ablations_redesigned": redesigned}
-    for name, (run, effects) in filter(all, looked.items()):
-        layout = run.experiment.model.layout
-        drawn[name] = figures.ablations(effects, run.summary["ppl"], layout)
+    for name, found in looked.items():
+        if found:
+            drawn[name] = figures.ablations(*found)
+    for row, measured in evidence.names_measured.items():
+        drawn[f"names_{row}"] = pictures.names(measured)
     ledgers: dict[str, dict] = {}  # each once, however its model was trained
     for run in shown:
         if (ledger := run.summary["parameter_ledger"]) not in ledgers.values():
@@ -202,15 +207,20 @@ def _standing(evidence: Evidence) -> dict:
         "goals": {"MU-SOTA": evidence.goal(best)},
         "is_idle": any((spot.rule, spot.verdict) == ("Context", "idle") for spot in weak),
         "redesign": min(redesigned, key=tables.mean_ppl, default=None),
-        "advice": [f"In the model: {spot.next_step}." for spot in weak if spot.next_step][:1],
+        "redesign_wins": False,
     }
-    if causes := evidence.grid[1]:
-        found["advice"].append(verdicts.root_cause_advice(causes))
     if runs := found["redesign"]:
         found["against_ours"] = set_beside(runs, groups[beside], "redesigned", "MU-SOTA")
         found["against_plain"] = plain and set_beside(runs, plain, "redesigned", "the plain one")
+        modern = evidence.compare(runs[0].name)  # with its own twin
+        found["against_modern"] = modern and (modern[0], [*modern[1].values()][-1])
+        found["redesign_wins"] = found["against_ours"][0].verdict == "better"
         goal = broke_through([run.summary["ppl"] for run in runs], "the redesign", None)
         found["goals"]["the redesign"] = goal
+    steps = [spot.next_step for spot in weak if spot.next_step and not found["redesign_wins"]]
+    found["advice"] = [f"In the model: {step}." for step in steps[:1]]
+    if causes := evidence.grid[1]:
+        found["advice"].append(verdicts.root_cause_advice(causes))
     return found
 
 

@@ -75,6 +75,14 @@ MODEL = {
     "valid PPL [95 % over seeds]": "{ppl:,.1f}{interval}",
     **SCORES,
 }
+TRY = {
+    "model": "{title}",
+    "learning rate": "{training.learning_rate:g}",
+    "warm-up steps": "{training.warmup_steps}",
+    "epochs": "{training.epochs}",
+    "training tokens": "{run.config[corpus][tokens][train]:,}",
+    "valid PPL": "{run.summary[ppl]:,.1f}",
+}
 FRONT = {
     "model": "{title}",
     "valid PPL [95 %]": "{ppl:,.1f}{interval}",
@@ -153,6 +161,7 @@ def _of_seeds(evidence: Evidence, group: Sequence[Run], title: str) -> dict:
     if compared := evidence.compared.get(first.name):
         difference = str(list(compared[1].values())[-1]).replace(" nats/token", "")
         against = f"{difference}, {compared[0].verdict}"
+        against += " (one seed)" if "provisional" in compared[0].conclusion else ""
     unfinished = "" if first.finished else f" ({progress_of(first)}, unfinished)"
     ppls = ("ppl", "word_ppl", "test_ppl", "test_word_ppl")
     return {
@@ -185,6 +194,13 @@ def model_table(evidence: Evidence) -> pd.DataFrame:
     for name, size, ppl in PUBLISHED:
         rows.append({"title": f"reported: {name}", "parameters": size, "test_word_ppl": ppl})
     return table(rows, MODEL)
+
+
+def tries_table(runs: Iterable[Run]) -> pd.DataFrame:
+    """Short runs from which the rate of longer ones was chosen."""
+    rows = [(title_of(run.name.split(",")[0]), run) for run in runs]
+    tried = [{"title": t, "run": run, "training": run.experiment.training} for t, run in rows]
+    return table(tried, TRY)
 
 
 def front_table(evidence: Evidence, names: Iterable[str]) -> pd.DataFrame:
