@@ -179,6 +179,16 @@ def test_nobody_honest_is_accused(name):
     assert torch.get_rng_state().equal(state)
 
 
+def test_a_smoothed_loss_is_no_cross_entropy():
+    def smoothed(module, ids, shift=1):
+        logits = module(ids)[0][:, :-shift].flatten(0, 1)
+        return F.cross_entropy(logits, ids[:, shift:].flatten(), label_smoothing=0.1)
+
+    torch.manual_seed(0)
+    model = build_model(DenseConfig(512, 64, 2, 4, 0.0, 64))  # near uniform: all losses are alike
+    assert audit(model, 512, 64, smoothed).findings[3].verdict == "another"
+
+
 def test_the_first_distance_is_named_and_drawn():
     found = audit(Attention(window=1), V, T)
     assert "the logits at t see token t+1 " not in found.findings[0].saw  # in every setting

@@ -178,6 +178,11 @@ def test_goals_are_judged_by_the_interval_over_seeds(ppls, verdict):
     assert finding.verdict == verdict and "the vocabulary is small" in finding.conclusion
 
 
+def test_an_interval_across_a_goal_leaves_it_undecided():
+    found = plan.broke_through((95, 97, 105), "it", None)
+    assert (found.verdict, found.conclusion) == ("< 200", "under 200, undecided whether under 100")
+
+
 def test_weak_spots_name_what_earns_its_parameters_and_what_does_not():
     spans = {
         "block attention": (0.001, -0.002, 0.004), "cross attention": (0.4, 0.35, 0.45),

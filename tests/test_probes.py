@@ -1,5 +1,6 @@
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -251,6 +252,20 @@ def test_a_grid_is_judged_as_far_as_it_has_been_trained(grid):
     assert raised.here == "learning_rate 0.009 → 0.027"
     assert [*grid_room.sweep_losses(runs, "original")] == pytest.approx([0.009, 0.027])
     assert sorted(grid_room.sweep_losses(runs, "dense")) == pytest.approx([0.009, 0.027])
+
+
+def test_an_interrupted_study_stops_and_keeps_its_checkpoint(short, tmp_path):
+    cells = {name: make_grid("quick")[0][name] for name in ("epochs", "original")}
+
+    def interrupt(trainer):
+        if trainer.step == trainer.steps_per_epoch + 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with each_step(after=interrupt), pytest.raises(KeyboardInterrupt):
+        run_cells(cells, (0,), TINY, short, tmp_path, workers=1)
+    (only,) = tmp_path.iterdir()
+    assert not musota.Run(only).ended and [*only.glob("checkpoints/step-*")]
+    assert all(run[0].finished for run in run_cells(cells, (0,), TINY, short, tmp_path).values())
 
 
 def test_a_diverged_cell_is_remembered_and_no_cause(grid, short, monkeypatch):

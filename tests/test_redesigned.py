@@ -223,11 +223,11 @@ def test_every_row_of_the_path_is_of_one_size_and_differs_from_the_others():
     assert [step.experiment.model for step in longer.values()] == [
         rows[name.removesuffix(", longer")].experiment.model for name in longer
     ]
-    made = [name for name, step in rows.items() if step.made]
+    made = [name for name, step in rows.items() if step.kind == "made"]
     assert [rows[name].before for name in made] == ["", *made[:-1]]
     last = scaled(rows[made[-1]].experiment, "study").model
     assert last == scaled(musota.experiments["redesigned"], "study").model
-    assert {step.before for step in rows.values() if not step.made} == {made[-1]}
+    assert {step.before for step in rows.values() if step.kind != "made"} == {made[-1]}
 
 
 def test_the_path_judges_each_row_at_its_best_rate_with_the_seeds_all_have(named_run):
@@ -252,6 +252,14 @@ def test_the_path_judges_each_row_at_its_best_rate_with_the_seeds_all_have(named
     assert judged["one attention"].verdict == "earns its place"
     assert judged["stream"].verdict == "does not earn it"  # 0.005 nats
     assert judged["optimized"].effect is None
+    # What is added to the redesign is judged like a change made, what is taken back otherwise.
+    added = "redesigned, dropout 0.2"
+    taken = "redesigned, but no gate"
+    of_three = [("quiet start", 5.2), (added, 5.1), (taken, 5.3), ("modern dense twin", 5.3)]
+    more = [run(n, 3e-3, seed, loss + seed / 100) for n, loss in of_three for seed in (0, 1, 2)]
+    found = path.judge(path.sort_out(more, find_profile("study")))
+    assert found[added].verdict == found[taken].verdict == "earns its place"
+    assert found["modern dense twin"].verdict == "worse than the redesign"
     # A row that has one seed yet is shown, without an interval, and takes none from the others.
     more = path.sort_out([*runs, run("norm before", 3e-3, 0, 5.2)], find_profile("study"))
     judged = path.judge(more)

@@ -10,6 +10,8 @@ from musota.plan.profiles import redesign, twin
 from musota.plan.registry import experiments
 
 EARNED = 0.02  # nats: a change that brings less is left out
+# Of rows: a change made on the way, one added to the redesign, one taken back from it, a twin.
+KINDS = ("made", "added", "taken back", "twin")
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Step:
     title: str
     experiment: Experiment
     before: str = ""
-    made: bool = True  # a change made on the way; else one taken back from the redesign, or a twin
+    kind: str = "made"  # of KINDS
 
 
 # In the order they are made: a change, and what it is to take it back from the redesign. What a
@@ -61,17 +63,23 @@ def steps() -> dict[str, Step]:
             left = [other for other in left if other != change]
             rows[change] = Step(title, redesign(start, n_block, ",".join(left)), last)
             last = change  # in the end the redesign
-    others = {"modern dense twin": twin(rows[last].experiment), "dense GPT-2 twin": twin(start)}
+    dropped, named = redesign(start.with_(dropout=0.2)), redesign(start, without="")
+    others = {
+        "modern dense twin": (twin(rows[last].experiment), "twin"),
+        "dense GPT-2 twin": (twin(start), "twin"),
+    }
     for change, (_, title) in FORWARD.items():
         if title:
             size = (16,) if change == "wide heads" else (8, f"{change},names")
-            others[f"redesigned, but {title}"] = redesign(start, *size)
-    others["redesigned, block I kept and C1 from the token before"] = redesign(start, without="")
-    others["redesigned, dropout 0.2"] = redesign(start.with_(dropout=0.2))
-    others["modern dense twin, dropout 0.2"] = twin(others["redesigned, dropout 0.2"])
-    rows |= {name: Step(name, other, last, False) for name, other in others.items()}
+            others[f"redesigned, but {title}"] = redesign(start, *size), "taken back"
+    others |= {
+        "redesigned, block I kept and C1 from the token before": (named, "added"),
+        "redesigned, dropout 0.2": (dropped, "added"),
+        "modern dense twin, dropout 0.2": (twin(dropped), "twin"),
+    }
+    rows |= {name: Step(name, other, last, kind) for name, (other, kind) in others.items()}
     for name, (against, title) in LONGER.items():
         longer = rows[name].experiment.with_(epochs=60, warmup_steps=training.warmup_steps * 3 // 2)
         before = against and f"{against}, longer"
-        rows[f"{name}, longer"] = Step(f"{title}, longer", longer, before, rows[name].made)
+        rows[f"{name}, longer"] = Step(f"{title}, longer", longer, before, rows[name].kind)
     return rows

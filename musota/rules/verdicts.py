@@ -256,11 +256,14 @@ def names_mean(found: Mapping, expected: Mapping[str, str]) -> Finding:
     best = {name: max(of, key=lambda block: of[block][0]) for name, of in reads.items()}
     right = [name for name, block in best.items() if block == expected[name]]
     others = [row[:n] + row[n + 1 :] for n, row in enumerate(found["similarity"])]
-    still = min(found["moves"], key=lambda block: found["moves"][block][0])
+    moves, moved = found["moves"], ""
+    if moves:  # short texts have no word twice in two contexts
+        still = min(moves, key=lambda block: moves[block][0])
+        moved = f" a word moves least with its context in {still};"
     saw = (
         f"{len(right)} of {len(reads)} properties are read best from the block named for them "
-        f"({', '.join(f'{name}: {best[name]}' for name in reads)}); a word moves least with its "
-        f"context in {still}; similarity of two blocks {np.mean(others):.2f} on average"
+        f"({', '.join(f'{name}: {best[name]}' for name in reads)});{moved} "
+        f"similarity of two blocks {np.mean(others):.2f} on average"
     )
     labels = "the names are labels: training does not fill a block with what it is called"
     return judged(

@@ -90,6 +90,8 @@ def run_cells(
         print(f"{left} runs to train, {workers} at a time.", flush=True)
     started = time.perf_counter()
     for done, (job, run) in enumerate(_each(jobs, parts, workers), start=1):
+        if not run.ended:  # Ctrl-C or SIGTERM: its checkpoint is what it goes on from
+            raise KeyboardInterrupt
         runs[job.cell][run.seed] = run
         if job.cell not in keep:
             shutil.rmtree(run.path / "checkpoints", ignore_errors=True)

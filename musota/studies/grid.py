@@ -79,7 +79,7 @@ def judge(runs: Runs, suspects: Sequence[Suspect]) -> list[Cause]:
         # What the plan's rates would advise has been done.
         suspects = [replace(s, advice="") if s.advice == COMPARE else s for s in suspects]
     known = [s for s in (*suspects, fair) if s and {s.before, s.after} <= losses.keys()]
-    causes = root_causes(known, losses, _first(runs, "original").experiment.model.vocab_size)
+    causes = root_causes(known, losses, _first(runs, next(iter(runs))).experiment.model.vocab_size)
     return [
         replace(
             cause,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from musota.data.corpus import Corpus
+from musota.errors import MusotaError
 from musota.models.base import CausalLM
 from musota.studies.probes import require_blocks
 from musota.training.runs import Run
@@ -34,10 +35,12 @@ def names_of(model: CausalLM, corpus: Corpus) -> dict:
     windows · `moves`: by block, the share of a word's variance that its context explains, beyond
     shuffled contexts, with its interval over words · `words`, how many. All after the last layer.
 
-    Raises MusotaError for a model without blocks.
+    Raises MusotaError for a model without blocks, and for too little text.
     """
     require_blocks(model)
-    length, layout = model.config.max_seq_len, model.config.layout
+    layout, length = model.config.layout, min(model.config.max_seq_len, len(corpus.valid) // 8)
+    if length < 2:
+        raise MusotaError(f"{len(corpus.valid)} tokens of valid text are too few for probes.")
     count = min(WINDOWS, len(corpus.valid) // length)
     ids = corpus.valid[: count * length].view(count, length).long()
     cells = stream(model, ids)[:, 1:]  # the first token of a window has nothing before it
@@ -159,12 +162,12 @@ def moves(blocks: Mapping[str, Tensor], ids: Tensor, generator: np.random.Genera
             x = block[places].double().numpy()
             shuffled = np.mean([_explained(x, generator.permutation(kind)) for _ in range(10)])
             shares[name].append(_explained(x, kind) - shuffled)
-    found = {}
-    for name, values in shares.items():
-        values = np.array(values or [np.nan])
+    found, words = {}, len(next(iter(shares.values())))
+    for name, values in shares.items() if words else ():
+        values = np.array(values)
         picked = values[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
         found[name] = [float(values.mean()), *np.quantile(picked, (0.025, 0.975)).tolist()]
-    return {"moves": found, "words": len(next(iter(shares.values())))}
+    return {"moves": found, "words": words}
 
 
 def _explained(x: np.ndarray, kind: np.ndarray) -> float:

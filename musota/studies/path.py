@@ -68,12 +68,17 @@ def judge(trained: Mapping[str, ByRate]) -> dict[str, Judged]:
         first = min(seed for seeds in of_one.values() for seed in seeds)  # trained at all rates
         best[name] = best_of(_losses(of_one, first))
         runs[name] = of_one[best[name]]
+    runs = {
+        name: usable
+        for name, seeds in runs.items()
+        if (usable := {seed: run for seed, run in seeds.items() if not run.diverged})
+    }
     several = [set(seeds) for seeds in runs.values() if len(seeds) > 1]
     common = set.intersection(*several or map(set, runs.values())) if runs else set()
     whole = {
         name: {seed: seeds[seed].valid_loss for seed in common}
         for name, seeds in runs.items()
-        if common <= seeds.keys()
+        if common and common <= seeds.keys()
     }
     judged = {}
     for name, seeds in runs.items():
@@ -85,9 +90,9 @@ def judge(trained: Mapping[str, ByRate]) -> dict[str, Judged]:
             gains = [seeds[seed].valid_loss - before[seed].valid_loss for seed in paired]
             effect = Interval(sum(gains) / len(gains))
         if effect and not math.isinf(effect.low):
-            gain = -1 if step.made else 1  # of a change made, or one taken back
+            gain = -1 if step.kind in ("made", "added") else 1
             side = effect.beyond(gain * EARNED) * gain
-            verdict = (OF_A_TWIN if "twin" in name else OF_A_CHANGE)[side]
-        shown = tuple(seeds[seed] for seed in sorted(common & seeds.keys()))
+            verdict = (OF_A_TWIN if step.kind == "twin" else OF_A_CHANGE)[side]
+        shown = tuple(seeds[seed] for seed in sorted(common & seeds.keys() or seeds))
         judged[name] = Judged(step, best[name], len(trained[name]), shown, effect, verdict)
     return judged

@@ -12,7 +12,7 @@ from musota.rules.findings import Finding, not_applicable
 from musota.rules.stats import Interval
 from musota.studies import names
 from musota.training.runs import Run
-from musota.workbook.evidence import Evidence, by_name, plan_reason, smaller_budget
+from musota.workbook.evidence import Evidence, models_of, plan_reason, smaller_budget
 
 GOALS = ("original", "optimized", "tuned")  # rows the plan has goals for, changed or not
 
@@ -73,7 +73,7 @@ def set_beside(
 
 def against_first(runs: Sequence[Run]) -> Iterator[tuple[Finding, Interval]]:
     """What `set_beside` says of every model against the first of `runs`."""
-    first, *others = by_name(runs).values()
+    first, *others = models_of(runs).values()
     for group in others:
         if found := set_beside(group, first, title_of(group[0].name), title_of(first[0].name)):
             yield found
@@ -81,17 +81,19 @@ def against_first(runs: Sequence[Run]) -> Iterator[tuple[Finding, Interval]]:
 
 def rule_lines(evidence: Evidence) -> list[str]:
     """What the plan's rules say of the optimized model, or else of the original one."""
-    reason, best = evidence.plan_does_not_apply, evidence.best
+    best = evidence.best
     row = next(filter(best, ("optimized", "original")), "")
+    ours = best(row)
+    reason = ours and (plan_reason(ours) or smaller_budget(ours))
     rows = [name for name in evidence.names if name.split(",")[0] == row]  # changed ones, too
     twins = (best(evidence.twin_of(name)) for name in rows)
     baseline, found = best("baseline") or next(filter(None, twins), None), []
-    if baseline and not reason:
+    if baseline and baseline.finished and not reason:
         found.append(plan.plans_own_test(baseline.summary["ppl"]))
-    if row:
+    if ours:
         compared = next((evidence.compared[n][0] for n in rows if n in evidence.compared), None)
-        found += run_findings(best(row), evidence.rungs, baseline)
-        found.append(plan.option_three(None if reason else best(row).summary["ppl"], compared))
+        found += run_findings(ours, evidence.rungs, baseline)
+        found.append(plan.option_three(None if reason else ours.summary["ppl"], compared))
     return [finding.sentence for finding in found]
 
 

@@ -79,7 +79,7 @@ changes_option = click.option(
     "--set", "changes", multiple=True, callback=_changes, help="FIELD=VALUE, after the profile."
 )
 place_options = _together(  # where the labels of recorded runs are sought
-    profile_option,
+    click.option("--profile", default="quick", help="The folder of results/ to look in first."),
     click.option("--save-to", "results", default=RESULTS, show_default="results/", type=Place()),
 )
 
@@ -192,14 +192,19 @@ def score(run, file, profile, results):
     click.echo(f"{found}\n{told}\n")
     click.echo(scored.nlargest(15, "bits").to_string(float_format="%.4g"))
     path = found.path / f"score-{file.stem}"
-    scored.to_csv(path.with_suffix(".csv"), index_label="place")
-    save_figure(surprises(scored), path.with_suffix(".png"), f"{file.name} by {found.name}")
+    scored.to_csv(f"{path}.csv", index_label="place")
+    save_figure(surprises(scored), Path(f"{path}.png"), f"{file.name} by {found.name}")
     click.echo(f"\nEvery token: {path}.csv, {path}.png")
 
 
 @cli.command()
 @experiment_options
-@click.option("--seeds", default=3, type=click.IntRange(1, 100), help="How many.")
+@click.option(
+    "--seeds",
+    default=3,
+    type=click.IntRange(1, 100),
+    help="How many; the grid has its own, a sweep takes the first.",
+)
 @click.option("--only", default="models,sweep,tuned,grid,path", help="Parts to do.")
 def evidence(seeds, only, **parameters):
     """Carry the plan out with several seeds, then write the report.

@@ -55,6 +55,12 @@ def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return groups
 
 
+def models_of(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """`by_name`, without the unfinished seeds of models that have finished ones."""
+    groups = by_name(runs).items()
+    return {name: [run for run in group if run.finished] or group for name, group in groups}
+
+
 def brief_titles(groups: Mapping[str, Sequence[Run]], between: str = ", ") -> dict[str, str]:
     """What people read for each name: where some were changed, budget and rate in place of all
     that was, if that tells them apart."""
@@ -165,7 +171,8 @@ class Evidence:
             experiment = scaled(cell.experiment, grid_profiles[profile])
             if own := {run.seed: run for run in recorded if run.experiment == experiment}:
                 runs[name] = own
-        return (list(runs["original"].values()), judge_grid(runs, suspects)) if runs else ([], [])
+        first = next(iter(runs.values()), {})
+        return list(first.values()), judge_grid(runs, suspects) if runs else []
 
     @cached_property
     def tries(self) -> list[Run]:
@@ -191,10 +198,11 @@ class Evidence:
 
     def ablation_of(self, name: str) -> tuple[Run, dict[str, Interval]] | None:
         """A row's run and what disabling each of its parts costs, if that was measured."""
-        run, recorded = self.best(name), self.probes.get(f"ablations_{name}")
-        if not (run and recorded):
+        recorded = self.probes.get(f"ablations_{name}", {})
+        runs = [run for run in self.only(name).runs if run.seed == recorded.get("seed", 0)]
+        if not (runs and recorded):
             return None
-        return run, verdicts.ablation_effects(recorded["nats"], recorded["tokens"])
+        return runs[0], verdicts.ablation_effects(recorded["nats"], recorded["tokens"])
 
     def weak_spots(self) -> list[Finding]:
         """Which parts of `ablated` earn their parameters; empty if no model was looked into."""
@@ -312,8 +320,10 @@ def find_runs(name: str, results: Path, profile: str) -> list[Run]:
         return [Run(path)]
     folder, known = results / (path.parent if path.parent.name else profile), {}
     for fingerprint in {run.fingerprint for run in read_runs(folder)[0]}:
-        for run in read_evidence(folder, fingerprint).runs:
-            for label in (run.name, run.path.name):
+        found = read_evidence(folder, fingerprint)
+        for run in found.runs:
+            same = [alias for alias, name in found.aliases.items() if name == run.name]
+            for label in (run.name, run.path.name, *same):
                 known.setdefault(label, []).append(run)
     if not known:
         raise MusotaError(f"There is no run {name}: give its folder, or a label of {folder}.")

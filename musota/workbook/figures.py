@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from musota.plan.path import KINDS
 from musota.plan.registry import title_of
 from musota.plan.suspects import MISSED
 from musota.rules.plan import REPORTED
@@ -20,14 +21,25 @@ from musota.rules.verdicts import Cause
 from musota.studies.path import Judged
 from musota.training.runs import Run
 from musota.workbook import style
-from musota.workbook.evidence import brief_titles, by_name, progress_of
-from musota.workbook.style import BLUE, PLAIN, RED, draw_intervals, new_figure, note, styles_of
+from musota.workbook.evidence import brief_titles, by_name, models_of, progress_of
+from musota.workbook.style import (
+    BLUE,
+    GREEN,
+    PLAIN,
+    RED,
+    draw_intervals,
+    new_figure,
+    note,
+    styles_of,
+)
 
 VERDICTS = {  # colour, marker, fill
     "cause": (RED, "o", "full"),
     "undecided": (BLUE, "D", "left"),
     "not a cause": ("#666666", "s", "none"),
 }
+# Rows of the path by kind: on the way each follows the one before, the others the redesign.
+STEPS = dict(zip(KINDS, ((BLUE, "o"), (GREEN, "D"), (RED, "s"), ("#666666", "^")), strict=True))
 FIRST = "← better than the first · worse →"  # which side of 0 is which
 SWEEP_NATS = 2.5  # what is worse than the best by more is drawn at the upper edge
 Sweeps = Mapping[str, Mapping[float, Sequence[float]]]  # valid losses by model and learning rate
@@ -208,7 +220,7 @@ def answer(
 ) -> Figure:
     """Where every model ends (hollow: seeds), beside the rungs; with what the plan reported of its
     first run, if asked, and with the sweeps, if measured."""
-    groups = by_name(runs)
+    groups = models_of(runs)
     figure, axes = new_figure(11, max(4.6, 0.62 * len(groups)), columns=2 if sweeps else 1)
     styles = list(styles_of(groups).values())
     ends, titles = {}, brief_titles(groups, "\n")
@@ -256,15 +268,20 @@ def path(judged: Mapping[str, Judged], rungs: Mapping[str, float]) -> Figure:
     """Where each row of the path to the redesign ends, and its nats over the row before."""
     figure, (left, right) = new_figure(12, 1.9 + 0.36 * len(judged), columns=2, grid="x")
     ends = {r.step.title: [run.summary["ppl"] for run in r.runs] for r in judged.values()}
-    colours = [BLUE if row.step.made else RED for row in judged.values()]
-    _draw_ends(left, ends, [(colour, "", "o") for colour in colours], rungs)
+    looks = [STEPS[row.step.kind] for row in judged.values()]
+    _draw_ends(left, ends, [(colour, "", marker) for colour, marker in looks], rungs)
     effects = {place: row.effect or Interval(np.nan) for place, row in enumerate(judged.values())}
-    looks = [(colour, "o", "full") for colour in colours]
-    draw_intervals(right, effects, [row.verdict for row in judged.values()], looks)
+    verdicts = [row.verdict for row in judged.values()]
+    draw_intervals(right, effects, verdicts, [(*look, "full") for look in looks])
     right.set_yticks(range(len(effects)), [])
     right.xaxis.set_major_locator(MaxNLocator(6))
     right.set_xlabel("nats per token (← better · worse →)")
-    right.set_title("Against the row before; red: against the redesign", pad=18)
+    right.set_title("Against the row it is one change from", pad=18)
+    key = {
+        kind: Line2D([], [], color=colour, marker=marker, linestyle="none")
+        for kind, (colour, marker) in STEPS.items()
+    }
+    figure.legend([*key.values()], [*key], fontsize=8, ncols=4, loc="outside lower right")
     return figure
 
 

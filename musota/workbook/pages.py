@@ -5,6 +5,7 @@ Code collects findings, tables and figures; `templates/*.md.j2` say what stands 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,14 +19,23 @@ from musota.data.sources import SOURCES
 from musota.errors import MusotaError
 from musota.files import write_text
 from musota.plan.architectures import MuConfig, OwnConfig
+from musota.plan.config import Experiment, TrainConfig
 from musota.plan.path import EARNED
+from musota.plan.profiles import profiles, scaled
 from musota.plan.registry import TUNED, find_experiment, registry, title_of
 from musota.rules import verdicts
 from musota.rules.plan import REPORTED, broke_through
 from musota.training.runs import Run
 from musota.workbook import figures, pictures, tables
 from musota.workbook.answers import answers, plateau_of, rule_lines, set_beside
-from musota.workbook.evidence import GRID, Evidence, by_name, footer_of, progress_of, read_evidence
+from musota.workbook.evidence import (
+    GRID,
+    Evidence,
+    footer_of,
+    models_of,
+    progress_of,
+    read_evidence,
+)
 from musota.workbook.style import save_figure
 
 FRONT_MARKS = ("<!-- measured -->", "<!-- end of measured -->")
@@ -85,11 +95,14 @@ def write_report(folder: str | os.PathLike) -> Path:
     """
     evidence = read_evidence(folder)
     folder = evidence.folder.resolve()
-    shown = [group[0] for group in by_name(evidence.runs).values()]
+    shown = [group[0] for group in models_of(evidence.runs).values()]
     drawn = _figures(evidence, shown) if shown else {}
-    path = {"path": figures.path(evidence.path, evidence.rungs)} if evidence.path else {}
-    for name, figure in (drawn | path).items():
+    for name, figure in drawn.items():
         save_figure(figure, folder / f"{name}.png", evidence.footer)
+    if evidence.path:
+        first = next(iter(evidence.path.values())).runs[0]
+        figure = figures.path(evidence.path, evidence.rungs)
+        save_figure(figure, folder / "path.png", footer_of(first))
     grid_runs, causes = evidence.grid
     if causes:
         figure = figures.root_causes(causes, verdicts.RELEVANT)
@@ -139,19 +152,24 @@ def _figures(evidence: Evidence, shown: Sequence[Run]) -> dict[str, Figure]:
 def _training_again(evidence: Evidence, run: Run) -> str:
     """What trains a run again: a name for the command, and for what is no row of the registry what
     to `--set` in the nearest one. What a run is called decides nothing."""
-    model = run.experiment.model
+    model, profile = run.experiment.model, profiles.get(run.config["profile"])
+    roles = evidence.roles or {n: find_experiment(n) for n in registry if n not in TUNED}
     if isinstance(model, OwnConfig):
-        return f"FOLDER/{model.source}"
-    of_python = {name: find_experiment(name) for name in registry if name not in TUNED}
+        sizes = {"vocab_size": OwnConfig.vocab_size, "max_seq_len": OwnConfig.max_seq_len}
+        own = Experiment(dataclasses.replace(model, **sizes), TrainConfig())
+        roles = {f"FOLDER/{model.source}": scaled(own, profile) if profile else own}
     changes = {
         name: run.experiment.differences(role)
-        for name, role in (evidence.roles or of_python).items()
+        for name, role in roles.items()
         if type(role.model) is type(model)
     }
     if not changes:
         return ""
     nearest = min(changes, key=lambda name: len(changes[name]))
-    flags = [f"--set {change}" for change in changes[nearest]]
+    flags = [
+        "--continue-from RUN" if change.startswith("started_from=") else f"--set {change}"
+        for change in changes[nearest]
+    ]
     precision = run.config.get("precision", "no")
     if precision != "no" and run.summary["device"].startswith("CPU"):  # where it was asked for
         flags.append(f"--precision {precision}")
@@ -175,7 +193,7 @@ def write_front_page(path: str | os.PathLike, folders: Sequence[Path]) -> None:
         {
             "evidence": evidence,
             "place": evidence.folder.resolve().relative_to(path.parent.resolve()).as_posix(),
-            "rows": [name for name in by_name(evidence.runs) if name not in BESIDE],
+            "rows": [name for name in models_of(evidence.runs) if name not in BESIDE],
             **_standing(evidence),
         }
         for evidence in found
@@ -188,7 +206,7 @@ def write_front_page(path: str | os.PathLike, folders: Sequence[Path]) -> None:
 def _standing(evidence: Evidence) -> dict:
     """What the front page says of a folder: how MU-SOTA's best row (`beside`) stands to its dense
     twin, and the best redesigned model to both. Empty where there is no MU-SOTA."""
-    groups, weak = by_name(evidence.runs), evidence.weak_spots()
+    groups, weak = models_of(evidence.runs), evidence.weak_spots()
     ours = [n for n, g in groups.items() if isinstance(g[0].experiment.model, MuConfig)]
     if not ours:
         return {"beside": None}
@@ -210,13 +228,15 @@ def _standing(evidence: Evidence) -> dict:
         "redesign_wins": False,
     }
     if runs := found["redesign"]:
-        found["against_ours"] = set_beside(runs, groups[beside], "redesigned", "MU-SOTA")
+        mu = models_of(evidence.only(beside).runs).popitem()[1]
+        found["against_ours"] = set_beside(runs, mu, "redesigned", "MU-SOTA")
         found["against_plain"] = plain and set_beside(runs, plain, "redesigned", "the plain one")
         modern = evidence.compare(runs[0].name)  # with its own twin
         found["against_modern"] = modern and (modern[0], [*modern[1].values()][-1])
         found["redesign_wins"] = found["against_ours"][0].verdict == "better"
-        goal = broke_through([run.summary["ppl"] for run in runs], "the redesign", None)
-        found["goals"]["the redesign"] = goal
+        ppls, so_far = [run.summary["ppl"] for run in runs], progress_of(runs[0])
+        budget = "" if runs[0].finished else so_far
+        found["goals"]["the redesign"] = broke_through(ppls, "the redesign", None, budget)
     steps = [spot.next_step for spot in weak if spot.next_step and not found["redesign_wins"]]
     found["advice"] = [f"In the model: {step}." for step in steps[:1]]
     if causes := evidence.grid[1]:

@@ -275,7 +275,7 @@ def names(found: Mapping) -> Figure:
     read.set_title(
         "What is read from one block alone\n(accuracy beyond shuffled labels)", fontsize=10
     )
-    style.draw_intervals(move, {block: Interval(*moves[block]) for block in blocks})
+    style.draw_intervals(move, {block: Interval(*found) for block, found in moves.items()})
     move.tick_params(axis="y", labelsize=8)
     move.spines[["top", "right"]].set_visible(False)
     move.set_title("How far the word before\nmoves a word", fontsize=10)

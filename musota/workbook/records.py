@@ -43,10 +43,10 @@ def read_runs(folder: str | os.PathLike, part: str = "") -> tuple[list[Run], dic
     for place in sorted({path.parent for path in begun}):
         path = place.relative_to(folder).as_posix()
         try:
-            found[path] = Run(place)
-            found[path].records  # noqa: B018  damage is seen here, not in the middle of a page
-        except MusotaError as error:
-            found.pop(path, None)
+            run = Run(place)
+            run.records  # noqa: B018  damage is seen here, not in the middle of a page
+            found[path] = run
+        except MusotaError as error:  # where it was packed before, that copy is shown
             left_out[path] = f"damaged: {error}"
     runs, paths = [], {}
     for path, run in sorted(found.items()):
@@ -86,8 +86,9 @@ def labelled(runs: Iterable[Run], roles: Mapping[str, Experiment]) -> list[Run]:
             name = next((role for role, e in roles.items() if e == run.experiment), run.name)
             owner = owners.get(name, run.experiment)
             if owner != run.experiment or name in names.values():
-                told = run.experiment.differences(owner)
-                name = ",".join([name, *(told or [f"corpus={run.fingerprint[:8]}"])])
+                told, corpus = run.experiment.differences(owner), f"corpus={run.fingerprint[:8]}"
+                name = ",".join([name, *(told or [corpus])])
+                name += f",{corpus}" * (name in names.values())
             owners.setdefault(name, run.experiment)
             names[key] = name
         copies.append(copy.copy(run))

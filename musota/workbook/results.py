@@ -84,11 +84,14 @@ class Results:
         return ",".join([name, *(f"{field}={value}" for field, value in self.changes.items())])
 
     def kept(self, name: str, measure: Callable[..., dict], *arguments) -> dict:
-        """What `measure(*arguments)` returns, measured once and kept as the probe `name`."""
-        fingerprint, name = self.corpus.fingerprint, self.named(name)
+        """What `measure(*arguments)` returns, measured once and kept as the probe `name`; anew for
+        another text, or for a run of another seed."""
+        of = {"fingerprint": self.corpus.fingerprint}
+        of.update(("seed", run.seed) for run in arguments if isinstance(run, Run))
+        name = self.named(name)
         recorded = self.probes.get(name, {})
-        if recorded.get("fingerprint") != fingerprint or self.fresh:
-            recorded = {"fingerprint": fingerprint, **measure(*arguments)}
+        if self.fresh or any(recorded.get(field, 0) != value for field, value in of.items()):
+            recorded = {**of, **measure(*arguments)}
             write_json(self.folder / f"{name}.json", recorded)
             self.push()
         return recorded
@@ -137,8 +140,12 @@ class Results:
         return dataclasses.replace(own, note=f"{note}: run the notebook that trains it first.")
 
     def chosen(self, names: Sequence[str]) -> Evidence:
-        """Any recorded runs, by label or folder (see `find_runs`)."""
-        return chosen_runs(names, self.root.parent, self.root.name)
+        """Any recorded runs, by label or folder (see `find_runs`); what stands in no folder here is
+        sought in the repository's results."""
+        here, kept = self.root.parent, ROOT / "results"
+        places = [here if (here / name).parent.is_dir() else kept for name in names]
+        names = [str(p / n) if "/" in n else n for p, n in zip(places, names, strict=True)]
+        return chosen_runs(names, here, self.root.name)
 
     @property
     def path(self) -> dict[str, Judged]:

@@ -17,8 +17,8 @@ from musota.files import write_bytes
 from musota.plan.registry import style_of
 from musota.rules.stats import Interval
 
-BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#999999"
-SHADES = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", RED, "#F0E442", GREY)
+BLUE, ORANGE, RED, GREEN, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#999999"
+SHADES = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", RED, "#F0E442", GREY)
 HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
 PLAIN = FuncFormatter(lambda value, _: f"{value:,.10g}")
 DOTTED = {"color": "0.45", "linewidth": 0.9, "linestyle": (0, (1, 2))}  # a rung

@@ -20,7 +20,7 @@ from musota.studies.path import Judged
 from musota.training.evaluate import exp_nats
 from musota.training.runs import Run
 from musota.workbook.answers import health_of
-from musota.workbook.evidence import Evidence, brief_titles, by_name, progress_of
+from musota.workbook.evidence import Evidence, brief_titles, models_of, progress_of
 
 MEANINGLESS = 1e12  # a perplexity over so many words, where a "word" is a paragraph
 
@@ -188,7 +188,7 @@ def _of_rung(evidence: Evidence, name: str) -> dict:
 def model_table(evidence: Evidence) -> pd.DataFrame:
     """One row a model, means over its seeds; then the measured rungs, then published models, whose
     PPLs are reported, on the test split of the whole corpus."""
-    groups = by_name(run for run in evidence.runs if run.finished).values()
+    groups = models_of(run for run in evidence.runs if run.finished).values()
     rows = [_of_seeds(evidence, group, evidence.title(group[0].name)) for group in groups]
     rows += [_of_rung(evidence, name) for name in evidence.rungs]
     for name, size, ppl in PUBLISHED:
@@ -205,7 +205,7 @@ def tries_table(runs: Iterable[Run]) -> pd.DataFrame:
 
 def front_table(evidence: Evidence, names: Iterable[str]) -> pd.DataFrame:
     """The rows of `names` that were trained, and what counting reaches, in four columns."""
-    groups = {name: runs for name, runs in by_name(evidence.runs).items() if name in names}
+    groups = {name: runs for name, runs in models_of(evidence.runs).items() if name in names}
     titles = brief_titles(groups)
     rows = [_of_seeds(evidence, groups[name], titles[name]) for name in groups]
     rungs = [name for name in ("bigram", "trigram") if name in evidence.rungs]
@@ -229,7 +229,7 @@ def fields_table(columns: Mapping[tuple[str, str], Experiment]) -> pd.DataFrame:
 def differences_table(runs: Iterable[Run]) -> pd.DataFrame:
     """Where models differ, one column each: fields, corpus, budget, machine, code."""
     columns = {}
-    for name, group in by_name(runs).items():
+    for name, group in models_of(runs).items():
         run, corpus = group[0], group[0].config["corpus"]
         columns[title_of(name)] = {
             "architecture": type(run.experiment.model).__name__.removesuffix("Config"),
