@@ -21,7 +21,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_together(writes: Mapping[Path, Callable[[Path], object]]) -> None:
-    """`write_whole` of files that belong together: all of them, or none."""
+    """`write_whole` of files that belong together: all are on the disk before the first is moved
+    into place."""
     temporary = {path: path.with_name(f".{path.name}-{os.getpid()}") for path in writes}
     try:
         for path, write in writes.items():

@@ -307,6 +307,8 @@ def test_an_endless_line_comes_in_bounded_pieces(monkeypatch, tmp_path):
     corpus = load_corpus(folder, 300)
     assert corpus.tokenizer.decode(corpus.train) == text
     assert len(corpus.limited(Profile("some", 300, 40, 40)).train) == 40
+    titled = load_corpus(_folder(tmp_path / "titled", train=f">title\n{text}"), 300)
+    assert len(titled.limited(Profile("some", 300, 40, 40)).train) == 40
 
 
 def test_a_text_in_pieces_gives_the_tokens_of_the_whole(text_folder, monkeypatch, tmp_path):

@@ -67,12 +67,12 @@ def test_what_a_drive_lost_or_cut_is_copied_again(short, tmp_path):
 def test_a_vanished_drive_does_not_stop_training_but_is_told_at_the_end(short, tmp_path, capsys):
     mirror = Mirror(tmp_path / "here", tmp_path / "drive")
     (tmp_path / "drive").rmdir()
-    with pytest.raises(MusotaError, match="end of the run could not be saved"):
+    with pytest.raises(MusotaError, match="could not be copied to .*drive: it has vanished"):
         musota.train(EXPERIMENT, short, mirror.local, copy=mirror.push)
-    assert "Not saved" in capsys.readouterr().out
+    assert "Not copied to" in capsys.readouterr().out
     assert musota.Run(mirror.local).finished
     assert not (tmp_path / "drive").exists()  # nothing is written where the drive was mounted
-    with pytest.raises(MusotaError, match="end of the run could not be saved"):
+    with pytest.raises(MusotaError, match="could not be copied to .*drive: it has vanished"):
         musota.train(EXPERIMENT, short, mirror.local, copy=mirror.push)  # finished, still not there
     (tmp_path / "drive").mkdir()
     musota.train(EXPERIMENT, short, mirror.local, copy=mirror.push)

@@ -28,6 +28,13 @@ class Recurrent(nn.Module):
         return (self.output(self.recurrence(self.embedding(ids))[0]),)
 
 
+class Cached(Recurrent):
+    def forward(self, ids):  # makes a buffer in its first call
+        if not hasattr(self, "seen"):
+            self.register_buffer("seen", torch.zeros(3))
+        return super().forward(ids)
+
+
 def half(vocab_size, **more):
     return Recurrent(vocab_size, **more).bfloat16()
 
@@ -60,7 +67,7 @@ def config(source, name="Recurrent", arguments=(), **more):
     return OwnConfig(f"{source}:{name}", dict(arguments), 512, 24, **more)
 
 
-@pytest.mark.parametrize("name", ["Recurrent", "half"])
+@pytest.mark.parametrize("name", ["Recurrent", "Cached", "half"])
 def test_it_trains_resumes_and_is_loaded_again(source, corpus, tmp_path, name):
     experiment = Experiment(config(source, name), TRAINING)
     whole = musota.train(experiment, corpus, tmp_path / "whole")
@@ -121,7 +128,7 @@ def test_what_it_is_is_its_file_its_name_and_its_arguments(source):
     ("name", "arguments", "message"),
     [
         ("missing", {}, "mine.py defines no 'missing'"),
-        ("broken", {}, "mine.py:broken raised ValueError: no, not 512 (line 25 of "),
+        ("broken", {}, "mine.py:broken raised ValueError: no, not 512 (line 32 of "),
         ("nothing", {}, "mine.py:nothing made int, not a torch.nn.Module"),
         ("READY", {}, "mine.py:READY is Recurrent: name the function or class"),
         ("Recurrent", {"widht": 3}, "raised TypeError"),

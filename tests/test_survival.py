@@ -117,6 +117,15 @@ def test_where_no_checkpoint_can_be_read_nothing_is_thrown_away(half_way, short)
     assert kept.value and musota.train(EXPERIMENT, short, folder, resume=False).finished
 
 
+def test_measurements_without_a_checkpoint_are_not_thrown_away(half_way, short):
+    folder, *checkpoints = half_way
+    for path in checkpoints:
+        path.unlink()
+    with pytest.raises(MusotaError, match="No checkpoint in .* can be read .*: start over"):
+        musota.train(EXPERIMENT, short, folder)
+    assert len(musota.Run(folder).history) == 1
+
+
 def test_damaged_checkpoints_do_not_push_good_ones_out(half_way, finished, short, always_due):
     folder, newest, _ = half_way
     for number in ("000000900", "000000901"):  # of later steps than any that is to come
@@ -225,6 +234,16 @@ def test_a_full_disk_is_told_and_made_good_later(
     run = musota.train(EXPERIMENT, short, tmp_path)
     assert run.summary[SHA] == finished.summary[SHA]
     assert _losses(run) == _losses(finished) and run.load_model()
+
+
+def test_best_weights_that_could_not_be_written_are_kept_with_the_checkpoint(short, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        _full(patch, lambda path: path.parent.name == "best")
+        with pytest.raises(MusotaError, match="end of the run could not be saved"):
+            musota.train(EXPERIMENT, short, tmp_path, stop_at=0.7)
+    run = musota.train(EXPERIMENT, short, tmp_path, stop_at=0.9)  # no epoch ends on the way
+    scored = musota.evaluate(run.load_model(), short.valid)["loss"]
+    assert run.summary["best_epoch"] == 1 and scored == pytest.approx(run.summary["valid_loss"])
 
 
 def test_a_folder_that_vanishes_does_not_stop_training(finished, short, tmp_path):
@@ -358,6 +377,13 @@ def test_a_bad_loss_stops_with_step_batch_and_checkpoint(short, tmp_path, value,
         _train_spoiled([14], short, tmp_path, value=value)
     assert musota.Run(tmp_path).diverged
     assert musota.train(EXPERIMENT, short, tmp_path).finished  # from the checkpoint
+
+
+def test_weights_that_the_last_step_of_an_epoch_broke_are_seen(short, tmp_path):
+    whole = EXPERIMENT.with_(learning_rate=1e20, warmup_steps=0, batch_size=400)  # a step an epoch
+    with pytest.raises(Diverged, match=r"valid loss is [\w.+]+ at step 1 "):
+        musota.train(whole, short, tmp_path)
+    assert musota.Run(tmp_path).diverged and not [*(tmp_path / "checkpoints").glob("step-*")]
 
 
 def test_a_remedy_goes_back_at_half_the_rate_twice_at_most(short, tmp_path):

@@ -82,7 +82,8 @@ class Corpus:
             if limit is None or len(splits[name]) <= limit:
                 continue
             ends = (splits[name][:limit] == self.tokenizer.line_end).nonzero()
-            cut = int(ends[-1]) + 1 if len(ends) else limit  # one endless line is cut anywhere
+            cut = int(ends[-1]) + 1 if len(ends) else 0
+            cut = cut if cut > limit / 2 else limit  # an endless line is cut anywhere
             splits[name] = splits[name][:cut]
             words[name], sizes[name] = _count(self.tokenizer.decode(splits[name]))
         fingerprint = _fingerprint(splits)

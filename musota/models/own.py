@@ -21,6 +21,10 @@ class OwnModel(CausalLM):
         self.module = config.build()
         if not config.n_parameters:  # one that does not even run is told here, too
             raise MusotaError(f"{config.source} has no parameters, so nothing to train.")
+        ids = torch.zeros(1, config.max_seq_len, dtype=torch.long)
+        with torch.random.fork_rng([]), torch.no_grad():  # what its first call makes is saved, too
+            logits_of(self.module.eval(), ids)
+        self.module.train()
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         compiled = self.compiled if self.training else None

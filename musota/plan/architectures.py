@@ -146,7 +146,7 @@ CHANGES = (
     "quiet start",  # maps start at 1/√fan-in, what is added to the stream at 0
     "blocks",  # a block's queries and keys read that block alone
     "gate",  # a token's affinity decides how far each of its blocks moves
-    "names",  # block I keeps the token's own cells, block C1 begins with the previous token's
+    "names",  # the gate never moves block I, block C1 begins with the previous token's cells
 )
 
 
@@ -167,8 +167,15 @@ class RedesignedConfig(Sizes):
             if change not in CHANGES:
                 raise nearest_name("change", change, CHANGES)
         super().__post_init__()
-        if self.has("names") and self.n_block not in NAMES:
-            raise MusotaError(f"{self.n_block} blocks have no names: use 8, 16 or without='names'.")
+        if self.has("names") and (self.n_block not in NAMES or not self.layout):
+            raise MusotaError(
+                f"Names need 8 or 16 blocks, or a gate of so many, not n_block={self.n_block}, "
+                f"without={self.without!r}: add 'names' to without."
+            )
+        if self.has("rotary") and self.block_size % 2:
+            raise MusotaError(
+                f"block_size={self.block_size} is odd: rotary positions need an even one."
+            )
 
     def has(self, change: str) -> bool:
         """Whether a change is made; without a gate there is no table."""

@@ -100,7 +100,7 @@ def check_changes(changes) -> dict:
     """What a person wants changed, by field: a dict, or the text of one. Raises MusotaError for a
     field or a value that no experiment has."""
     if isinstance(changes, str):  # from papermill's command line
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
             changes = ast.literal_eval(changes)
     if not isinstance(changes, dict):
         raise MusotaError(f'changes must be like {{"learning_rate": 0.003}}, not {changes!r}.')

@@ -33,7 +33,7 @@ class RunFolder:
         self.summary_path = self.path / "summary.json"
         self.identity, self.writes = identity, writes
         self.metrics = b""  # of metrics.jsonl, as it should be
-        self.trouble = ""
+        self.trouble = self.copy_trouble = ""
         self.last = ""  # checkpoint known to be good
         self.lock = FileLock(self.checkpoints / ".lock")
 
@@ -71,6 +71,8 @@ class RunFolder:
                 raise
             except (OSError, NotImplementedError):
                 print(f"The disk of {self.path} knows no locks: train in it once at a time.")
+            for left in self.checkpoints.glob(".step-*"):  # of a process that was killed
+                left.unlink(missing_ok=True)
             if fresh:
                 shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
                 for name in ("checkpoints/step-*", "config.json", "metrics.jsonl", "summary.json"):
@@ -80,7 +82,7 @@ class RunFolder:
     def _refuse_other(self, found: dict, where: str) -> None:
         """Raises MusotaError, naming what differs, where `found` describes another run."""
         wanted, present = _compared(self.identity), _compared(found)
-        for key in sorted(wanted.keys() | present.keys()):
+        for key in sorted(wanted.keys() | present.keys(), key=lambda key: (key != "model", key)):
             if wanted.get(key) != present.get(key):
                 differs = f"its {key} is {present.get(key)!r}, not {wanted.get(key)!r}"
                 instead = "use another folder, or start over with fresh=True (--fresh)"
@@ -99,6 +101,17 @@ class RunFolder:
                 print(f"\nNot saved: {self.path}: {self.trouble}. {again}.", flush=True)
             return False
         return True
+
+    def attempt_copy(self, copy: Callable[[], object] | None) -> None:
+        """`attempt` of a copy elsewhere, whose last try alone counts."""
+        if not self.writes or not copy:
+            return
+        try:
+            copy()
+            self.copy_trouble = ""
+        except OSError as error:
+            self.copy_trouble = f"{error.filename or 'its place'}: {error.strerror or error}"
+            print(f"\nNot copied to {self.copy_trouble}. Training goes on.", flush=True)
 
     def say(self, text: str) -> None:
         if self.writes:
@@ -137,10 +150,13 @@ class RunFolder:
             raise system_error(f"The run folder {self.path}", error, instead) from None
 
     def refuse_unsaved(self) -> None:
-        """Raises MusotaError where the end of a run could not be saved."""
+        """Raises MusotaError where the end of a run, or its copy, could not be saved."""
         if self.trouble:
             lost = f"The end of the run could not be saved in {self.path}: {self.trouble}"
             raise MusotaError(f"{lost}. Make room there and repeat the call.")
+        if self.copy_trouble:
+            lost = f"The run in {self.path} could not be copied to {self.copy_trouble}"
+            raise MusotaError(f"{lost}. Mount it again or make room, and repeat the call.")
 
     def write_summary(self, summary: dict) -> None:
         """With the hash of metrics.jsonl, which it vouches for; an empty one is removed."""
@@ -150,8 +166,9 @@ class RunFolder:
             known = {"metrics_sha256": sha256(self.metrics), "metrics_bytes": len(self.metrics)}
             self.attempt(lambda: write_sealed(self.summary_path, {**summary, **known}))
 
-    def save_checkpoint(self, tensors: Mapping[str, Tensor], state: dict) -> None:
-        """Write what to resume from, metrics.jsonl included, and keep the last two."""
+    def save_checkpoint(self, tensors: Mapping[str, Tensor], state: dict) -> bool:
+        """Write what to resume from, metrics.jsonl included, and keep the last two; False, and a
+        sentence, where that fails."""
 
         def write() -> None:
             self.write_metrics()
@@ -164,13 +181,14 @@ class RunFolder:
                     old.unlink()
             self.last = name
 
-        self.attempt(write)
+        return self.attempt(write)
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
-        """Tensors and state to resume from, with metrics.jsonl as it was; None to start anew.
+        """Tensors and state to resume from, with metrics.jsonl as it was; None to start anew, where
+        nothing was measured.
 
         A damaged checkpoint is named, and the one before it taken. Raises MusotaError if all are,
-        or if one is another run's.
+        if one is another run's, and if a run has measurements but no checkpoint.
         """
         found = self.checkpoints.glob("step-*.safetensors")
         found = sorted(found, key=lambda path: (path.name[:14], path.stat().st_mtime))
@@ -188,7 +206,8 @@ class RunFolder:
             self.attempt(self.write_metrics)
             self.last = path.name
             return load(data), state
-        if found:
+        measured = (self.path / "config.json").exists() and self.summary_path.exists()
+        if found or measured:
             none = f"No checkpoint in {self.checkpoints} can be read any more"
             raise MusotaError(f"{none}: start over with fresh=True (--fresh).")
         if self.writes:

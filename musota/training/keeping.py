@@ -17,7 +17,7 @@ from musota.training.machine import about_machine, autocast_on, peak_memory
 from musota.training.optimizer import load_state_tensors, state_tensors
 from musota.training.runs import Run
 
-COPY_SECONDS = 600  # between copies to a slower disk; what leaves a run makes the last one
+COPY_SECONDS = 600  # between copies to a slower disk; a run ends with one, however it ends
 # Of the trainer's state, besides tensors: what goes back to a checkpoint with it.
 KEPT = ("step", "applied", "update_ratio", "remedies", "summary")
 
@@ -27,7 +27,7 @@ def end_epoch(trainer) -> None:
     if not trainer.folder.writes:
         return
     corpus, epoch = trainer.corpus, trainer.step // trainer.steps_per_epoch
-    with autocast_on(trainer.device):
+    with autocast_on(trainer.device, trainer.accelerator.mixed_precision):
         nats, hits = score_in_memory(trainer.model, corpus.valid, trainer.tell)
         samples = samples_of(trainer.model, corpus)
         health = health_of(trainer.model, corpus, trainer.tell)
@@ -63,14 +63,17 @@ def checkpoint(trainer) -> None:
     if not folder.writes:
         return
     folder.trouble = ""
-    if best is not None and folder.attempt(lambda: _save_best(trainer, best)):
-        trainer.best_unsaved = None
     tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
+    # Until best/ holds them, the best weights are in the checkpoint, which never knows less.
+    tensors |= {f"best.{name}": value for name, value in (best or {}).items()}
     tensors |= {"epoch_nats": trainer.epoch_nats, **state_tensors(trainer.optimizer)}
     state = {name: getattr(trainer, name) for name in (*KEPT, "choices", "seconds")}
-    folder.save_checkpoint(tensors, {**state, "scaler": scaler.state_dict() if scaler else None})
+    state |= {"device": trainer.device.type, "scaler": scaler.state_dict() if scaler else None}
+    saved = folder.save_checkpoint(tensors, state)
+    if saved and best is not None and folder.attempt(lambda: _save_best(trainer, best)):
+        trainer.best_unsaved = None
     if trainer.copy and time.monotonic() - trainer.copied_at > COPY_SECONDS:
-        folder.attempt(trainer.copy)
+        folder.attempt_copy(trainer.copy)
         trainer.copied_at = time.monotonic()
 
 
@@ -85,7 +88,10 @@ def _save_best(trainer, weights: dict[str, Tensor]) -> None:
 def restore(trainer, saved: tuple[dict[str, Tensor], dict]) -> None:
     """Go on from what `checkpoint` saved."""
     tensors, state = saved
-    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    weights, best = (
+        {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
+        for part in ("model.", "best.")
+    )
     trainer.model.load_state_dict(weights)
     load_state_tensors(trainer.optimizer, tensors)
     trainer.epoch_nats.copy_(tensors["epoch_nats"])
@@ -93,6 +99,9 @@ def restore(trainer, saved: tuple[dict[str, Tensor], dict]) -> None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     for name in KEPT:
         setattr(trainer, name, state[name])
+    trainer.best_unsaved = best or None
+    if best:  # whose files are not known to be whole
+        trainer.summary.pop("best_files", None)
     trainer.started = time.perf_counter() - state["seconds"]
     write_summary(trainer)  # of that moment again, should a later one stand there
 
@@ -108,7 +117,7 @@ def finish(trainer) -> None:
         return  # the disk is full, or has vanished: not finished
     final_weights, seconds = weights_sha256(trainer.model), trainer.seconds
     best = Run(folder.path).load_model().to(trainer.device)
-    with autocast_on(trainer.device), torch.no_grad():
+    with autocast_on(trainer.device, trainer.accelerator.mixed_precision), torch.no_grad():
         scored = score_in_memory(best, corpus.test, trainer.tell)
     measured = metrics_of(*scored, corpus.words["test"], corpus.bytes["test"])
     trainer.summary |= {f"test_{key}": value for key, value in measured.items()}

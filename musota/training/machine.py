@@ -67,10 +67,13 @@ def dtype_of(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
-def autocast_on(device: torch.device) -> torch.autocast:
-    """Where a model is only looked at: in what pays on a GPU, exactly on a CPU."""
-    dtype = dtype_of(device)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+def autocast_on(device: torch.device, precision: str | None = None) -> torch.autocast:
+    """Where a model is only looked at: on a GPU in `precision` or what pays there, exactly on a
+    CPU."""
+    kinds = {name: dtype for dtype, name in PRECISIONS.items()}
+    dtype = kinds.get(precision, dtype_of(device))
+    exact = device.type == "cpu" or dtype == torch.float32
+    return torch.autocast(device.type, None if exact else dtype, enabled=not exact)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -178,7 +181,8 @@ def has_front_end() -> bool:
     if os.environ.get(HEADLESS) or not hasattr(shell, "kernel"):
         return False
     with suppress(psutil.Error):
-        started_by = " ".join(psutil.Process().parent().cmdline())
+        parent = psutil.Process().parent()  # none of the first process of a container
+        started_by = " ".join(parent.cmdline() if parent else ())
         return not any(name in started_by for name in ("papermill", "nbconvert", "nbclient"))
     return True
 

@@ -32,7 +32,7 @@ def known(error: Exception) -> Exception:
     return error.with_traceback(None)
 
 
-def refuse_bad_loss(trainer, loss: float, limit: float = math.inf) -> None:
+def refuse_bad_loss(trainer, loss: float, limit: float = math.inf, on: str = "training") -> None:
     """Stop before a loss that is no number, or above `limit`, reaches a checkpoint."""
     if math.isfinite(loss) and loss <= limit:
         return
@@ -41,10 +41,25 @@ def refuse_bad_loss(trainer, loss: float, limit: float = math.inf) -> None:
     batch = trainer.starts[place : place + per_step].cpu().numpy().tobytes()
     trainer.record({"kind": "event", "step": trainer.step, "event": "diverged"})
     raise Diverged(
-        f"The training loss is {loss:.4g} at step {trainer.step} (batch {sha256(batch)[:12]}): "
+        f"The {on} loss is {loss:.4g} at step {trainer.step} (batch {sha256(batch)[:12]}): "
         f"start over with a lower learning_rate than {trainer.training.learning_rate:g}, or with "
         f"auto_remedy=True. The last good checkpoint stays in {trainer.folder.checkpoints}."
     )
+
+
+def limit_of(trainer) -> float:
+    """The training loss above which a model has exploded."""
+    return math.log(trainer.experiment.model.vocab_size) + EXPLODED_NATS
+
+
+@torch.no_grad()
+def refuse_bad_weights(trainer) -> None:
+    """`refuse_bad_loss` for what the last step made: the loss of a window of valid."""
+    ids = trainer.corpus.valid[: trainer.length + 1][None].long().to(trainer.device)
+    trainer.model.eval()
+    with trainer.accelerator.autocast():
+        loss = trainer.model(ids[:, :-1], ids[:, 1:])[1]
+    refuse_bad_loss(trainer, float(loss), limit_of(trainer), on="valid")
 
 
 def mend(trainer, trouble: Exception) -> None:

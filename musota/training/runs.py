@@ -1,7 +1,7 @@
 """A run's folder: what was asked for, what was measured, and the checkpoints.
 
 config.json    experiment, seed, corpus, choices of the trainer     (written once)
-metrics.jsonl  one JSON a line: kind step | epoch | event           (append-only)
+metrics.jsonl  one JSON a line: kind step | epoch | event           (appended to)
 summary.json   the best epoch, the test score, where and how long   (rewritten whole)
 checkpoints/   step-*.safetensors to resume from, best/ to use      (not committed)
 
@@ -201,7 +201,8 @@ def started_from(
         if held[name] != value and name != "dropout":  # which has no weights
             differs = f"{run.path} has {name}={held[name]}, not {value}"
             raise MusotaError(f"{differs}: weights fit a model of their own shape only.")
-    if model.tokenizer.backend.to_str() != corpus.tokenizer.backend.to_str():
+    own = model.tokenizer and model.tokenizer.backend.to_str()
+    if own != corpus.tokenizer.backend.to_str():
         other = f"{run.path} was trained on another tokenizer's tokens"
         raise MusotaError(f"{other}: its weights mean nothing here.")
     return experiment.with_(started_from=weights_sha256(model)[:12]), model.state_dict()

@@ -96,7 +96,7 @@ def train(
     folder = RunFolder(run_dir, identity, accelerator.is_main_process)
     if resume and folder.finished:  # perhaps kept as evidence, and read-only: nothing is written
         folder.say(f"{folder.path}: finished before, loaded as it is.")
-        folder.attempt(copy)
+        folder.attempt_copy(copy)
         folder.refuse_unsaved()
         return Run(folder.path)
     choices = {"micro_batch": micro_batch, "compile": compile}
@@ -159,7 +159,8 @@ class Trainer:
             raise MusotaError(f"{wanted}: name their run with continue_from= (--continue-from).")
         prepare_memory(self.device)
         self.choices = default_choices(experiment, self.device, self.total_steps)
-        self.choices |= self.saved[1]["choices"] if self.saved else {}
+        if self.saved and self.saved[1].get("device", self.device.type) == self.device.type:
+            self.choices |= self.saved[1]["choices"]
         self.choices |= {key: value for key, value in choices.items() if value is not None}
         torch.manual_seed(seed)
         model = build_model(experiment.model)
@@ -238,7 +239,7 @@ class Trainer:
                     remedies.refuse_bad_loss(self, float(self.epoch_nats))
                     keeping.checkpoint(self)
         finally:
-            folder.attempt(self.copy)
+            folder.attempt_copy(self.copy)
         folder.refuse_unsaved()
         if self.step < stop:
             place = f"step {self.step} of {self.total_steps}"
@@ -255,8 +256,9 @@ class Trainer:
             self.one_step()
             ends = self.step % self.steps_per_epoch == 0
             due = time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
-            if ends or due:
+            if ends or due:  # before anything is measured of it, or kept
                 remedies.refuse_bad_loss(self, float(self.epoch_nats))
+                remedies.refuse_bad_weights(self)
         except Exception as error:
             trouble = remedies.known(error)
         if trouble:
@@ -319,8 +321,7 @@ class Trainer:
         return self.accelerator.reduce(total)
 
     def _log_step(self, loss: float, norm: float, rate: float) -> None:
-        guess = math.log(self.experiment.model.vocab_size)
-        remedies.refuse_bad_loss(self, loss, guess + remedies.EXPLODED_NATS)
+        remedies.refuse_bad_loss(self, loss, remedies.limit_of(self))
         record = {"kind": "step", "step": self.step, "loss": loss, "learning_rate": rate}
         record |= {"grad_norm": norm, "tokens": self.tokens_seen, "seconds": round(self.seconds, 3)}
         self.record(record)
