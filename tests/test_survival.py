@@ -25,7 +25,7 @@ from musota.models.base import CausalLM
 from musota.rules.findings import Finding
 from musota.training import evaluate as evaluate_room
 from musota.training import remedies, schedule, trainer
-from musota.training.trainer import Diverged
+from musota.training.remedies import Diverged
 from musota.workbook.records import pack
 
 SHA = "weights_sha256"

@@ -10,11 +10,12 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
+
+from tqdm import tqdm
 
 from musota.errors import MusotaError, nearest_name
 from musota.files import as_path, cache_folder, write_text
@@ -189,8 +190,7 @@ def _collect_docs() -> dict[str, str]:
     left_out = {"site-packages", "test", "tests", "__pycache__"}
     found = ((root, path) for root in roots for path in sorted(root.rglob("*.py")))
     files = [path for root, path in found if left_out.isdisjoint(path.relative_to(root).parts)]
-    with ProcessPoolExecutor() as pool:
-        documents = set(chain.from_iterable(pool.map(docstrings, files, chunksize=32)))
+    documents = set(chain.from_iterable(map(docstrings, tqdm(files, "reading files", delay=2))))
     ordered = sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
     texts = {}
     for split, shares in SHARES.items():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError
-from musota.models.health import Watched
+from musota.models.health import Watched, evaluating
 from musota.models.loss import linear_cross_entropy, score_tokens
 from musota.models.sharing import Shareable
 from musota.plan.architectures import ModelConfig
@@ -195,15 +195,14 @@ class CausalLM(nn.Module, Watched, Shareable):
         if ids.dim() != 2 or not ids.numel():
             raise MusotaError("generate needs token ids of shape (B, T) with at least one token.")
         self.check_tokens(ids)
-        was_training = self.training
-        self.eval()
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draw on any device
         ids = ids.to(self.device)
-        for _ in range(max_new_tokens):
-            hidden = self.hidden_states(ids[:, -self.config.max_seq_len :])[:, -1]
-            logits = self.logits_of(hidden).float().cpu()
-            ids = torch.cat([ids, _draw(logits, temperature, top_k, top_p, generator).to(ids)], 1)
-        self.train(was_training)
+        with evaluating(self):
+            for _ in range(max_new_tokens):
+                hidden = self.hidden_states(ids[:, -self.config.max_seq_len :])[:, -1]
+                logits = self.logits_of(hidden).float().cpu()
+                drawn = _draw(logits, temperature, top_k, top_p, generator)
+                ids = torch.cat([ids, drawn.to(ids)], 1)
         return ids
 
 
@@ -263,19 +262,18 @@ def score(
         end = min(start + length, last)
         windows.append((end - start, end - scored, start))  # inputs, of which the last are scored
         scored = end
-    was_training = model.training
-    model.eval()
-    nats, hits = [], []
+    nats, hits, batches = [], [], []
     for (width, new), alike in groupby(windows, key=itemgetter(0, 1)):  # which may share a batch
         starts = torch.tensor([start for *_, start in alike], device=tokens.device)
         span = torch.arange(width + 1, device=tokens.device)
-        for batch in starts.split(batch_size):
-            window = tokens[batch[:, None] + span]  # (batch, width + 1)
+        batches += [(batch[:, None] + span, new) for batch in starts.split(batch_size)]
+    with evaluating(model):
+        for places, new in batches:
+            window = tokens[places]  # (batch, width + 1)
             hidden = model.hidden_states(window[:, :-1])[:, -new:]
             losses, correct = model.score_of(hidden, window[:, -new:])
             nats.append(losses.flatten())
             hits.append(correct.flatten())
-    model.train(was_training)
     return torch.cat(nats).cpu(), torch.cat(hits).cpu()
 
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it a model does not drop out."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class Watched:
@@ -16,7 +28,7 @@ class Watched:
     def looks(self) -> dict[str, tuple[Callable, list[nn.Module]]]:
         """By name, what `of(module, inputs, out)` is to be kept of which modules, a layer after the
         other: `largest_score` and `attention_entropy`, scalars, and of gated models `gate` and
-        `gate_open`, (B, T, N): the sensitivities, and their share of β."""
+        `gate_open`, (B, T, N): the sensitivities, and how far open that is, 0 to 1."""
         raise NotImplementedError
 
     def watch(self, seen: dict[str, list[Tensor]]) -> list:
@@ -38,15 +50,14 @@ class Watched:
         `effective_rank` of the output layer's inputs · `largest_score` of any attention ·
         `attention_entropy` in nats, by layer (MU-SOTA: across blocks) · of gated models, by block
         and averaged over layers, the sensitivities' `gate_mean`, `gate_spread` (over tokens) and
-        `gate_saturated`, the share of tokens whose gate is under 5 % or over 95 % of β.
+        `gate_saturated`, the share of tokens whose gate is under 5 % or over 95 % open.
         """
-        was_training, seen = self.training, defaultdict(list)
-        self.eval()
+        seen = defaultdict(list)
         hooks = self.watch(seen)
-        hidden = self.hidden_states(input_ids)
+        with evaluating(self):
+            hidden = self.hidden_states(input_ids)
         for hook in hooks:
             hook.remove()
-        self.train(was_training)
         measured = {
             "effective_rank": effective_rank(hidden.flatten(0, 1)),
             "largest_score": float(torch.stack(seen["largest_score"]).max()),

@@ -23,8 +23,8 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-    """Slices of tokens, each with its hidden states in `dtype` and its float32 logits, which the
-    next chunk may overwrite, and the caller."""
+    """Slices of tokens, each with its hidden states in `dtype` and its float32 logits: the
+    caller may change those, the next chunk overwrites them."""
     size = CHUNK_TOKENS.get(hidden.device.type, 512)
     if hidden.device.type == "cpu":
         size = min(size, max(CACHED_LOGITS // len(weight), 32))

@@ -25,8 +25,9 @@ class Attention(nn.Module):
     def __init__(self, config: RedesignedConfig):
         super().__init__()
         d, n, c = config.d_model, config.n_block, config.block_size
-        self.n, self.c, self.rotary, self.named = n, c, config.has("rotary"), config.has("blocks")
-        self.qk_weight = nn.Parameter(torch.empty((n, c, 2 * c) if self.named else (1, d, 2 * d)))
+        self.n, self.c, self.rotary = n, c, config.has("rotary")
+        shape = (n, c, 2 * c) if config.has("blocks") else (1, d, 2 * d)
+        self.qk_weight = nn.Parameter(torch.empty(shape))
         self.value = nn.Linear(d, d, bias=False)
         self.out = nn.Linear(d, d, bias=False)
         # How sharply a head chooses: length of its queries, where those are normalised.

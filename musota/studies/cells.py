@@ -23,8 +23,9 @@ from musota.data.sources import SPLITS
 from musota.errors import MusotaError
 from musota.plan.profiles import Profile, changed, scaled
 from musota.plan.suspects import Cell
+from musota.training.remedies import Diverged
 from musota.training.runs import Run
-from musota.training.trainer import Diverged, train
+from musota.training.trainer import train
 
 
 class _Job(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from musota.data.corpus import Corpus
 from musota.errors import MusotaError
 from musota.models.base import CausalLM, score
+from musota.models.health import evaluating
 from musota.models.musota import MuSota
 from musota.plan.config import Experiment
 from musota.training import keeping
@@ -37,11 +38,8 @@ def look_inside(model: CausalLM, ids: Tensor) -> dict[str, Tensor]:
     hooks = model.watch(seen)
     for part in (*model.layers, model.norm):
         hooks.append(part.register_forward_pre_hook(lambda _, inputs: cells.append(inputs[0][0])))
-    was_training = model.training
-    model.eval()
-    with _removed_after(hooks):
+    with _removed_after(hooks), evaluating(model):
         model.hidden_states(ids[None].long().to(model.device))
-    model.train(was_training)
     return {"cells": torch.stack(cells).cpu(), "gate": torch.stack(seen["gate"])[:, 0].cpu()}
 
 

@@ -35,11 +35,9 @@ from musota.training.machine import (
     progress_bar,
 )
 from musota.training.optimizer import OPTIMIZERS, update_ratios
-from musota.training.remedies import Diverged
 from musota.training.runs import Run, started_from
 from musota.training.schedule import SCHEDULES, learning_rate_at
 
-__all__ = ["Diverged", "Trainer", "train"]
 CHECKPOINT_SECONDS = 180  # between checkpoints inside an epoch
 LOG_LINES = 250  # about so many step records a run
 
