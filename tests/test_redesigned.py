@@ -137,13 +137,6 @@ def test_it_and_its_twin_have_the_size_of_optimized_at_every_profile(profile):
     assert modern.training == redesigned.training and modern.training.learning_rate == 3e-3
 
 
-def test_its_matrix_is_nearly_square_and_bears_the_plans_names():
-    layout = find_experiment("redesigned").model.layout
-    assert (layout.height, layout.width) == (16, 14) and set(layout.sizes) == {28}
-    assert " ".join(layout.names) == "I S C1 R1 R2 T K G"
-    assert find_experiment("modern_twin").model.layout is None
-
-
 # --- what can be looked at ---
 
 
