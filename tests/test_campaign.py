@@ -114,7 +114,7 @@ def test_its_report_answers_the_plans_questions(recorded):
     for question in ("Did the plateau break", "help or hurt", "lose"):
         assert question in text
     assert "each at its own best of" in text and "Gate: disabling it costs" in text
-    for figure in ("answer", "curves", "verdict_tuned", "ablations"):
+    for figure in ("answer", "curves", "verdicts", "ablations"):
         assert f"({figure}.png)" in text and (recorded / f"{figure}.png").exists()
     assert "Shown: 4 of 4 runs found." in text
     assert "Train a row again, with NAME " in text and "NAME is `" not in text

@@ -155,7 +155,7 @@ def test_the_report_is_made_from_records_alone(evidence, tmp_path):
     text = path.read_text()
     for run in evidence.runs:
         assert f"{run.summary['ppl']:.1f}" in text
-    for name in ("curves", "ledger", "verdict_optimized"):
+    for name in ("curves", "ledger", "verdicts"):
         assert f"({name}.png)" in text and (folder / f"{name}.png").exists()
     assert "measured" in evidence.footer and "not WikiText" in evidence.footer
     musota.write_report(folder)

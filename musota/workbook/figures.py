@@ -121,7 +121,7 @@ def difference(
     intervals: Mapping[str, Interval], title: str, sides: str = "← better than its twin · worse →"
 ) -> Figure:
     """Differences in loss with their 95 % intervals around 0; `sides` names left and right."""
-    figure, axis = new_figure(9.5, 1.8 + 0.7 * len(intervals), grid="x")
+    figure, axis = new_figure(9.5, 1.9 + 0.5 * len(intervals), grid="x")
     rows = {}
     for name, interval in intervals.items():
         lines = name.replace(" against ", "\nagainst ").split("\n")

@@ -31,6 +31,7 @@ from musota.workbook.answers import answers, plateau_of, rule_lines, set_beside
 from musota.workbook.evidence import (
     GRID,
     Evidence,
+    brief_titles,
     footer_of,
     models_of,
     progress_of,
@@ -130,9 +131,14 @@ def _figures(evidence: Evidence, shown: Sequence[Run]) -> dict[str, Figure]:
         "answer": figures.answer(evidence.runs, evidence.rungs, evidence.sweeps, beside_plan),
         "curves": figures.curves(evidence.runs, evidence.rungs, reported=beside_plan),
     }
-    for name, (finding, intervals) in evidence.compared.items():
-        title = f"{finding.rule}: {finding.conclusion}"
-        drawn[f"verdict_{name}"] = figures.difference(intervals, title)
+    titles = brief_titles({name: [evidence.best(name)] for name in evidence.compared})
+    both = {
+        f"{titles[name]}: {finding.verdict}\n{kind.splitlines()[0]}": interval
+        for name, (finding, intervals) in evidence.compared.items()
+        for kind, interval in intervals.items()
+    }
+    if both:
+        drawn["verdicts"] = figures.difference(both, "Each against its dense twin")
     rows = [name for name in evidence.names if name.split(",")[0] == "redesigned"]
     redesigned = next(filter(None, map(evidence.ablation_of, rows)), None)
     looked = {"ablations": evidence.ablated, "ablations_redesigned": redesigned}
