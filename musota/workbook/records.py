@@ -25,7 +25,11 @@ from musota.training.runs import Run
 
 PACKED = ("runs.jsonl", "epochs.jsonl", "steps.parquet", "probes.json")
 SUMS = "SHA256SUMS"
-BARE = ("path", "sweep")  # parts whose runs are packed without what only a single run's page shows
+# What runs are packed without, by part, where no page shows it: all steps, fields of an epoch.
+HIDDEN = {
+    **dict.fromkeys(("path", "sweep"), ("steps", "samples", "health", "valid_block_nats")),
+    "root_causes": ("samples",),
+}
 SMALL = {"compression": "zstd", "compression_level": 19, "use_dictionary": ["run"]}
 BEGUN = ("metrics.jsonl", "summary.json")  # what tells a run's folder from a saved model's
 
@@ -122,9 +126,11 @@ def pack(folder: str | os.PathLike) -> list[Path]:
     for run in runs:
         path = run.path.relative_to(folder).as_posix()
         kinds = {"step": [], "epoch": [], "event": []}
-        hidden = ("kind", "samples", "health") if _part_of(path) in BARE else ("kind",)
+        hidden = ("kind", *HIDDEN.get(_part_of(path), ()))
         for record in run.records:
-            kinds[record["kind"]].append({k: v for k, v in record.items() if k not in hidden})
+            if f"{record['kind']}s" not in hidden:
+                kept = {k: v for k, v in record.items() if k not in hidden}
+                kinds[record["kind"]].append(kept)
         about = {"config": run.config, "summary": run.summary, "events": kinds["event"]}
         lines.append({"run": path, **about})
         epochs += [{"run": path, **record} for record in kinds["epoch"]]
