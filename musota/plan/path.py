@@ -10,8 +10,6 @@ from musota.plan.profiles import redesign, twin
 from musota.plan.registry import experiments
 
 EARNED = 0.02  # nats: a change that brings less is left out
-# Of rows: a change made on the way, one added to the redesign, one taken back from it, a twin.
-KINDS = ("made", "added", "taken back", "twin")
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class Step:
     title: str
     experiment: Experiment
     before: str = ""
-    kind: str = "made"  # of KINDS
+    kind: str = "made"  # on the way; or added to the redesign, taken back from it, twin, longer
 
 
 # In the order they are made: a change, and what it is to take it back from the redesign. What a
@@ -81,5 +79,6 @@ def steps() -> dict[str, Step]:
     for name, (against, title) in LONGER.items():
         longer = rows[name].experiment.with_(epochs=60, warmup_steps=training.warmup_steps * 3 // 2)
         before = against and f"{against}, longer"
-        rows[f"{name}, longer"] = Step(f"{title}, longer", longer, before, rows[name].kind)
+        kind = "twin" if rows[name].kind == "twin" else "longer"
+        rows[f"{name}, longer"] = Step(f"{title}, longer", longer, before, kind)
     return rows

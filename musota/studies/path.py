@@ -90,7 +90,7 @@ def judge(trained: Mapping[str, ByRate]) -> dict[str, Judged]:
             gains = [seeds[seed].valid_loss - before[seed].valid_loss for seed in paired]
             effect = Interval(sum(gains) / len(gains))
         if effect and not math.isinf(effect.low):
-            gain = -1 if step.kind in ("made", "added") else 1
+            gain = 1 if step.kind in ("taken back", "twin") else -1
             side = effect.beyond(gain * EARNED) * gain
             verdict = (OF_A_TWIN if step.kind == "twin" else OF_A_CHANGE)[side]
         shown = tuple(seeds[seed] for seed in sorted(common & seeds.keys() or seeds))

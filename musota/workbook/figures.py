@@ -12,7 +12,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from musota.plan.path import KINDS
 from musota.plan.registry import title_of
 from musota.plan.suspects import MISSED
 from musota.rules.plan import REPORTED
@@ -39,7 +38,13 @@ VERDICTS = {  # colour, marker, fill
     "not a cause": ("#666666", "s", "none"),
 }
 # Rows of the path by kind: on the way each follows the one before, the others the redesign.
-STEPS = dict(zip(KINDS, ((BLUE, "o"), (GREEN, "D"), (RED, "s"), ("#666666", "^")), strict=True))
+STEPS = {  # colour, marker
+    "made": (BLUE, "o"),
+    "added": (GREEN, "D"),
+    "taken back": (RED, "s"),
+    "twin": ("#666666", "^"),
+    "longer": ("#000080", "P"),
+}
 FIRST = "← better than the first · worse →"  # which side of 0 is which
 SWEEP_NATS = 2.5  # what is worse than the best by more is drawn at the upper edge
 Sweeps = Mapping[str, Mapping[float, Sequence[float]]]  # valid losses by model and learning rate
@@ -281,7 +286,7 @@ def path(judged: Mapping[str, Judged], rungs: Mapping[str, float]) -> Figure:
         kind: Line2D([], [], color=colour, marker=marker, linestyle="none")
         for kind, (colour, marker) in STEPS.items()
     }
-    figure.legend([*key.values()], [*key], fontsize=8, ncols=4, loc="outside lower right")
+    figure.legend([*key.values()], [*key], fontsize=8, ncols=5, loc="outside lower right")
     return figure
 
 

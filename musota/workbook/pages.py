@@ -25,6 +25,7 @@ from musota.plan.profiles import profiles, scaled
 from musota.plan.registry import TUNED, find_experiment, registry, title_of
 from musota.rules import verdicts
 from musota.rules.plan import REPORTED, broke_through
+from musota.studies.path import OF_A_CHANGE
 from musota.training.runs import Run
 from musota.workbook import figures, pictures, tables
 from musota.workbook.answers import answers, plateau_of, rule_lines, set_beside
@@ -232,6 +233,11 @@ def _standing(evidence: Evidence) -> dict:
         "is_idle": any((spot.rule, spot.verdict) == ("Context", "idle") for spot in weak),
         "redesign": min(redesigned, key=tables.mean_ppl, default=None),
         "redesign_wins": False,
+        "earned": [
+            row
+            for row in evidence.path.values()
+            if (row.step.kind, row.verdict) == ("made", OF_A_CHANGE[1])
+        ],
     }
     if runs := found["redesign"]:
         mu = models_of(evidence.only(beside).runs).popitem()[1]
