@@ -57,7 +57,6 @@ def test_bench_measures_what_it_promises(result):
         low, high = row["tokens_per_s_ratio_range"]
         assert low <= row["tokens_per_s_ratio"] <= high
         assert row["tokens_per_s"] == pytest.approx(16 * 96 / row["ms_per_step"] * 1e3)
-        assert row["share_of_matmul_rate"] > 0  # two clocks on a shared machine: no bound
         # 1,536 × 12,000 logits, several times over, against a chunk of 512.
         assert row["memory_ratio"] < 0.6
     assert result["rows"][0]["tokens_per_s_ratio"] > 1

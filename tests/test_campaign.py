@@ -17,7 +17,7 @@ from musota.rules.verdicts import weak_spots
 from musota.studies import campaign
 from musota.workbook import pages
 from musota.workbook.cli import cli
-from musota.workbook.evidence import read_evidence
+from musota.workbook.evidence import brief_titles, read_evidence
 from musota.workbook.results import COMMITTED
 from musota.workbook.tables import PUBLISHED, comparison_table, front_table, model_table
 
@@ -176,6 +176,16 @@ def test_tables_keep_what_has_no_meaning_as_a_dash(recorded):
 def test_goals_are_judged_by_the_interval_over_seeds(ppls, verdict):
     finding = plan.broke_through(ppls, "it", "the vocabulary is small")
     assert finding.verdict == verdict and "the vocabulary is small" in finding.conclusion
+
+
+def test_titles_are_brief_but_say_what_was_changed_in_the_model(recorded):
+    run = read_evidence(recorded).runs[0]
+    row, longer, smaller = "optimized", "optimized,warmup_steps=9", "optimized,n_layer=8,epochs=5"
+    budget = f"{run.experiment.training.epochs} epochs at {run.experiment.training.learning_rate:g}"
+    brief = brief_titles({row: [run], smaller: [run]})
+    assert brief[smaller] == f"MU-SOTA optimized, n_layer=8, {budget}"
+    brief = brief_titles({row: [run], longer: [run]})  # as brief, they would be the same
+    assert brief[longer] == "MU-SOTA optimized, warmup_steps=9"
 
 
 def test_an_interval_across_a_goal_leaves_it_undecided():

@@ -253,6 +253,16 @@ def test_the_path_judges_each_row_at_its_best_rate_with_the_seeds_all_have(named
     found = path.judge(path.sort_out(more, find_profile("study")))
     assert found[added].verdict == found[taken].verdict == "earns its place"
     assert found["modern dense twin"].verdict == "worse than the redesign"
+    # A row that diverges with a seed is told so, and takes no seed from the others.
+    bad = [r for r in more if (r.experiment, r.seed) != (more[3].experiment, 1)]
+    bad.append(run(added, 3e-3, 1, 0))
+    bad[-1].summary = {"finished": False}
+    bad[-1].records = [{"kind": "event", "step": 3, "event": "diverged"}]
+    found = path.judge(path.sort_out(bad, find_profile("study")))
+    assert (found[added].verdict, found[added].effect) == ("diverges", None)
+    assert found[taken].verdict == "earns its place"
+    assert tables.path_table(found)["valid PPL"].tolist().count("–") == 1
+    assert len(figures.path(found, {}).axes[0].get_yticks()) == 3
     # A row that has one seed yet is shown, without an interval, and takes none from the others.
     more = path.sort_out([*runs, run("norm before", 3e-3, 0, 5.2)], find_profile("study"))
     judged = path.judge(more)

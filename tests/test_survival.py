@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,7 +111,7 @@ def test_where_no_checkpoint_can_be_read_nothing_is_thrown_away(half_way, short)
     folder, *checkpoints = half_way
     for path in checkpoints:
         path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(MusotaError, match="No checkpoint in .* can be read .*: start over") as kept:
+    with pytest.raises(MusotaError, match="no checkpoint that can be read: start over") as kept:
         musota.train(EXPERIMENT, short, folder)
     assert all(path.exists() for path in checkpoints) and (folder / "metrics.jsonl").exists()
     # What it advises works while the error is kept, as a notebook keeps the last one.
@@ -121,7 +122,7 @@ def test_measurements_without_a_checkpoint_are_not_thrown_away(half_way, short):
     folder, *checkpoints = half_way
     for path in checkpoints:
         path.unlink()
-    with pytest.raises(MusotaError, match="No checkpoint in .* can be read .*: start over"):
+    with pytest.raises(MusotaError, match="no checkpoint that can be read: start over"):
         musota.train(EXPERIMENT, short, folder)
     assert len(musota.Run(folder).history) == 1
 
@@ -138,7 +139,7 @@ def test_damaged_checkpoints_do_not_push_good_ones_out(half_way, finished, short
 
 def test_flipped_or_lost_metrics_of_an_unfinished_run_are_seen(half_way):
     path, run = half_way[0] / "metrics.jsonl", musota.Run(half_way[0])
-    assert 0 < run.summary["metrics_bytes"] < path.stat().st_size and run.records
+    assert 0 < run.summary["metrics_bytes"] <= path.stat().st_size and run.records
     for spoil in (lambda: _break(path, 97), path.unlink):
         spoil()
         with pytest.raises(MusotaError, match="damaged"):
@@ -380,9 +381,25 @@ def test_a_bad_loss_stops_with_step_batch_and_checkpoint(short, tmp_path, value,
 
 def test_weights_that_the_last_step_of_an_epoch_broke_are_seen(short, tmp_path):
     whole = EXPERIMENT.with_(learning_rate=1e20, warmup_steps=0, batch_size=400)  # a step an epoch
-    with pytest.raises(Diverged, match=r"valid loss is [\w.+]+ at step 1 "):
+    with pytest.raises(Diverged, match=r"training loss is [\w.+]+ at step 1 "):
         musota.train(whole, short, tmp_path)
     assert musota.Run(tmp_path).diverged and not [*(tmp_path / "checkpoints").glob("step-*")]
+
+
+def test_so_are_those_of_the_last_step_before_it_stops(short, tmp_path):
+    def spoil(trainer):
+        if trainer.step == 14:
+            next(trainer.model.parameters()).data.fill_(math.nan)
+
+    with each_step(after=spoil), pytest.raises(Diverged, match="nan at step 14 "):
+        musota.train(EXPERIMENT, short, tmp_path, stop_at=0.62)
+    assert musota.train(EXPERIMENT, short, tmp_path).finished
+
+
+def test_valid_text_far_from_the_training_text_is_no_divergence(short, tmp_path):
+    far = replace(short, valid=torch.full_like(short.valid, int(short.valid.max())))
+    run = musota.train(EXPERIMENT.with_(learning_rate=0.05), far, tmp_path)
+    assert run.finished and run.summary["valid_loss"] > math.log(512) + 2
 
 
 def test_a_remedy_goes_back_at_half_the_rate_twice_at_most(short, tmp_path):

@@ -14,7 +14,8 @@ EARNED = 0.02  # nats: a change that brings less is left out
 
 @dataclass(frozen=True)
 class Step:
-    """One row: its experiment at full size, and the row it is a single change away from."""
+    """One row: its experiment at full size, and the row it is set against: a single change away,
+    but of twins and `LONGER` ones."""
 
     title: str
     experiment: Experiment

@@ -76,8 +76,8 @@ def judge(runs: Runs, suspects: Sequence[Suspect]) -> list[Cause]:
         best = [_sweep(runs, name)[rate] for name, rate in rates.items()]
         name = f"{TWIN[0]}, each at its best rate" + (" (at an edge)" if at_edge else "")
         fair = Suspect(name, TWIN[1], *best, DENSE)
-        # What the plan's rates would advise has been done.
-        suspects = [replace(s, advice="") if s.advice == COMPARE else s for s in suspects]
+        if not at_edge:  # what the plan's rates would advise has been done
+            suspects = [replace(s, advice="") if s.advice == COMPARE else s for s in suspects]
     known = [s for s in (*suspects, fair) if s and {s.before, s.after} <= losses.keys()]
     causes = root_causes(known, losses, _first(runs, next(iter(runs))).experiment.model.vocab_size)
     return [

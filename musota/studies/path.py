@@ -39,20 +39,23 @@ def run_path(profile: Profile, seeds: range, **how) -> None:
 
 
 OF_A_CHANGE = {1: "earns its place", 0: "undecided", -1: "does not earn it"}
-OF_A_TWIN = {1: "worse than the redesign", 0: "undecided", -1: "as good as the redesign"}
+OF_A_KIND = {
+    "twin": {1: "worse than the redesign", 0: "undecided", -1: "as good as the redesign"},
+    "longer": {1: "better", 0: "undecided", -1: "no better"},
+}
 
 
 @dataclass(frozen=True)
 class Judged:
     """A row of the path as trained: its seeds at its best of `tried` rates, the nats it has over
-    the row it is one change away from, and whether the change earns its place."""
+    the row it is set against, and what that says of the change."""
 
     step: Step
     rate: float
     tried: int
     runs: tuple[Run, ...]
     effect: Interval | None
-    verdict: str  # of OF_A_CHANGE, of a twin of OF_A_TWIN, or nothing without an interval
+    verdict: str  # of OF_A_CHANGE or OF_A_KIND, or diverges; nothing without an interval
 
     @property
     def ppl(self) -> float:
@@ -68,22 +71,19 @@ def judge(trained: Mapping[str, ByRate]) -> dict[str, Judged]:
         first = min(seed for seeds in of_one.values() for seed in seeds)  # trained at all rates
         best[name] = best_of(_losses(of_one, first))
         runs[name] = of_one[best[name]]
-    runs = {
-        name: usable
-        for name, seeds in runs.items()
-        if (usable := {seed: run for seed, run in seeds.items() if not run.diverged})
-    }
-    several = [set(seeds) for seeds in runs.values() if len(seeds) > 1]
-    common = set.intersection(*several or map(set, runs.values())) if runs else set()
+    diverged = {name for name, seeds in runs.items() if any(r.diverged for r in seeds.values())}
+    finite = {name: seeds for name, seeds in runs.items() if name not in diverged}
+    several = [set(seeds) for seeds in finite.values() if len(seeds) > 1]
+    common = set.intersection(*several or map(set, finite.values())) if finite else set()
     whole = {
         name: {seed: seeds[seed].valid_loss for seed in common}
-        for name, seeds in runs.items()
+        for name, seeds in finite.items()
         if common and common <= seeds.keys()
     }
     judged = {}
     for name, seeds in runs.items():
-        step, effect, verdict = rows[name], None, ""
-        before = runs.get(step.before, {})
+        step, effect, verdict = rows[name], None, "diverges" if name in diverged else ""
+        before = finite.get(step.before, {}) if name in finite else {}
         if {name, step.before} <= whole.keys():
             effect = pooled_contrast(whole, {step.before: -1, name: 1})
         elif paired := seeds.keys() & before.keys():
@@ -92,7 +92,7 @@ def judge(trained: Mapping[str, ByRate]) -> dict[str, Judged]:
         if effect and not math.isinf(effect.low):
             gain = 1 if step.kind in ("taken back", "twin") else -1
             side = effect.beyond(gain * EARNED) * gain
-            verdict = (OF_A_TWIN if step.kind == "twin" else OF_A_CHANGE)[side]
+            verdict = OF_A_KIND.get(step.kind, OF_A_CHANGE)[side]
         shown = tuple(seeds[seed] for seed in sorted(common & seeds.keys() or seeds))
         judged[name] = Judged(step, best[name], len(trained[name]), shown, effect, verdict)
     return judged

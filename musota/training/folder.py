@@ -111,7 +111,7 @@ class RunFolder:
             self.copy_trouble = ""
         except OSError as error:
             self.copy_trouble = f"{error.filename or 'its place'}: {error.strerror or error}"
-            print(f"\nNot copied to {self.copy_trouble}. Training goes on.", flush=True)
+            print(f"\nNot copied to {self.copy_trouble}. What is here is whole.", flush=True)
 
     def say(self, text: str) -> None:
         if self.writes:
@@ -153,7 +153,8 @@ class RunFolder:
         """Raises MusotaError where the end of a run, or its copy, could not be saved."""
         if self.trouble:
             lost = f"The end of the run could not be saved in {self.path}: {self.trouble}"
-            raise MusotaError(f"{lost}. Make room there and repeat the call.")
+            anew = "" if self.last else " with fresh=True (--fresh)"
+            raise MusotaError(f"{lost}. Make room there and repeat the call{anew}.")
         if self.copy_trouble:
             lost = f"The run in {self.path} could not be copied to {self.copy_trouble}"
             raise MusotaError(f"{lost}. Mount it again or make room, and repeat the call.")
@@ -206,9 +207,8 @@ class RunFolder:
             self.attempt(self.write_metrics)
             self.last = path.name
             return load(data), state
-        measured = (self.path / "config.json").exists() and self.summary_path.exists()
-        if found or measured:
-            none = f"No checkpoint in {self.checkpoints} can be read any more"
+        if found or ((self.path / "config.json").exists() and self.summary_path.exists()):
+            none = f"{self.path} has measurements, but no checkpoint that can be read"
             raise MusotaError(f"{none}: start over with fresh=True (--fresh).")
         if self.writes:
             self.metrics_path.unlink(missing_ok=True)

@@ -64,7 +64,7 @@ def checkpoint(trainer) -> None:
         return
     folder.trouble = ""
     tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
-    # Until best/ holds them, the best weights are in the checkpoint, which never knows less.
+    # Until best/ holds them, the best weights are in the checkpoint, which is written first.
     tensors |= {f"best.{name}": value for name, value in (best or {}).items()}
     tensors |= {"epoch_nats": trainer.epoch_nats, **state_tensors(trainer.optimizer)}
     state = {name: getattr(trainer, name) for name in (*KEPT, "choices", "seconds")}

@@ -8,6 +8,7 @@ import torch
 
 from musota.errors import MusotaError
 from musota.files import sha256
+from musota.models.health import evaluating
 from musota.rules.curves import oscillation
 from musota.training import keeping
 from musota.training.machine import is_out_of_memory
@@ -32,16 +33,14 @@ def known(error: Exception) -> Exception:
     return error.with_traceback(None)
 
 
-def refuse_bad_loss(trainer, loss: float, limit: float = math.inf, on: str = "training") -> None:
+def refuse_bad_loss(trainer, loss: float, limit: float = math.inf) -> None:
     """Stop before a loss that is no number, or above `limit`, reaches a checkpoint."""
     if math.isfinite(loss) and loss <= limit:
         return
-    per_step = trainer.training.sequences_per_step
-    place = (trainer.step - 1) % trainer.steps_per_epoch * per_step
-    batch = trainer.starts[place : place + per_step].cpu().numpy().tobytes()
+    batch = trainer.last_batch().cpu().numpy().tobytes()
     trainer.record({"kind": "event", "step": trainer.step, "event": "diverged"})
     raise Diverged(
-        f"The {on} loss is {loss:.4g} at step {trainer.step} (batch {sha256(batch)[:12]}): "
+        f"The training loss is {loss:.4g} at step {trainer.step} (batch {sha256(batch)[:12]}): "
         f"start over with a lower learning_rate than {trainer.training.learning_rate:g}, or with "
         f"auto_remedy=True. The last good checkpoint stays in {trainer.folder.checkpoints}."
     )
@@ -53,13 +52,17 @@ def limit_of(trainer) -> float:
 
 
 @torch.no_grad()
-def refuse_bad_weights(trainer) -> None:
-    """`refuse_bad_loss` for what the last step made: the loss of a window of valid."""
-    ids = trainer.corpus.valid[: trainer.length + 1][None].long().to(trainer.device)
-    trainer.model.eval()
-    with trainer.accelerator.autocast():
+def bad_weights(trainer) -> Diverged | None:
+    """The error if what the last step made of the weights is broken: by the loss, now, of a window
+    that it was trained on."""
+    ids = trainer.tokens[trainer.last_batch()[:1, None] + trainer.span].long()
+    with evaluating(trainer.model), trainer.accelerator.autocast():
         loss = trainer.model(ids[:, :-1], ids[:, 1:])[1]
-    refuse_bad_loss(trainer, float(loss), limit_of(trainer), on="valid")
+    try:
+        refuse_bad_loss(trainer, float(loss), limit_of(trainer))
+    except Diverged as error:
+        return error.with_traceback(None)
+    return None
 
 
 def mend(trainer, trouble: Exception) -> None:
@@ -101,7 +104,8 @@ def _half_the_rate(trainer) -> float:
 def _go_back(trainer, error: Diverged) -> None:
     """To the last checkpoint at half the rate, if remedies may apply themselves."""
     factor = _half_the_rate(trainer)  # of now: twice back to one checkpoint, a quarter
-    bad, saved = trainer.step, trainer.folder.load_checkpoint() if factor else None
+    there = factor and trainer.folder.last
+    bad, saved = trainer.step, trainer.folder.load_checkpoint() if there else None
     if saved is None:  # or not even the first could be written
         raise error
     keeping.restore(trainer, saved)

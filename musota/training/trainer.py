@@ -235,7 +235,10 @@ class Trainer:
                     keeping.finish(self)
                 else:
                     remedies.refuse_bad_loss(self, float(self.epoch_nats))
+                    if trouble := remedies.bad_weights(self):
+                        raise trouble
                     keeping.checkpoint(self)
+                    keeping.write_summary(self)
         finally:
             folder.attempt_copy(self.copy)
         folder.refuse_unsaved()
@@ -254,11 +257,12 @@ class Trainer:
             self.one_step()
             ends = self.step % self.steps_per_epoch == 0
             due = time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
-            if ends or due:  # before anything is measured of it, or kept
+            if ends or due:
                 remedies.refuse_bad_loss(self, float(self.epoch_nats))
-                remedies.refuse_bad_weights(self)
         except Exception as error:
             trouble = remedies.known(error)
+        if not trouble and (ends or due):  # before they are measured, or kept
+            trouble = remedies.bad_weights(self)
         if trouble:
             remedies.mend(self, trouble)
         elif ends:
@@ -269,6 +273,12 @@ class Trainer:
             keeping.write_summary(self)
         elif due:
             keeping.checkpoint(self)
+
+    def last_batch(self) -> Tensor:
+        """Where the windows of the step before began."""
+        per_step = self.training.sequences_per_step
+        place = (self.step - 1) % self.steps_per_epoch * per_step
+        return self.starts[place : place + per_step]
 
     def one_step(self) -> None:
         epoch, place = divmod(self.step, self.steps_per_epoch)

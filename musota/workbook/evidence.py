@@ -62,13 +62,14 @@ def models_of(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def brief_titles(groups: Mapping[str, Sequence[Run]], between: str = ", ") -> dict[str, str]:
-    """What people read for each name: where some were changed, budget and rate in place of all
-    that was, if that tells them apart."""
+    """What people read for each name: where some were changed, epochs and rate in place of all
+    that was changed in the training, if that tells them apart."""
     brief = {name: title_of(name) for name in groups}
     for name, (run, *_) in groups.items() if any("," in name for name in groups) else ():
-        training = run.experiment.training
+        training, (row, *changes) = run.experiment.training, name.split(",")
+        kept = [change for change in changes if not hasattr(training, change.split("=")[0])]
         budget = f"{training.epochs} epochs at {training.learning_rate:g}"
-        brief[name] = f"{title_of(name.split(',')[0])}{between}{budget}"
+        brief[name] = f"{title_of(','.join([row, *kept]))}{between}{budget}"
     apart = len(set(brief.values())) == len(brief)
     return brief if apart else {name: title_of(name) for name in groups}
 

@@ -37,13 +37,12 @@ VERDICTS = {  # colour, marker, fill
     "undecided": (BLUE, "D", "left"),
     "not a cause": ("#666666", "s", "none"),
 }
-# Rows of the path by kind: on the way each follows the one before, the others the redesign.
-STEPS = {  # colour, marker
-    "made": (BLUE, "o"),
-    "added": (GREEN, "D"),
-    "taken back": (RED, "s"),
-    "twin": ("#666666", "^"),
-    "longer": ("#000080", "P"),
+STEPS = {  # rows of the path by kind: colour, marker, what they are set against
+    "made": (BLUE, "o", "a change on the way, against the row before"),
+    "added": (GREEN, "D", "added to the redesign"),
+    "taken back": (RED, "s", "taken back from it"),
+    "twin": ("#666666", "^", "its twins"),
+    "longer": ("#000080", "P", "longer, against MU-SOTA as long"),
 }
 FIRST = "← better than the first · worse →"  # which side of 0 is which
 SWEEP_NATS = 2.5  # what is worse than the best by more is drawn at the upper edge
@@ -270,10 +269,12 @@ def _draw_ends(axis, ends: Mapping[str, Sequence[float]], styles: Sequence, rung
 
 
 def path(judged: Mapping[str, Judged], rungs: Mapping[str, float]) -> Figure:
-    """Where each row of the path to the redesign ends, and its nats over the row before."""
+    """Where each row of the path to the redesign ends, and its nats over the row it is set against;
+    without those that diverge."""
+    judged = {name: row for name, row in judged.items() if row.verdict != "diverges"}
     figure, (left, right) = new_figure(12, 1.9 + 0.36 * len(judged), columns=2, grid="x")
     ends = {r.step.title: [run.summary["ppl"] for run in r.runs] for r in judged.values()}
-    looks = [STEPS[row.step.kind] for row in judged.values()]
+    looks = [STEPS[row.step.kind][:2] for row in judged.values()]
     _draw_ends(left, ends, [(colour, "", marker) for colour, marker in looks], rungs)
     effects = {place: row.effect or Interval(np.nan) for place, row in enumerate(judged.values())}
     verdicts = [row.verdict for row in judged.values()]
@@ -281,12 +282,12 @@ def path(judged: Mapping[str, Judged], rungs: Mapping[str, float]) -> Figure:
     right.set_yticks(range(len(effects)), [])
     right.xaxis.set_major_locator(MaxNLocator(6))
     right.set_xlabel("nats per token (← better · worse →)")
-    right.set_title("Against the row it is one change from", pad=18)
-    key = {
-        kind: Line2D([], [], color=colour, marker=marker, linestyle="none")
-        for kind, (colour, marker) in STEPS.items()
-    }
-    figure.legend([*key.values()], [*key], fontsize=8, ncols=5, loc="outside lower right")
+    right.set_title("What it brings", pad=18)
+    key = [
+        Line2D([], [], color=colour, marker=marker, linestyle="none", label=label)
+        for colour, marker, label in STEPS.values()
+    ]
+    figure.legend(handles=key, fontsize=8, ncols=5, loc="outside upper center")
     return figure
 
 

@@ -77,6 +77,7 @@ _templates.globals |= {
     "reported": REPORTED,
     "outcome": OUTCOME,
     "owns": OWNS,
+    "earns": OF_A_CHANGE[1],
 }
 
 
@@ -162,6 +163,8 @@ def _training_again(evidence: Evidence, run: Run) -> str:
     model, profile = run.experiment.model, profiles.get(run.config["profile"])
     roles = evidence.roles or {n: find_experiment(n) for n in registry if n not in TUNED}
     if isinstance(model, OwnConfig):
+        if model.arguments != "{}":  # which no option takes
+            return ""
         sizes = {"vocab_size": OwnConfig.vocab_size, "max_seq_len": OwnConfig.max_seq_len}
         own = Experiment(dataclasses.replace(model, **sizes), TrainConfig())
         roles = {f"FOLDER/{model.source}": scaled(own, profile) if profile else own}
@@ -233,11 +236,7 @@ def _standing(evidence: Evidence) -> dict:
         "is_idle": any((spot.rule, spot.verdict) == ("Context", "idle") for spot in weak),
         "redesign": min(redesigned, key=tables.mean_ppl, default=None),
         "redesign_wins": False,
-        "earned": [
-            row
-            for row in evidence.path.values()
-            if (row.step.kind, row.verdict) == ("made", OF_A_CHANGE[1])
-        ],
+        "on_the_way": [r for r in evidence.path.values() if r.step.kind == "made" and r.effect],
     }
     if runs := found["redesign"]:
         mu = models_of(evidence.only(beside).runs).popitem()[1]

@@ -25,11 +25,12 @@ from musota.training.runs import Run
 
 PACKED = ("runs.jsonl", "epochs.jsonl", "steps.parquet", "probes.json")
 SUMS = "SHA256SUMS"
-# What runs are packed without, by part, where no page shows it: all steps, fields of an epoch.
+# What runs are packed without, where no page shows it: fields of an epoch, by part, and steps.
 HIDDEN = {
-    **dict.fromkeys(("path", "sweep"), ("steps", "samples", "health", "valid_block_nats")),
+    **dict.fromkeys(("path", "sweep"), ("samples", "health", "valid_block_nats")),
     "root_causes": ("samples",),
 }
+WITHOUT_STEPS = ("path", "sweep")
 SMALL = {"compression": "zstd", "compression_level": 19, "use_dictionary": ["run"]}
 BEGUN = ("metrics.jsonl", "summary.json")  # what tells a run's folder from a saved model's
 
@@ -121,16 +122,20 @@ def pack(folder: str | os.PathLike) -> list[Path]:
     folder = as_path(folder).resolve()
     here = [p.parent.relative_to(folder).as_posix() for p in folder.glob("**/metrics.jsonl")]
     parts = sorted({_part_of(path) for path in [*_packed(folder), *here]})
-    runs = [run for part in parts for run in read_runs(folder, part)[0]]
+    runs, left_out = [], set()
+    for part in parts:
+        found, left = read_runs(folder, part)
+        runs, left_out = runs + found, left_out | left.keys()
     lines, epochs, steps = [], [], [pd.DataFrame({"run": []})]
     for run in runs:
         path = run.path.relative_to(folder).as_posix()
         kinds = {"step": [], "epoch": [], "event": []}
-        hidden = ("kind", *HIDDEN.get(_part_of(path), ()))
+        part = _part_of(path)
+        hidden = ("kind", *HIDDEN.get(part, ()))
         for record in run.records:
-            if f"{record['kind']}s" not in hidden:
-                kept = {k: v for k, v in record.items() if k not in hidden}
-                kinds[record["kind"]].append(kept)
+            kinds[record["kind"]].append({k: v for k, v in record.items() if k not in hidden})
+        if part in WITHOUT_STEPS:
+            kinds["step"] = []
         about = {"config": run.config, "summary": run.summary, "events": kinds["event"]}
         lines.append({"run": path, **about})
         epochs += [{"run": path, **record} for record in kinds["epoch"]]
@@ -158,7 +163,8 @@ def pack(folder: str | os.PathLike) -> list[Path]:
     for path in no_longer_needed:
         path.unlink()
     for run in runs:
-        if run.path.exists() and not (run.path / "checkpoints").exists():
+        damaged = run.path.relative_to(folder).as_posix() in left_out
+        if run.path.exists() and not damaged and not (run.path / "checkpoints").exists():
             shutil.rmtree(run.path)
     return [folder / name for name in PACKED]
 

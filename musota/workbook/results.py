@@ -143,9 +143,12 @@ class Results:
         """Any recorded runs, by label or folder (see `find_runs`); what stands in no folder here is
         sought in the repository's results."""
         here, kept = self.root.parent, ROOT / "results"
-        places = [here if (here / name).parent.is_dir() else kept for name in names]
-        names = [str(p / n) if "/" in n else n for p, n in zip(places, names, strict=True)]
-        return chosen_runs(names, here, self.root.name)
+
+        def found(name: str) -> str:
+            elsewhere = (as_path(name) / "config.json").exists() or (here / name).parent.is_dir()
+            return name if elsewhere else str(kept / name)
+
+        return chosen_runs([*map(found, names)], here, self.root.name)
 
     @property
     def path(self) -> dict[str, Judged]:

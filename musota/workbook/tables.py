@@ -13,6 +13,7 @@ from string import Formatter
 import pandas as pd
 
 from musota.plan.config import Experiment
+from musota.plan.path import steps
 from musota.plan.registry import title_of
 from musota.rules.stats import seed_interval
 from musota.rules.verdicts import Cause
@@ -103,7 +104,8 @@ PATH_ROW = {
     "best rate": "{row.rate:g} of {row.tried}",
     "seeds": "{seeds}",
     "valid PPL": "{row.ppl:,.1f}",
-    "nats against the row it is one change away from": "{against}",
+    "compared with": "{before}",
+    "nats": "{against}",
     "verdict": "{row.verdict}",
 }
 HEALTH = {"statistic": "{rule}", "value": "{saw}", "band": "{threshold}", "meaning": "{conclusion}"}
@@ -264,8 +266,10 @@ def causes_table(causes: Iterable[Cause]) -> pd.DataFrame:
 
 def path_table(judged: Mapping[str, Judged]) -> pd.DataFrame:
     """The path to the redesign, a change a row, and each change taken back alone."""
+    rows = steps()
     rows = [
         {"row": row, "run": row.runs[0], "seeds": len(row.runs), "against": row.effect or ""}
+        | {"before": rows[row.step.before].title if row.step.before else ""}
         for row in judged.values()
     ]
     return table(rows, PATH_ROW)
