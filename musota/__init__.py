@@ -21,6 +21,7 @@ _HOMES = {
     "musota.training.evaluate": "evaluate",
     "musota.training.runs": "Run",
     "musota.training.trainer": "train",
+    "musota.workbook.answers": "compare",
     "musota.workbook.evidence": "read_evidence",
     "musota.workbook.pages": "write_report",
     "musota.workbook.records": "load_runs",

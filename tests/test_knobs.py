@@ -128,6 +128,25 @@ def test_any_runs_are_compared_where_they_differ_first(results):
     assert interval.mean == pytest.approx(losses[0] - losses[1], abs=1e-4)
 
 
+def test_two_runs_are_compared_in_python(results):
+    runs = [find(label, results) for label in (LONGER, LABEL)]
+    for run in runs:
+        run.name = "run"  # as Python calls what nobody named
+    finding, interval = musota.compare(*runs)
+    assert finding.rule == "run against run, epochs=3"
+    runs = [find(label, results) for label in (LONGER, LABEL)]
+    finding, interval = musota.compare(*runs)
+    (same,) = against_first([runs[1], runs[0]])
+    assert (finding.sentence, interval) == (same[0].sentence, same[1])
+    assert interval.mean == -musota.compare([runs[1]], [runs[0]])[1].mean
+    other = find(LABEL.replace("optimized,", "optimized,vocab_size=400,"), results)
+    with pytest.raises(MusotaError, match="validated on other tokens: compare their bits"):
+        musota.compare(runs[0], other)
+    for wrong in (None, "optimized", []):
+        with pytest.raises(MusotaError, match="compare needs"):
+            musota.compare(runs[0], wrong)
+
+
 def test_other_tokens_are_compared_in_bits_per_byte(results):
     other = LABEL.replace("optimized,", "optimized,vocab_size=400,")
     evidence = chosen_runs([LABEL, other], *results)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from musota.errors import MusotaError
 from musota.plan.architectures import MuConfig
 from musota.plan.registry import title_of
 from musota.rules import curves, plan, verdicts
@@ -13,6 +14,7 @@ from musota.rules.stats import Interval
 from musota.studies import names
 from musota.training.runs import Run
 from musota.workbook.evidence import Evidence, models_of, plan_reason, smaller_budget
+from musota.workbook.records import labelled
 
 GOALS = ("original", "optimized", "tuned")  # rows the plan has goals for, changed or not
 
@@ -69,6 +71,28 @@ def set_beside(
         sides = [{0: side[0].summary} for side in (runs, first)]
     finding, text, seeds = verdicts.better_or_worse(*sides, name, first_name)
     return finding, seeds or text
+
+
+def compare(a: Run | Sequence[Run], b: Run | Sequence[Run]) -> tuple[Finding, Interval]:
+    """How a run, or the seeds of one model, stands against another's on the same valid text.
+
+    Returns the verdict (`.sentence` says it) and its 95 % interval in nats a token, negative where
+    `a` is better: over seeds, or over blocks of text where they share no more than one. Raises
+    MusotaError for what is no run that has ended an epoch, and for runs on other valid text.
+    """
+    sides = [[side] if isinstance(side, Run) else list(side or ()) for side in (a, b)]
+    for run in [*sides[0], *sides[1]]:
+        if not isinstance(run, Run) or not run.summary:
+            raise MusotaError(f"compare needs runs that have ended an epoch, not {run!r:.80}.")
+    if not all(sides):
+        raise MusotaError("compare needs a run, or several, on either side.")
+    named = labelled([side[0] for side in sides], {})  # unnamed runs are told by what differs
+    found = set_beside(*sides, *(title_of(run.name) for run in named))
+    if not found:
+        raise MusotaError(
+            "They were validated on other tokens: compare their bits per byte (.summary) alone."
+        )
+    return found
 
 
 def against_first(runs: Sequence[Run]) -> Iterator[tuple[Finding, Interval]]:
