@@ -241,6 +241,8 @@ def test_best_weights_that_could_not_be_written_are_kept_with_the_checkpoint(sho
         _full(patch, lambda path: path.parent.name == "best")
         with pytest.raises(MusotaError, match="end of the run could not be saved"):
             musota.train(EXPERIMENT, short, tmp_path, stop_at=0.7)
+    run = musota.train(EXPERIMENT, short, tmp_path, stop_at=0.6)  # where it stands already
+    assert not run.has_model or run.summary["best_epoch"] == 1
     run = musota.train(EXPERIMENT, short, tmp_path, stop_at=0.9)  # no epoch ends on the way
     scored = musota.evaluate(run.load_model(), short.valid)["loss"]
     assert run.summary["best_epoch"] == 1 and scored == pytest.approx(run.summary["valid_loss"])

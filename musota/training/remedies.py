@@ -53,9 +53,12 @@ def limit_of(trainer) -> float:
 
 @torch.no_grad()
 def bad_weights(trainer) -> Diverged | None:
-    """The error if what the last step made of the weights is broken: by the loss, now, of a window
+    """The error if what the last step made of the weights is broken: by the loss, now, of windows
     that it was trained on."""
-    ids = trainer.tokens[trainer.last_batch()[:1, None] + trainer.span].long()
+    if trainer.starts is None:  # no step since the last checkpoint
+        return None
+    some = trainer.last_batch()[: trainer.choices["micro_batch"], None]
+    ids = trainer.tokens[some + trainer.span].long()
     with evaluating(trainer.model), trainer.accelerator.autocast():
         loss = trainer.model(ids[:, :-1], ids[:, 1:])[1]
     try:
