@@ -17,7 +17,8 @@ from musota.rules.verdicts import weak_spots
 from musota.studies import campaign
 from musota.workbook import pages
 from musota.workbook.cli import cli
-from musota.workbook.evidence import brief_titles, read_evidence
+from musota.workbook.evidence import read_evidence
+from musota.workbook.naming import brief_titles
 from musota.workbook.results import COMMITTED
 from musota.workbook.tables import PUBLISHED, comparison_table, front_table, model_table
 

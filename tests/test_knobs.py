@@ -20,6 +20,7 @@ from musota.workbook import figures
 from musota.workbook.answers import against_first, health_of, run_findings
 from musota.workbook.cli import cli
 from musota.workbook.evidence import chosen_runs, find_runs, read_evidence
+from musota.workbook.naming import label_of
 from musota.workbook.session import Workbook
 from musota.workbook.tables import differences_table
 
@@ -56,7 +57,7 @@ def test_what_is_written_is_what_trains_and_how_it_is_called(results):
     assert run.experiment == TINY["optimized"].with_(**FAST, epochs=4)
     assert run.path.name == f"{LONGER}-seed0" and run.history.epoch.max() == 4
     title = LONGER.replace("optimized", "MU-SOTA optimized").replace(",", ", ")
-    assert figures.label_of(run) == f"{title}, seed 0"
+    assert label_of(run) == f"{title}, seed 0"
 
 
 def test_a_changed_model_has_the_twin_matched_to_it_and_no_other(results, made):

@@ -13,8 +13,8 @@ from musota.rules.findings import Finding, not_applicable
 from musota.rules.stats import Interval
 from musota.studies import names
 from musota.training.runs import Run
-from musota.workbook.evidence import Evidence, models_of, plan_reason, smaller_budget
-from musota.workbook.records import labelled
+from musota.workbook.evidence import Evidence, plan_reason, smaller_budget
+from musota.workbook.naming import labelled, models_of
 
 GOALS = ("original", "optimized", "tuned")  # rows the plan has goals for, changed or not
 

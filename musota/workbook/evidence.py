@@ -28,64 +28,22 @@ from musota.studies.grid import judge as judge_grid
 from musota.studies.path import Judged, sort_out
 from musota.studies.path import judge as judge_path
 from musota.training.runs import Run
-from musota.workbook.records import labelled, read_probes, read_runs
+from musota.workbook.naming import by_name, footer_of, labelled
+from musota.workbook.records import read_probes, read_runs
 
 # Parts of a results folder.
 GRID, SWEEP, PATH, TRIES = "root_causes", "sweep", "path", "tries"
 ABLATED = (*TUNED, "optimized", "original")  # MU-SOTA as looked into: the first that was
 
 
-def footer(corpus: str, vocabulary: int, profile: str | None) -> str:
-    """The line under every figure: what was measured on what."""
-    name = corpus if "wikitext" in corpus else f"{corpus} (not WikiText!)"
-    how = f"byte-level BPE {vocabulary:,} · profile {profile} · valid, windows without overlap"
-    return f"measured: {name} · {how}"
-
-
-def footer_of(run: Run) -> str:
-    corpus = run.config["corpus"]
-    return footer(corpus["name"], corpus["vocabulary_in_use"], run.config["profile"])
-
-
-def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs of every name, in the order given."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.name, []).append(run)
-    return groups
-
-
-def models_of(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """`by_name`, without the unfinished seeds of models that have finished ones."""
-    groups = by_name(runs).items()
-    return {name: [run for run in group if run.finished] or group for name, group in groups}
-
-
-def brief_titles(groups: Mapping[str, Sequence[Run]], between: str = ", ") -> dict[str, str]:
-    """What people read for each name: where some were changed, epochs and rate in place of all
-    that was changed in the training, if that tells them apart."""
-    brief = {name: title_of(name) for name in groups}
-    for name, (run, *_) in groups.items() if any("," in name for name in groups) else ():
-        training, (row, *changes) = run.experiment.training, name.split(",")
-        kept = [change for change in changes if not hasattr(training, change.split("=")[0])]
-        budget = f"{training.epochs} epochs at {training.learning_rate:g}"
-        brief[name] = f"{title_of(','.join([row, *kept]))}{between}{budget}"
-    apart = len(set(brief.values())) == len(brief)
-    return brief if apart else {name: title_of(name) for name in groups}
-
-
 def _rate(run: Run) -> float:
     return run.experiment.training.learning_rate
-
-
-def progress_of(run: Run) -> str:
-    return f"{run.summary['epochs_done']} of {run.experiment.training.epochs} epochs"
 
 
 @dataclass(frozen=True)
 class Evidence:
     """Runs with what else was measured on their corpus. Runs of equal name differ in seed alone:
-    each is called after the row of the registry that it is (see `records.labelled`)."""
+    each is called after the row of the registry that it is (see `naming.labelled`)."""
 
     folder: Path
     runs: tuple[Run, ...]

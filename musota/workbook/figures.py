@@ -12,7 +12,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from musota.plan.registry import title_of
 from musota.plan.suspects import MISSED
 from musota.rules.plan import REPORTED
 from musota.rules.stats import Interval
@@ -20,7 +19,7 @@ from musota.rules.verdicts import Cause
 from musota.studies.path import Judged
 from musota.training.runs import Run
 from musota.workbook import style
-from musota.workbook.evidence import brief_titles, by_name, models_of, progress_of
+from musota.workbook.naming import brief_titles, by_name, label_of, models_of, progress_of
 from musota.workbook.style import (
     BLUE,
     GREEN,
@@ -47,10 +46,6 @@ STEPS = {  # rows of the path by kind: colour, marker, what they are set against
 FIRST = "← better than the first · worse →"  # which side of 0 is which
 SWEEP_NATS = 2.5  # what is worse than the best by more is drawn at the upper edge
 Sweeps = Mapping[str, Mapping[float, Sequence[float]]]  # valid losses by model and learning rate
-
-
-def label_of(run: Run) -> str:
-    return f"{title_of(run.name)}, seed {run.seed}"
 
 
 def curves(runs: Sequence[Run], rungs: Mapping[str, float], reported: bool) -> Figure:

@@ -29,15 +29,8 @@ from musota.studies.path import OF_A_CHANGE
 from musota.training.runs import Run
 from musota.workbook import figures, pictures, tables
 from musota.workbook.answers import answers, plateau_of, rule_lines, set_beside
-from musota.workbook.evidence import (
-    GRID,
-    Evidence,
-    brief_titles,
-    footer_of,
-    models_of,
-    progress_of,
-    read_evidence,
-)
+from musota.workbook.evidence import GRID, Evidence, read_evidence
+from musota.workbook.naming import brief_titles, footer_of, label_of, models_of, progress_of
 from musota.workbook.style import save_figure
 
 FRONT_MARKS = ("<!-- measured -->", "<!-- end of measured -->")
@@ -70,7 +63,7 @@ _templates.filters |= {
     "without_attention": _without_attention,
 }
 _templates.globals |= {
-    "label_of": figures.label_of,
+    "label_of": label_of,
     "tables": tables,
     "earned": EARNED,
     "root_causes": GRID,

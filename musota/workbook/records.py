@@ -7,12 +7,10 @@ corpus fingerprint and seed.
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,7 +18,6 @@ import pandas as pd
 
 from musota.errors import MusotaError
 from musota.files import as_path, jsonable, sha256, write_together
-from musota.plan.config import Experiment
 from musota.training.runs import Run
 
 PACKED = ("runs.jsonl", "epochs.jsonl", "steps.parquet", "probes.json")
@@ -74,31 +71,6 @@ def load_runs(folder: str | os.PathLike) -> list[Run]:
     for path, reason in left_out.items():
         print(f"{as_path(folder) / path} is left out: {reason}")
     return [run for run in runs if run.summary]
-
-
-def labelled(runs: Iterable[Run], roles: Mapping[str, Experiment]) -> list[Run]:
-    """Copies of `runs`, named by what they are: equal names differ in seed alone.
-
-    A run is called after the first of `roles` whose experiment it is, else as it was recorded;
-    another experiment of the same name is told apart by the fields that differ.
-    """
-    names: dict[tuple, str] = {}  # by experiment and corpus
-    owners = dict(roles)  # a row's name belongs to the row, whatever a run was recorded as
-    copies = []
-    for run in runs:
-        key = run.experiment, run.fingerprint
-        if key not in names:
-            name = next((role for role, e in roles.items() if e == run.experiment), run.name)
-            owner = owners.get(name, run.experiment)
-            if owner != run.experiment or name in names.values():
-                told, corpus = run.experiment.differences(owner), f"corpus={run.fingerprint[:8]}"
-                name = ",".join([name, *(told or [corpus])])
-                name += f",{corpus}" * (name in names.values())
-            owners.setdefault(name, run.experiment)
-            names[key] = name
-        copies.append(copy.copy(run))
-        copies[-1].name = names[key]
-    return copies
 
 
 def read_probes(folder: str | os.PathLike) -> dict[str, dict]:

@@ -19,7 +19,8 @@ from musota.studies.ngrams import measure_ladder
 from musota.studies.path import Judged
 from musota.training.mirror import Mirror
 from musota.training.runs import Run
-from musota.workbook.evidence import GRID, Evidence, chosen_runs, footer, read_evidence, read_rungs
+from musota.workbook.evidence import GRID, Evidence, chosen_runs, read_evidence, read_rungs
+from musota.workbook.naming import footer
 from musota.workbook.records import read_probes, read_runs
 from musota.workbook.style import save_figure
 

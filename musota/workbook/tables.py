@@ -21,7 +21,8 @@ from musota.studies.path import Judged
 from musota.training.evaluate import exp_nats
 from musota.training.runs import Run
 from musota.workbook.answers import health_of
-from musota.workbook.evidence import Evidence, brief_titles, models_of, progress_of
+from musota.workbook.evidence import Evidence
+from musota.workbook.naming import brief_titles, models_of, progress_of
 
 MEANINGLESS = 1e12  # a perplexity over so many words, where a "word" is a paragraph
 

@@ -29,7 +29,8 @@ from musota.training.machine import has_front_end
 from musota.training.runs import Run
 from musota.workbook import figures, pictures
 from musota.workbook.answers import plateau_of
-from musota.workbook.evidence import Evidence, by_name
+from musota.workbook.evidence import Evidence
+from musota.workbook.naming import by_name, label_of
 from musota.workbook.style import figure_png
 
 # What can be shown: (records, column, label, where a rung's perplexity stands, if anywhere).
@@ -127,9 +128,9 @@ class Explorer(Panel):
     """Curves of the runs chosen, and what the plateau rule as set says of them."""
 
     def __init__(self, runs, rungs, path, about="", metric="valid perplexity", copy=None):
-        self.runs = {figures.label_of(run): run for run in runs}
+        self.runs = {label_of(run): run for run in runs}
         self.rungs = {name: ppl for name, ppl in rungs.items() if name != "uniform"}
-        first_seeds = [figures.label_of(group[0]) for group in by_name(runs).values()]
+        first_seeds = [label_of(group[0]) for group in by_name(runs).values()]
         widest = max([curves.PLATEAU_EPOCHS, *(len(run.history) - 1 for run in runs)])
         wide = {"style": {"description_width": "110px"}, "layout": _WIDE}
         slider = {"continuous_update": False, **wide}
@@ -166,7 +167,7 @@ class Explorer(Panel):
             (UNITS[self.unit.value], label),
             "x" * self.log_x.value + "y" * self.log_y.value,
         )
-        sentences = [f"{figures.label_of(run)}: {found[run].sentence}" for run in chosen]
+        sentences = [f"{label_of(run)}: {found[run].sentence}" for run in chosen]
         compared = Evidence(self.path.parent, tuple(chosen)).compared
         sentences += [finding.sentence for finding, _ in compared.values()]
         return figure, sentences or ["Choose a run."]
@@ -192,7 +193,7 @@ def curve_of(
     if smoothing:  # from both sides, so that the curve does not lag behind where it falls
         window = values.rolling(1 + 2 * smoothing, center=True, min_periods=1)
         lines = window.mean(), values
-    return figures.Curve(run.name, figures.label_of(run), *lines, plateau=plateau, marks=marks)
+    return figures.Curve(run.name, label_of(run), *lines, plateau=plateau, marks=marks)
 
 
 def live_view() -> Callable[[Run], None] | None:
