@@ -243,6 +243,12 @@ def _standing(evidence: Evidence) -> dict:
         found["goals"]["the redesign"] = broke_through(ppls, "the redesign", None, budget)
     steps = [spot.next_step for spot in weak if spot.next_step and not found["redesign_wins"]]
     found["advice"] = [f"In the model: {step}." for step in steps[:1]]
+    others = [r for r in evidence.path.values() if r.step.kind in ("added", "taken back")]
+    found["advice"] += [
+        f"Better still: {row.step.title}, {row.effect}."
+        for row in others
+        if row.effect and row.effect.beyond(-EARNED) < 0
+    ]
     if causes := evidence.grid[1]:
         found["advice"].append(verdicts.root_cause_advice(causes))
     return found
