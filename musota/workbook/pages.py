@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -170,7 +171,7 @@ def _training_again(evidence: Evidence, run: Run) -> str:
         return ""
     nearest = min(changes, key=lambda name: len(changes[name]))
     flags = [
-        "--continue-from RUN" if change.startswith("started_from=") else f"--set {change}"
+        "--continue-from RUN" if change.startswith("started_from=") else f"--set {quote(change)}"
         for change in changes[nearest]
     ]
     precision = run.config.get("precision", "no")
