@@ -253,6 +253,9 @@ def test_the_path_judges_each_row_at_its_best_rate_with_the_seeds_all_have(named
     found = path.judge(path.sort_out(more, find_profile("study")))
     assert found[added].verdict == found[taken].verdict == "earns its place"
     assert found["modern dense twin"].verdict == "worse than the redesign"
+    twins = [run("dense GPT-2 twin", 3e-3, seed, 5.19 + seed / 100) for seed in (0, 1, 2)]
+    found = path.judge(path.sort_out([*more, *twins], find_profile("study")))
+    assert found["dense GPT-2 twin"].verdict == "better than the redesign"  # if not by much
     # A row that diverges with a seed is told so, and takes no seed from the others.
     bad = [r for r in more if (r.experiment, r.seed) != (more[3].experiment, 1)]
     bad.append(run(added, 3e-3, 1, 0))

@@ -39,6 +39,7 @@ def run_path(profile: Profile, seeds: range, **how) -> None:
 
 
 OF_A_CHANGE = {1: "earns its place", 0: "undecided", -1: "does not earn it"}
+BETTER_TWIN = "better than the redesign"
 OF_A_KIND = {
     "twin": {1: "worse than the redesign", 0: "undecided", -1: "as good as the redesign"},
     "longer": {1: "better", 0: "undecided", -1: "no better"},
@@ -55,7 +56,7 @@ class Judged:
     tried: int
     runs: tuple[Run, ...]
     effect: Interval | None
-    verdict: str  # of OF_A_CHANGE or OF_A_KIND, or diverges; nothing without an interval
+    verdict: str  # OF_A_CHANGE, OF_A_KIND, BETTER_TWIN or diverges; nothing without an interval
 
     @property
     def ppl(self) -> float:
@@ -93,6 +94,8 @@ def judge(trained: Mapping[str, ByRate]) -> dict[str, Judged]:
             gain = 1 if step.kind in ("taken back", "twin") else -1
             side = effect.beyond(gain * EARNED) * gain
             verdict = OF_A_KIND.get(step.kind, OF_A_CHANGE)[side]
+            if step.kind == "twin" and effect.side < 0:
+                verdict = BETTER_TWIN
         shown = tuple(seeds[seed] for seed in sorted(common & seeds.keys() or seeds))
         judged[name] = Judged(step, best[name], len(trained[name]), shown, effect, verdict)
     return judged
