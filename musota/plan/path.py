@@ -9,7 +9,7 @@ from musota.plan.config import Experiment
 from musota.plan.profiles import redesign, twin
 from musota.plan.registry import experiments
 
-EARNED = 0.02  # nats: a change that brings less is left out
+EARNED = 0.02  # nats that a change must bring
 
 
 @dataclass(frozen=True)
