@@ -82,6 +82,13 @@ def test_it_trains_resumes_and_is_loaded_again(source, corpus, tmp_path, name):
     assert musota.Run(tmp_path / "whole").experiment == experiment
 
 
+def test_the_report_says_how_to_train_it_again(source, corpus, tmp_path):
+    musota.train(Experiment(config(source), TRAINING), corpus, tmp_path / "a" / "b", name="mine")
+    text = musota.write_report(tmp_path / "a").read_text()
+    assert "NAME is `FOLDER/mine.py:Recurrent --set vocab_size=512 --set max_seq_len=24 " in text
+    assert "--set epochs=2 --set learning_rate=0.003" in text
+
+
 def test_it_has_a_dense_twin_also_where_its_file_is_not_at_hand(
     source, corpus, tmp_path, monkeypatch
 ):

@@ -127,14 +127,13 @@ def broke_through(
     but = f"; but {reason}, so the plan's goals are not answered by this" if reason else ""
     seeds = f" [{low:,.1f}, {high:,.1f}] over {len(ppls)} seeds" if len(ppls) > 1 else ""
     after = f" after {budget}" if budget else ""
-    over = "undecided, the interval reaches over 200"
     saw = f"valid PPL {math.exp(mean):,.1f}{seeds}{after}"
     return judged(
         (f"Goal, {name}", saw, "goals < 200, stretch < 100"),
         (high < 100, "< 100", f"under 200, and under the stretch goal of 100{but}"),
         (high < 200 and low < 100, "< 200", f"under 200, undecided whether under 100{but}"),
         (high < 200, "< 200", f"under 200, not under 100{but}"),
-        (low < 200, "undecided", f"{over}{but}"),
+        (low < 200, "undecided", f"undecided, the interval reaches over 200{but}"),
         (True, "≥ 200", f"not under 200{but}"),
     )
 

@@ -38,7 +38,8 @@ def names_of(model: CausalLM, corpus: Corpus) -> dict:
     Raises MusotaError for a model without blocks, and for too little text.
     """
     require_blocks(model)
-    layout, length = model.config.layout, min(model.config.max_seq_len, len(corpus.valid) // 8)
+    layout = model.config.layout
+    length = min(model.config.max_seq_len, len(corpus.valid) // 8)  # windows to fit on, and to test
     if length < 2:
         raise MusotaError(f"{len(corpus.valid)} tokens of valid text are too few for probes.")
     count = min(WINDOWS, len(corpus.valid) // length)

@@ -39,11 +39,18 @@ def run_path(profile: Profile, seeds: range, **how) -> None:
 
 
 OF_A_CHANGE = {1: "earns its place", 0: "undecided", -1: "does not earn it"}
-BETTER_TWIN = "better than the redesign"
-OF_A_KIND = {
-    "twin": {1: "worse than the redesign", 0: "undecided", -1: "as good as the redesign"},
-    "longer": {1: "better", 0: "undecided", -1: "no better"},
-}
+OF_A_TWIN = {1: "worse than the redesign", 0: "undecided", -1: "as good as the redesign"}
+OF_A_LONGER = {1: "better", 0: "undecided", -1: "no better"}
+
+
+def _verdict(kind: str, effect: Interval) -> str:
+    """What an interval says of a row: whether what a change brings, or what taking it back or
+    being a twin costs, lies beyond `EARNED`."""
+    if kind == "twin" and effect.side < 0:
+        return "better than the redesign"
+    costs = kind in ("taken back", "twin")
+    side = effect.beyond(EARNED) if costs else -effect.beyond(-EARNED)
+    return {"twin": OF_A_TWIN, "longer": OF_A_LONGER}.get(kind, OF_A_CHANGE)[side]
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Judged:
     tried: int
     runs: tuple[Run, ...]
     effect: Interval | None
-    verdict: str  # OF_A_CHANGE, OF_A_KIND, BETTER_TWIN or diverges; nothing without an interval
+    verdict: str  # of `_verdict`, or diverges; nothing without an interval
 
     @property
     def ppl(self) -> float:
@@ -91,11 +98,7 @@ def judge(trained: Mapping[str, ByRate]) -> dict[str, Judged]:
             gains = [seeds[seed].valid_loss - before[seed].valid_loss for seed in paired]
             effect = Interval(sum(gains) / len(gains))
         if effect and not math.isinf(effect.low):
-            gain = 1 if step.kind in ("taken back", "twin") else -1
-            side = effect.beyond(gain * EARNED) * gain
-            verdict = OF_A_KIND.get(step.kind, OF_A_CHANGE)[side]
-            if step.kind == "twin" and effect.side < 0:
-                verdict = BETTER_TWIN
+            verdict = _verdict(step.kind, effect)
         shown = tuple(seeds[seed] for seed in sorted(common & seeds.keys() or seeds))
         judged[name] = Judged(step, best[name], len(trained[name]), shown, effect, verdict)
     return judged

@@ -155,8 +155,9 @@ def _training_again(evidence: Evidence, run: Run) -> str:
     """What trains a run again: a name for the command, and for what is no row of the registry what
     to `--set` in the nearest one. What a run is called decides nothing."""
     model, profile = run.experiment.model, profiles.get(run.config["profile"])
-    roles = evidence.roles or {n: find_experiment(n) for n in registry if n not in TUNED}
-    if isinstance(model, OwnConfig):
+    if not isinstance(model, OwnConfig):
+        roles = evidence.roles or {n: find_experiment(n) for n in registry if n not in TUNED}
+    else:
         if model.arguments != "{}":  # which no option takes
             return ""
         sizes = {"vocab_size": OwnConfig.vocab_size, "max_seq_len": OwnConfig.max_seq_len}

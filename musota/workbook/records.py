@@ -22,12 +22,10 @@ from musota.training.runs import Run
 
 PACKED = ("runs.jsonl", "epochs.jsonl", "steps.parquet", "probes.json")
 SUMS = "SHA256SUMS"
-# What runs are packed without, where no page shows it: fields of an epoch, by part, and steps.
-HIDDEN = {
-    **dict.fromkeys(("path", "sweep"), ("samples", "health", "valid_block_nats")),
-    "root_causes": ("samples",),
-}
-WITHOUT_STEPS = ("path", "sweep")
+# What no page shows is not packed: of some parts the steps, and fields of an epoch, by part.
+BARE = ("path", "sweep")
+HIDDEN = dict.fromkeys(BARE, ("samples", "health", "valid_block_nats"))
+HIDDEN["root_causes"] = ("samples",)
 SMALL = {"compression": "zstd", "compression_level": 19, "use_dictionary": ["run"]}
 BEGUN = ("metrics.jsonl", "summary.json")  # what tells a run's folder from a saved model's
 
@@ -106,7 +104,7 @@ def pack(folder: str | os.PathLike) -> list[Path]:
         hidden = ("kind", *HIDDEN.get(part, ()))
         for record in run.records:
             kinds[record["kind"]].append({k: v for k, v in record.items() if k not in hidden})
-        if part in WITHOUT_STEPS:
+        if part in BARE:
             kinds["step"] = []
         about = {"config": run.config, "summary": run.summary, "events": kinds["event"]}
         lines.append({"run": path, **about})
