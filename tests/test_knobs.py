@@ -1,5 +1,6 @@
 """The researcher's own experiments: changed, named, continued, compared, scored."""
 
+import copy
 import os
 import re
 import signal
@@ -127,6 +128,16 @@ def test_any_runs_are_compared_where_they_differ_first(results):
     assert longer.verdict in ("better", "worse", "undecided") and "provisional" in longer.conclusion
     losses = [find(label, results).summary["valid_loss"] for label in (LONGER, LABEL)]
     assert interval.mean == pytest.approx(losses[0] - losses[1], abs=1e-4)
+
+
+def test_a_probe_is_measured_once_a_seed(made, results):
+    book, run, calls = made(), find(LABEL, results), []
+    other = copy.copy(run)
+    other.seed = 1
+    for one in (run, run, other, other):
+        kept = book.kept("seen", lambda r: calls.append(r.seed) or {"of": r.seed}, one)
+        assert kept["of"] == one.seed
+    assert calls == [0, 1]
 
 
 def test_two_runs_are_compared_in_python(results):
