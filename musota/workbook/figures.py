@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from musota.plan.suspects import MISSED
 from musota.rules.plan import REPORTED
@@ -324,6 +324,8 @@ def explored(
     axis.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if "x" in log else "linear")
     if labels[0] == "epoch":
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if "x" in log:
+        axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), minor_locator=NullLocator())
     axis.xaxis.set_major_formatter(PLAIN)
     axis.yaxis.set_major_formatter(PLAIN)
     if curves:
