@@ -80,6 +80,7 @@ def test_profiles_keep_the_plans_proportions(profile):
         (lambda: MuConfig(n_layer=1.5), "n_layer must be a whole number"),
         (lambda: DenseConfig(dropout=1.0), "a finite number of at least 0, at most 0.99"),
         (lambda: RedesignedConfig(without="rotery"), "'rotery': did you mean 'rotary'"),
+        (lambda: RedesignedConfig(without=3), "without must be a name, not 3"),
         (lambda: RedesignedConfig(n_block=5, without=""), "Names need 8 or 16 blocks"),
         (lambda: RedesignedConfig(without="blocks,gate"), "Names need 8 or 16 blocks, or a gate"),
         (lambda: RedesignedConfig(block_size=5), "block_size=5 is odd"),

@@ -28,7 +28,7 @@ ALL = CONFIGS | {
     "redesigned": REDESIGNED,
     "named": replace(REDESIGNED, without=""),
     "path's first": replace(REDESIGNED, without=",".join(CHANGES)),
-    "modern twin": replace(REDESIGNED, without="blocks,gate,names"),
+    "modern twin": replace(REDESIGNED, without="norm before,blocks,gate,names"),
 }
 
 

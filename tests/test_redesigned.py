@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from conftest import shaken
 import musota
 from musota.errors import MusotaError
 from musota.models.base import score
-from musota.plan.architectures import CHANGES
+from musota.plan.architectures import CHANGES, TRIED
 from musota.plan.path import steps
 from musota.plan.profiles import find_profile, scaled, twin
 from musota.plan.registry import find_experiment
@@ -23,7 +24,7 @@ from musota.workbook import figures, tables
 SMALL = musota.RedesignedConfig(
     vocab_size=60, max_seq_len=12, n_layer=2, block_size=6, d_ff=90, dropout=0.0
 )
-TWIN = "blocks,gate,names"
+TWIN = "norm before,blocks,gate,names"
 
 
 # --- the specification, block by block ---
@@ -95,7 +96,7 @@ def literal_hidden(model, ids):
     return model.norm(x)
 
 
-@pytest.mark.parametrize("without", ["names", "", TWIN, *CHANGES, ",".join(CHANGES)])
+@pytest.mark.parametrize("without", [TRIED, "", TWIN, *CHANGES, ",".join(CHANGES)])
 def test_hidden_states_and_gradients_are_those_of_the_literal_version(without):
     model = shaken(replace(SMALL, without=without)).double()
     ids = torch.randint(60, (7,), generator=torch.Generator().manual_seed(1))
@@ -116,7 +117,9 @@ def test_it_starts_as_a_table_of_tokens_whose_gates_are_open():
     torch.manual_seed(0)
     model = musota.build_model(SMALL).eval()
     ids = torch.randint(60, (2, 12))
-    assert torch.equal(model.hidden_states(ids), model.norm(model.embedding(ids)))
+    # What each layer adds is then the token's own cells, normalised.
+    table = model.norm(model.embedding(ids))
+    torch.testing.assert_close(model.hidden_states(ids), table, rtol=1e-3, atol=1e-4)
     assert torch.equal(model.layers[0].gate(model.affinity(ids)), torch.ones(2, 12, 8))
 
 
@@ -133,8 +136,13 @@ def test_it_and_its_twin_have_the_size_of_optimized_at_every_profile(profile):
         share = experiment.model.n_parameters / optimized.model.n_parameters
         assert abs(share - 1) < 0.001
     # The twin has every change but blocks and gates, and the rate, which is not raised, is its own.
+    assert redesigned.model.without == TRIED
     assert modern == twin(redesigned) and modern.model.without == TWIN
     assert modern.training == redesigned.training and modern.training.learning_rate == 3e-3
+
+
+def test_models_without_the_same_changes_are_equal():
+    assert replace(SMALL, without="names, rotary,") == replace(SMALL, without="rotary,names")
 
 
 # --- what can be looked at ---
@@ -218,9 +226,14 @@ def test_every_row_of_the_path_is_of_one_size_and_differs_from_the_others():
     ]
     made = [name for name, step in rows.items() if step.kind == "made"]
     assert [rows[name].before for name in made] == ["", *made[:-1]]
+    # Each is one change away from the row before: of `CHANGES`, or of the blocks' width.
+    without = [set(rows[name].experiment.model.without.split(",")) for name in made[1:]]
+    moves = [one ^ other for one, other in pairwise(without)]
+    assert [len(move) for move in moves] == [int(name != "wide heads") for name in made[2:]]
     last = scaled(rows[made[-1]].experiment, "study").model
     assert last == scaled(musota.experiments["redesigned"], "study").model
-    assert {step.before for step in rows.values() if step.kind != "made"} == {made[-1]}
+    bodies = {"taken back", "twin"}
+    assert {s.before for s in rows.values() if s.kind in bodies} == {made[-1], "quiet start"}
 
 
 def test_the_path_judges_each_row_at_its_best_rate_with_the_seeds_all_have(named_run):
@@ -246,9 +259,9 @@ def test_the_path_judges_each_row_at_its_best_rate_with_the_seeds_all_have(named
     assert judged["stream"].verdict == "does not earn it"  # 0.005 nats
     assert judged["optimized"].effect is None
     # What is added to the redesign is judged like a change made, what is taken back otherwise.
-    added = "redesigned, dropout 0.2"
+    added = "redesigned, block I kept and C1 from the token before"
     taken = "redesigned, but no gate"
-    of_three = [("quiet start", 5.2), (added, 5.1), (taken, 5.3), ("modern dense twin", 5.3)]
+    of_three = [("norm after", 5.2), (added, 5.1), (taken, 5.3), ("modern dense twin", 5.3)]
     more = [run(n, 3e-3, seed, loss + seed / 100) for n, loss in of_three for seed in (0, 1, 2)]
     found = path.judge(path.sort_out(more, find_profile("study")))
     assert found[added].verdict == found[taken].verdict == "earns its place"

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from musota.errors import nearest_name
-from musota.plan.architectures import DenseConfig, ModelConfig, OwnConfig, RedesignedConfig
+from musota.plan.architectures import TRIED, DenseConfig, ModelConfig, OwnConfig, RedesignedConfig
 from musota.plan.config import Experiment, TrainConfig
 
 # The plan counts "16,733 training sequences" of 128 tokens; its warm-up shares follow from that.
 PLAN_TRAIN_TOKENS = 16_733 * 128
 OWN_SIZES = {"d_model", "block_size", "d_ff"}  # what a match would choose
+OF_MU = "blocks,gate,names"  # the changes that a dense twin cannot have
 SHARED = ("vocab_size", "max_seq_len", "n_layer", "dropout")  # what twins have in common
 
 
@@ -36,13 +37,13 @@ def twin(experiment: Experiment) -> Experiment:
     redesigned model the modern one, which has every change that is not MU-SOTA's own."""
     model = experiment.model
     if isinstance(model, RedesignedConfig):
-        return redesign(experiment, model.n_block, "blocks,gate,names")
+        return redesign(experiment, model.n_block, f"{model.without},{OF_MU}")
     shared = {name: getattr(model, name) for name in SHARED}
     dense = match_width(model.n_parameters, DenseConfig(**shared))
     return Experiment(dense, experiment.training, twin_of=model)
 
 
-def redesign(experiment: Experiment, n_block: int = 8, without: str = "names") -> Experiment:
+def redesign(experiment: Experiment, n_block: int = 8, without: str = TRIED) -> Experiment:
     """The redesign at another model's parameter count, depth, sequence length and training: with
     the widest blocks beside which the feed-forward is still three times the width."""
     model = experiment.model
