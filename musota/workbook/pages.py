@@ -245,10 +245,11 @@ def _standing(evidence: Evidence) -> dict:
         found["goals"]["the redesign"] = broke_through(ppls, "the redesign", None, budget)
     steps = [spot.next_step for spot in weak if spot.next_step and not found["redesign_wins"]]
     found["advice"] = [f"In the model: {step}." for step in steps[:1]]
-    others = [r for r in evidence.path.values() if r.step.kind in ("added", "taken back")]
+    last = [name for name, row in evidence.path.items() if row.step.kind == "made"][-1:]
     found["advice"] += [
         f"Better still: {row.step.title}, {row.effect}."
-        for row in others
+        for row in evidence.path.values()
+        if row.step.kind in ("added", "taken back") and row.step.before in last
         if row.effect and row.effect.beyond(-EARNED) < 0
     ]
     if causes := evidence.grid[1]:
