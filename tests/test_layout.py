@@ -27,5 +27,5 @@ def test_the_named_layouts():
     assert " ".join(small.names) == " ".join(REDESIGNED.names) == "I S C1 R1 R2 T K G"
     assert small.sizes == (4, 4, 4, 4, 4, 4, 6, 6) and small.groups == ((6, 4), (2, 6))
     assert [(b.height, b.width) for b in eight.blocks] == [(2, 4)] * 8
-    assert (REDESIGNED.height, REDESIGNED.width) == (16, 14) and set(REDESIGNED.sizes) == {28}
+    assert (REDESIGNED.height, REDESIGNED.width) == (16, 13) and set(REDESIGNED.sizes) == {26}
     assert find_experiment("modern_twin").model.layout is None

@@ -3,7 +3,6 @@
 import copy
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,8 +13,8 @@ from conftest import shaken
 import musota
 from musota.errors import MusotaError
 from musota.models.base import score
-from musota.plan.architectures import CHANGES, TRIED
-from musota.plan.path import steps
+from musota.plan.architectures import CHANGES
+from musota.plan.path import FIRST, steps
 from musota.plan.profiles import find_profile, scaled, twin
 from musota.plan.registry import find_experiment
 from musota.studies import names, path, probes
@@ -24,7 +23,7 @@ from musota.workbook import figures, tables
 SMALL = musota.RedesignedConfig(
     vocab_size=60, max_seq_len=12, n_layer=2, block_size=6, d_ff=90, dropout=0.0
 )
-TWIN = "norm before,blocks,gate,names"
+TWIN = "blocks,gate,names"
 
 
 # --- the specification, block by block ---
@@ -45,10 +44,13 @@ def literal_attention(attention, x, config):
     for block in range(config.n_block):
         own = slice(block * c, (block + 1) * c)
         if has("blocks"):
-            both = x[:, own] @ attention.qk_weight[block]
+            k = x[:, own] @ attention.key_weight[block]
         else:
-            both = (x @ attention.qk_weight[0])[:, 2 * c * block : 2 * c * (block + 1)]
-        q, k = both[:, :c], both[:, c:]
+            k = (x @ attention.key_weight[0])[:, own]
+        if has("blocks") and not has("whole queries"):
+            q = x[:, own] @ attention.query_weight[block]
+        else:
+            q = (x @ attention.query_weight[0])[:, own]
         if has("query norm"):
             q, k = (y / (y.square().mean(1, keepdim=True) + 1e-16).sqrt() for y in (q, k))
             q = q * attention.sharpness[block, 0, 0]
@@ -68,6 +70,8 @@ def literal_hidden(model, ids):
     x = model.embedding.weight[ids]
     if not has("rotary"):
         x = x + model.positions.weight[: len(ids)]
+    if has("embedding norm"):
+        x = x / (x.square().mean(1, keepdim=True) + 1e-16).sqrt()
     if has("names"):  # I is block 0, C1 block 2
         before = torch.cat([torch.zeros(1, c), x[:-1, 2 * c : 3 * c]])
         x = torch.cat([x[:, : 2 * c], before, x[:, 3 * c :]], 1)
@@ -78,8 +82,8 @@ def literal_hidden(model, ids):
             one = has("one table")
             own = layer.gate.map(table) if one else table[:, number * n : (number + 1) * n]
             factors = 2 * own.sigmoid()
-            if has("names"):
-                factors = torch.cat([torch.zeros(len(ids), 1), factors[:, 1:]], 1)
+        if has("names"):
+            factors = torch.cat([torch.zeros(len(ids), 1), factors[:, 1:]], 1)
         factors = factors.repeat_interleave(c, 1)
         first, second = layer.norm_attention, layer.norm_feed_forward
 
@@ -96,7 +100,9 @@ def literal_hidden(model, ids):
     return model.norm(x)
 
 
-@pytest.mark.parametrize("without", [TRIED, "", TWIN, *CHANGES, ",".join(CHANGES)])
+@pytest.mark.parametrize(
+    "without", {getattr(s.experiment.model, "without", "") for s in steps().values()} | {*CHANGES}
+)
 def test_hidden_states_and_gradients_are_those_of_the_literal_version(without):
     model = shaken(replace(SMALL, without=without)).double()
     ids = torch.randint(60, (7,), generator=torch.Generator().manual_seed(1))
@@ -117,9 +123,8 @@ def test_it_starts_as_a_table_of_tokens_whose_gates_are_open():
     torch.manual_seed(0)
     model = musota.build_model(SMALL).eval()
     ids = torch.randint(60, (2, 12))
-    # What each layer adds is then the token's own cells, normalised.
     table = model.norm(model.embedding(ids))
-    torch.testing.assert_close(model.hidden_states(ids), table, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model.hidden_states(ids), table, rtol=1e-3, atol=1e-3)
     assert torch.equal(model.layers[0].gate(model.affinity(ids)), torch.ones(2, 12, 8))
 
 
@@ -136,7 +141,6 @@ def test_it_and_its_twin_have_the_size_of_optimized_at_every_profile(profile):
         share = experiment.model.n_parameters / optimized.model.n_parameters
         assert abs(share - 1) < 0.001
     # The twin has every change but blocks and gates, and the rate, which is not raised, is its own.
-    assert redesigned.model.without == TRIED
     assert modern == twin(redesigned) and modern.model.without == TWIN
     assert modern.training == redesigned.training and modern.training.learning_rate == 3e-3
 
@@ -226,14 +230,18 @@ def test_every_row_of_the_path_is_of_one_size_and_differs_from_the_others():
     ]
     made = [name for name, step in rows.items() if step.kind == "made"]
     assert [rows[name].before for name in made] == ["", *made[:-1]]
-    # Each is one change away from the row before: of `CHANGES`, or of the blocks' width.
-    without = [set(rows[name].experiment.model.without.split(",")) for name in made[1:]]
-    moves = [one ^ other for one, other in pairwise(without)]
-    assert [len(move) for move in moves] == [int(name != "wide heads") for name in made[2:]]
+    # Each is one change away from the row before: of `CHANGES`, of the blocks' width, of a field.
+    for name, step in rows.items():
+        if step.kind in ("made", "taken back", "added") and step.before not in ("", "optimized"):
+            one, other = step.experiment, rows[step.before].experiment
+            moves = set(one.model.without.split(",")) ^ set(other.model.without.split(","))
+            fields = ("n_block", "dropout")
+            moves |= {f for f in fields if getattr(one.model, f) != getattr(other.model, f)}
+            assert len(moves - {""}) == 1 and one.training == other.training, name
     last = scaled(rows[made[-1]].experiment, "study").model
     assert last == scaled(musota.experiments["redesigned"], "study").model
-    bodies = {"taken back", "twin"}
-    assert {s.before for s in rows.values() if s.kind in bodies} == {made[-1], "quiet start"}
+    assert {s.before for s in rows.values() if s.kind == "taken back"} == {made[-1], FIRST}
+    assert {s.before for s in rows.values() if s.kind == "twin"} == {made[-1]}
 
 
 def test_the_path_judges_each_row_at_its_best_rate_with_the_seeds_all_have(named_run):
@@ -259,9 +267,15 @@ def test_the_path_judges_each_row_at_its_best_rate_with_the_seeds_all_have(named
     assert judged["stream"].verdict == "does not earn it"  # 0.005 nats
     assert judged["optimized"].effect is None
     # What is added to the redesign is judged like a change made, what is taken back otherwise.
-    added = "redesigned, block I kept and C1 from the token before"
-    taken = "redesigned, but no gate"
-    of_three = [("norm after", 5.2), (added, 5.1), (taken, 5.3), ("modern dense twin", 5.3)]
+    added = "the first redesign, dropout 0.2"
+    taken = "the redesign, but no gate"
+    of_three = [
+        ("quiet start", 5.2),
+        ("whole queries", 5.2),
+        (added, 5.1),
+        (taken, 5.3),
+        ("modern dense twin", 5.3),
+    ]
     more = [run(n, 3e-3, seed, loss + seed / 100) for n, loss in of_three for seed in (0, 1, 2)]
     found = path.judge(path.sort_out(more, find_profile("study")))
     assert found[added].verdict == found[taken].verdict == "earns its place"
@@ -270,15 +284,15 @@ def test_the_path_judges_each_row_at_its_best_rate_with_the_seeds_all_have(named
     found = path.judge(path.sort_out([*more, *twins], find_profile("study")))
     assert found["dense GPT-2 twin"].verdict == "better than the redesign"  # if not by much
     # A row that diverges with a seed is told so, and takes no seed from the others.
-    bad = [r for r in more if (r.experiment, r.seed) != (more[3].experiment, 1)]
-    bad.append(run(added, 3e-3, 1, 0))
+    bad = [*more, run(added, 3e-3, 1, 0)]
+    bad.remove(more[7])
     bad[-1].summary = {"finished": False}
     bad[-1].records = [{"kind": "event", "step": 3, "event": "diverged"}]
     found = path.judge(path.sort_out(bad, find_profile("study")))
     assert (found[added].verdict, found[added].effect) == ("diverges", None)
     assert found[taken].verdict == "earns its place"
     assert tables.path_table(found)["valid PPL"].tolist().count("–") == 1
-    assert len(figures.path(found, {}).axes[0].get_yticks()) == 3
+    assert len(figures.path(found, {}).axes[0].get_yticks()) == 4
     # A row that has one seed yet is shown, without an interval, and takes none from the others.
     more = path.sort_out([*runs, run("norm before", 3e-3, 0, 5.2)], find_profile("study"))
     judged = path.judge(more)

@@ -1,7 +1,8 @@
 """The redesign: MU-SOTA's blocks, affinities and gates on a body that reads context.
 
-A token is still a matrix of named blocks. Each block asks and is asked with its own cells alone;
-what it finds, and the feed-forward, move all blocks, each as far as the token's affinity allows.
+A token is still a matrix of named blocks. A head a block: the whole token asks, each block answers
+with its own cells alone; what is found, and the feed-forward, move all blocks, each as far as the
+token's affinity allows.
 `config.without` takes single changes back: all rows of the path from `optimized` are this model,
 and so is the modern dense twin, which has neither blocks nor gates.
 """
@@ -20,14 +21,14 @@ from musota.plan.architectures import RedesignedConfig
 
 
 class Attention(nn.Module):
-    """Causal attention, a head a block: queries and keys see their own block, values every cell."""
+    """Causal attention, a head a block: the whole token asks, a block's keys see that block."""
 
     def __init__(self, config: RedesignedConfig):
         super().__init__()
         d, n, c = config.d_model, config.n_block, config.block_size
         self.n, self.c, self.rotary = n, c, config.has("rotary")
-        shape = (n, c, 2 * c) if config.has("blocks") else (1, d, 2 * d)
-        self.qk_weight = nn.Parameter(torch.empty(shape))
+        shapes = [(parts, d // parts, d // parts) for parts in config.parts_read]
+        self.query_weight, self.key_weight = (nn.Parameter(torch.empty(s)) for s in shapes)
         self.value = nn.Linear(d, d, bias=False)
         self.out = nn.Linear(d, d, bias=False)
         # How sharply a head chooses: length of its queries, where those are normalised.
@@ -35,16 +36,20 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, C) to scaled queries, keys and values, (B, N, T, C/N) each."""
-        B, T, _ = x.shape
-        n, c = self.n, self.c
-        by_block = x.reshape(B * T, len(self.qk_weight), -1).transpose(0, 1)
-        qk = torch.bmm(by_block, self.qk_weight)  # (n, B·T, 2c), or (1, B·T, 2d)
-        qk = qk.transpose(0, 1).reshape(B, T, n, 2, c).permute(3, 0, 2, 1, 4)  # (2, B, n, T, c)
+        qk = torch.stack([self.read(x, self.query_weight), self.read(x, self.key_weight)])
         if self.sharpness is not None:
-            qk = F.rms_norm(qk, (c,))
+            qk = F.rms_norm(qk, (self.c,))
         q, k = rotate(qk) if self.rotary else qk
-        q = q * (c**-0.5 if self.sharpness is None else self.sharpness * c**-0.5)
-        return q, k, self.value(x).view(B, T, n, c).transpose(1, 2)
+        q = q * (self.c**-0.5 if self.sharpness is None else self.sharpness * self.c**-0.5)
+        return q, k, self.by_head(self.value(x))
+
+    def read(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(B, T, C) to (B, N, T, C/N), each part of the cells by its own map (parts, in, out)."""
+        by_part = x.reshape(-1, len(weight), weight.shape[1]).transpose(0, 1)
+        return self.by_head(torch.bmm(by_part, weight).transpose(0, 1).reshape(x.shape))
+
+    def by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n, self.c)).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         y = library_attention(*self.heads(x))
@@ -104,12 +109,14 @@ class RedesignedLayer(Layer):
         return self.feed_forward_down(self.dropout(F.gelu(self.feed_forward_up(x))))
 
     def gated(self, update: Tensor, gate: Tensor | None) -> Tensor:
-        """(B, T, C) times one factor a block; none for the block that is kept."""
-        if gate is None:
-            return update
+        """(B, T, C) times one factor a block: its gate, and 0 for the block that is kept."""
+        blocks = update.unflatten(-1, (self.n_block, -1))
+        if gate is not None:
+            blocks = blocks * gate.unsqueeze(-1)
         if self.kept is not None:
-            gate = gate * (torch.arange(self.n_block, device=gate.device) != self.kept)
-        return (update.unflatten(-1, (self.n_block, -1)) * gate.unsqueeze(-1)).flatten(-2)
+            moved = torch.arange(self.n_block, device=update.device) != self.kept
+            blocks = blocks * moved.unsqueeze(-1)
+        return blocks.flatten(-2)
 
 
 class Redesigned(CausalLM):
@@ -135,7 +142,8 @@ class Redesigned(CausalLM):
 
     @torch.no_grad()
     def start(self, config: RedesignedConfig) -> None:
-        """Maps keep the size of what they are given; what is added to the stream starts at 0."""
+        """Maps keep the size of what they are given; those that end attention and feed-forward
+        start at 0."""
         quiet = config.has("quiet start")
         for name, parameter in self.named_parameters():
             is_map = name.startswith("layers.") and parameter.dim() > 1 and "sharpness" not in name
@@ -143,7 +151,9 @@ class Redesigned(CausalLM):
             if "gate" in name or name.endswith("bias") or (is_last and quiet):
                 nn.init.zeros_(parameter)
             elif is_map and quiet:
-                fan_in = parameter.shape[1]  # of nn.Linear (out, in) and of qk_weight (n, in, out)
+                fan_in = parameter.shape[
+                    1
+                ]  # of nn.Linear (out, in) and of queries and keys (parts, in, out)
                 nn.init.normal_(parameter, std=fan_in**-0.5)
             elif is_map or name.startswith(("embedding", "positions", "output")):
                 nn.init.normal_(parameter, std=0.02)
@@ -152,6 +162,8 @@ class Redesigned(CausalLM):
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)  # (B, T, C)
+        if self.config.has("embedding norm"):
+            x = F.rms_norm(x, (x.shape[-1],))
         if self.config.has("names"):
             n, c = self.config.layout.names.index("C1"), self.config.block_size
             before = F.pad(x[:, :-1, n * c : (n + 1) * c], (0, 0, 1, 0))  # of the previous token

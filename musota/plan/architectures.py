@@ -143,12 +143,13 @@ CHANGES = (
     "one table",  # one affinity table for all layers
     "rotary",  # positions enter where tokens are compared
     "query norm",  # queries and keys are normalised, a head learns how sharply it chooses
-    "quiet start",  # maps start at 1/√fan-in, what is added to the stream at 0
-    "blocks",  # a block's queries and keys read that block alone
+    "quiet start",  # maps start at 1/√fan-in, those that end attention and feed-forward at 0
+    "embedding norm",  # a token's cells enter the stream at unit mean square
+    "whole queries",  # a block's queries read the whole token
+    "blocks",  # a block's keys read that block alone; its queries, too, if they are not whole
     "gate",  # a token's affinity decides how far each of its blocks moves
-    "names",  # the gate never moves block I, block C1 begins with the previous token's cells
+    "names",  # tried: block I never moves, block C1 begins with the previous token's cells
 )
-TRIED = "norm before,names"  # which did not earn their place: the redesign is without them
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class RedesignedConfig(Sizes):
     block_size: int = 28
     d_ff: int = 700
     dropout: float = 0.1
-    without: str = TRIED
+    without: str = "names"
 
     def __post_init__(self):
         super().__post_init__()
@@ -211,11 +212,18 @@ class RedesignedConfig(Sizes):
         return V * d + positions + L * self._maps + norms + tables + output
 
     @property
+    def parts_read(self) -> tuple[int, int]:
+        """Into how many parts a token is cut for the queries, and for the keys: each block's read
+        one of them."""
+        keys = self.n_block if self.has("blocks") else 1
+        return 1 if self.has("whole queries") else keys, keys
+
+    @property
     def _maps(self) -> int:
         """Weights of a layer's maps of activations."""
         d = self.d_model
-        queries_and_keys = 2 * d * (self.block_size if self.has("blocks") else d)
-        return queries_and_keys + 2 * d * d + 2 * d * self.d_ff
+        read_by_query, read_by_key = (d // parts for parts in self.parts_read)
+        return d * (read_by_query + read_by_key) + 2 * d * d + 2 * d * self.d_ff
 
     @property
     def layer_products(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from musota.plan.architectures import CHANGES, TRIED
+from musota.plan.architectures import CHANGES
 from musota.plan.config import Experiment
 from musota.plan.profiles import redesign, twin
 from musota.plan.registry import experiments
@@ -33,29 +33,39 @@ MADE = {
     "wide heads": "8 blocks in place of 16, each twice as wide",
     "rotary": "rotary positions in place of learned ones",
     "query norm": "queries and keys normalised",
-    "quiet start": "updates start at 0",
-    "norm after": "norms after each part, as before: the redesign",
+    "quiet start": "updates start at 0: the first redesign",
+    "embedding norm": "a token's cells enter at unit size",
+    "whole queries": "the whole token asks, a block answers: the redesign",
 }
-# What was taken back: of the redesign as it was before its last change, and as it is.
+FIRST, LAST = "quiet start", "whole queries"
+# What was taken back: of the first redesign, and of the last.
 TAKEN_BACK = {
-    "quiet start": {
+    FIRST: {
+        "norm before": "norms after each part",
         "tied": "an output layer of its own",
         "one table": "an affinity table a layer",
-        "": "16 blocks half as wide",
+        "wide heads": "16 blocks half as wide",
         "rotary": "learned positions",
         "query norm": "queries and keys as they are",
+        "blocks": "queries and keys that read the whole token",
+        "gate": "no gate",
     },
-    "norm after": {"blocks": "queries and keys read every block", "gate": "no gate"},
+    LAST: {
+        "norm before": "norms after each part",
+        "embedding norm": "a token's cells as they are",
+        "blocks": "keys that read the whole token, too",
+        "gate": "no gate",
+    },
 }
 # The models that count, trained half as long again (is the order the same once each has turned?),
 # and which of them each is set against.
 LONGER = {
     "optimized": ("", "MU-SOTA optimized"),
-    "norm after": ("optimized", "the redesign"),
-    "quiet start": ("norm after", "the redesign with norms before"),
-    "modern dense twin": ("norm after", "modern dense twin"),
-    "modern dense twin, norms before": ("norm after", "modern dense twin, norms before"),
-    "dense GPT-2 twin": ("norm after", "dense GPT-2 twin"),
+    LAST: ("optimized", "the redesign"),
+    FIRST: (LAST, "the first redesign"),
+    "modern dense twin": (LAST, "modern dense twin"),
+    "modern dense twin of the first redesign": (LAST, "modern dense twin of the first redesign"),
+    "dense GPT-2 twin": (LAST, "dense GPT-2 twin"),
 }
 
 
@@ -70,29 +80,27 @@ def steps() -> dict[str, Step]:
     for change, title in MADE.items():
         n_block = 8 if change == "wide heads" else n_block
         left = [other for other in left if other != change]
-        left += ["norm before"] * (change == "norm after")
         rows[change] = Step(title, redesign(start, n_block, ",".join(left)), last)
-        last = change  # in the end the redesign
+        last = change
 
-    def add(kind: str, name: str, experiment: Experiment, against: str = last) -> None:
+    first, dense = "the first redesign", "modern dense twin"
+
+    def add(kind: str, name: str, experiment: Experiment, against: str = LAST) -> None:
         rows[name] = Step(name, experiment, against, kind)
 
-    dense = "modern dense twin"
-    add("twin", dense, twin(redesign(start)))
-    add("twin", f"{dense}, norms before", twin(redesign(start, without="names")))
     add("twin", "dense GPT-2 twin", twin(start))
-    for against, body, without, tried, title in (
-        ("quiet start", ", norms before", "names", {"dropout": 0.2}, "dropout 0.2"),
-        (last, "", TRIED, {"weight_decay": 0.3}, "weight decay 0.3"),
-    ):
-        for change, back in TAKEN_BACK[against].items():
-            other = redesign(start, 8 if change else 16, f"{change},{without}")
-            add("taken back", f"redesigned{body}, but {back}", other, against)
-        named = redesign(start, without=without.replace("names", ""))
-        add("added", f"redesigned{body}, block I kept and C1 from the token before", named, against)
-        other = redesign(start.with_(**tried), without=without)
-        add("added", f"redesigned{body}, {title}", other, against)
-        add("added", f"{dense}{body}, {title}", twin(other), f"{dense}{body}")
+    for body, of, name in ((LAST, "", "the redesign"), (FIRST, f" of {first}", first)):
+        add("twin", f"{dense}{of}", twin(rows[body].experiment))
+        for change, back in TAKEN_BACK[body].items():
+            n_block, *changes = (16,) if change == "wide heads" else (8, change)
+            without = ",".join([rows[body].experiment.model.without, *changes])
+            add("taken back", f"{name}, but {back}", redesign(start, n_block, without), body)
+        named = redesign(start, without=rows[body].experiment.model.without.replace("names", ""))
+        add("added", f"{name}, block I kept and C1 from the token before", named, body)
+    without = rows[FIRST].experiment.model.without
+    dropped = redesign(start.with_(dropout=0.2), without=without)
+    add("added", f"{first}, dropout 0.2", dropped, FIRST)
+    add("added", f"{dense} of {first}, dropout 0.2", twin(dropped), f"{dense} of {first}")
     for name, (against, title) in LONGER.items():
         longer = rows[name].experiment.with_(epochs=60, warmup_steps=training.warmup_steps * 3 // 2)
         before = against and f"{against}, longer"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from musota.errors import nearest_name
-from musota.plan.architectures import TRIED, DenseConfig, ModelConfig, OwnConfig, RedesignedConfig
+from musota.plan.architectures import DenseConfig, ModelConfig, OwnConfig, RedesignedConfig
 from musota.plan.config import Experiment, TrainConfig
 
 # The plan counts "16,733 training sequences" of 128 tokens; its warm-up shares follow from that.
@@ -43,7 +43,7 @@ def twin(experiment: Experiment) -> Experiment:
     return Experiment(dense, experiment.training, twin_of=model)
 
 
-def redesign(experiment: Experiment, n_block: int = 8, without: str = TRIED) -> Experiment:
+def redesign(experiment: Experiment, n_block: int = 8, without: str = "names") -> Experiment:
     """The redesign at another model's parameter count, depth, sequence length and training: with
     the widest blocks beside which the feed-forward is still three times the width."""
     model = experiment.model

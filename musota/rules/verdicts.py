@@ -231,9 +231,8 @@ def weak_spots(
         found.append(_part("Context", effects[part], saw, said, advice))
     for part, advice in _REDESIGN.items():
         if cost := effects.get(part):
-            saw = (
-                f"disabling it costs {cost}, it holds {ledger[part] / whole:.1%} of the parameters"
-            )
+            held = ledger.get(part, 0) / whole  # a gate without a map has none
+            saw = f"disabling it costs {cost}, it holds {held:.1%} of the parameters"
             found.append(_part(part.capitalize(), cost, saw, ("hardly used", "used"), advice))
     idle = [block for block in blocks if effects[block].beyond(RELEVANT) < 0]
     most = max(blocks, key=lambda block: effects[block].mean)
@@ -254,20 +253,26 @@ def names_mean(found: Mapping, expected: Mapping[str, str]) -> Finding:
     block that one would read a property from by its name."""
     reads = {name: of for name, of in found["reads"].items() if expected.get(name) in of}
     best = {name: max(of, key=lambda block: of[block][0]) for name, of in reads.items()}
-    right = [name for name, block in best.items() if block == expected[name]]
+    right = [n for n, of in reads.items() if _reads_best(of, expected[n])]
     others = [row[:n] + row[n + 1 :] for n, row in enumerate(found["similarity"])]
     moves, moved = found["moves"], ""
     if moves:  # short texts have no word twice in two contexts
         still = min(moves, key=lambda block: moves[block][0])
         moved = f" a word moves least with its context in {still};"
     saw = (
-        f"{len(right)} of {len(reads)} properties are read best from the block named for them "
-        f"({', '.join(f'{name}: {best[name]}' for name in reads)});{moved} "
+        f"{len(right)} of {len(reads)} properties are certainly read best from the block named for "
+        f"them ({', '.join(f'{name}: {best[name]}' for name in reads)});{moved} "
         f"similarity of two blocks {np.mean(others):.2f} on average"
     )
     labels = "the names are labels: training does not fill a block with what it is called"
     return judged(
         ("The blocks' names", saw, f"chance: 1 in {len(found['blocks'])}"),
+        (not reads, "undecided", "no block is named for a property that was read"),
         (len(right) > len(reads) / 2, "names", "the names say where to look"),
         (True, "labels", labels),
     )
+
+
+def _reads_best(of: Mapping[str, Sequence[float]], named: str) -> bool:
+    """Whether even the low end of a block's interval lies above what any other block tells."""
+    return all(of[named][1] > mean for block, (mean, *_) in of.items() if block != named)

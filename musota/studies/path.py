@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ class Judged:
 
 def judge(trained: Mapping[str, ByRate]) -> dict[str, Judged]:
     """Every row that has been trained, in the order of the path. Effects are paired by the seeds
-    that all rows with several have; their interval pools the spread of those rows (see
+    that most rows with several have; their interval pools the spread of those rows (see
     `pooled_contrast`). A row that has not all of them yet gets no interval."""
     rows, runs, best = steps(), {}, {}
     for name, of_one in trained.items():
@@ -81,8 +82,9 @@ def judge(trained: Mapping[str, ByRate]) -> dict[str, Judged]:
         runs[name] = of_one[best[name]]
     diverged = {name for name, seeds in runs.items() if any(r.diverged for r in seeds.values())}
     finite = {name: seeds for name, seeds in runs.items() if name not in diverged}
-    several = [set(seeds) for seeds in finite.values() if len(seeds) > 1]
-    common = set.intersection(*several or map(set, finite.values())) if finite else set()
+    counted = Counter(frozenset(seeds) for seeds in finite.values()).most_common()
+    several = [seeds for seeds, _ in counted if len(seeds) > 1]
+    common = next(iter(several or [seeds for seeds, _ in counted]), frozenset())
     whole = {
         name: {seed: seeds[seed].valid_loss for seed in common}
         for name, seeds in finite.items()

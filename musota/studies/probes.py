@@ -32,7 +32,8 @@ Change = tuple[list[nn.Module], Callable]
 @torch.no_grad()
 def look_inside(model: CausalLM, ids: Tensor) -> dict[str, Tensor]:
     """What a model with blocks makes of (T,) tokens: `cells` (L + 1, T, d), embeddings first, in
-    cell order, and `gate` (L, T, N), each block's. Raises MusotaError for another model."""
+    cell order, and `gate` (L, T, N), each block's, 1 where there is none. Raises MusotaError for
+    another model."""
     require_blocks(model)
     ids, cells, seen = model.as_ids(ids), [], defaultdict(list)
     hooks = model.watch(seen)
@@ -40,7 +41,8 @@ def look_inside(model: CausalLM, ids: Tensor) -> dict[str, Tensor]:
         hooks.append(part.register_forward_pre_hook(lambda _, inputs: cells.append(inputs[0][0])))
     with _removed_after(hooks), evaluating(model):
         model.hidden_states(ids[None].long().to(model.device))
-    return {"cells": torch.stack(cells).cpu(), "gate": torch.stack(seen["gate"])[:, 0].cpu()}
+    gates = seen["gate"] or [torch.ones(1, len(ids), model.config.n_block)] * len(model.layers)
+    return {"cells": torch.stack(cells).cpu(), "gate": torch.stack(gates)[:, 0].cpu()}
 
 
 def ablations(model: CausalLM, tokens: Tensor) -> dict[str, Tensor]:

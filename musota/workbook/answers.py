@@ -137,7 +137,7 @@ def answers(evidence: Evidence) -> dict[str, list[str]]:
 
     means = [
         f"{title_of(row)}: {verdicts.names_mean(measured, names.EXPECTED).sentence}"
-        for row, measured in evidence.names_measured.items()
+        for row, (_, measured) in evidence.measured("names").items()
     ]
     said = {
         "Did the plateau break (PPL < 200? < 100?)": told(goals),

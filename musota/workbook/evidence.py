@@ -138,11 +138,13 @@ class Evidence:
         """Short runs from which the rate of longer ones was chosen."""
         return [run for run in read_runs(self.folder, TRIES)[0] if run.summary]
 
-    @property
-    def names_measured(self) -> dict[str, dict]:
-        """What `studies.names` measured, by row."""
-        found = self.probes.items()
-        return {n.removeprefix("names_"): data for n, data in found if n.startswith("names_")}
+    def measured(self, kind: str) -> dict[str, tuple[Run, dict]]:
+        """What was measured of models (`kind`: ablations, names), by row, with the run whose
+        weights they were."""
+        runs = {run.summary["weights_sha256"]: run for run in self.runs if run.finished}
+        found = [data for name, data in self.probes.items() if name.startswith(f"{kind}_")]
+        of_runs = [(runs[data["weights"]], data) for data in found if data.get("weights") in runs]
+        return {run.name: (run, data) for run, data in of_runs}
 
     @cached_property
     def path(self) -> dict[str, Judged]:
@@ -157,11 +159,10 @@ class Evidence:
 
     def ablation_of(self, name: str) -> tuple[Run, dict[str, Interval]] | None:
         """A row's run and what disabling each of its parts costs, if that was measured."""
-        recorded = self.probes.get(f"ablations_{name}", {})
-        runs = [run for run in self.only(name).runs if run.seed == recorded.get("seed", 0)]
-        if not (runs and recorded):
+        if name not in (found := self.measured("ablations")):
             return None
-        return runs[0], verdicts.ablation_effects(recorded["nats"], recorded["tokens"])
+        run, measured = found[name]
+        return run, verdicts.ablation_effects(measured["nats"], measured["tokens"])
 
     def weak_spots(self) -> list[Finding]:
         """Which parts of `ablated` earn their parameters; empty if no model was looked into."""

@@ -14,7 +14,7 @@ def labelled(runs: Iterable[Run], roles: Mapping[str, Experiment]) -> list[Run]:
     """Copies of `runs`, named by what they are: equal names differ in seed alone.
 
     A run is called after the first of `roles` whose experiment it is, else as it was recorded;
-    another experiment of the same name is told apart by the fields that differ.
+    where that is a role's name, changed or not, by the fields in which it differs from the role.
     """
     names: dict[tuple, str] = {}  # by experiment and corpus
     owners = dict(roles)  # a row's name belongs to the row, whatever a run was recorded as
@@ -22,7 +22,9 @@ def labelled(runs: Iterable[Run], roles: Mapping[str, Experiment]) -> list[Run]:
     for run in runs:
         key = run.experiment, run.fingerprint
         if key not in names:
-            name = next((role for role, e in roles.items() if e == run.experiment), run.name)
+            row = run.name.split(",")[0]
+            recorded = row if row in roles else run.name
+            name = next((role for role, e in roles.items() if e == run.experiment), recorded)
             owner = owners.get(name, run.experiment)
             if owner != run.experiment or name in names.values():
                 told, corpus = run.experiment.differences(owner), f"corpus={run.fingerprint[:8]}"

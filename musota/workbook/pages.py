@@ -141,7 +141,7 @@ def _figures(evidence: Evidence, shown: Sequence[Run]) -> dict[str, Figure]:
     for name, found in looked.items():
         if found:
             drawn[name] = figures.ablations(*found)
-    for row, measured in evidence.names_measured.items():
+    for row, (_, measured) in evidence.measured("names").items():
         drawn[f"names_{row}"] = pictures.names(measured)
     ledgers: dict[str, dict] = {}  # each once, however its model was trained
     for run in shown:
@@ -219,7 +219,9 @@ def _standing(evidence: Evidence) -> dict:
     beside = next((name for name in ("tuned", "optimized") if evidence.compare(name)), best)
     plain = [*evidence.seeds(evidence.twin_of(beside)).values()]
     compared = evidence.compare(beside)
-    redesigned = [group for name, group in groups.items() if name.split(",")[0] == "redesigned"]
+    redesigned = {name: g for name, g in groups.items() if name.split(",")[0] == "redesigned"}
+    whole = {name: g for name, g in redesigned.items() if not g[0].experiment.model.without}
+    told = [groups["redesigned"]] if "redesigned" in groups else (whole or redesigned).values()
     found = {
         "beside": beside,
         "ours": [*evidence.seeds(beside).values()] if compared else groups[best],
@@ -229,7 +231,7 @@ def _standing(evidence: Evidence) -> dict:
         "repeated": groups.get("original"),
         "goals": {"MU-SOTA": evidence.goal(best)},
         "is_idle": any((spot.rule, spot.verdict) == ("Context", "idle") for spot in weak),
-        "redesign": min(redesigned, key=tables.mean_ppl, default=None),
+        "redesign": min(told, key=tables.mean_ppl, default=None),
         "redesign_wins": False,
         "on_the_way": [r for r in evidence.path.values() if r.step.kind == "made" and r.effect],
     }

@@ -86,12 +86,14 @@ class Results:
 
     def kept(self, name: str, measure: Callable[..., dict], *arguments) -> dict:
         """What `measure(*arguments)` returns, measured once and kept as the probe `name`; anew for
-        another text, or for a run of another seed."""
+        another text, or for a run with other weights."""
         of = {"fingerprint": self.corpus.fingerprint}
-        of.update(("seed", run.seed) for run in arguments if isinstance(run, Run))
+        for run in (argument for argument in arguments if isinstance(argument, Run)):
+            # Of a run that has not finished, how far it is stands for its weights.
+            of["weights"] = run.summary.get("weights_sha256", run.summary["epochs_done"])
         name = self.named(name)
         recorded = self.probes.get(name, {})
-        if self.fresh or any(recorded.get(field, 0) != value for field, value in of.items()):
+        if self.fresh or any(recorded.get(field) != value for field, value in of.items()):
             recorded = {**of, **measure(*arguments)}
             write_json(self.folder / f"{name}.json", recorded)
             self.push()
