@@ -70,6 +70,7 @@ def find_experiment(name: str) -> Experiment:
     return twin(find_experiment(other))
 
 
+FIRST_REDESIGN = "embedding norm,whole queries,names"  # what it was without, see plan/path.py
 PUBLIC = ("original", "optimized", "baseline", "simplified", "redesigned")
 experiments: dict[str, Experiment] = {name: find_experiment(name) for name in PUBLIC}
 TUNED = {name: row.tuned_from for name, row in registry.items() if row.tuned_from}
@@ -86,7 +87,7 @@ def run_name(name: str, experiment: Experiment) -> str:
 
 def title_of(name: str) -> str:
     """What people read for a row's name, or for `row,field=value,…`."""
-    row, *changes = name.split(",")
+    row, *changes = name.replace(f"without={FIRST_REDESIGN}", "as it first was").split(",")
     if row in registry:
         return ", ".join([registry[row].title, *changes])
     of = row.removesuffix("_twin")
