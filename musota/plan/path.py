@@ -57,8 +57,8 @@ TAKEN_BACK = {
         "gate": "no gate",
     },
 }
-# The models that count, trained half as long again (is the order the same once each has turned?),
-# and which of them each is set against.
+# The models that count, trained half as long again (is the order the same?), and which of them each
+# is set against.
 LONGER = {
     "optimized": ("", "MU-SOTA optimized"),
     LAST: ("optimized", "the redesign"),

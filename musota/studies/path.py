@@ -40,6 +40,7 @@ def run_path(profile: Profile, seeds: range, **how) -> None:
 
 
 OF_A_CHANGE = {1: "earns its place", 0: "undecided", -1: "does not earn it"}
+OF_BACK = {1: "needed", 0: "undecided", -1: "not needed"}
 OF_A_TWIN = {1: "worse than the redesign", 0: "undecided", -1: "as good as the redesign"}
 OF_A_LONGER = {1: "better", 0: "undecided", -1: "no better"}
 
@@ -47,11 +48,11 @@ OF_A_LONGER = {1: "better", 0: "undecided", -1: "no better"}
 def _verdict(kind: str, effect: Interval) -> str:
     """What an interval says of a row: whether what a change brings, or what taking it back or
     being a twin costs, lies beyond `EARNED`."""
-    if kind == "twin" and effect.side < 0:
-        return "better than the redesign"
-    costs = kind in ("taken back", "twin")
-    side = effect.beyond(EARNED) if costs else -effect.beyond(-EARNED)
-    return {"twin": OF_A_TWIN, "longer": OF_A_LONGER}.get(kind, OF_A_CHANGE)[side]
+    better = {"twin": "better than the redesign", "taken back": "better without"}
+    if kind in better:
+        words = {"twin": OF_A_TWIN, "taken back": OF_BACK}[kind][effect.beyond(EARNED)]
+        return better[kind] if effect.side < 0 else words
+    return (OF_A_LONGER if kind == "longer" else OF_A_CHANGE)[-effect.beyond(-EARNED)]
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,10 @@ VERDICTS = {  # colour, marker, fill
 }
 STEPS = {  # rows of the path by kind: colour, marker, what they are set against
     "made": (BLUE, "o", "a change on the way, against the row before"),
-    "added": (GREEN, "D", "added to the redesign"),
+    "added": (GREEN, "D", "added to what it names first"),
     "taken back": (RED, "s", "taken back from it"),
-    "twin": ("#666666", "^", "its twins"),
-    "longer": ("#000080", "P", "longer, against MU-SOTA as long"),
+    "twin": ("#666666", "^", "twins, against the redesign"),
+    "longer": ("#000080", "P", "trained longer"),
 }
 FIRST = "← better than the first · worse →"  # which side of 0 is which
 SWEEP_NATS = 2.5  # what is worse than the best by more is drawn at the upper edge
