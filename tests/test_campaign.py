@@ -18,7 +18,7 @@ from musota.studies import campaign
 from musota.workbook import pages
 from musota.workbook.cli import cli
 from musota.workbook.evidence import read_evidence
-from musota.workbook.naming import brief_titles
+from musota.workbook.naming import brief_titles, labelled
 from musota.workbook.results import COMMITTED
 from musota.workbook.tables import PUBLISHED, comparison_table, front_table, model_table
 
@@ -189,6 +189,14 @@ def test_titles_are_brief_but_say_what_was_changed_in_the_model(recorded):
     assert brief[longer] == "MU-SOTA optimized, warmup_steps=9"
 
 
+def test_a_run_is_not_called_after_a_row_that_it_is_not(recorded):
+    run = read_evidence(recorded).runs[0]
+    run.name, role = "optimized,batch_size=2", run.experiment.with_(epochs=9)
+    (found,) = labelled([run], {"optimized": role})
+    assert found.name == f"optimized,epochs={run.experiment.training.epochs}"
+    assert labelled([run], {"baseline": role})[0].name == "optimized,batch_size=2"
+
+
 def test_an_interval_across_a_goal_leaves_it_undecided():
     found = plan.broke_through((95, 97, 105), "it", None)
     assert (found.verdict, found.conclusion) == ("< 200", "under 200, undecided whether under 100")
@@ -209,6 +217,8 @@ def test_weak_spots_name_what_earns_its_parameters_and_what_does_not():
     assert "70.0% of the parameters" in found["Affinity tables"].saw
     assert found["Affinity tables"].next_step and not found["Cross attention"].next_step
     assert found["Context"].verdict == "used" and "25.0% of the param" in found["Context"].saw
+    del ledger["gate"]  # one without a map has no parameters
+    assert "it holds 0.0% of the parameters" in str(weak_spots(effects, ledger, ("A",)))
     effects["both attentions"] = Interval(0.01, 0.0, 0.02)
     (context,) = (f for f in weak_spots(effects, ledger, ("A", "B", "C")) if f.rule == "Context")
     assert context.verdict == "idle" and "bigram" in context.conclusion and context.next_step

@@ -130,14 +130,15 @@ def test_any_runs_are_compared_where_they_differ_first(results):
     assert interval.mean == pytest.approx(losses[0] - losses[1], abs=1e-4)
 
 
-def test_a_probe_is_measured_once_a_seed(made, results):
+def test_a_probe_is_measured_once_for_a_models_weights(made, results):
     book, run, calls = made(), find(LABEL, results), []
-    other = copy.copy(run)
-    other.seed = 1
-    for one in (run, run, other, other):
-        kept = book.kept("seen", lambda r: calls.append(r.seed) or {"of": r.seed}, one)
-        assert kept["of"] == one.seed
-    assert calls == [0, 1]
+    other, unfinished = copy.copy(run), copy.copy(run)
+    other.summary = run.summary | {"weights_sha256": "others"}
+    unfinished.summary = {"epochs_done": 1}
+    for one in (run, run, other, other, unfinished, unfinished):
+        kept = book.kept("seen", lambda r: calls.append(r) or {"of": len(calls)}, one)
+        assert kept["of"] == len(calls)
+    assert calls == [run, other, unfinished]
 
 
 def test_two_runs_are_compared_in_python(results):

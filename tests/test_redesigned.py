@@ -17,6 +17,7 @@ from musota.plan.architectures import CHANGES
 from musota.plan.path import FIRST, steps
 from musota.plan.profiles import find_profile, scaled, twin
 from musota.plan.registry import find_experiment
+from musota.rules import verdicts
 from musota.studies import names, path, probes
 from musota.workbook import figures, tables
 
@@ -168,6 +169,8 @@ def test_health_ablations_and_the_block_view_work_as_for_mu_sota():
         layer.attention.out.weight.data.zero_()
     silent = probes.ablations(model, tokens)
     torch.testing.assert_close(silent["attention"], silent["none"])
+    ungated = probes.look_inside(shaken(replace(SMALL, without="gate,names")), tokens[:9])
+    assert torch.equal(ungated["gate"], torch.ones(2, 9, 8))
     with pytest.raises(MusotaError, match="Only MU-SOTA and its redesign have semantic blocks"):
         probes.look_inside(shaken(replace(SMALL, without=TWIN)), torch.arange(9))
 
@@ -211,6 +214,22 @@ def test_names_that_are_built_in_are_found(named_run, corpus):
     found = names.names_of(musota.build_model(named_run.experiment.model), corpus)
     moved = {block: mean for block, (mean, *_) in found["moves"].items()}
     assert moved.pop("C1") > 0.5 and set(moved.values()) == {0}
+
+
+def test_names_mean_something_where_the_named_block_certainly_tells_most():
+    def verdict(position, digit, blocks="PMX"):
+        reads = {"position": position, "digit": digit}
+        reads = {
+            p: {b: (m, m - 0.1, m + 0.1) for b, m in zip(blocks, of, strict=True)}
+            for p, of in reads.items()
+        }
+        found = {"reads": reads, "blocks": [*blocks], "similarity": np.eye(3).tolist(), "moves": {}}
+        return verdicts.names_mean(found, names.EXPECTED).verdict
+
+    assert verdict((0.9, 0.1, 0.7), (0.1, 0.9, 0.7)) == "names"
+    assert verdict((0.9, 0.1, 0.85), (0.1, 0.9, 0.7)) == "labels"  # one of two is not certain
+    assert verdict((0.1, 0.9, 0.7), (0.9, 0.1, 0.7)) == "labels"
+    assert verdict((0.9, 0.1, 0.7), (0.1, 0.9, 0.7), "ABC") == "undecided"  # none is named for it
 
 
 # --- the path ---
@@ -299,6 +318,10 @@ def test_the_path_judges_each_row_at_its_best_rate_with_the_seeds_all_have(named
     assert judged["norm before"].effect.mean == pytest.approx(-0.095)
     assert math.isinf(judged["norm before"].effect.low) and judged["norm before"].verdict == ""
     assert judged["one attention"].verdict == "earns its place"
+    # Nor does one with fewer seeds than the others.
+    half = [run("norm before", 3e-3, seed, 5.2 + seed / 100) for seed in (0, 1)]
+    found = path.judge(path.sort_out([*runs, *half], find_profile("study")))
+    assert found["norm before"].verdict == "" and len(found["stream"].runs) == 3
     judged.pop("norm before")
     table = tables.path_table(judged)
     assert list(table["best rate"]) == ["0.01 of 2", "0.003 of 1", "0.003 of 1"]
