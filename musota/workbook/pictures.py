@@ -70,10 +70,17 @@ def layouts(shown: Mapping[str, BlockLayout]) -> Figure:
             corner, shade = (block.column, block.row), SHADES[(index + index // 4) % 8]
             axis.add_patch(Rectangle(corner, block.width, block.height, fc=shade, alpha=0.45))
             x, bottom = block.column + block.width / 2, block.row + block.height - 0.08
-            axis.text(x, block.row + 0.7, block.name, ha="center", fontsize=13, weight="bold")
+            bold = {"ha": "center", "fontsize": 13, "weight": "bold"}
+            if block.width > 3 * block.height:  # flat: beside each other
+                name = f"{block.name}   {block.title}"
+                axis.text(x, bottom - block.height / 2, name, va="center", **bold | {"fontsize": 9})
+                continue
+            axis.text(x, block.row + 0.7, block.name, **bold)
             axis.text(x, bottom, block.title.replace(" ", "\n"), ha="center", fontsize=7.5)
-        for (row, column), place in np.ndenumerate(layout.to_matrix(np.arange(sum(layout.sizes)))):
-            axis.text(column + 0.04, row + 0.04, place, fontsize=5.5, color="0.35", va="top")
+        ends = np.cumsum((0, *layout.sizes))  # in a large matrix only these are told
+        for (row, column), place in np.ndenumerate(layout.to_matrix(np.arange(ends[-1]))):
+            if len(ends) > ends[-1] / 8 or {place, place + 1} & {*ends}:
+                axis.text(column + 0.04, row + 0.04, place, fontsize=5.5, color="0.35", va="top")
         axis.set(xlim=(0, layout.width), ylim=(layout.height, 0), aspect="equal", title=title)
         axis.set_xticks(range(layout.width + 1), [])
         axis.set_yticks(range(layout.height + 1), [])
