@@ -151,9 +151,7 @@ class Redesigned(CausalLM):
             if "gate" in name or name.endswith("bias") or (is_last and quiet):
                 nn.init.zeros_(parameter)
             elif is_map and quiet:
-                fan_in = parameter.shape[
-                    1
-                ]  # of nn.Linear (out, in) and of queries and keys (parts, in, out)
+                fan_in = parameter.shape[1]  # of nn.Linear (out, in); of `read` (parts, in, out)
                 nn.init.normal_(parameter, std=fan_in**-0.5)
             elif is_map or name.startswith(("embedding", "positions", "output")):
                 nn.init.normal_(parameter, std=0.02)

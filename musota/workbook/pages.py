@@ -220,7 +220,7 @@ def _standing(evidence: Evidence) -> dict:
     plain = [*evidence.seeds(evidence.twin_of(beside)).values()]
     compared = evidence.compare(beside)
     redesigned = {name: g for name, g in groups.items() if name.split(",")[0] == "redesigned"}
-    whole = {name: g for name, g in redesigned.items() if not g[0].experiment.model.without}
+    whole = {name: group for name, group in redesigned.items() if "without=" not in name}
     told = [groups["redesigned"]] if "redesigned" in groups else (whole or redesigned).values()
     found = {
         "beside": beside,
