@@ -10,7 +10,7 @@ from click.testing import CliRunner
 import musota
 from musota.files import read_sealed, write_sealed
 from musota.plan.profiles import profiles
-from musota.plan.registry import TUNED, find_experiment
+from musota.plan.registry import FIRST_REDESIGN, TUNED, find_experiment, title_of
 from musota.rules import plan
 from musota.rules.stats import Interval, seed_interval
 from musota.rules.verdicts import weak_spots
@@ -187,6 +187,13 @@ def test_titles_are_brief_but_say_what_was_changed_in_the_model(recorded):
     assert brief[smaller] == f"MU-SOTA optimized, n_layer=8, {budget}"
     brief = brief_titles({row: [run], longer: [run]})  # as brief, they would be the same
     assert brief[longer] == "MU-SOTA optimized, warmup_steps=9"
+
+
+def test_versions_of_the_redesign_have_titles():
+    first = f"redesigned,epochs=3,without={FIRST_REDESIGN}"
+    assert title_of(first) == "redesigned, epochs=3, as it first was"
+    assert title_of("redesigned,without=") == "redesigned, names built in"
+    assert title_of("redesigned,without=gate,names") == "redesigned, without=gate, names"
 
 
 def test_a_run_is_not_called_after_a_row_that_it_is_not(recorded):

@@ -88,6 +88,7 @@ def run_name(name: str, experiment: Experiment) -> str:
 def title_of(name: str) -> str:
     """What people read for a row's name, or for `row,field=value,…`."""
     row, *changes = name.replace(f"without={FIRST_REDESIGN}", "as it first was").split(",")
+    changes = ["names built in" if change == "without=" else change for change in changes]
     if row in registry:
         return ", ".join([registry[row].title, *changes])
     of = row.removesuffix("_twin")
