@@ -39,19 +39,20 @@ def run_path(profile: Profile, seeds: range, **how) -> None:
     run_cells(cells, seeds[1:], profile, **how)
 
 
+# What an interval says of a row: beyond `EARNED`, undecided, within it. A change must bring so
+# much; taking it back, or being a twin, must cost so much, and a gain is told.
 OF_A_CHANGE = {1: "earns its place", 0: "undecided", -1: "does not earn it"}
-OF_BACK = {1: "needed", 0: "undecided", -1: "not needed"}
-OF_A_TWIN = {1: "worse than the redesign", 0: "undecided", -1: "as good as the redesign"}
 OF_A_LONGER = {1: "better", 0: "undecided", -1: "no better"}
+OF_COSTS = {
+    "taken back": {1: "needed", 0: "undecided", -1: "not needed", "gain": "better without"},
+    "twin": {1: "worse than the redesign", 0: "undecided", -1: "as good as the redesign"}
+    | {"gain": "better than the redesign"},
+}
 
 
 def _verdict(kind: str, effect: Interval) -> str:
-    """What an interval says of a row: whether what a change brings, or what taking it back or
-    being a twin costs, lies beyond `EARNED`."""
-    better = {"twin": "better than the redesign", "taken back": "better without"}
-    if kind in better:
-        words = {"twin": OF_A_TWIN, "taken back": OF_BACK}[kind][effect.beyond(EARNED)]
-        return better[kind] if effect.side < 0 else words
+    if words := OF_COSTS.get(kind):
+        return words["gain" if effect.side < 0 else effect.beyond(EARNED)]
     return (OF_A_LONGER if kind == "longer" else OF_A_CHANGE)[-effect.beyond(-EARNED)]
 
 
