@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from musota.models.attention import largest_score, library_attention, mean_entropy
 from musota.models.base import CausalLM, Dropout, Layer
 from musota.plan.architectures import RedesignedConfig
+from musota.plan.layout import NAMES
 
 
 class Attention(nn.Module):
@@ -92,7 +93,7 @@ class RedesignedLayer(Layer):
         self.feed_forward_up = nn.Linear(d, config.d_ff, bias=False)
         self.feed_forward_down = nn.Linear(config.d_ff, d, bias=False)
         self.gate = Gate(config) if config.has("gate") else None
-        self.kept = config.layout.names.index("I") if config.has("names") else None
+        self.kept = NAMES[self.n_block].index("I") if config.has("names") else None
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, affinity: Tensor | None) -> Tensor:
@@ -163,7 +164,7 @@ class Redesigned(CausalLM):
         if self.config.has("embedding norm"):
             x = F.rms_norm(x, (x.shape[-1],))
         if self.config.has("names"):
-            n, c = self.config.layout.names.index("C1"), self.config.block_size
+            n, c = NAMES[self.config.n_block].index("C1"), self.config.block_size
             before = F.pad(x[:, :-1, n * c : (n + 1) * c], (0, 0, 1, 0))  # of the previous token
             x = torch.cat([x[..., : n * c], before, x[..., (n + 1) * c :]], -1)
         affinities = [None] * len(self.layers)

@@ -172,10 +172,9 @@ class RedesignedConfig(Sizes):
                 raise nearest_name("change", change, CHANGES)
         in_order = ",".join(change for change in CHANGES if change in taken_back)
         object.__setattr__(self, "without", in_order)  # equal when they are without the same
-        if self.has("names") and (self.n_block not in NAMES or not self.layout):
+        if self.has("names") and self.n_block not in NAMES:
             raise MusotaError(
-                f"Names need 8 or 16 blocks, or a gate of so many, not n_block={self.n_block}, "
-                f"without={self.without!r}: add 'names' to without."
+                f"Names need 8 or 16 blocks, not n_block={self.n_block}: add 'names' to without."
             )
         if self.has("rotary") and self.block_size % 2:
             raise MusotaError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from musota.plan.architectures import CHANGES
 from musota.plan.config import Experiment
-from musota.plan.profiles import redesign, twin
+from musota.plan.profiles import changed, redesign, twin
 from musota.plan.registry import experiments
 
 EARNED = 0.02  # nats that a change must bring
@@ -37,41 +37,36 @@ MADE = {
     "embedding norm": "a token's cells enter at unit size",
     "whole queries": "the whole token asks, a block answers: the redesign",
 }
-FIRST, LAST = "quiet start", "whole queries"
-# What was taken back: of the first redesign, and of the last.
+LAST = "whole queries"
 TAKEN_BACK = {
-    FIRST: {
-        "norm before": "norms after each part",
-        "tied": "an output layer of its own",
-        "one table": "an affinity table a layer",
-        "wide heads": "16 blocks half as wide",
-        "rotary": "learned positions",
-        "query norm": "queries and keys as they are",
-        "blocks": "queries and keys that read the whole token",
-        "gate": "no gate",
-    },
-    LAST: {
-        "norm before": "norms after each part",
-        "embedding norm": "a token's cells as they are",
-        "blocks": "keys that read the whole token, too",
-        "gate": "no gate",
-    },
+    "norm before": "norms after each part",
+    "tied": "an output layer of its own",
+    "one table": "an affinity table a layer",
+    "wide heads": "16 blocks half as wide",
+    "rotary": "learned positions",
+    "query norm": "queries and keys as they are",
+    "quiet start": "maps that all start at 0.02",
+    "embedding norm": "a token's cells as they are",
+    "blocks": "keys that read the whole token, too",
+    "gate": "no gate",
 }
-# The models that count, trained half as long again (is the order the same?), and which of them each
-# is set against.
+# Tried against overfitting, on the redesign and its twin alike.
+REGULARISED = {"dropout 0.2": {"dropout": 0.2}, "weight decay 0.3": {"weight_decay": 0.3}}
+TWIN, GPT2 = "modern dense twin", "dense GPT-2 twin"
+
+# The models that count, trained half as long again: is the order the same? What tells them, and
+# which of them each is set against.
 LONGER = {
-    "optimized": ("", "MU-SOTA optimized"),
-    LAST: ("optimized", "the redesign"),
-    FIRST: (LAST, "the first redesign"),
-    "modern dense twin": (LAST, "modern dense twin"),
-    "modern dense twin of the first redesign": (LAST, "modern dense twin of the first redesign"),
-    "dense GPT-2 twin": (LAST, "dense GPT-2 twin"),
+    "optimized": ("MU-SOTA optimized", ""),
+    LAST: ("the redesign", "optimized"),
+    TWIN: (TWIN, LAST),
+    GPT2: (GPT2, LAST),
 }
 
 
 def steps() -> dict[str, Step]:
     """Every row by name, all of one size; of one budget, a third more epochs than the redesign, but
-    the `LONGER` ones."""
+    those that are longer."""
     training = experiments["redesigned"].training
     training = replace(training, epochs=40, warmup_steps=training.warmup_steps * 4 // 3)
     start = Experiment(experiments["optimized"].model, training)
@@ -83,27 +78,24 @@ def steps() -> dict[str, Step]:
         rows[change] = Step(title, redesign(start, n_block, ",".join(left)), last)
         last = change
 
-    first, dense = "the first redesign", "modern dense twin"
-
     def add(kind: str, name: str, experiment: Experiment, against: str = LAST) -> None:
         rows[name] = Step(name, experiment, against, kind)
 
-    add("twin", "dense GPT-2 twin", twin(start))
-    for body, of, name in ((LAST, "", "the redesign"), (FIRST, f" of {first}", first)):
-        add("twin", f"{dense}{of}", twin(rows[body].experiment))
-        for change, back in TAKEN_BACK[body].items():
-            n_block, *changes = (16,) if change == "wide heads" else (8, change)
-            without = ",".join([rows[body].experiment.model.without, *changes])
-            add("taken back", f"{name}, but {back}", redesign(start, n_block, without), body)
-        named = redesign(start, without=rows[body].experiment.model.without.replace("names", ""))
-        add("added", f"{name}, block I kept and C1 from the token before", named, body)
-    without = rows[FIRST].experiment.model.without
-    dropped = redesign(start.with_(dropout=0.2), without=without)
-    add("added", f"{first}, dropout 0.2", dropped, FIRST)
-    add("added", f"{dense} of {first}, dropout 0.2", twin(dropped), f"{dense} of {first}")
-    for name, (against, title) in LONGER.items():
+    add("twin", GPT2, twin(start))
+    add("twin", TWIN, twin(rows[LAST].experiment))
+    for change, back in TAKEN_BACK.items():
+        n_block, *changes = (16,) if change == "wide heads" else (8, change)
+        without = ",".join([*left, *changes])
+        add("taken back", f"the redesign, but {back}", redesign(start, n_block, without))
+    named = "block I kept and C1 from the token before"
+    add("added", f"the redesign, {named}", redesign(start, without=""))
+    add("added", f"{TWIN}, {named}", redesign(start, without="blocks,gate"), TWIN)
+    for name, (title, against) in LONGER.items():
         longer = rows[name].experiment.with_(epochs=60, warmup_steps=training.warmup_steps * 3 // 2)
         before = against and f"{against}, longer"
         kind = "twin" if rows[name].kind == "twin" else "longer"
         rows[f"{name}, longer"] = Step(f"{title}, longer", longer, before, kind)
+        for tried, fields in REGULARISED.items() if name in (LAST, TWIN) else ():
+            regular = changed(longer, fields)
+            add("added", f"{title}, longer, {tried}", regular, f"{name}, longer")
     return rows
