@@ -1,7 +1,5 @@
 """The sentence for people: what is wrong, which value, what to do."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import traceback

@@ -1,7 +1,5 @@
 """Files that are whole or not there, and that show when they were damaged."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -4,8 +4,6 @@ Nothing is read stale: tokenizers and tokens are cached under names made of hash
 made from (`$MUSOTA_CACHE`, else `~/.cache/musota`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -72,7 +70,7 @@ class Corpus:
             }
         return pd.DataFrame.from_dict(rows, orient="index")
 
-    def limited(self, profile: Profile) -> Corpus:
+    def limited(self, profile: Profile) -> "Corpus":
         """The corpus cut to a profile's token counts, each split at its last line end that fits;
         test like valid."""
         limits = (profile.train_tokens, profile.valid_tokens, profile.valid_tokens)

@@ -1,7 +1,5 @@
 """Where texts come from: a table, corpus name to how it is read, and folders of one's own."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib.util

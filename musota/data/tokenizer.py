@@ -1,7 +1,5 @@
 """Byte-level BPE, trained on the train split alone."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable
@@ -26,7 +24,7 @@ class TextTokenizer:
         self.unknown = backend.token_to_id(UNKNOWN)
 
     @classmethod
-    def train(cls, pieces: Iterable[str], vocab_size: int) -> TextTokenizer:
+    def train(cls, pieces: Iterable[str], vocab_size: int) -> "TextTokenizer":
         """Merges learned on a text, for a vocabulary of at least SMALLEST_VOCABULARY."""
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -66,7 +64,7 @@ class TextTokenizer:
         return "\n".join(self.backend.decode_batch(pieces, skip_special_tokens=False))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> TextTokenizer:
+    def load(cls, path: str | os.PathLike) -> "TextTokenizer":
         """Read what `save` wrote."""
         return cls(Tokenizer.from_file(str(path)))
 

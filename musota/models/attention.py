@@ -5,8 +5,6 @@ are computed tile by tile, small enough to stay in the cache, and again in the b
 FlashAttention, Dao et al. 2022); tiles that lie in the future are skipped.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """What every model shares: logits or loss, scoring, generation, the ledger."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections import Counter

@@ -4,8 +4,6 @@ Dropout sits where MU-SOTA has it (embeddings' sum, attention output, feed-forwa
 so that the two are regularised alike.
 """
 
-from __future__ import annotations
-
 import math
 from typing import ClassVar
 

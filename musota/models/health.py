@@ -1,7 +1,5 @@
 """How a model behaves, in numbers."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The specification in plain torch: what tests and the bench compare against."""
 
-from __future__ import annotations
-
 import math
 
 import torch

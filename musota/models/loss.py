@@ -5,8 +5,6 @@ in the forward pass, while the logits are at hand. Logits turn into probabilitie
 gradient, in place: on a CPU the passes over them cost as much as the matrix products.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ The arithmetic runs on vectors of d cells stored block by block (see `layout`). 
 are computed together; only a layout of unequal blocks needs one pass per size.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """A module of the reader's own, as a model of this workbook: trained, scored and sampled alike."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

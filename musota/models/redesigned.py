@@ -7,8 +7,6 @@ token's affinity allows.
 and so is the modern dense twin, which has neither blocks nor gates.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

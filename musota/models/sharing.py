@@ -1,7 +1,5 @@
 """Building, saving and loading models. Loading runs no code from a folder."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -42,7 +40,7 @@ relied on. `model = musota.CausalLM.from_pretrained(folder)` reads it, then
 """
 
 
-def build_model(config: ModelConfig) -> CausalLM:
+def build_model(config: ModelConfig) -> "CausalLM":
     """The model a config describes, freshly initialised from torch's random state."""
     return pkgutil.resolve_name(ARCHITECTURES[type(config)])(config)
 
@@ -62,7 +60,7 @@ def save_model(
         write_whole(folder / "tokenizer.json", tokenizer.save)
 
 
-def load_model(folder: str | os.PathLike, device: str = "cpu") -> CausalLM:
+def load_model(folder: str | os.PathLike, device: str = "cpu") -> "CausalLM":
     """A model written by `save_model`, its tokenizer included.
 
     Raises MusotaError if a file is missing or damaged, or (before any memory is taken) if the
@@ -107,7 +105,7 @@ class Shareable(
         save_model(save_directory, self.config, self.state_dict(), self.tokenizer)
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, **download) -> CausalLM:
+    def from_pretrained(cls, name: str | os.PathLike, **download) -> "CausalLM":
         """The model in a folder, or in a repository of the Hugging Face hub (`download` is passed
         to its snapshot_download: revision, token, …). Raises MusotaError where there is none."""
         if os.path.isdir(as_path(name)):

@@ -1,7 +1,5 @@
 """The models as frozen dataclasses: their sizes, and what follows from those by hand."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

@@ -1,7 +1,5 @@
 """What an experiment is: a model, how to train it, and what a person may change in both."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import dataclasses
@@ -44,7 +42,7 @@ class Experiment:
     training: TrainConfig
     twin_of: ModelConfig | None = dataclasses.field(default=None, compare=False)
 
-    def with_(self, **changes) -> Experiment:
+    def with_(self, **changes) -> "Experiment":
         """A copy with fields of the model or of the training changed, by name."""
         known = [{f.name for f in dataclasses.fields(part)} for part in (self.model, self.training)]
         for name in changes.keys() - known[0] - known[1]:
@@ -61,7 +59,7 @@ class Experiment:
         fields = dataclasses.asdict(self.model) | dataclasses.asdict(self.training)
         return {name: value for name, value in fields.items() if name != "started_from" or value}
 
-    def differences(self, base: Experiment) -> list[str]:
+    def differences(self, base: "Experiment") -> list[str]:
         """What was changed in `base`, as `field=value`; in a model that is matched to another, what
         was changed in that other: the rest follows."""
         before, after = base.fields(), self.fields()
@@ -86,7 +84,7 @@ class Experiment:
         return described | ({"twin_of": describe(self.twin_of)} if self.twin_of else {})
 
     @classmethod
-    def from_dict(cls, data: dict) -> Experiment:
+    def from_dict(cls, data: dict) -> "Experiment":
         """Raises MusotaError for fields or kinds it does not know; missing ones take defaults."""
         try:
             other = data.get("twin_of")

@@ -4,8 +4,6 @@ A model computes on a vector of d cells stored block by block ("cell order"). On
 speak of rows and columns ("matrix order"); `to_matrix` is the one bridge.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -65,7 +63,7 @@ class BlockLayout:
     blocks: tuple[Block, ...]
 
     @classmethod
-    def of_bands(cls, height: int, bands: list[list[int]]) -> BlockLayout:
+    def of_bands(cls, height: int, bands: list[list[int]]) -> "BlockLayout":
         """Bands of blocks of one height, from their widths. Sixteen or eight blocks bear the plan's
         names, any other number B1, B2, …."""
         total = sum(map(len, bands))
@@ -79,7 +77,7 @@ class BlockLayout:
 
     @classmethod
     @lru_cache
-    def of_equal_blocks(cls, n_block: int, size: int) -> BlockLayout:
+    def of_equal_blocks(cls, n_block: int, size: int) -> "BlockLayout":
         """`n_block` blocks of `size` cells, each and the whole as nearly square as can be."""
         height = max(rows for rows in range(1, math.isqrt(size) + 1) if size % rows == 0)
         width = size // height
@@ -89,7 +87,7 @@ class BlockLayout:
 
     @classmethod
     @lru_cache
-    def standard(cls, matrix_size: int, n_block: int) -> BlockLayout:
+    def standard(cls, matrix_size: int, n_block: int) -> "BlockLayout":
         """The layout of `n_block` blocks: equal rectangles in the most nearly square grid (the
         wider blocks where two are equally square), or the plan's 6×6 with 8.
 

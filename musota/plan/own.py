@@ -4,8 +4,6 @@ Code runs only from files that the caller has named in this process. A record ho
 hash, and executes nothing.
 """
 
-from __future__ import annotations
-
 import inspect
 import sys
 import types

@@ -1,7 +1,5 @@
 """The path from `optimized` to `redesigned`: one change a row, and each change taken back alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from musota.plan.architectures import CHANGES

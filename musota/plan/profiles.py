@@ -1,7 +1,5 @@
 """Profiles scale an experiment, never its rules; a twin matches its parameters."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass

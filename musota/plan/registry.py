@@ -1,7 +1,5 @@
 """The one table of experiments: what each is, whose twin, tuned from what, its title and style."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from musota.errors import nearest_name

@@ -1,7 +1,5 @@
 """The root-cause grid: a row a suspect, and the cells (small trainings) that decide on it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

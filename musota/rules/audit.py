@@ -1,7 +1,5 @@
 """What an audit of a language model says: does it see what it must not, is its loss a loss?"""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

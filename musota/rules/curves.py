@@ -1,7 +1,5 @@
 """What the curves of one run say."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """What every rule returns."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

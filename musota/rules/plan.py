@@ -1,7 +1,5 @@
 """The plan's rules: its thresholds and words, on numbers measured here."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

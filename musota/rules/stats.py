@@ -1,7 +1,5 @@
 """Differences in loss and how sure they are: numbers in, intervals out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Does a model look ahead, and is its loss what it seems? Asked of any torch module."""
 
-from __future__ import annotations
-
 import copy
 import pkgutil
 from collections import Counter

@@ -3,8 +3,6 @@
 Every part is a set of cells for `run_cells`: what has finished is loaded, the rest trained.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Many runs, in as many processes as there are cores."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import shutil

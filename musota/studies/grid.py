@@ -1,7 +1,5 @@
 """What the root-cause grid says."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Do the blocks' names mean anything? What each block alone tells of a token and its context."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

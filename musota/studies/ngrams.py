@@ -4,8 +4,6 @@ Counted on the train split and scored on the same tokens as the models (every on
 Vectorised: n-grams are whole numbers, counted by sorting and looked up by bisection.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -25,7 +23,7 @@ class _Table:
     vocabulary: int
 
     @classmethod
-    def count(cls, contexts: np.ndarray, tokens: np.ndarray, vocabulary: int) -> _Table:
+    def count(cls, contexts: np.ndarray, tokens: np.ndarray, vocabulary: int) -> "_Table":
         return cls(*np.unique(contexts * vocabulary + tokens, return_counts=True), vocabulary)
 
     def find(self, contexts: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -1,7 +1,5 @@
 """The path from `optimized` to `redesigned`, trained: each row at its own best rate, and judged."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping

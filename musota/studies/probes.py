@@ -1,7 +1,5 @@
 """Experiments that look into one model."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Evaluation: every token but the first, once; and what is measured when an epoch ends."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

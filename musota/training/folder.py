@@ -1,7 +1,5 @@
 """The trainer's side of a run's folder (see `runs`): writes it, guards it, keeps checkpoints."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

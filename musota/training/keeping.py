@@ -1,8 +1,6 @@
 """What a run keeps: an epoch's measurements, checkpoints to go on from, the best weights, the
 summary. The trainer calls, and is read and restored."""
 
-from __future__ import annotations
-
 import math
 import time
 

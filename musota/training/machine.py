@@ -1,7 +1,5 @@
 """The machine: precision, memory, progress, interruption."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import os

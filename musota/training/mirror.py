@@ -1,7 +1,5 @@
 """A second copy of the results, on a slower or less reliable disk such as a mounted Drive."""
 
-from __future__ import annotations
-
 import errno
 import filecmp
 import os
@@ -31,7 +29,7 @@ class Mirror:
             self.remote.mkdir(parents=True, exist_ok=True)
             object.__setattr__(self, "root", (self.remote, self.remote.stat().st_dev))
 
-    def part(self, folder: Path) -> Mirror:
+    def part(self, folder: Path) -> "Mirror":
         """The same for the folder, inside `local`, of a run that is trained here."""
         self.own.add(folder)
         return Mirror(folder, self.remote / folder.relative_to(self.local), self.root, self.own)

@@ -1,7 +1,5 @@
 """Optimizers by name, how far a step moved the weights, and an optimizer's state as tensors."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping
 

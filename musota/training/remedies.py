@@ -1,7 +1,5 @@
 """What may go wrong in a step, and what is done about it; the trainer calls, and is changed."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -9,8 +9,6 @@ Damage shows: config and summary carry a hash of themselves, the summary those o
 best/, a checkpoint has its own in its name and all of metrics.jsonl inside. Nothing is unpickled.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -42,7 +40,7 @@ class Run:
     @classmethod
     def from_records(
         cls, path: str | os.PathLike, config: dict, summary: dict, records: list[dict]
-    ) -> Run:
+    ) -> "Run":
         """A run whose folder has been packed: what its files held."""
         run = cls.__new__(cls)
         run.path = Path(path)

@@ -1,7 +1,5 @@
 """Learning-rate schedules by name, counted in optimizer steps."""
 
-from __future__ import annotations
-
 import math
 
 from musota.plan.config import TrainConfig

@@ -4,8 +4,6 @@ What happens at a step depends on (seed, step) alone: the windows through `windo
 through a reseeding before each step. So a run resumed at any step equals one never interrupted.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

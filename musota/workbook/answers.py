@@ -1,7 +1,5 @@
 """What the rules say of recorded runs, in sentences: no tables, no figures."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 

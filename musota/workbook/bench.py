@@ -4,8 +4,6 @@ The literal models say `docs/model.md` word by word: a loop over the blocks with
 attention, a table a layer, every logit at once, fp32. Tests hold the fast ones to them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The command line: python -m musota run | train | compare | score | audit | evidence | …"""
 
-from __future__ import annotations
-
 import ast
 import os
 import signal

@@ -1,7 +1,5 @@
 """What was recorded, in a results folder or as chosen, and what the rules say of it: no tables."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os
@@ -54,7 +52,7 @@ class Evidence:
     left_out: Mapping[str, str] = field(default_factory=dict)  # why, by path
     note: str = ""  # why these runs and not others, in one sentence
 
-    def only(self, *names: str) -> Evidence:
+    def only(self, *names: str) -> "Evidence":
         wanted = {self.aliases.get(name, name) for name in names}
         return dataclasses.replace(self, runs=tuple(r for r in self.runs if r.name in wanted))
 

@@ -1,7 +1,5 @@
 """What runs and rules say, as pictures: data -> Figure. Computes and saves nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

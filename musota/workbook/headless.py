@@ -1,7 +1,5 @@
 """The notebooks without a front end: through papermill, in order, with their progress told."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import sys

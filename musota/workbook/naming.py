@@ -1,7 +1,5 @@
 """What runs and models are called in tables and pictures, and which runs are one model's seeds."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -3,8 +3,6 @@
 Code collects findings, tables and figures; `templates/*.md.j2` say what stands where.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

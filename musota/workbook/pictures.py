@@ -1,7 +1,5 @@
 """What a model, a corpus and a machine look like: data -> Figure. Computes and saves nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -5,8 +5,6 @@ the folder counts. What a run is called never decides anything: runs are the sam
 corpus fingerprint and seed.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

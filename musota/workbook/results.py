@@ -1,7 +1,5 @@
 """Where results are kept: runs, probes, pictures, and their copy on a Drive."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What a notebook needs at hand: checked parameters, the corpus, scaled experiments, results."""
 
-from __future__ import annotations
-
 import ast
 import os
 from collections.abc import Callable, Sequence

@@ -1,8 +1,6 @@
 """How figures look and how they are saved. Colours are Okabe and Ito's, told apart by people who
 see no red or no green; line styles, markers and hatches say the same in black and white."""
 
-from __future__ import annotations
-
 import io
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ A row is a dict of what is known of a run, of the runs that differ in seed alone
 column is a heading and how it prints what it finds there.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from string import Formatter

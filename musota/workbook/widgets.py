@@ -4,8 +4,6 @@ Pictures are PNGs in an Image widget whose value is replaced, so none stack up i
 Only core widgets of ipywidgets 7.7 and 8. Where nobody watches, a static picture stands instead.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import time
