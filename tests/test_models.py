@@ -28,7 +28,9 @@ ALL = CONFIGS | {
     "redesigned": REDESIGNED,
     "named": replace(REDESIGNED, without=""),
     "first redesign": replace(REDESIGNED, without="embedding norm,whole queries,names"),
-    "path's first": replace(REDESIGNED, without=",".join(CHANGES)),
+    "path's first": replace(
+        REDESIGNED, without=",".join(c for c in CHANGES if c not in ("blocks", "gate"))
+    ),
     "modern twin": replace(REDESIGNED, without="blocks,gate,names"),
 }
 

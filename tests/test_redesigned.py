@@ -196,6 +196,8 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
     assert mean == pytest.approx(0.5, abs=0.03) and low <= mean <= high
     mean, low, high = names.reads(told[..., :2], labels, np.random.default_rng(0))
     assert low < 0 < high
+    few = names.reads(told[:18], labels[:18], np.random.default_rng(0))  # nine windows to test on
+    assert len(few) == 1  # no interval
 
 
 @pytest.fixture(scope="module")
@@ -218,16 +220,18 @@ def test_names_that_are_built_in_are_found(named_run, corpus):
 
 
 def test_names_mean_something_where_the_named_block_certainly_tells_most():
-    def verdict(position, digit, blocks="PMX"):
+    def verdict(position, digit, blocks="PMX", certain=True):
         reads = {"position": position, "digit": digit}
+        ends = (-0.1, 0.1) if certain else ()
         reads = {
-            p: {b: (m, m - 0.1, m + 0.1) for b, m in zip(blocks, of, strict=True)}
+            p: {b: [m, *(m + end for end in ends)] for b, m in zip(blocks, of, strict=True)}
             for p, of in reads.items()
         }
         found = {"reads": reads, "blocks": [*blocks], "similarity": np.eye(3).tolist(), "moves": {}}
         return verdicts.names_mean(found, names.EXPECTED).verdict
 
     assert verdict((0.9, 0.1, 0.7), (0.1, 0.9, 0.7)) == "names"
+    assert verdict((0.9, 0.1, 0.7), (0.1, 0.9, 0.7), certain=False) == "labels"  # no interval
     assert verdict((0.9, 0.1, 0.85), (0.1, 0.9, 0.7)) == "labels"  # one of two is not certain
     assert verdict((0.1, 0.9, 0.7), (0.9, 0.1, 0.7)) == "labels"
     assert verdict((0.9, 0.1, 0.7), (0.1, 0.9, 0.7), "ABC") == "undecided"  # none is named for it

@@ -110,32 +110,34 @@ def _summaries(*losses, blocks=40):
     return found
 
 
+def _compared(one, other):
+    finding, intervals = verdicts.compared(one, other, "one against other")
+    return finding, *intervals.values()
+
+
 def test_one_seed_gives_a_provisional_verdict():
-    finding, text, seeds = verdicts.helps_or_hurts(_summaries(5.0), _summaries(5.2))
-    assert finding.verdict == "helps" and text.high < 0 and seeds is None
+    finding, text = _compared(_summaries(5.0), _summaries(5.2))
+    assert finding.verdict == "helps" and text.high < 0
     assert finding.conclusion.startswith("provisional, seeds not measured")
-    finding, *_ = verdicts.helps_or_hurts(_summaries(5.2), _summaries(5.0))
-    assert finding.verdict == "hurts"
+    assert _compared(_summaries(5.2), _summaries(5.0))[0].verdict == "hurts"
 
 
 def test_several_seeds_decide_or_leave_it_open():
-    compared = _summaries(5.0, 5.01, 4.99), _summaries(5.2, 5.21, 5.2)
-    finding, _, seeds = verdicts.helps_or_hurts(*compared)
+    finding, _, seeds = _compared(_summaries(5.0, 5.01, 4.99), _summaries(5.2, 5.21, 5.2))
     assert finding.verdict == "helps" and seeds.high < 0
     assert "provisional" not in finding.conclusion
     # The texts agree that it is better on average, the seeds do not.
-    compared = _summaries(5.0, 5.3, 4.9), _summaries(5.1, 5.1, 5.1)
-    finding, text, seeds = verdicts.helps_or_hurts(*compared)
+    finding, text, seeds = _compared(_summaries(5.0, 5.3, 4.9), _summaries(5.1, 5.1, 5.1))
     assert text.side == -1 and seeds.side == 0 and finding.verdict == "undecided"
 
 
 def test_too_little_text_or_unlike_texts_decide_nothing():
-    few = verdicts.helps_or_hurts(_summaries(5.0, blocks=9), _summaries(6.0, blocks=9))
-    assert few[0].verdict == "undecided" and "too little text" in few[0].conclusion
+    few, _ = _compared(_summaries(5.0, blocks=9), _summaries(6.0, blocks=9))
+    assert few.verdict == "undecided" and "too little text" in few.conclusion
     with pytest.raises(ValueError, match="different texts"):
-        verdicts.helps_or_hurts(_summaries(5.0), _summaries(5.0, blocks=39))
+        _compared(_summaries(5.0), _summaries(5.0, blocks=39))
     with pytest.raises(ValueError, match="no seed in common"):
-        verdicts.helps_or_hurts(_summaries(5.0), {1: _summaries(5.0)[0]})
+        _compared(_summaries(5.0), {1: _summaries(5.0)[0]})
 
 
 # --- plateau and oscillation, on drawn curves ---

@@ -20,6 +20,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextmanager
+def hooked(hooks: list) -> Iterator[None]:
+    """Within it, and no longer, these hooks of modules are there."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class Watched:
     """What a model lets one see of its inside. Mixed into CausalLM."""
 
@@ -51,11 +61,8 @@ class Watched:
         `gate_saturated`, the share of tokens whose gate is under 5 % or over 95 % open.
         """
         seen = defaultdict(list)
-        hooks = self.watch(seen)
-        with evaluating(self):
+        with hooked(self.watch(seen)), evaluating(self):
             hidden = self.hidden_states(input_ids)
-        for hook in hooks:
-            hook.remove()
         measured = {
             "effective_rank": effective_rank(hidden.flatten(0, 1)),
             "largest_score": float(torch.stack(seen["largest_score"]).max()),

@@ -73,7 +73,7 @@ def option_three(ppl: float | None, comparison: Finding | None) -> Finding:
     """Whether the plan's condition for simplifying holds.
 
     `ppl` is None where the plan's threshold does not apply (see `plan_does_not_apply`);
-    `comparison` is the finding of `helps_or_hurts`, None where no baseline was trained.
+    `comparison` is the finding of `compared`, None where no baseline was trained.
     """
     about_ppl = "the PPL threshold does not apply here"
     if ppl is not None:

@@ -17,36 +17,23 @@ DATA_STARVED = 0.1  # nats gained per doubling of the text
 OPEN = (True, "undecided", "undecided, the interval reaches over the threshold")
 
 
-def helps_or_hurts(
-    mu: Mapping[int, Mapping],
-    dense: Mapping[int, Mapping],
-    name: str = "MU-SOTA",
-    rates: str = "at the one learning rate both were given",
-) -> tuple[Finding, Interval, Interval | None]:
-    """Does MU-SOTA help against its dense twin? Summaries by seed; seeds in both are paired.
+HELPS = ("helps", "the architecture helps"), ("hurts", "the architecture hurts")
 
-    Returns the finding, the bootstrap interval over blocks of text (losses averaged over seeds) and
-    the interval over seeds (None from one seed). Negative differences favour MU-SOTA. Raises
-    ValueError without a common seed or common text.
+
+def compared(
+    one: Mapping[int, Mapping],
+    other: Mapping[int, Mapping],
+    title: str,
+    difference: str = "its loss minus the other's",
+    words: tuple[tuple[str, str], tuple[str, str]] = HELPS,
+    rule: str = DECIDED,
+) -> tuple[Finding, dict[str, Interval]]:
+    """Is a model better than another? Summaries by seed; seeds in both are paired.
+
+    Returns the finding, with `words` (verdict, conclusion) for better and for worse, and its
+    intervals, negative where the first is better: over blocks of text (losses averaged over seeds)
+    and, from two seeds on, over seeds. Raises ValueError without a common seed or common text.
     """
-    words = ("helps", "the architecture helps"), ("hurts", "the architecture hurts")
-    one = "MU-SOTA" if name.startswith("MU-SOTA") else name.split(",")[0]
-    title, saw = f"{name} against its dense twin", f"{one} minus dense twin"
-    return _paired(mu, dense, title, saw, words, f"{DECIDED}, {rates}")
-
-
-def better_or_worse(
-    runs: Mapping[int, Mapping], first: Mapping[int, Mapping], name: str, first_name: str
-) -> tuple[Finding, Interval, Interval | None]:
-    """`helps_or_hurts` for any two models: negative differences favour `runs`."""
-    words = ("better", f"better than {first_name}"), ("worse", f"worse than {first_name}")
-    title = f"{name} against {first_name}"
-    return _paired(runs, first, title, "its loss minus the other's", words, DECIDED)
-
-
-def _paired(
-    one, other, title: str, difference: str, words: tuple, rule: str
-) -> tuple[Finding, Interval, Interval | None]:
     pairs = [(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
     if not pairs:
         raise ValueError(f"{title}: they have no seed in common, so train both with one.")
@@ -54,12 +41,14 @@ def _paired(
     if any(summary["valid_block_tokens"] != tokens for pair in pairs for summary in pair):
         raise ValueError("The runs were validated on different texts and cannot be compared.")
     nats = np.mean([[run["valid_block_nats"] for run in pair] for pair in pairs], axis=0)
-    text, over_seeds = paired_bootstrap(*nats, tokens), None
+    text = paired_bootstrap(*nats, tokens)
+    intervals = {"over blocks of text\n(these trained models)": text}
     saw, side = f"{difference} {text} over blocks of text", text.side
     doubt, provisional = "the interval includes 0", "provisional, seeds not measured: "
     next_step = "train both with more seeds (-p seed 1, -p seed 2)"
     if len(pairs) > 1:
         over_seeds = stats.seed_interval([a["valid_loss"] - b["valid_loss"] for a, b in pairs])
+        intervals["over seeds\n(training again)"] = over_seeds
         saw += f"; {over_seeds} over {len(pairs)} seeds"
         side = text.side if over_seeds.side == text.side else 0
         doubt, provisional = "the intervals do not both exclude 0 on one side", ""
@@ -72,7 +61,7 @@ def _paired(
     undecided = "undecided", f"undecided, {doubt}"
     verdict, conclusion = {-1: words[0], 0: undecided, 1: words[1]}[side]
     found = Finding(title, verdict, saw, rule, provisional + conclusion, next_step)
-    return found, text, over_seeds
+    return found, intervals
 
 
 @dataclass(frozen=True)
@@ -273,4 +262,5 @@ def names_mean(found: Mapping, expected: Mapping[str, str]) -> Finding:
 
 def _reads_best(of: Mapping[str, Sequence[float]], named: str) -> bool:
     """Whether even the low end of a block's interval lies above what any other block tells."""
-    return all(of[named][1] > mean for block, (mean, *_) in of.items() if block != named)
+    low = Interval(*of[named]).low
+    return all(low > mean for block, (mean, *_) in of.items() if block != named)

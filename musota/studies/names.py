@@ -9,6 +9,8 @@ from torch import Tensor
 from musota.data.corpus import Corpus
 from musota.errors import MusotaError
 from musota.models.base import CausalLM
+from musota.models.health import evaluating, hooked
+from musota.rules.stats import MIN_BLOCKS, TAILS
 from musota.studies.probes import require_blocks
 from musota.training.runs import Run
 
@@ -62,11 +64,10 @@ def names_of(model: CausalLM, corpus: Corpus) -> dict:
 def stream(model: CausalLM, ids: Tensor) -> Tensor:
     """The residual stream after the last layer: (W, T) tokens to (W, T, C), in cell order."""
     seen = []
-    model.eval()
     hook = model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].cpu()))
-    for some in ids.split(16):
-        model.hidden_states(some.to(model.device))
-    hook.remove()
+    with hooked([hook]), evaluating(model):
+        for some in ids.split(16):
+            model.hidden_states(some.to(model.device))
     return torch.cat(seen).float()
 
 
@@ -125,7 +126,12 @@ def reads(cells: Tensor, labels: Tensor, generator: np.random.Generator) -> list
     every = np.concatenate([np.arange(windows)[None], picked])
     recalls = [hits[every].sum(1) / np.maximum(total[every].sum(1), 1) for hits, total in found]
     values = recalls[0].mean(-1) - recalls[1].mean(-1)
-    return [float(values[0]), *np.quantile(values[1:], (0.025, 0.975)).tolist()]
+    return [float(values[0]), *_ends(values[1:], windows)]
+
+
+def _ends(values: np.ndarray, of: int) -> list[float]:
+    """Of a 95 % interval, from resampled values; fewer than ten things have none."""
+    return [] if of < MIN_BLOCKS else np.quantile(values, TAILS).tolist()
 
 
 def _probe(x: Tensor, labels: Tensor, other: Tensor) -> Tensor:
@@ -165,7 +171,7 @@ def moves(blocks: Mapping[str, Tensor], ids: Tensor, generator: np.random.Genera
     for name, values in shares.items() if words else ():
         values = np.array(values)
         picked = values[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
-        found[name] = [float(values.mean()), *np.quantile(picked, (0.025, 0.975)).tolist()]
+        found[name] = [float(values.mean()), *_ends(picked, len(values))]
     return {"moves": found, "words": words}
 
 

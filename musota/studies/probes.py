@@ -3,8 +3,8 @@
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from tempfile import TemporaryDirectory
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from musota.data.corpus import Corpus
 from musota.errors import MusotaError
 from musota.models.base import CausalLM, score
-from musota.models.health import evaluating
+from musota.models.health import evaluating, hooked
 from musota.models.musota import MuSota
 from musota.plan.config import Experiment
 from musota.training import keeping
@@ -37,7 +37,7 @@ def look_inside(model: CausalLM, ids: Tensor) -> dict[str, Tensor]:
     hooks = model.watch(seen)
     for part in (*model.layers, model.norm):
         hooks.append(part.register_forward_pre_hook(lambda _, inputs: cells.append(inputs[0][0])))
-    with _removed_after(hooks), evaluating(model):
+    with hooked(hooks), evaluating(model):
         model.hidden_states(ids[None].long().to(model.device))
     gates = seen["gate"] or [torch.ones(1, len(ids), model.config.n_block)] * len(model.layers)
     return {"cells": torch.stack(cells).cpu(), "gate": torch.stack(gates)[:, 0].cpu()}
@@ -145,12 +145,9 @@ def disabled_parts(model: CausalLM, tokens: Tensor) -> dict[str, list[Change]]:
     return parts | {name: [without(place)] for place, name in enumerate(layout.names)}
 
 
-@contextmanager
-def replaced(*changes: Change) -> Iterator[None]:
+def replaced(*changes: Change) -> AbstractContextManager:
     """Within it what some modules return is replaced."""
-    hooks = [module.register_forward_hook(new) for modules, new in changes for module in modules]
-    with _removed_after(hooks):
-        yield
+    return hooked([m.register_forward_hook(new) for modules, new in changes for m in modules])
 
 
 def require_blocks(model: CausalLM) -> None:
@@ -158,12 +155,3 @@ def require_blocks(model: CausalLM) -> None:
     if not getattr(model.config, "layout", None):
         those = "Only MU-SOTA and its redesign have semantic blocks and gates"
         raise MusotaError(f"{those}: choose a run of them.")
-
-
-@contextmanager
-def _removed_after(hooks: list) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

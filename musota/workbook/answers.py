@@ -67,8 +67,10 @@ def set_beside(
     sides = [{run.seed: run.summary for run in side} for side in (runs, first)]
     if not sides[0].keys() & sides[1].keys():
         sides = [{0: side[0].summary} for side in (runs, first)]
-    finding, text, seeds = verdicts.better_or_worse(*sides, name, first_name)
-    return finding, seeds or text
+    words = ("better", f"better than {first_name}"), ("worse", f"worse than {first_name}")
+    title = f"{name} against {first_name}"
+    finding, intervals = verdicts.compared(*sides, title, words=words)
+    return finding, [*intervals.values()][-1]
 
 
 def compare(a: Run | Sequence[Run], b: Run | Sequence[Run]) -> tuple[Finding, Interval]:

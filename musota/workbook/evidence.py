@@ -216,11 +216,11 @@ class Evidence:
         elif len({_rate(run) for run in (*own.values(), *other.values())}) > 1:
             rates = "each at a learning rate of its own"
         sides = [{seed: run.summary for seed, run in runs.items()} for runs in (own, other)]
-        finding, text, seeds = verdicts.helps_or_hurts(*sides, title_of(name), rates)
-        intervals = {"over blocks of text\n(these trained models)": text}
-        if seeds:
-            intervals["over seeds\n(training again)"] = seeds
-        return finding, intervals
+        title = title_of(name)
+        one = "MU-SOTA" if title.startswith("MU-SOTA") else title.split(",")[0]
+        rule = f"{verdicts.DECIDED}, {rates}"
+        about = f"{title} against its dense twin", f"{one} minus dense twin"
+        return verdicts.compared(*sides, *about, verdicts.HELPS, rule)
 
 
 def read_evidence(folder: str | os.PathLike, fingerprint: str | None = None) -> Evidence:
