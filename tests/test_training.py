@@ -81,6 +81,27 @@ def test_a_run_equals_the_plain_loop(still, short):
     np.testing.assert_allclose(still.steps.grad_norm, norms, rtol=5e-3)
 
 
+def test_the_average_of_the_weights_is_what_is_measured_and_kept(short, tmp_path):
+    """Against averages made of every step's weights, one after the other."""
+    experiment, weights = EXPERIMENT.with_(averaging=0.5, epochs=1), []
+
+    def keep(trainer):
+        weights.append([p.detach().clone() for p in trainer.model.parameters()])
+
+    with each_step(after=keep):
+        run = musota.train(experiment, short, tmp_path)
+    torch.manual_seed(0)
+    average = [p.detach() for p in musota.build_model(experiment.model).parameters()]
+    for step, new in enumerate(weights):
+        share = 1 / (1 + 0.5 * step)
+        average = [(1 - share) * a + share * w for a, w in zip(average, new, strict=True)]
+    kept = run.load_model()
+    for ours, theirs, last in zip(kept.parameters(), average, weights[-1], strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert not torch.equal(theirs, last)
+    assert musota.evaluate(kept, short.valid)["ppl"] == pytest.approx(run.summary["ppl"])
+
+
 @pytest.mark.parametrize(
     ("choices", "tolerance"),
     [({"micro_batch": 16}, 2e-5), ({"micro_batch": 5}, 2e-5), ({"micro_batch": 1}, 2e-5),
@@ -277,6 +298,16 @@ def test_an_interrupted_run_goes_on_bit_for_bit(where, finished, short, tmp_path
     assert _history(resumed) == _history(finished)
     same = set(finished.summary) - CLOCKS  # the hash of the weights among them
     assert {k: resumed.summary[k] for k in same} == {k: finished.summary[k] for k in same}
+
+
+def test_an_interrupted_average_goes_on_bit_for_bit(short, tmp_path):
+    experiment = EXPERIMENT.with_(averaging=0.2)
+    whole = musota.train(experiment, short, tmp_path / "whole")
+    with _interrupted_at(14):
+        musota.train(experiment, short, tmp_path / "cut")
+    resumed = musota.train(experiment, short, tmp_path / "cut")
+    assert resumed.history.ppl.tolist() == whole.history.ppl.tolist()
+    assert resumed.summary["best_files"] == whole.summary["best_files"]
 
 
 def test_lines_written_after_the_checkpoint_are_not_doubled(finished, short, tmp_path, monkeypatch):

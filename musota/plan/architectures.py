@@ -16,6 +16,7 @@ TINY, HUGE = sys.float_info.min, sys.float_info.max
 # What a field may be, where it is not "a whole number from 1 on" or "a number from 0 on".
 BOUNDS = {
     "dropout": (0, 0.99),
+    "averaging": (0, 1),
     "warmup_steps": (0, HUGE),
     "learning_rate": (TINY, HUGE),
     "grad_clip": (TINY, HUGE),

@@ -49,7 +49,11 @@ TAKEN_BACK = {
     "gate": "no gate",
 }
 # Tried against overfitting, on the redesign and its twin alike.
-REGULARISED = {"dropout 0.2": {"dropout": 0.2}, "weight decay 0.3": {"weight_decay": 0.3}}
+REGULARISED = {
+    "averaged weights": {"averaging": 0.1},
+    "weight decay 0.3": {"weight_decay": 0.3},
+    "dropout 0.2": {"dropout": 0.2},
+}
 TWIN, GPT2 = "modern dense twin", "dense GPT-2 twin"
 
 # The models that count, trained half as long again: is the order the same? What tells them, and

@@ -26,9 +26,9 @@ def end_epoch(trainer) -> None:
         return
     corpus, epoch = trainer.corpus, trainer.step // trainer.steps_per_epoch
     with autocast_on(trainer.device, trainer.accelerator.mixed_precision):
-        nats, hits = score_in_memory(trainer.model, corpus.valid, trainer.tell)
-        samples = samples_of(trainer.model, corpus)
-        health = health_of(trainer.model, corpus, trainer.tell)
+        nats, hits = score_in_memory(trainer.measured, corpus.valid, trainer.tell)
+        samples = samples_of(trainer.measured, corpus)
+        health = health_of(trainer.measured, corpus, trainer.tell)
     measured = metrics_of(nats, hits, corpus.words["valid"], corpus.bytes["valid"])
     measured = {"valid_loss": measured.pop("loss"), **measured}
     block_nats, block_tokens = blocks_of(nats)
@@ -47,7 +47,7 @@ def end_epoch(trainer) -> None:
         }
     )
     if measured["valid_loss"] < trainer.summary.get("valid_loss", math.inf):
-        weights = trainer.model.state_dict()
+        weights = trainer.measured.state_dict()
         trainer.best_unsaved = {name: value.detach().clone() for name, value in weights.items()}
         blocks = {"valid_block_tokens": block_tokens, "valid_block_nats": block_nats}
         trainer.summary |= {"best_epoch": epoch, **measured, **blocks}
@@ -64,6 +64,8 @@ def checkpoint(trainer) -> None:
     tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
     # Until best/ holds them, the best weights are in the checkpoint, which is written first.
     tensors |= {f"best.{name}": value for name, value in (best or {}).items()}
+    if trainer.average is not None:
+        tensors |= {f"average.{name}": t for name, t in trainer.average.state_dict().items()}
     tensors |= {"epoch_nats": trainer.epoch_nats, **state_tensors(trainer.optimizer)}
     state = {name: getattr(trainer, name) for name in (*KEPT, "choices", "seconds")}
     state |= {"device": trainer.device.type, "scaler": scaler.state_dict() if scaler else None}
@@ -86,11 +88,13 @@ def _save_best(trainer, weights: dict[str, Tensor]) -> None:
 def restore(trainer, saved: tuple[dict[str, Tensor], dict]) -> None:
     """Go on from what `checkpoint` saved."""
     tensors, state = saved
-    weights, best = (
+    weights, average, best = (
         {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
-        for part in ("model.", "best.")
+        for part in ("model.", "average.", "best.")
     )
     trainer.model.load_state_dict(weights)
+    if trainer.average is not None:
+        trainer.average.load_state_dict(average)
     load_state_tensors(trainer.optimizer, tensors)
     trainer.epoch_nats.copy_(tensors["epoch_nats"])
     if state["scaler"] and trainer.accelerator.scaler:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from types import MappingProxyType
 
 import torch
@@ -22,16 +23,9 @@ from musota.models.base import CausalLM
 from musota.models.sharing import build_model
 from musota.plan.config import Experiment
 from musota.rules import curves
-from musota.training import keeping, remedies
+from musota.training import keeping, machine, remedies
 from musota.training.evaluate import exp_nats
 from musota.training.folder import RunFolder
-from musota.training.machine import (
-    default_choices,
-    interruptible,
-    make_accelerator,
-    prepare_memory,
-    progress_bar,
-)
 from musota.training.optimizer import OPTIMIZERS, update_ratios
 from musota.training.runs import Run, started_from
 from musota.training.schedule import SCHEDULES, learning_rate_at
@@ -87,7 +81,7 @@ def train(
     start = None
     if continue_from:
         experiment, start = started_from(continue_from, experiment, corpus)
-    accelerator = make_accelerator(device, precision)
+    accelerator = machine.make_accelerator(device, precision)
     identity = _described(experiment, corpus, seed, name, profile)
     folder = RunFolder(run_dir, identity, accelerator.is_main_process)
     if resume and folder.finished:  # perhaps kept as evidence, and read-only: nothing is written
@@ -153,8 +147,8 @@ class Trainer:
         if self.training.started_from and not (self.saved or start):
             wanted = f"This experiment starts from the weights {self.training.started_from}"
             raise MusotaError(f"{wanted}: name their run with continue_from= (--continue-from).")
-        prepare_memory(self.device)
-        self.choices = default_choices(experiment, self.device, self.total_steps)
+        machine.prepare_memory(self.device)
+        self.choices = machine.default_choices(experiment, self.device, self.total_steps)
         if self.saved and self.saved[1].get("device", self.device.type) == self.device.type:
             self.choices |= self.saved[1]["choices"]
         self.choices |= {key: value for key, value in choices.items() if value is not None}
@@ -163,12 +157,16 @@ class Trainer:
         if start:
             model.load_state_dict(start)
         self.ledger = model.parameter_ledger()
+        self.average = None  # of the weights: measured and kept in their place, where there is one
+        if self.training.averaging:
+            self.average = deepcopy(model).requires_grad_(False).to(self.device)
         if self.choices["compile"]:
             model.compile_layers()
         groups = model.optimizer_groups(self.training.weight_decay)
         optimizer = OPTIMIZERS[self.training.optimizer](groups, accelerator.scaler is not None)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.model: CausalLM = accelerator.unwrap_model(self.wrapped)
+        self.measured = self.model if self.average is None else self.average
         # On the device once; int32 there, int64 only for the windows in use.
         self.tokens = corpus.train.to(self.device)
         self.span = torch.arange(self.length + 1, device=self.device)
@@ -181,7 +179,7 @@ class Trainer:
         self.best_unsaved: dict[str, Tensor] | None = None
         self.remedies = {"rate_factor": 1.0, "step": 0}
         self.saved_at, self.copied_at = time.monotonic(), -math.inf
-        self.progress = progress_bar(0, shown=False)
+        self.progress = machine.progress_bar(0, shown=False)
         together = {"precision": accelerator.mixed_precision}
         folder.write_config({**self.choices, **together, "processes": accelerator.num_processes})
 
@@ -224,9 +222,9 @@ class Trainer:
         if self.watch and folder.writes:
             self.watch(Run(folder.path))  # so that what it shows stands above the bar
         whole = self.training.epochs * self.windows * self.length
-        self.progress = progress_bar(whole, self.tokens_seen, folder.writes)
+        self.progress = machine.progress_bar(whole, self.tokens_seen, folder.writes)
         try:
-            with interruptible(self.accelerator.num_processes) as asked, self.progress:
+            with machine.interruptible(self.accelerator.num_processes) as asked, self.progress:
                 while self.step < stop and not asked:
                     self._careful_step()
                 if self.step == self.total_steps:
@@ -299,6 +297,8 @@ class Trainer:
         if middle:
             self.update_ratio = update_ratios(self.model, before)
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self._move_average()
         self.epoch_nats += loss * len(batch)
         self.step += 1
         self.applied += not self.optimizer.step_was_skipped
@@ -306,6 +306,15 @@ class Trainer:
         if self.step % self.log_interval == 0 or self.step in (1, self.total_steps):
             # The one place that waits for the device, but for fp16's scaler, which reads a number.
             self._log_step(float(loss), float(norm), rate)
+
+    @torch.no_grad()
+    def _move_average(self) -> None:
+        """Towards the weights, so that the average spans a share of the steps so far; buffers are
+        the model's."""
+        weight = 1 / (1 + self.training.averaging * self.applied)
+        torch._foreach_lerp_([*self.average.parameters()], [*self.model.parameters()], weight)
+        for ours, of_model in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            ours.copy_(of_model)
 
     def _backward(self, batch: Tensor) -> Tensor:
         """Gradients of the mean loss over a batch of window starts, and that loss."""
