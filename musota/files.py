@@ -10,6 +10,7 @@ from pathlib import Path
 
 from musota.errors import MusotaError
 
+ROOT = Path(__file__).resolve().parents[1]  # of the checkout
 SEAL = "sha256"
 
 

@@ -20,6 +20,7 @@ from musota.plan.registry import find_experiment
 SMALL = {"vocab_size": 60, "max_seq_len": 12, "n_layer": 2}
 CONFIGS = {  # with a literal version in the package; the redesign's is in test_redesigned.py
     "8x8/16": musota.MuConfig(**SMALL),
+    "8x8/8": musota.MuConfig(n_block=8, **SMALL),
     "6x6/8": musota.MuConfig(matrix_size=6, n_block=8, n_head=6, **SMALL),
     "dense": musota.DenseConfig(d_model=48, n_head=3, **SMALL),
 }

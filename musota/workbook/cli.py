@@ -1,6 +1,7 @@
 """The command line: python -m musota run | train | compare | score | audit | evidence | …"""
 
 import ast
+import functools
 import os
 import signal
 import sys
@@ -9,11 +10,10 @@ from pathlib import Path
 import click
 
 from musota.errors import MusotaError, nearest_name
-from musota.files import as_path, sentence
+from musota.files import ROOT, as_path, sentence
 from musota.plan.profiles import profiles
 from musota.plan.registry import TUNED, find_experiment, registry
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
 # A backend inherited from a notebook would break scripts that are started from one.
 os.environ["MPLBACKEND"] = "Agg"
@@ -56,13 +56,7 @@ def _changes(context, parameter, assignments: tuple[str, ...]) -> dict:
 
 def _together(*options):
     """Several options as one decorator."""
-
-    def decorate(command):
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+    return lambda command: functools.reduce(lambda made, add: add(made), options[::-1], command)
 
 
 profile_option = click.option("--profile", default="quick", help=f"auto, {', '.join(profiles)}.")

@@ -10,10 +10,10 @@ from pathlib import Path
 import click
 
 from musota.errors import MusotaError, nearest_name
+from musota.files import ROOT
 from musota.plan.architectures import OwnConfig
 from musota.plan.config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 TAKES_RUNS, OWN_MODEL = "04_compare", "08_your_model"
 OWN_FIELDS = {f.name for kind in (OwnConfig, TrainConfig) for f in dataclasses.fields(kind)}
 

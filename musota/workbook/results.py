@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from musota.data.corpus import Corpus
 from musota.errors import MusotaError
-from musota.files import as_path, cache_folder, sha256, system_error, write_json
+from musota.files import ROOT, as_path, cache_folder, sha256, system_error, write_json
 from musota.plan.profiles import Profile
 from musota.rules.findings import Finding
 from musota.studies.ngrams import measure_ladder
@@ -22,7 +22,6 @@ from musota.workbook.naming import footer
 from musota.workbook.records import read_probes, read_runs
 from musota.workbook.style import save_figure
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ("full", "study")  # results that come with the repository, best first
 
 
