@@ -193,6 +193,8 @@ def test_versions_of_the_redesign_have_titles():
     first = f"redesigned,epochs=3,without={FIRST_REDESIGN}"
     assert title_of(first) == "redesigned, epochs=3, as it first was"
     assert title_of("redesigned,without=") == "redesigned, names built in"
+    twin = "modern dense twin of redesigned, epochs=3"
+    assert title_of("redesigned_twin,epochs=3") == twin
     assert title_of("redesigned,without=gate,names") == "redesigned, without=gate, names"
 
 

@@ -83,6 +83,10 @@ def test_profiles_keep_the_plans_proportions(profile):
         (lambda: RedesignedConfig(without=3), "without must be a name, not 3"),
         (lambda: RedesignedConfig(n_block=5, without=""), "Names need 8 or 16 blocks"),
         (lambda: RedesignedConfig(block_size=5), "block_size=5 is odd"),
+        (
+            lambda: TrainConfig(averaging=2),
+            "averaging must be a finite number of at least 0, at most",
+        ),
         (lambda: TrainConfig(learning_rate=0), "learning_rate must be a finite number above 0"),
         (lambda: TrainConfig(learning_rate=float("nan")), "learning_rate must be a finite"),
     ],

@@ -33,6 +33,7 @@ ALL = CONFIGS | {
         REDESIGNED, without=",".join(c for c in CHANGES if c not in ("blocks", "gate"))
     ),
     "modern twin": replace(REDESIGNED, without="blocks,gate,names"),
+    "named twin": replace(REDESIGNED, without="blocks,gate"),
 }
 
 

@@ -67,9 +67,10 @@ def config(source, name="Recurrent", arguments=(), **more):
     return OwnConfig(f"{source}:{name}", dict(arguments), 512, 24, **more)
 
 
+@pytest.mark.parametrize("averaging", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["Recurrent", "Cached", "half"])
-def test_it_trains_resumes_and_is_loaded_again(source, corpus, tmp_path, name):
-    experiment = Experiment(config(source, name), TRAINING)
+def test_it_trains_resumes_and_is_loaded_again(source, corpus, tmp_path, name, averaging):
+    experiment = Experiment(config(source, name), TRAINING).with_(averaging=averaging)
     whole = musota.train(experiment, corpus, tmp_path / "whole")
     musota.train(experiment, corpus, tmp_path / "cut", stop_at=0.7)
     resumed = musota.train(experiment, corpus, tmp_path / "cut")

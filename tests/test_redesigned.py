@@ -15,11 +15,12 @@ from musota.errors import MusotaError
 from musota.models.base import score
 from musota.plan.architectures import CHANGES
 from musota.plan.path import steps
-from musota.plan.profiles import find_profile, scaled, twin
+from musota.plan.profiles import find_profile, redesign, scaled, twin
 from musota.plan.registry import FIRST_REDESIGN, find_experiment
 from musota.rules import verdicts
 from musota.studies import names, path, probes
 from musota.workbook import figures, tables
+from musota.workbook.evidence import Evidence
 
 SMALL = musota.RedesignedConfig(
     vocab_size=60, max_seq_len=12, n_layer=2, block_size=6, d_ff=90, dropout=0.0
@@ -231,10 +232,21 @@ def test_names_mean_something_where_the_named_block_certainly_tells_most():
         return verdicts.names_mean(found, names.EXPECTED).verdict
 
     assert verdict((0.9, 0.1, 0.7), (0.1, 0.9, 0.7)) == "names"
-    assert verdict((0.9, 0.1, 0.7), (0.1, 0.9, 0.7), certain=False) == "labels"  # no interval
+    assert verdict((0.9, 0.1, 0.7), (0.1, 0.9, 0.7), certain=False) == "undecided"  # no interval
     assert verdict((0.9, 0.1, 0.85), (0.1, 0.9, 0.7)) == "labels"  # one of two is not certain
     assert verdict((0.1, 0.9, 0.7), (0.9, 0.1, 0.7)) == "labels"
     assert verdict((0.9, 0.1, 0.7), (0.1, 0.9, 0.7), "ABC") == "undecided"  # none is named for it
+
+
+def test_a_dense_twin_has_no_twin_not_even_one_with_names(named_run):
+    runs = []
+    for without in ("", TWIN, "blocks,gate"):
+        run = copy.copy(named_run)
+        run.name = f"redesigned,without={without}"
+        run.experiment = redesign(run.experiment, without=without)
+        runs.append(run)
+    evidence = Evidence(named_run.path, tuple(runs))
+    assert [evidence.twin_of(run.name) for run in runs] == [runs[1].name, "", ""]
 
 
 # --- the path ---
@@ -254,7 +266,7 @@ def test_every_row_of_the_path_is_of_one_size_and_differs_from_the_others():
             assert step.experiment.model == rows[name.removesuffix(", longer")].experiment.model
         else:  # one field away, of the redesign or of its twin
             one, other = step.experiment.fields(), longer[step.before].experiment.fields()
-            assert len({f for f in one if one[f] != other[f]} - {"d_ff"}) == 1, name
+            assert len({f for f in one if one[f] != other[f]}) == 1, name
     made = [name for name, step in rows.items() if step.kind == "made"]
     assert [rows[name].before for name in made] == ["", *made[:-1]]
     # Each is one change away from the row before: of `CHANGES`, or of the blocks' width.

@@ -158,8 +158,8 @@ class RedesignedConfig(Sizes):
     MusotaError on bad values."""
 
     n_block: int = 8
-    block_size: int = 28
-    d_ff: int = 700
+    block_size: int = 26
+    d_ff: int = 854
     dropout: float = 0.1
     without: str = "names"
 
@@ -187,7 +187,7 @@ class RedesignedConfig(Sizes):
 
     @property
     def layout(self) -> BlockLayout | None:
-        """None of the modern twin, whose cells belong to no block."""
+        """None of the modern twin, whose cells are one whole."""
         if not (self.has("blocks") or self.has("gate")):
             return None
         return BlockLayout.of_equal_blocks(self.n_block, self.block_size)

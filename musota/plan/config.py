@@ -23,7 +23,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     optimizer: str = "adamw"  # a row of training/optimizer.py
     schedule: str = "cosine"  # a row of training/schedule.py
-    averaging: float = 0.0  # share of the steps so far that an average of the weights spans
+    averaging: float = 0.0  # share of the steps so far that an average of the weights mostly spans
     started_from: str = ""  # hash of another run's weights; empty: freshly initialised
 
     def __post_init__(self):

@@ -18,7 +18,7 @@ class Step:
     title: str
     experiment: Experiment
     before: str = ""
-    kind: str = "made"  # on the way; or added to the redesign, taken back from it, twin, longer
+    kind: str = "made"  # on the way; or added, taken back, twin, longer
 
 
 # In the order they were made. What a change saves goes into wider blocks, as far as it can.
@@ -56,8 +56,8 @@ REGULARISED = {
 }
 TWIN, GPT2 = "modern dense twin", "dense GPT-2 twin"
 
-# The models that count, trained half as long again: is the order the same? What tells them, and
-# which of them each is set against.
+# The models that count, trained half as long again: is the order the same? Their titles, and which
+# of them each is set against.
 LONGER = {
     "optimized": ("MU-SOTA optimized", ""),
     LAST: ("the redesign", "optimized"),
@@ -89,15 +89,15 @@ def steps() -> dict[str, Step]:
         n_block, *changes = (16,) if change == "wide heads" else (8, change)
         without = ",".join([*left, *changes])
         add("taken back", f"the redesign, but {back}", redesign(start, n_block, without))
-    named = "block I kept and C1 from the token before"
-    add("added", f"the redesign, {named}", redesign(start, without=""))
-    add("added", f"{TWIN}, {named}", redesign(start, without="blocks,gate"), TWIN)
+    names = "block I kept and C1 from the token before"
+    add("added", f"the redesign, {names}", redesign(start, without=""))
+    add("added", f"{TWIN}, {names}", redesign(start, without="blocks,gate"), TWIN)
     for name, (title, against) in LONGER.items():
         longer = rows[name].experiment.with_(epochs=60, warmup_steps=training.warmup_steps * 3 // 2)
         before = against and f"{against}, longer"
         kind = "twin" if rows[name].kind == "twin" else "longer"
         rows[f"{name}, longer"] = Step(f"{title}, longer", longer, before, kind)
         for tried, fields in REGULARISED.items() if name in (LAST, TWIN) else ():
-            regular = changed(longer, fields)
-            add("added", f"{title}, longer, {tried}", regular, f"{name}, longer")
+            regularised = changed(longer, fields)
+            add("added", f"{title}, longer, {tried}", regularised, f"{name}, longer")
     return rows

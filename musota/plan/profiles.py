@@ -11,7 +11,7 @@ from musota.plan.config import Experiment, TrainConfig
 # The plan counts "16,733 training sequences" of 128 tokens; its warm-up shares follow from that.
 PLAN_TRAIN_TOKENS = 16_733 * 128
 OWN_SIZES = {"d_model", "block_size", "d_ff"}  # what a match would choose
-OF_MU = "blocks,gate,names"  # the changes that a dense twin cannot have
+OF_MU = "blocks,gate,names"  # the changes that its dense twin goes without
 SHARED = ("vocab_size", "max_seq_len", "n_layer", "dropout")  # what twins have in common
 
 

@@ -89,6 +89,8 @@ def title_of(name: str) -> str:
     changes = ["names built in" if change == "without=" else change for change in changes]
     if row in registry:
         return ", ".join([registry[row].title, *changes])
+    if row == "redesigned_twin":  # of a changed one
+        return ", ".join([registry["modern_twin"].title, *changes])
     of = row.removesuffix("_twin")
     title = registry[of].title if of in registry else of if "@" in of else of.replace("_", " ")
     return ", ".join([f"dense twin of {title}" if of != row else title, *changes])

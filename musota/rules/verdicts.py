@@ -240,7 +240,12 @@ def names_mean(found: Mapping, expected: Mapping[str, str]) -> Finding:
     block that one would read a property from by its name."""
     reads = {name: of for name, of in found["reads"].items() if expected.get(name) in of}
     best = {name: max(of, key=lambda block: of[block][0]) for name, of in reads.items()}
-    right = [n for n, of in reads.items() if _reads_best(of, expected[n])]
+    lows = {name: Interval(*of[expected[name]]).low for name, of in reads.items()}
+    right = [  # even the low end of a block's interval lies above what any other block tells
+        name
+        for name, of in reads.items()
+        if all(lows[name] > mean for b, (mean, *_) in of.items() if b != expected[name])
+    ]
     others = [row[:n] + row[n + 1 :] for n, row in enumerate(found["similarity"])]
     moves, moved = found["moves"], ""
     if moves:  # short texts have no word twice in two contexts
@@ -255,12 +260,7 @@ def names_mean(found: Mapping, expected: Mapping[str, str]) -> Finding:
     return judged(
         ("The blocks' names", saw, f"chance: 1 in {len(found['blocks'])}"),
         (not reads, "undecided", "no block is named for a property that was read"),
+        (all(map(math.isinf, lows.values())), "undecided", "too little text for an interval"),
         (len(right) > len(reads) / 2, "names", "the names say where to look"),
         (True, "labels", labels),
     )
-
-
-def _reads_best(of: Mapping[str, Sequence[float]], named: str) -> bool:
-    """Whether even the low end of a block's interval lies above what any other block tells."""
-    low = Interval(*of[named]).low
-    return all(low > mean for block, (mean, *_) in of.items() if block != named)

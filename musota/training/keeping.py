@@ -25,10 +25,11 @@ def end_epoch(trainer) -> None:
     if not trainer.folder.writes:
         return
     corpus, epoch = trainer.corpus, trainer.step // trainer.steps_per_epoch
+    model = trainer.kept_model()
     with autocast_on(trainer.device, trainer.accelerator.mixed_precision):
-        nats, hits = score_in_memory(trainer.measured, corpus.valid, trainer.tell)
-        samples = samples_of(trainer.measured, corpus)
-        health = health_of(trainer.measured, corpus, trainer.tell)
+        nats, hits = score_in_memory(model, corpus.valid, trainer.tell)
+        samples = samples_of(model, corpus)
+        health = health_of(model, corpus, trainer.tell)
     measured = metrics_of(nats, hits, corpus.words["valid"], corpus.bytes["valid"])
     measured = {"valid_loss": measured.pop("loss"), **measured}
     block_nats, block_tokens = blocks_of(nats)
@@ -47,7 +48,7 @@ def end_epoch(trainer) -> None:
         }
     )
     if measured["valid_loss"] < trainer.summary.get("valid_loss", math.inf):
-        weights = trainer.measured.state_dict()
+        weights = model.state_dict()
         trainer.best_unsaved = {name: value.detach().clone() for name, value in weights.items()}
         blocks = {"valid_block_tokens": block_tokens, "valid_block_nats": block_nats}
         trainer.summary |= {"best_epoch": epoch, **measured, **blocks}
@@ -64,8 +65,7 @@ def checkpoint(trainer) -> None:
     tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
     # Until best/ holds them, the best weights are in the checkpoint, which is written first.
     tensors |= {f"best.{name}": value for name, value in (best or {}).items()}
-    if trainer.average is not None:
-        tensors |= {f"average.{name}": t for name, t in trainer.average.state_dict().items()}
+    tensors |= {f"average.{name}": value for name, value in trainer.average.items()}
     tensors |= {"epoch_nats": trainer.epoch_nats, **state_tensors(trainer.optimizer)}
     state = {name: getattr(trainer, name) for name in (*KEPT, "choices", "seconds")}
     state |= {"device": trainer.device.type, "scaler": scaler.state_dict() if scaler else None}
@@ -93,8 +93,8 @@ def restore(trainer, saved: tuple[dict[str, Tensor], dict]) -> None:
         for part in ("model.", "average.", "best.")
     )
     trainer.model.load_state_dict(weights)
-    if trainer.average is not None:
-        trainer.average.load_state_dict(average)
+    for name, value in average.items():
+        trainer.average[name].copy_(value)
     load_state_tensors(trainer.optimizer, tensors)
     trainer.epoch_nats.copy_(tensors["epoch_nats"])
     if state["scaler"] and trainer.accelerator.scaler:
@@ -117,7 +117,7 @@ def finish(trainer) -> None:
         checkpoint(trainer)
     if trainer.best_unsaved is not None or not folder.attempt(folder.write_metrics):
         return  # the disk is full, or has vanished: not finished
-    final_weights, seconds = weights_sha256(trainer.model), trainer.seconds
+    final_weights, seconds = weights_sha256(trainer.kept_model()), trainer.seconds
     best = Run(folder.path).load_model().to(trainer.device)
     with autocast_on(trainer.device, trainer.accelerator.mixed_precision), torch.no_grad():
         scored = score_in_memory(best, corpus.test, trainer.tell)

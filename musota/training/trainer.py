@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from copy import deepcopy
 from types import MappingProxyType
 
 import torch
@@ -157,16 +156,16 @@ class Trainer:
         if start:
             model.load_state_dict(start)
         self.ledger = model.parameter_ledger()
-        self.average = None  # of the weights: measured and kept in their place, where there is one
-        if self.training.averaging:
-            self.average = deepcopy(model).requires_grad_(False).to(self.device)
         if self.choices["compile"]:
             model.compile_layers()
         groups = model.optimizer_groups(self.training.weight_decay)
         optimizer = OPTIMIZERS[self.training.optimizer](groups, accelerator.scaler is not None)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.model: CausalLM = accelerator.unwrap_model(self.wrapped)
-        self.measured = self.model if self.average is None else self.average
+        self.average = {}  # of the weights, by name: measured and kept in their place
+        if self.training.averaging:
+            ours = self.model.named_parameters()
+            self.average = {n: p.detach().float().clone() for n, p in ours if p.requires_grad}
         # On the device once; int32 there, int64 only for the windows in use.
         self.tokens = corpus.train.to(self.device)
         self.span = torch.arange(self.length + 1, device=self.device)
@@ -297,11 +296,11 @@ class Trainer:
         if middle:
             self.update_ratio = update_ratios(self.model, before)
         self.optimizer.zero_grad()
-        if self.average is not None:
-            self._move_average()
         self.epoch_nats += loss * len(batch)
         self.step += 1
-        self.applied += not self.optimizer.step_was_skipped
+        if not self.optimizer.step_was_skipped:
+            self._move_average()
+            self.applied += 1
         self.progress.update(len(batch) * self.length)
         if self.step % self.log_interval == 0 or self.step in (1, self.total_steps):
             # The one place that waits for the device, but for fp16's scaler, which reads a number.
@@ -309,12 +308,24 @@ class Trainer:
 
     @torch.no_grad()
     def _move_average(self) -> None:
-        """Towards the weights, so that the average spans a share of the steps so far; buffers are
-        the model's."""
-        weight = 1 / (1 + self.training.averaging * self.applied)
-        torch._foreach_lerp_([*self.average.parameters()], [*self.model.parameters()], weight)
-        for ours, of_model in zip(self.average.buffers(), self.model.buffers(), strict=True):
-            ours.copy_(of_model)
+        """Towards the weights, so that the average spans a share of the steps so far."""
+        if self.average:
+            now = dict(self.model.named_parameters())
+            weights, share = [now[n].float() for n in self.average], self.training.averaging
+            torch._foreach_lerp_([*self.average.values()], weights, 1 / (1 + share * self.applied))
+
+    @torch.no_grad()
+    def kept_model(self) -> CausalLM:
+        """What is measured and kept: the model, or one with the average of its weights."""
+        if not self.average:
+            return self.model
+        torch.manual_seed(self.seed)  # as the model was built; every step seeds anew
+        model = build_model(self.experiment.model)
+        model.load_state_dict(self.model.state_dict())
+        for name, parameter in model.named_parameters():
+            if name in self.average:
+                parameter.copy_(self.average[name])
+        return model.to(self.device)
 
     def _backward(self, batch: Tensor) -> Tensor:
         """Gradients of the mean loss over a batch of window starts, and that loss."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from musota.errors import MusotaError, nearest_name
 from musota.files import as_path
-from musota.plan.architectures import DenseConfig
+from musota.plan.architectures import DenseConfig, RedesignedConfig
 from musota.plan.config import Experiment
 from musota.plan.profiles import grid_profiles, profiles, scaled, twin
 from musota.plan.registry import PAIRS, TUNED, find_experiment, registry, title_of
@@ -183,11 +183,11 @@ class Evidence:
         row's is tuned, too; another's has its learning rate, or both were given one of their own.
         """
         run, (row, *changes) = self.best(name), name.split(",")
-        if not run or isinstance(run.experiment.model, DenseConfig):
+        model = run and run.experiment.model
+        is_modern_twin = isinstance(model, RedesignedConfig) and not model.layout
+        if not run or is_modern_twin or isinstance(model, DenseConfig):
             return ""
         expected = twin(run.experiment)
-        if expected == run.experiment:  # it is the modern twin itself
-            return ""
         twins = [r for r in self.runs if r.experiment == expected.with_(learning_rate=_rate(r))]
         if row in TUNED:
             tuned_twin = self.best(",".join([PAIRS[row], *changes]))

@@ -37,8 +37,8 @@ VERDICTS = {  # colour, marker, fill
 STEPS = {  # rows of the path by kind: colour, marker, what they are set against
     "made": (BLUE, "o", "a change on the way, against the row before"),
     "added": (GREEN, "D", "added to what it names first"),
-    "taken back": (RED, "s", "taken back from it"),
-    "twin": ("#666666", "^", "twins, against the redesign"),
+    "taken back": (RED, "s", "taken back from the redesign"),
+    "twin": ("#666666", "^", "a twin, against it"),
     "longer": ("#000080", "P", "trained longer"),
 }
 FIRST = "← better than the first · worse →"  # which side of 0 is which

@@ -196,6 +196,7 @@ def write_front_page(path: str | os.PathLike, folders: Sequence[Path]) -> None:
         {
             "evidence": evidence,
             "place": evidence.folder.resolve().relative_to(path.parent.resolve()).as_posix(),
+            "rows": [name for name in models_of(evidence.runs) if name not in BESIDE],
             **_standing(evidence),
         }
         for evidence in found
@@ -211,7 +212,7 @@ def _standing(evidence: Evidence) -> dict:
     groups, weak = models_of(evidence.runs), evidence.weak_spots()
     ours = [n for n, g in groups.items() if isinstance(g[0].experiment.model, MuConfig)]
     if not ours:
-        return {"beside": None, "rows": groups.keys() - set(BESIDE)}
+        return {"beside": None}
     best = min(ours, key=lambda name: tables.mean_ppl(groups[name]))
     beside = next((name for name in ("tuned", "optimized") if evidence.compare(name)), best)
     plain = [*evidence.seeds(evidence.twin_of(beside)).values()]
@@ -219,9 +220,7 @@ def _standing(evidence: Evidence) -> dict:
     redesigned = {name: g for name, g in groups.items() if name.split(",")[0] == "redesigned"}
     whole = {name: group for name, group in redesigned.items() if "without=" not in name}
     told = [groups["redesigned"]] if "redesigned" in groups else (whole or redesigned).values()
-    older = redesigned.keys() - whole.keys() if whole else set()
     found = {
-        "rows": groups.keys() - older - set(BESIDE),
         "beside": beside,
         "ours": [*evidence.seeds(beside).values()] if compared else groups[best],
         "plain": plain,
