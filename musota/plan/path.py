@@ -36,6 +36,7 @@ MADE = {
     "whole queries": "the whole token asks, a block answers: the redesign",
 }
 LAST = "whole queries"
+# From it: each change alone, of `CHANGES` or of the blocks' width.
 TAKEN_BACK = {
     "norm before": "norms after each part",
     "tied": "an output layer of its own",

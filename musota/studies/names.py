@@ -109,10 +109,9 @@ def properties(corpus: Corpus, ids: Tensor) -> dict[str, Tensor]:
 
 
 def reads(cells: Tensor, labels: Tensor, generator: np.random.Generator) -> list[float]:
-    """(W, T, c) cells and (W, T) classes to [mean, low, high] (the ends from
-    ten windows on): balanced accuracy on the second half
-    of the windows of a linear probe fitted to the first, minus that of one fitted to the labels in
-    a shuffled order (selectivity, Hewitt and Liang 2019)."""
+    """(W, T, c) cells and (W, T) classes to [mean, low, high] (the ends from ten windows on):
+    balanced accuracy on the second half of the windows of a linear probe fitted to the first, minus
+    that of one fitted to the labels in a shuffled order (selectivity, Hewitt and Liang 2019)."""
     half, labels = len(cells) // 2, labels.unique(return_inverse=True)[1]
     order = torch.from_numpy(generator.permutation(labels.numel()))
     shuffled = labels.flatten()[order].view_as(labels)

@@ -93,13 +93,13 @@ def anneal(run: Run, corpus: Corpus, share: float = 0.15) -> dict[str, Tensor]:
             trainer = Trainer(run.experiment, corpus, run.seed, folder, make_accelerator())
             keeping.restore(trainer, trainer.saved)
             with autocast_on(trainer.device):
-                nats.setdefault("before", score(trainer.kept_model(), corpus.valid)[0])
+                nats.setdefault("before", score(keeping.kept_model(trainer), corpus.valid)[0])
             rate, steps = trainer.schedule(trainer.applied), math.ceil(share * trainer.step)
             for done in range(1, steps + 1):
                 trainer.schedule = lambda _, rate=rate * (1 - falls * done / steps): rate
                 trainer.one_step()
             with autocast_on(trainer.device):
-                nats[arm] = score(trainer.kept_model(), corpus.valid)[0]
+                nats[arm] = score(keeping.kept_model(trainer), corpus.valid)[0]
     return nats
 
 

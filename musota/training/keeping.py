@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from musota.files import sha256
-from musota.models.base import weights_sha256
-from musota.models.sharing import save_model
+from musota.models.base import CausalLM, weights_sha256
+from musota.models.sharing import build_model, save_model
 from musota.training.evaluate import blocks_of, health_of, metrics_of, samples_of, score_in_memory
 from musota.training.machine import about_machine, autocast_on, peak_memory
 from musota.training.optimizer import load_state_tensors, state_tensors
@@ -20,12 +20,26 @@ COPY_SECONDS = 600  # between copies to a slower disk; a run ends with one, howe
 KEPT = ("step", "applied", "update_ratio", "remedies", "summary")
 
 
+@torch.no_grad()
+def kept_model(trainer) -> CausalLM:
+    """What is measured and kept: the model, or one with the average of its weights."""
+    if not trainer.average:
+        return trainer.model
+    torch.manual_seed(trainer.seed)  # as the model was built; every step seeds anew
+    model = build_model(trainer.experiment.model)
+    model.load_state_dict(trainer.model.state_dict())
+    for name, parameter in model.named_parameters():
+        if name in trainer.average:
+            parameter.copy_(trainer.average[name])
+    return model.to(trainer.device)
+
+
 def end_epoch(trainer) -> None:
     """Measure on valid, keep the weights if they are the best yet, and record it all."""
     if not trainer.folder.writes:
         return
     corpus, epoch = trainer.corpus, trainer.step // trainer.steps_per_epoch
-    model = trainer.kept_model()
+    model = kept_model(trainer)
     with autocast_on(trainer.device, trainer.accelerator.mixed_precision):
         nats, hits = score_in_memory(model, corpus.valid, trainer.tell)
         samples = samples_of(model, corpus)
@@ -117,7 +131,7 @@ def finish(trainer) -> None:
         checkpoint(trainer)
     if trainer.best_unsaved is not None or not folder.attempt(folder.write_metrics):
         return  # the disk is full, or has vanished: not finished
-    final_weights, seconds = weights_sha256(trainer.kept_model()), trainer.seconds
+    final_weights, seconds = weights_sha256(kept_model(trainer)), trainer.seconds
     best = Run(folder.path).load_model().to(trainer.device)
     with autocast_on(trainer.device, trainer.accelerator.mixed_precision), torch.no_grad():
         scored = score_in_memory(best, corpus.test, trainer.tell)

@@ -162,7 +162,7 @@ class Trainer:
         optimizer = OPTIMIZERS[self.training.optimizer](groups, accelerator.scaler is not None)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.model: CausalLM = accelerator.unwrap_model(self.wrapped)
-        self.average = {}  # of the weights, by name: measured and kept in their place
+        self.average = {}  # of the weights, by name: see `keeping.kept_model`
         if self.training.averaging:
             ours = self.model.named_parameters()
             self.average = {n: p.detach().float().clone() for n, p in ours if p.requires_grad}
@@ -313,19 +313,6 @@ class Trainer:
             now = dict(self.model.named_parameters())
             weights, share = [now[n].float() for n in self.average], self.training.averaging
             torch._foreach_lerp_([*self.average.values()], weights, 1 / (1 + share * self.applied))
-
-    @torch.no_grad()
-    def kept_model(self) -> CausalLM:
-        """What is measured and kept: the model, or one with the average of its weights."""
-        if not self.average:
-            return self.model
-        torch.manual_seed(self.seed)  # as the model was built; every step seeds anew
-        model = build_model(self.experiment.model)
-        model.load_state_dict(self.model.state_dict())
-        for name, parameter in model.named_parameters():
-            if name in self.average:
-                parameter.copy_(self.average[name])
-        return model.to(self.device)
 
     def _backward(self, batch: Tensor) -> Tensor:
         """Gradients of the mean loss over a batch of window starts, and that loss."""
