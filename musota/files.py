@@ -1,41 +1,42 @@
-"""Files that are whole or not there, and that show when they were damaged."""
+"""Atomic writes, and JSON files that carry a hash of their own content."""
 
 import errno
 import hashlib
 import json
 import math
 import os
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from musota.errors import MusotaError
 
-ROOT = Path(__file__).resolve().parents[1]  # of the checkout
 SEAL = "sha256"
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(temporary_path)` make a file, then move it into place: never half a file."""
-    write_together({path: write})
-
-
 def write_together(writes: Mapping[Path, Callable[[Path], object]]) -> None:
-    """`write_whole` of files that belong together: all are on the disk before the first is moved
-    into place."""
-    temporary = {path: path.with_name(f".{path.name}-{os.getpid()}") for path in writes}
+    """Write each file with `write(temporary_path)`, in order; when all are on the disk, move them
+    into place: never half a file."""
+    unique = uuid.uuid4().hex[:12]  # also among threads, and machines that share a folder
+    temporary = {path: path.with_name(f".{path.name}-{unique}") for path in writes}
     try:
         for path, write in writes.items():
             write(temporary[path])
-            with temporary[path].open("rb+") as file:  # on the disk before it takes another's place
+            with temporary[path].open("rb+") as file:
                 os.fsync(file.fileno())
         for path in writes:
             os.replace(temporary[path], path)
     except BaseException as error:
         if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # a full disk's names none
+            error.filename = error.filename or str(path)  # a full disk's error names no file
         for path in temporary.values():
             path.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """`write_together` of one file."""
+    write_together({path: write})
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -43,37 +44,35 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, and line ends as they stand, on every system: texts are hashed."""
+    """Write UTF-8 with the line ends as they are, on every system."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, data) -> None:
-    """Indented, with null for the numbers that JSON has no word for."""
+    """Write indented JSON, with null for infinite numbers and NaN."""
     write_text(path, _dump(data))
 
 
 def write_sealed(path: Path, data: dict) -> None:
-    """`write_json` with the hash of the rest as a last entry, see `read_sealed`."""
-    write_json(path, _sealed(data))
-
-
-def _sealed(data: dict) -> dict:
-    return {**data, SEAL: sha256(_dump(data).encode())}
+    """`write_json`, with the sha256 of the rest as the last entry."""
+    write_json(path, {**data, SEAL: sha256(_dump(data).encode())})
 
 
 def read_sealed(path: Path) -> dict:
-    """What `write_sealed` wrote. Raises MusotaError if a single byte differs."""
+    """The data that `write_sealed` wrote. Raises MusotaError if a single byte differs."""
     try:
         text = path.read_bytes().decode()
         data = json.loads(text)
-        del data[SEAL]
-        if text != _dump(_sealed(data)):
+        whole = _dump(data) == text
+        if data.pop(SEAL) != sha256(_dump(data).encode()) or not whole:
             raise ValueError("its sha256 does not fit")
     except FileNotFoundError:
         raise MusotaError(f"There is no {path}: not a run folder.") from None
     except OSError as error:
         raise MusotaError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError):
+    except KeyError:
+        raise MusotaError(f"{path} has no sha256: it is not the record of a run.") from None
+    except (ValueError, AttributeError, TypeError):
         raise MusotaError(
             f"{path} is damaged or was changed by hand: restore it, or train the run again with "
             "fresh=True (--fresh)."
@@ -86,7 +85,7 @@ def sha256(data: bytes) -> str:
 
 
 def jsonable(value):
-    """`value` with None for the numbers JSON has no word for."""
+    """`value` with None in place of infinite numbers and NaN."""
     if isinstance(value, dict):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -101,28 +100,29 @@ def _dump(data) -> str:
 
 
 def as_path(place: str | os.PathLike) -> Path:
-    """A path as people write it, `~` being their home. Raises MusotaError for what is none."""
+    """A path, with `~` for the home folder. Raises MusotaError for what is not a path."""
     try:
         return Path(place).expanduser()
-    except (TypeError, RuntimeError) as error:  # no path; nobody's home
-        raise MusotaError(f"{place!r} is no path that can be used here: {error}") from None
+    except (TypeError, RuntimeError) as error:
+        raise MusotaError(f"{place!r} cannot be used as a path here: {error}") from None
 
 
 def system_error(what: str, error: OSError, instead: str) -> MusotaError:
-    """What the system refused, as a sentence with a way out."""
+    """The user-facing error for an error of the operating system; `instead` is the advice."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     advice = f"make room there, or {instead}" if full else instead
     return MusotaError(f"{what} cannot be used ({error.strerror or error}): {advice}.")
 
 
 def sentence(error: Exception) -> str:
-    """An error as people read it, where nothing above knows more of it."""
+    """The message of an error, with advice where it is one of the operating system."""
     if isinstance(error, OSError) and error.filename:
         error = system_error(error.filename, error, "choose another folder (save_to)")
     return str(error)
 
 
 def cache_folder() -> Path:
+    """`$MUSOTA_CACHE`, else ~/.cache/musota; created if missing."""
     folder = as_path(os.environ.get("MUSOTA_CACHE") or "~/.cache/musota")
     try:
         folder.mkdir(parents=True, exist_ok=True)

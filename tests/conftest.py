@@ -3,7 +3,7 @@ import sysconfig
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test reaches for it
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test uses it
 
 import pytest
 import torch
@@ -11,8 +11,7 @@ import torch
 import musota
 from musota.data.corpus import load_corpus
 from musota.data.sources import docstrings
-from musota.plan.profiles import Profile, profiles
-from musota.training.trainer import Trainer
+from musota.training import trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -23,22 +22,23 @@ EXPERIMENT = musota.Experiment(  # MU-SOTA, two epochs of a second
 
 
 @contextmanager
-def each_step(before=lambda trainer: None, after=lambda trainer: None):
-    """Within it every training step has something done before and after it."""
-    one_step = Trainer.one_step
+def each_step(before=lambda state: None, after=lambda state: None):
+    """Within it `before(state)` and `after(state)` are called at every training step."""
+    train_step = trainer.train_step
 
-    def step(trainer):
-        before(trainer)
-        one_step(trainer)
-        after(trainer)
+    def step(state, batches):
+        before(state)
+        done = train_step(state, batches)
+        after(state)
+        return done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "one_step", step)
+        patch.setattr(trainer, "train_step", step)
         yield
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Within it, `elements` grows to those of the largest tensor any operation has made."""
+    """Within it, `elements` is the size of the largest tensor that any operation has made."""
 
     elements = 0
 
@@ -52,7 +52,7 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Tests share a cache of their own and never reach for the hub or a local WikiText."""
+    """Tests share a cache of their own and use neither the hub nor a local WikiText."""
     os.environ["MUSOTA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ.pop("MUSOTA_DATA_DIR", None)
 
@@ -73,17 +73,17 @@ def text_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def corpus(text_folder):
     """A small corpus at the size of the `tiny` profile."""
-    return load_corpus(str(text_folder), 512).limited(profiles["tiny"])
+    return load_corpus(str(text_folder), 512).limited(12_000, 3_000)
 
 
 @pytest.fixture(scope="session")
 def short(corpus):
     """Its first tokens: an epoch of eleven steps."""
-    return corpus.limited(Profile("short", 512, 4000, 1200))
+    return corpus.limited(4000, 1200)
 
 
 def shaken(config):
-    """A model none of whose weights is zero, as trained ones are."""
+    """A model without zero weights, as trained ones are."""
     torch.manual_seed(0)
     model = musota.build_model(config).eval()
     with torch.no_grad():
@@ -94,6 +94,6 @@ def shaken(config):
 
 @pytest.fixture(scope="session")
 def finished(short, tmp_path_factory):
-    """EXPERIMENT trained on `short`; to be left as it is."""
+    """EXPERIMENT trained on `short`. Do not change it."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     return musota.train(EXPERIMENT, short, folder, name="finished")

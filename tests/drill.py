@@ -1,4 +1,4 @@
-"""Kill training at random moments and see that it ends as if nothing had been.
+"""Kills training at random moments and checks that the end is the same as without.
 
     python tests/drill.py --kills 50
 
@@ -14,18 +14,15 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 CLOCKS = {"seconds", "tokens_per_second"}
 
 
 def train_in_a_child(corpus: str, folder: Path, kill_at_write: int = 0) -> int:
-    """Process id of a fork that trains; it kills itself inside its n-th write if asked to."""
+    """Process id of a fork that trains, and with `kill_at_write` kills itself inside that write."""
     child = os.fork()
     if child:
         return child
@@ -35,22 +32,23 @@ def train_in_a_child(corpus: str, folder: Path, kill_at_write: int = 0) -> int:
         import torch
 
         import musota
-        from musota.training import trainer
+        from musota.training import checkpoint
 
         torch.set_num_threads(1)
         if kill_at_write:
             _die_inside_write(kill_at_write)
-        trainer.CHECKPOINT_SECONDS = 0.2  # many checkpoints inside an epoch
-        profile = replace(musota.profiles["tiny"], train_tokens=5_000, valid_tokens=1_500)
-        text = musota.load_corpus(corpus, profile.vocab_size).limited(profile)
-        musota.train(musota.scaled(musota.experiments["optimized"], profile), text, folder)
+        checkpoint.CHECKPOINT_SECONDS = 0.2  # many checkpoints inside an epoch
+        model = musota.MuConfig(vocab_size=512, max_seq_len=48, n_layer=2)
+        experiment = musota.Experiment(model, musota.TrainConfig(3, 3e-3, 15, 4, 1))
+        text = musota.load_corpus(corpus, 512).limited(5_000, 1_500)
+        musota.train(experiment, text, folder)
         status = 0
     finally:
         os._exit(status)
 
 
 def _die_inside_write(number: int) -> None:
-    """Let the n-th file written by this process be cut in half by the process's death."""
+    """Kill this process in the middle of its n-th write of a file."""
     written, write_bytes = 0, Path.write_bytes
 
     def cut(path, data):
@@ -76,7 +74,7 @@ def drill(corpus: str, kills: int) -> list[str]:
     """How each round went: "same" or what differed."""
     import torch  # noqa: F401  imported once, before the forks
 
-    import musota.workbook  # noqa: F401
+    import musota.training.trainer  # noqa: F401
 
     def wait(child: int) -> int:
         return os.waitpid(child, 0)[1]
@@ -101,13 +99,7 @@ def drill(corpus: str, kills: int) -> list[str]:
     return results
 
 
-@click.command()
-@click.option("--kills", default=50, show_default=True)
-def main(kills):
-    results = drill("python-docs", kills)
+if __name__ == "__main__":
+    results = drill("python-docs", int(sys.argv[-1]) if len(sys.argv) > 1 else 50)
     print(f"{results.count('same')} of {len(results)} ended as the undisturbed run")
     sys.exit(results.count("same") < len(results))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,5 @@
-"""Cards that are not there: fake tensors say they lie on one. Every operation, forwards and
-backwards, is checked for device, dtype and shape; nothing is computed."""
+"""GPUs that are not there: fake tensors with a CUDA device. Every operation, forward and backward,
+is checked for device, dtype and shape; nothing is computed."""
 
 import ctypes
 from collections import Counter, defaultdict
@@ -9,66 +9,44 @@ from pathlib import Path
 import torch
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-CARDS = {  # device, compute capability, what autocast computes in
-    "T4": ("cuda", (7, 5), torch.float16),
-    "A100": ("cuda", (8, 0), torch.bfloat16),
-    "Apple": ("mps", (0, 0), None),
-}
-MOST_HEADS = 65_535  # a grid axis of a launch
-SLOTS = {"cuda": 1, "mps": 13, "meta": 14}  # of torch's device types
+CARDS = {"T4": ((7, 5), torch.float16), "A100": ((8, 0), torch.bfloat16)}  # capability, autocast
+MOST_HEADS = 65_535  # a grid axis of a kernel launch
+CUDA, META = 1, 14  # torch's device types
 
 
 @contextmanager
 def fake_card(patch, name):
-    """Within it there is a card of CARDS; gives its device. `patch` is pytest's monkeypatch."""
-    device, capability, _ = CARDS[name]
-    with FakeTensorMode(), _Rules(device):  # first: fake tensors must see that there is no driver
-        _let_autograd_take(device)
-        answers = {"is_available": device == "cuda", "device_count": 1, "current_device": 0,
+    """Within it there is a GPU of CARDS; gives its device. `patch` is pytest's monkeypatch."""
+    with FakeTensorMode():  # first: fake tensors must see that there is no driver
+        _register_device_guard()
+        answers = {"is_available": True, "device_count": 1, "current_device": 0,
                    "is_initialized": True, "_lazy_init": None, "is_bf16_supported": True,
-                   "get_device_capability": capability}  # fmt: skip
-        for asked, value in answers.items():
-            patch.setattr(torch.cuda, asked, lambda *_, value=value, **__: value)
+                   "get_device_capability": CARDS[name][0]}  # fmt: skip
+        for function, value in answers.items():
+            patch.setattr(torch.cuda, function, lambda *_, value=value, **__: value)
         patch.setattr(fake_tensor, "init_gpu_context", lambda device: None, raising=False)
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", _attend)
-        # Who asks for numbers gets zeros; a list becomes a tensor of zeros.
+        # A value that is read is zero; a list becomes a tensor of zeros.
         zero = {"__int__": 0, "__float__": 0.0, "__bool__": False, "item": 0.0}
-        for asked, value in zero.items():
-            patch.setattr(torch.Tensor, asked, lambda self, value=value: value)
+        for function, value in zero.items():
+            patch.setattr(torch.Tensor, function, lambda self, value=value: value)
         patch.setattr(torch.Tensor, "tolist", lambda self: _zeros(tuple(self.shape)))
         patch.setattr(torch, "tensor", lambda data, device=None, **_: torch.zeros(
             len(data), dtype=torch.long, device=device))  # fmt: skip
-        yield torch.device(device, 0)
+        yield torch.device("cuda", 0)
 
 
-class _Rules(TorchDispatchMode):
-    """What fake tensors let pass and a card does not: Apple's has no float64."""
-
-    def __init__(self, device):
-        super().__init__()
-        self.device = device
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for one in tree_leaves(out) if self.device == "mps" else ():
-            if isinstance(one, torch.Tensor) and one.device.type == "mps":
-                assert one.dtype != torch.float64, f"{function} in float64 on Apple's card"
-        return out
-
-
-def _let_autograd_take(device):
-    """Autograd asks the device's guard for streams. Torch built without it has none: that of meta
-    tensors, which does nothing, takes its place."""
+def _register_device_guard():
+    """Autograd asks the device's guard for streams. Torch built without CUDA has none, so that of
+    meta tensors, which does nothing, takes its place."""
     library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("*c10.*"))))
     guards = (ctypes.c_void_p * 15).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
-    guards[SLOTS[device]] = guards[SLOTS[device]] or guards[SLOTS["meta"]]
+    guards[CUDA] = guards[CUDA] or guards[META]
 
 
 def _attend(q, k, v, is_causal=False, scale=None):
-    """A kernel that every card has, and what it asks for."""
+    """Attention that checks what the kernels of a GPU need."""
     assert max(q.shape[:2]) <= MOST_HEADS, f"more heads than a launch may have: {tuple(q.shape)}"
     assert q.device.type != "cuda" or q.shape[-1] % 8 == 0, f"heads of {q.shape[-1]}"
     return (q @ k.mT).softmax(-1).to(v.dtype) @ v
@@ -79,7 +57,7 @@ def _zeros(shape):
 
 
 def backward(loss):
-    """loss.backward(), node by node: autograd's own engine would ask a driver for streams."""
+    """loss.backward(), node by node: autograd's own engine asks a driver for streams."""
     waiting, seen, stack = Counter(), set(), [loss.grad_fn]
     while stack:
         if (node := stack.pop()) not in seen:

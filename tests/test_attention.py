@@ -8,7 +8,7 @@ from musota.models.attention import attend_with_library, causal_attention, entro
 WAYS = {"tiled": causal_attention, "library": attend_with_library}
 
 
-def literal(q, k, v):
+def reference(q, k, v):
     """Attention and its entropy, query by query."""
     outputs, spreads = [], []
     for t in range(q.shape[1]):
@@ -21,13 +21,13 @@ def literal(q, k, v):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize(("T", "width"), [(1, 2), (33, 18)])
-def test_equals_the_literal_version_in_value_and_gradient(way, with_entropy, T, width, monkeypatch):
-    # Tiles of ten rows, launches of a few heads: none of the sizes above fits them evenly.
+def test_equals_the_reference_in_value_and_gradient(way, with_entropy, T, width, monkeypatch):
+    # Tiles of ten rows and launches of three heads do not divide the sizes above.
     for name, size in {"TILE_ROWS": 10, "TILE_SIZE": 500, "MOST_HEADS": 3}.items():
         monkeypatch.setattr(attention, name, size)
     torch.manual_seed(T)
     leaves = [torch.randn(5, T, width, dtype=torch.double, requires_grad=True) for _ in range(3)]
-    got, wanted = WAYS[way](*leaves, with_entropy), literal(*leaves)
+    got, wanted = WAYS[way](*leaves, with_entropy), reference(*leaves)
     loose = {"rtol": 1e-5, "atol": 1e-5} if way == "library" else {}  # in float32
     if not with_entropy:
         assert got[1] is None

@@ -1,12 +1,18 @@
+"""Configurations, the registry, matching and profiles."""
+
 import dataclasses
+import subprocess
+import sys
+import time
 
 import pytest
+from conftest import ROOT
 
 import musota
 from musota import DenseConfig, MuConfig, RedesignedConfig, TrainConfig
-from musota.errors import MusotaError
-from musota.plan.profiles import PLAN_TRAIN_TOKENS, find_profile
-from musota.plan.registry import find_experiment
+from musota.errors import MusotaError, check_seed
+from musota.lab.profiles import PLAN_TRAIN_TOKENS, PROFILES, check_changes, find_profile, scaled
+from musota.registry import REGISTRY, find_experiment
 
 
 def test_the_experiments_are_the_plans_and_the_redesign():
@@ -19,9 +25,10 @@ def test_the_experiments_are_the_plans_and_the_redesign():
     assert e["original"].training == TrainConfig(10, 3e-4, 500, 6, 4, 0.01, 1.0)
     for name in ("optimized", "baseline", "simplified"):
         assert e[name].training == TrainConfig(30, 1e-4, 2000, 4, 8, 0.01, 1.0)
-    for experiment in e.values():
+    for name in REGISTRY:
+        experiment = find_experiment(name)
         assert musota.Experiment.from_dict(experiment.to_dict()) == experiment
-        assert musota.scaled(experiment, "full") is experiment
+        assert scaled(name, "full") == scaled(experiment, "full") == experiment
 
 
 @pytest.mark.parametrize("target", [10_000, 300_000, 5_000_000])
@@ -43,8 +50,7 @@ def test_with_changes_model_and_training_by_name_and_refuses_unknown_names():
 @pytest.mark.parametrize("profile", ["study", "quick", "tiny"])
 def test_profiles_keep_the_plans_proportions(profile):
     original, optimized, baseline, simplified = (
-        musota.scaled(musota.experiments[name], profile)
-        for name in ("original", "optimized", "baseline", "simplified")
+        scaled(name, profile) for name in ("original", "optimized", "baseline", "simplified")
     )
     assert original.training.learning_rate / optimized.training.learning_rate == pytest.approx(3)
 
@@ -54,14 +60,14 @@ def test_profiles_keep_the_plans_proportions(profile):
         return training.warmup_steps / (training.epochs * tokens / per_step)
 
     for name, small in (("original", original), ("optimized", optimized)):
-        share = warmup_share(small, musota.profiles[profile].train_tokens)
+        share = warmup_share(small, PROFILES[profile].train_tokens)
         plans = warmup_share(musota.experiments[name], PLAN_TRAIN_TOKENS)
         assert share == pytest.approx(plans, abs=0.01) and small.training.epochs >= 3
     assert baseline.model.n_layer == optimized.model.n_layer > simplified.model.n_layer
     assert abs(baseline.model.n_parameters / optimized.model.n_parameters - 1) < 0.02
-    # A twin scaled is a scaled model's twin.
-    twin = musota.scaled(musota.twin(musota.experiments["simplified"]), profile)
-    assert twin == musota.twin(simplified) and twin.training == simplified.training
+    # A matched row is matched once, to the other row as scaled and changed.
+    changed = scaled("baseline", profile, n_layer=1, epochs=2)
+    assert changed == musota.twin(scaled("optimized", profile, n_layer=1, epochs=2))
 
 
 @pytest.mark.parametrize(
@@ -69,28 +75,48 @@ def test_profiles_keep_the_plans_proportions(profile):
     [
         (lambda: find_experiment("optimised"), "did you mean 'optimized'"),
         (lambda: find_profile("quik"), "did you mean 'quick'"),
+        (lambda: check_changes({"learning_rat": 1}), "did you mean 'learning_rate'"),
+        (lambda: musota.twin(3), "twin needs an Experiment, or a torch module"),
         (lambda: MuConfig(n_block=7), "7 equal blocks do not tile a 8×8 matrix"),
         (
             lambda: MuConfig(matrix_size=6, n_block=4, n_head=6),
-            "n_block=4 makes blocks of an odd number",
+            "n_block=4 makes blocks with an odd number",
         ),
         (lambda: DenseConfig(n_head=12), "n_head=12 does not divide d_model=208"),
         (lambda: MuConfig(matrix_size=10**7), "a whole number of at least 1, at most 64"),
-        (lambda: MuConfig(vocab_size=2**40), "parameters is beyond"),
+        (lambda: MuConfig(vocab_size=2**40), "parameters is over the limit"),
         (lambda: MuConfig(n_layer=1.5), "n_layer must be a whole number"),
         (lambda: DenseConfig(dropout=1.0), "a finite number of at least 0, at most 0.99"),
-        (lambda: RedesignedConfig(without="rotery"), "'rotery': did you mean 'rotary'"),
-        (lambda: RedesignedConfig(without=3), "without must be a name, not 3"),
-        (lambda: RedesignedConfig(n_block=5, without=""), "Names need 8 or 16 blocks"),
+        (lambda: RedesignedConfig(gate="no"), "gate must be True or False, not 'no'"),
         (lambda: RedesignedConfig(block_size=5), "block_size=5 is odd"),
-        (
-            lambda: TrainConfig(averaging=2),
-            "averaging must be a finite number of at least 0, at most",
-        ),
         (lambda: TrainConfig(learning_rate=0), "learning_rate must be a finite number above 0"),
         (lambda: TrainConfig(learning_rate=float("nan")), "learning_rate must be a finite"),
+        (lambda: check_seed(2**31), "seed must be a whole number from 0 to"),
+        (lambda: check_seed(True), "seed must be a whole number from 0 to"),
     ],
 )
 def test_bad_values_get_one_sentence(make, message):
     with pytest.raises(MusotaError, match=message):
         make()
+
+
+LIGHT = """
+import sys, musota
+from musota.lab.profiles import find_profile
+from musota.registry import find_row
+for find, name in ((find_profile, "studdy"), (find_row, "optimised")):
+    try:
+        find(name)
+    except musota.MusotaError as error:
+        print(error)
+assert not {"torch", "pandas", "matplotlib"} & set(sys.modules)
+"""
+
+
+def test_a_wrong_name_is_answered_without_importing_torch():
+    started = time.perf_counter()
+    command = [sys.executable, "-c", LIGHT]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "did you mean 'study'" in done.stdout and "did you mean 'optimized'" in done.stdout
+    assert time.perf_counter() - started < 5  # under a second on a machine without other loads

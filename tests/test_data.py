@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from musota.data import sources
 from musota.data.corpus import load_corpus, window_starts
 from musota.data.tokenizer import LONGEST_WORD, TextTokenizer
 from musota.errors import MusotaError
-from musota.plan.profiles import Profile
 
 ODD = [
     "",
@@ -39,7 +39,7 @@ def test_any_text_survives_the_tokenizer_and_the_tokenizer_its_file(tokenizer, t
     assert (ids == tokenizer.line_end).sum() == text.count("\n")
     assert (ids == tokenizer.unknown).sum() == text.count("<unk>")
     assert len(ids) == 0 or (ids.min() >= 0 and ids.max() < 400)
-    # A word is cut, so that time grows with its length and not with the square.
+    # Long words are cut, so that time does not grow with their square.
     assert all(len(tokenizer.decode([token]).encode()) <= LONGEST_WORD for token in ids)
     tokenizer.save(tmp_path / "tokenizer.json")
     assert (TextTokenizer.load(tmp_path / "tokenizer.json").encode(text) == ids).all()
@@ -94,14 +94,14 @@ def test_white_space_at_line_ends_does_not_count(tmp_path):
 
 def test_limits_cut_at_a_line_end_and_recount(text_folder):
     whole = load_corpus(text_folder, 512)
-    cut = whole.limited(Profile("some", 512, train_tokens=5000, valid_tokens=800))
+    cut = whole.limited(5000, 800)
     assert 4000 < len(cut.train) <= 5000 and len(cut.valid) <= 800
     assert torch.equal(cut.valid, whole.valid[: len(cut.valid)])
     assert cut.valid[-1] == whole.tokenizer.line_end
     text = whole.tokenizer.decode(cut.valid)
     assert cut.words["valid"] == len(text.split()) + text.count("\n")
     assert cut.fingerprint != whole.fingerprint and cut.text_hash == whole.text_hash
-    assert whole.limited(Profile("full")).train is whole.train
+    assert whole.limited(None, None).train is whole.train
 
 
 @pytest.mark.parametrize(("n", "length"), [(1000, 7), (101, 10), (15, 7), (50, 25)])
@@ -169,7 +169,7 @@ def test_a_local_copy_is_preferred_to_the_hub(tmp_path):
     assert corpus.tokenizer.decode(corpus.train).startswith("a local copy")
 
 
-def test_auto_falls_back_on_python_docs_and_says_so(monkeypatch, text_folder):
+def test_auto_falls_back_on_python_docs_and_reports_it(monkeypatch, text_folder):
     texts = sources._read_folder(text_folder)
     monkeypatch.setitem(sources.SOURCES, "python-docs", lambda: ("docstrings", texts))
     corpus = load_corpus("auto", 300)
@@ -193,6 +193,22 @@ def test_python_docs_are_split_by_document_without_repeats(monkeypatch, tmp_path
     assert list(map(len, documents)) == [181, 10, 10]  # 200 modules and the repeated one once
     assert "Test word" not in str(documents) and "short" not in str(documents)
     assert documents[0] != sorted(documents[0])
+
+
+def test_no_long_line_of_python_docs_is_in_two_splits():
+    words = [f"w{number}" for number in range(40)]
+    lines = [" ".join(words[start : start + 14]) for start in range(26)]
+    documents = {
+        f"Document {number} starts like this.\n{line}" for number, line in enumerate(lines)
+    }
+    documents |= {f"Another {n} says it, too.\n      {lines[n % 9].title()}!" for n in range(40)}
+    parts = sources._split(documents)
+    assert len(parts["train"]) == round(0.9 * len(documents))
+    found = [
+        {line.strip(" !").lower() for d in part for line in d.splitlines() if len(line) > 40}
+        for part in parts.values()
+    ]
+    assert not found[0] & found[1] and not found[0] & found[2] and not found[1] & found[2]
 
 
 def _in_a_process(code, *arguments, **environment):
@@ -241,10 +257,10 @@ def test_a_silent_hub_is_answered_within_seconds(tmp_path):
         code = "import musota\nmusota.load_corpus('wikitext-103')"
         done = _in_a_process(code, **hub, HF_HOME=str(tmp_path))
     assert time.perf_counter() - started < 40  # importing torch and datasets included
-    assert "hub does not give it" in done.stderr and "Three ways on" in done.stderr
+    assert "hub does not provide it" in done.stderr and "or use the corpus" in done.stderr
 
 
-def test_splits_are_found_under_the_names_people_give_them(tmp_path):
+def test_splits_are_found_under_their_usual_names(tmp_path):
     usual = load_corpus(_folder(tmp_path / "usual", valid="other words entirely\n" * 30), 300)
     for names in (
         "wiki.train.tokens wiki.valid.tokens wiki.test.tokens",
@@ -266,7 +282,7 @@ def test_splits_are_found_under_the_names_people_give_them(tmp_path):
     ],
     ids=["paragraphs", "lines", "no spaces"],
 )
-def test_one_text_is_split_by_itself_and_this_is_said(text, end, tmp_path):
+def test_one_text_is_split_and_its_source_says_so(text, end, tmp_path):
     (tmp_path / "input.txt").write_text(text, "utf-8")
     corpus = load_corpus(tmp_path / "input.txt", 300)
     assert corpus.name == "input" and "input.txt, split 90/5/5" in corpus.source
@@ -276,12 +292,12 @@ def test_one_text_is_split_by_itself_and_this_is_said(text, end, tmp_path):
         assert len(part) / len(text) == pytest.approx(share, abs=0.015) and part.endswith(end)
 
 
-def test_valid_text_that_stands_in_train_is_told(text_folder, tmp_path):
+def test_valid_text_that_is_also_in_train_is_reported(text_folder, tmp_path):
     folder = shutil.copytree(text_folder, tmp_path / "leaks")
-    assert "stand in train" not in load_corpus(_folder(tmp_path / "clean"), 300).source
+    assert "also in train" not in load_corpus(_folder(tmp_path / "clean"), 300).source
     shutil.copy(folder / "train.txt", folder / "valid.txt")
     source = load_corpus(folder, 300).source
-    assert "100% of the longer lines of valid stand in train, too" in source
+    assert "100% of the longer lines of valid are also in train" in source
 
 
 def test_paths_may_begin_with_a_tilde_and_there_may_be_no_home(tmp_path, monkeypatch):
@@ -292,7 +308,7 @@ def test_paths_may_begin_with_a_tilde_and_there_may_be_no_home(tmp_path, monkeyp
     assert [*(tmp_path / "kept").glob("tokens-*")]
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where nobody has a home
     monkeypatch.delenv("MUSOTA_CACHE")
-    with pytest.raises(MusotaError, match="no path that can be used here"):
+    with pytest.raises(MusotaError, match="cannot be used as a path here"):
         load_corpus(tmp_path / "mine", 300)
 
 
@@ -306,9 +322,9 @@ def test_an_endless_line_comes_in_bounded_pieces(monkeypatch, tmp_path):
     assert max(map(len, sources._read_file(folder / "train.txt"))) <= 500
     corpus = load_corpus(folder, 300)
     assert corpus.tokenizer.decode(corpus.train) == text
-    assert len(corpus.limited(Profile("some", 300, 40, 40)).train) == 40
+    assert len(corpus.limited(40, 40).train) == 40
     titled = load_corpus(_folder(tmp_path / "titled", train=f">title\n{text}"), 300)
-    assert len(titled.limited(Profile("some", 300, 40, 40)).train) == 40
+    assert len(titled.limited(40, 40).train) == 40
 
 
 def test_a_text_in_pieces_gives_the_tokens_of_the_whole(text_folder, monkeypatch, tmp_path):
@@ -328,15 +344,20 @@ def test_a_text_in_pieces_gives_the_tokens_of_the_whole(text_folder, monkeypatch
 # --- which text it is ---
 
 
-def test_wikitext_is_recognised_by_its_content_and_by_nothing_else(
+def test_a_known_text_is_recognised_in_any_folder_and_no_other_text_is(
     text_folder, tmp_path, monkeypatch
 ):
     posing = shutil.copytree(text_folder, tmp_path / "wikitext-2")
     other = load_corpus(posing, 300)
     assert other.name == "wikitext-2 (another text)" and other.label.endswith(other.text_hash[:8])
     monkeypatch.setitem(sources.KNOWN_TEXTS, other.text_hash, "wikitext-2")
-    for folder in (posing, text_folder):  # wherever it lies
+    for folder in (posing, text_folder):
         assert load_corpus(folder, 300).label == "wikitext-2"
+    # The same lines in another order are another text, with a folder of its own.
+    lines = (posing / "train.txt").read_text("utf-8").splitlines(keepends=True)
+    (posing / "train.txt").write_text("".join(sorted(lines)), "utf-8")
+    shuffled = load_corpus(posing, 300)
+    assert shuffled.name == "wikitext-2 (another text)" and shuffled.label != "wikitext-2"
 
 
 def test_two_texts_never_share_a_label_and_one_text_keeps_its_hash(text_folder, tmp_path):
@@ -345,5 +366,29 @@ def test_two_texts_never_share_a_label_and_one_text_keeps_its_hash(text_folder, 
         file.write("One more line.\n")
     here, there = (load_corpus(folder, 300) for folder in (text_folder, changed))
     assert here.name == there.name and here.label != there.label
+    assert here.valid_sha256 != here.limited(None, 500).valid_sha256
     larger = load_corpus(text_folder, 400)  # other tokens of the same text
     assert larger.text_hash == here.text_hash and larger.fingerprint != here.fingerprint
+
+
+# --- reading ---
+
+
+def test_read_text_reads_a_file_as_load_corpus_does(tmp_path):
+    folder = _folder(tmp_path / "mine", valid="\ufeff one \r\ntwo\t\n\nthree words here \n")
+    corpus = load_corpus(folder, 300)
+    text = sources.read_text(folder / "valid.txt")
+    assert corpus.tokenizer.decode(corpus.valid) == text == " one\ntwo\n\nthree words here\n"
+
+
+def test_text_that_is_not_unicode_gets_one_sentence(tokenizer):
+    with pytest.raises(MusotaError, match="lone surrogate"):
+        tokenizer.encode("fine \ud800 not")
+
+
+def test_several_threads_can_fill_one_cache(text_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path))
+    with ThreadPoolExecutor(4) as threads:
+        corpora = list(threads.map(lambda _: load_corpus(text_folder, 320), range(4)))
+    assert len({corpus.fingerprint for corpus in corpora}) == 1
+    assert not list(tmp_path.glob(".*"))  # no temporary file is left

@@ -1,21 +1,23 @@
-"""Nonsense on the public entries: either it works, or one clear sentence says why not."""
+"""Nonsense as input of the public API: either it works, or one clear sentence says why not."""
 
 import copy
 import json
 import math
 import warnings
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import EXPERIMENT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import musota
 from musota.errors import MusotaError
-from musota.plan.profiles import find_profile, grid_profiles
-from musota.plan.registry import find_experiment
-from musota.workbook.evidence import read_rungs
-from musota.workbook.records import read_probes
+from musota.files import read_sealed, write_sealed
+from musota.lab.profiles import GRID_PROFILES, find_profile, scaled
+from musota.registry import find_experiment
 
 settings.register_profile("garbage", max_examples=60, deadline=None)
 settings.load_profile("garbage")
@@ -23,16 +25,14 @@ settings.load_profile("garbage")
 NUMBERS = st.one_of(
     st.integers(-3, 70), st.integers(), st.floats(), st.none(), st.booleans(), st.text(max_size=5)
 )
-FIELDS = sorted(
-    {name for e in musota.experiments.values() for name in e.fields()} - {"d_ff", "without"}
-)
+FIELDS = sorted({name for e in musota.experiments.values() for name in e.fields()} - {"d_ff"})
 JSON = st.recursive(
     NUMBERS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8
 )
 
 
-def _told(call, *given, **named):
-    """What a call gives, or None where it answers with a sentence."""
+def _answer(call, *given, **named):
+    """The result of a call, or None where it raises a user-facing error of one sentence."""
     try:
         return call(*given, **named)
     except MusotaError as error:
@@ -45,10 +45,10 @@ def _told(call, *given, **named):
 @example("dropout", "0.1", "optimized")
 @example("matrix_size", 10**12, "simplified")
 def test_configurations(name, value, kind):
-    if changed := _told(musota.experiments[kind].with_, **{name: value}):
+    if changed := _answer(musota.experiments[kind].with_, **{name: value}):
         assert changed.model.n_parameters > 0
-        for profile in grid_profiles.values():
-            _told(musota.scaled, changed, profile)
+        for profile in GRID_PROFILES.values():
+            _answer(scaled, changed, profile)
 
 
 @given(name=st.text(max_size=30))
@@ -57,11 +57,12 @@ def test_configurations(name, value, kind):
 @example("x" * 500)
 def test_names(name):
     for find in (find_experiment, find_profile, musota.load_corpus):
-        _told(find, name)
+        _answer(find, name)
 
 
 @given(config=JSON, weights=st.binary(max_size=300))
 @example(config={"kind": []}, weights=b"")
+@example(config={"kind": "module", "source": 3}, weights=b"")
 @example(config=None, weights=b"")
 def test_folders_of_runs_and_models_and_descriptions_of_experiments(
     config, weights, tmp_path_factory
@@ -71,9 +72,9 @@ def test_folders_of_runs_and_models_and_descriptions_of_experiments(
     for name in ("model.safetensors", "metrics.jsonl"):
         (folder / name).write_bytes(weights)
     for data in (config, {"model": config, "training": {}}):
-        assert _told(musota.Experiment.from_dict, data) is None
-    assert _told(musota.load_model, folder) is _told(musota.Run, folder) is None
-    assert musota.load_runs(folder) == []  # skipped and named
+        assert _answer(musota.Experiment.from_dict, data) is None
+    assert _answer(musota.load_model, folder) is _answer(musota.Run, folder) is None
+    assert musota.load_runs(folder) == []  # left out, with a line
 
 
 @pytest.fixture(scope="module")
@@ -93,27 +94,23 @@ def model():
 def test_generating(model, ids, temperature, top_k, top_p):
     prompt = torch.tensor([ids], dtype=torch.long)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    out = _told(model.generate, prompt, 2, **settings)
+    out = _answer(model.generate, prompt, 2, **settings)
     assert out is None or (out.shape == (1, len(ids) + 2) and 0 <= out.min() <= out.max() < 300)
 
 
-@given(
-    tokens=st.lists(st.integers(-2, 302), max_size=30),
-    stride=st.none() | st.integers(-2, 12),
-    batch_size=st.integers(-2, 5),
-)
-def test_evaluating(model, tokens, stride, batch_size):
+@given(tokens=st.lists(st.integers(-2, 302), max_size=30), stride=st.none() | st.integers(-2, 12))
+def test_evaluating(model, tokens, stride):
     tokens = torch.tensor(tokens, dtype=torch.int32)
-    found = _told(musota.evaluate, model, tokens, stride=stride, batch_size=batch_size)
+    found = _answer(musota.evaluate, model, tokens, stride=stride)
     assert found is None or found["ppl"] >= 1
 
 
 TRAINING = {
-    "experiment": ["optimized"],
+    "experiment": ["optimized", torch.nn.Linear],
     "corpus": [None],
     "seed": ["a", None, 1.5, -1, 2**63],
-    "micro_batch": [0, True, "4"],
-    "stop_at": [math.nan, 0, None],
+    "options": [{"micro_batch": value} for value in (0, "4")]
+    + [{"stop_at": value} for value in (math.nan, 0, None)],
 }
 PARAMETERS = {
     "profile": [[], "quik"],
@@ -130,16 +127,20 @@ def _each(table):
 
 @_each(TRAINING)
 def test_training(name, value, corpus, tmp_path):
-    given = {"experiment": musota.experiments["optimized"], "corpus": corpus, name: value}
+    given = {"experiment": EXPERIMENT, "corpus": corpus, name: value}
     with pytest.raises(MusotaError, match="train needs|must"):
+        if name == "options":
+            given["options"] = musota.RunOptions(**value)
         musota.train(run_dir=tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
 
 
 @_each(PARAMETERS)
 def test_notebook_parameters(name, value, text_folder):
+    from musota.workbook import Workbook
+
     given = {"profile": "tiny", "corpus": str(text_folder), name: value}
-    assert _told(musota.Workbook, **given) is None
+    assert _answer(Workbook, **given) is None
 
 
 @pytest.mark.parametrize("name", ["/nothing", "no-one/nothing", "a b/c\0"])
@@ -148,23 +149,29 @@ def test_a_model_that_is_nowhere(name):
         musota.CausalLM.from_pretrained(name)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"ppl": 3, "fingerprint": ""}'])
-def test_damaged_rungs_are_named(content, tmp_path):
-    (tmp_path / "ladder.json").write_text(content)
-    with pytest.raises(MusotaError, match=r"ladder.json is damaged"):
-        read_rungs(read_probes(tmp_path), "")
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"ppl": 3, "sha256": ""}', b"\xff", b"{}"])
+def test_damaged_records_are_named(content, tmp_path):
+    write_sealed(tmp_path / "config.json", {"ppl": math.inf, "steps": 3})
+    assert read_sealed(tmp_path / "config.json") == {"ppl": None, "steps": 3}
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(MusotaError, match=r"config.json (is damaged|has no sha256)"):
+        read_sealed(tmp_path / "config.json")
 
 
-# --- what people have at hand ---
+# --- the forms in which token ids come ---
 
 
-def test_text_lists_arrays_and_tensors_are_all_taken(model, text_folder):
+def test_text_lists_arrays_and_tensors_are_all_taken(model, text_folder, tmp_path):
     tokenizer = musota.load_corpus(text_folder, 300).tokenizer
     text = (text_folder / "valid.txt").read_text("utf-8")[:2000]
     ids, owned = tokenizer.encode(text), copy.copy(model)
     owned.tokenizer = tokenizer
     with warnings.catch_warnings(action="error"):
-        forms = text, ids, ids.tolist(), torch.from_numpy(ids)
+        short = ids.astype(np.uint16)
+        short.tofile(tmp_path / "ids.bin")  # as nanoGPT stores them
+        mapped = np.memmap(tmp_path / "ids.bin", np.uint16, "r")
+        forms = text, ids, ids.tolist(), torch.from_numpy(ids), mapped, torch.from_numpy(short)
+        forms += ids.astype(">i8"), ids.astype(np.uint64), tuple(ids), pd.Series(ids)
         assert len({musota.evaluate(owned, form)["loss"] for form in forms}) == 1
     assert torch.equal(owned.generate(text[:20], 3), owned.generate(tokenizer.encode(text[:20]), 3))
     assert tokenizer.decode(torch.from_numpy(ids)) == text

@@ -1,21 +1,21 @@
 import numpy as np
 import pytest
 
-from musota.plan.layout import BlockLayout
-from musota.plan.registry import find_experiment
+from musota.models.layout import BlockLayout
+from musota.registry import find_experiment
 
 PLANS = BlockLayout.standard(8, 16), BlockLayout.standard(6, 8), BlockLayout.standard(8, 8)
 REDESIGNED = find_experiment("redesigned").model.layout
 
 
 @pytest.mark.parametrize("layout", [*PLANS, REDESIGNED])
-def test_each_blocks_cells_fill_its_rectangle_row_by_row_and_all_tile_the_matrix(layout):
+def test_the_channels_of_a_block_fill_its_rectangle_and_all_blocks_tile_the_matrix(layout):
     places = layout.to_matrix(np.stack([np.arange(layout.height * layout.width)] * 2))[1]
     assert sorted(places.flatten()) == list(range(layout.height * layout.width))
     first = 0
     for b in layout.blocks:
-        cells = places[b.row : b.row + b.height, b.column : b.column + b.width]
-        assert cells.flatten().tolist() == list(range(first, first + b.size))
+        rectangle = places[b.row : b.row + b.height, b.column : b.column + b.width]
+        assert rectangle.flatten().tolist() == list(range(first, first + b.size))
         first += b.size
 
 

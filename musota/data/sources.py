@@ -1,10 +1,11 @@
-"""Where texts come from: a table, corpus name to how it is read, and folders of one's own."""
+"""Sources of texts: a table from corpus name to its reader, and the user's own files."""
 
 import ast
 import hashlib
 import importlib.util
 import io
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -19,21 +20,23 @@ from musota.errors import MusotaError, nearest_name
 from musota.files import as_path, cache_folder, write_text
 
 SPLITS = ("train", "valid", "test")
-# What people call a split's file, perhaps with wiki. before it, before any of ENDINGS.
+# Names of a split's file, with or without "wiki." before and with any of ENDINGS.
 FILE_NAMES = {"train": ["train"], "valid": ["valid", "validation", "val", "dev"], "test": ["test"]}
 ENDINGS = (".txt", ".tokens", ".raw")
-SHARES = {"train": (0, 0.90), "valid": (0.90, 0.95), "test": (0.95, 1)}  # of a text's splits
+SHARES = {"train": (0, 0.90), "valid": (0.90, 0.95), "test": (0.95, 1)}  # of one text
 HUB_REPOSITORY = "Salesforce/wikitext"
 HUB_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 HUB_TIMEOUT = 5  # seconds
 DOCS_PACKAGES = ("numpy", "pandas", "matplotlib", "torch")
-PIECE = 2**20  # characters of text, or tokens, that are looked at together
-RECIPE = "3"  # raise when the same text should give other tokens or another python-docs
-# Texts that are recognised wherever they lie (see `Corpus.text_hash`).
-KNOWN_TEXTS = {"5eaed3defaa96076": "wikitext-2"}
+PIECE = 2**20  # characters of text read at once
+LONG_LINE = 60  # characters; python-docs has no line of this length in two splits
+RECIPE = "4"  # raise when the same text should give other tokens or another python-docs
+# Texts that are recognised in any folder, by `Corpus.text_hash`.
+KNOWN_TEXTS = {"db03aa7174452ad8": "wikitext-2"}
 
 
 def content_hash(*parts: str) -> str:
+    """A short hash of the parts, in order."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode()
@@ -41,12 +44,12 @@ def content_hash(*parts: str) -> str:
     return digest.hexdigest()[:16]
 
 
-# Gives a text in pieces of PIECE characters or so that end at line ends, where there are any.
+# Yields a text in pieces of about PIECE characters, which end at line ends where there are any.
 Text = Callable[[], Iterator[str]]
 
 
 def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, Text]]:
-    """(corpus name, where it came from, text by split)."""
+    """(corpus name, description of its source, text by split)."""
     if name == "auto":
         try:
             return read_texts("wikitext-2", data_dir)
@@ -58,7 +61,7 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, Text]]:
         if local and os.path.isdir(local):
             return name, "local copy", _read_folder(local)
         return (name, *SOURCES[name]())
-    for place in filter(None, (as_path(name), local)):  # of names that no path can have, too
+    for place in filter(None, (as_path(name), local)):  # isdir accepts any string
         if os.path.isdir(place):
             return place.resolve().name, "local folder", _read_folder(place)
         if os.path.isfile(place):
@@ -73,12 +76,17 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, Text]]:
 
 
 def recognised(name: str, source: str, text_hash: str) -> str:
-    """What a text is by its content: nobody's folder makes a text WikiText-2, or hides that it is.
-    What comes from the hub's pinned revision is what it is called."""
+    """The name of a text by its content: known texts have their name in any folder, and other
+    texts in a folder named like them do not. The hub's pinned revision is trusted."""
     if text_hash in KNOWN_TEXTS:
         return KNOWN_TEXTS[text_hash]
     posing = name in KNOWN_TEXTS.values() and source.startswith("local")
     return f"{name} (another text)" if posing else name
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a file, exactly as `load_corpus` reads it. Raises MusotaError."""
+    return "".join(_read_file(as_path(path)))
 
 
 def _read_folder(folder: Path) -> dict[str, Text]:
@@ -90,14 +98,14 @@ def _read_folder(folder: Path) -> dict[str, Text]:
         if not found:
             raise MusotaError(
                 f"The folder {folder} has no {split}.txt: it needs train.txt, valid.txt and "
-                "test.txt. One text is named by its own path."
+                "test.txt. For one text, give the path of the file."
             )
         texts[split] = partial(_read_file, found[0])
     return texts
 
 
 def _read_file(path: Path, split: str | None = None) -> Iterator[str]:
-    """A file, or a split's share of it, in pieces."""
+    """A file, or one split's share of it, in pieces."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             source = io.StringIO(_share(file.read(), split)) if split else file
@@ -109,7 +117,7 @@ def _read_file(path: Path, split: str | None = None) -> Iterator[str]:
 
 
 def _in_pieces(lines: Iterable[str]) -> Iterator[str]:
-    """Lines joined, without white space before line ends: local and hub WikiText differ in it."""
+    """Joined lines without white space before line ends, which differs among WikiText copies."""
     piece, held = [], 0
     for line in lines:
         piece.append(line.rstrip() + "\n" if line.endswith("\n") else line)
@@ -121,8 +129,7 @@ def _in_pieces(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _share(text: str, split: str) -> str:
-    """A split's share of a text. Splits end with a paragraph; where none ends nearby, with a line;
-    failing that anywhere."""
+    """A split's share of a text. It ends with a paragraph, else a line, if one ends nearby."""
 
     def cut(share: float) -> int:
         start, near = round(share * len(text)), len(text) // 100
@@ -133,28 +140,28 @@ def _share(text: str, split: str) -> str:
 
 
 class HubUnreachable(MusotaError):
-    """The corpus is neither here nor to be had from the hub."""
+    """The corpus is neither on this machine nor available from the hub."""
 
 
 def _read_hub(name: str) -> tuple[str, dict[str, Text]]:
-    """From the Hugging Face cache or the hub; HubUnreachable within seconds otherwise."""
+    """A corpus from the Hugging Face cache or the hub. Raises HubUnreachable within seconds."""
     import datasets
     from huggingface_hub import HfApi
 
-    was_offline, trouble = datasets.config.HF_HUB_OFFLINE, None
-    try:  # whatever goes wrong, the hub is of no use now
+    was_offline, failure = datasets.config.HF_HUB_OFFLINE, None
+    try:
         HfApi().dataset_info(HUB_REPOSITORY, revision=HUB_REVISION, timeout=HUB_TIMEOUT)
-    except Exception as error:
-        trouble = error
+    except Exception as error:  # of any type: then only the cache is used
+        failure = error
         datasets.config.HF_HUB_OFFLINE = True
     try:
         rows = datasets.load_dataset(HUB_REPOSITORY, f"{name}-v1", revision=HUB_REVISION)
-    except Exception as error:  # the hub's client raises many types; none may end in a traceback
+    except Exception as error:  # the hub's client raises many types
         raise HubUnreachable(
-            f"{name} is not on this machine and the Hugging Face hub does not give it "
-            f"({type(trouble or error).__name__}). Three ways on: put train.txt, valid.txt and "
-            f"test.txt into $MUSOTA_DATA_DIR/{name}/, copy a Hugging Face datasets cache that has "
-            "it here, or use the corpus python-docs, which needs no download."
+            f"{name} is not on this machine and the Hugging Face hub does not provide it "
+            f"({type(failure or error).__name__}). Put train.txt, valid.txt and test.txt into "
+            f"$MUSOTA_DATA_DIR/{name}/, or copy a Hugging Face datasets cache with it to this "
+            "machine, or use the corpus python-docs, which needs no download."
         ) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
@@ -165,12 +172,12 @@ def _read_hub(name: str) -> tuple[str, dict[str, Text]]:
         return _in_pieces(lines)
 
     hub_splits = zip(SPLITS, ("train", "validation", "test"), strict=True)
-    source = "the Hugging Face cache" if trouble else "the Hugging Face hub"
+    source = "the Hugging Face cache" if failure else "the Hugging Face hub"
     return source, {split: partial(read, hub_split) for split, hub_split in hub_splits}
 
 
 def _python_docs() -> tuple[str, dict[str, Text]]:
-    """Docstrings of the standard library and four big packages, split 90/5/5 by docstring."""
+    """Docstrings of the standard library and four big packages, split 90/5/5."""
     versions = [f"{name} {metadata.version(name)}" for name in DOCS_PACKAGES]
     key = content_hash(RECIPE, sys.version, *versions)
     paths = {split: cache_folder() / f"python-docs-{key}-{split}.txt" for split in SPLITS}
@@ -189,29 +196,42 @@ def _collect_docs() -> dict[str, str]:
     found = ((root, path) for root in roots for path in sorted(root.rglob("*.py")))
     files = [path for root, path in found if left_out.isdisjoint(path.relative_to(root).parts)]
     documents = set(chain.from_iterable(map(docstrings, tqdm(files, "reading files", delay=2))))
+    return {split: "\n\n".join(part) + "\n" for split, part in _split(documents).items()}
+
+
+def _split(documents: set[str]) -> dict[str, list[str]]:
+    """Documents by split, in random order. Those of valid and test that repeat a long line of an
+    earlier split are left out."""
     ordered = sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
-    texts = {}
+    parts, known = {}, set()
     for split, shares in SHARES.items():
         start, end = (round(share * len(ordered)) for share in shares)
-        texts[split] = "\n\n".join(ordered[start:end]) + "\n"
-    return texts
+        parts[split] = [one for one in ordered[start:end] if known.isdisjoint(_long_lines(one))]
+        known.update(*map(_long_lines, parts[split]))
+    return parts
+
+
+def _long_lines(document: str) -> set[str]:
+    """The long lines of a document, without case, punctuation and indentation."""
+    lines = [line for line in document.splitlines() if len(line) >= LONG_LINE * 2 // 3]
+    return {" ".join(re.findall(r"\w+", line.lower())) or line.strip() for line in lines}
 
 
 def docstrings(path: Path) -> list[str]:
-    """Docstrings of a source file, parsed and not run; those under 20 words are left out."""
+    """The docstrings of a source file of at least 20 words. The file is parsed, not run."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
-        return []  # files for other Python versions, templates
+        return []  # written for other Python versions, or a template
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = (node for node in ast.walk(tree) if isinstance(node, kinds))
     found = (ast.get_docstring(node) or "" for node in nodes)
-    # Escapes in a docstring can spell characters that UTF-8 has no bytes for.
+    # Escapes in a docstring can give characters that UTF-8 cannot encode.
     cleaned = (text.encode(errors="replace").decode().strip() for text in found)
     return [text for text in cleaned if len(text.split()) >= 20]
 
 
-# Adding a corpus is a row here: what reads it returns (where it came from, text by split).
+# A corpus is one row: its reader returns (description of the source, text by split).
 HUB_TEXTS = ("wikitext-2", "wikitext-2-raw", "wikitext-103", "wikitext-103-raw")
 SOURCES: dict[str, Callable[[], tuple[str, dict[str, Text]]]] = {
     **{name: partial(_read_hub, name) for name in HUB_TEXTS},

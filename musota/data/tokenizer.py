@@ -1,4 +1,4 @@
-"""Byte-level BPE, trained on the train split alone."""
+"""A byte-level BPE tokenizer, trained on the train split alone."""
 
 import json
 import os
@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from musota.errors import MusotaError
+
 UNKNOWN, LINE_END = "<unk>", "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 2  # every byte, and the two special tokens
 LONGEST_WORD = 256  # bytes; what is longer (no spaces, no punctuation) is cut: BPE stays linear
@@ -14,18 +16,18 @@ LONGEST_WORD = 256  # bytes; what is longer (no spaces, no punctuation) is cut: 
 
 class TextTokenizer:
     """Byte-level BPE over lines; `decode(encode(text)) == text`. A line end is one token, and so is
-    a literal `<unk>`."""
+    `<unk>`."""
 
     def __init__(self, backend: Tokenizer):
         self.backend = backend
-        # Special tokens stand for line ends only: the same characters in a text are just text.
+        # Only line ends become special tokens: the same characters in a text are ordinary text.
         backend.encode_special_tokens = True
         self.line_end = backend.token_to_id(LINE_END)
         self.unknown = backend.token_to_id(UNKNOWN)
 
     @classmethod
     def train(cls, pieces: Iterable[str], vocab_size: int) -> "TextTokenizer":
-        """Merges learned on a text, for a vocabulary of at least SMALLEST_VOCABULARY."""
+        """A tokenizer trained on a text, for a vocabulary of at least SMALLEST_VOCABULARY."""
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.ByteLevel(False), pre_tokenizers.FixedLength(LONGEST_WORD)]
@@ -39,7 +41,7 @@ class TextTokenizer:
         )
         lines = (line for piece in pieces for line in piece.split("\n"))
         backend.train_from_iterator(lines, trainer)
-        # The trainer makes both tokens special; `<unk>` shall be found in texts, line ends not.
+        # The trainer makes both tokens special; `<unk>` must be found in texts, LINE_END not.
         described = json.loads(backend.to_str())
         for token in described["added_tokens"]:
             token["special"] = token["content"] == LINE_END
@@ -47,12 +49,18 @@ class TextTokenizer:
 
     @property
     def size(self) -> int:
-        """Tokens really in use; BPE may run out of merges before `vocab_size`."""
+        """The number of tokens; on little text it is less than `vocab_size`."""
         return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text, int32."""
-        lines = self.backend.encode_batch_fast(text.split("\n"))
+        """Token ids of a text, int32. Raises MusotaError for a lone surrogate, which is no text."""
+        try:
+            lines = self.backend.encode_batch_fast(text.split("\n"))
+        except TypeError:
+            raise MusotaError(
+                "The text has a lone surrogate, half of a character, which UTF-8 cannot encode: "
+                'repair it, for example with text.encode(errors="replace").decode().'
+            ) from None
         ids = [np.array([*line.ids, self.line_end], dtype=np.int32) for line in lines]
         return np.concatenate(ids)[:-1]
 
@@ -65,7 +73,7 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "TextTokenizer":
-        """Read what `save` wrote."""
+        """The tokenizer that `save` wrote."""
         return cls(Tokenizer.from_file(str(path)))
 
     def save(self, path: str | os.PathLike) -> None:

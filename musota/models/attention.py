@@ -1,7 +1,7 @@
-"""Causal attention of very narrow heads, and its entropy, without ever holding all weights.
+"""Causal attention of very narrow heads, and its entropy, without holding all weights at once.
 
-MU-SOTA's heads are 2, 3 or 8 cells wide, which no library kernel is made for. On a CPU the weights
-are computed tile by tile, small enough to stay in the cache, and again in the backward pass (as in
+MU-SOTA's heads have 2, 3 or 8 channels, for which library kernels are not made. On a CPU the
+weights are computed in tiles that fit the cache, and again in the backward pass (as in
 FlashAttention, Dao et al. 2022); tiles that lie in the future are skipped.
 """
 
@@ -11,48 +11,50 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 TILE_ROWS = 96  # queries of a tile
-TILE_SIZE = 2**19  # weights of a tile, of several heads: 2 MB
-MOST_HEADS = 65_535  # of one launch of a GPU's kernel
-COLUMNS = 16  # products are fastest with a multiple of so many columns; zeros fill them up
+TILE_SIZE = 2**19  # weights of a tile, over several heads: 2 MB
+MOST_HEADS = 65_535  # in one launch of a GPU kernel
+COLUMNS = 16  # matrix products are padded to a multiple of this many columns, for speed
 
 
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of G heads side by side, (G, T, c) each, and the entropy of its weights (G, T).
+    """Attention of G heads, (G, T, c) each, and the entropy of its weights in nats, (G, T) or None.
 
-    Scores are q · k: scale q beforehand. The entropy, in nats, is None unless asked for.
+    Scores are q · k: scale q beforehand.
     """
     attend = _TiledAttention.apply if q.device.type == "cpu" else attend_with_library
     return attend(q, k, v, with_entropy)
 
 
 def attend_with_library(q: Tensor, k: Tensor, v: Tensor, with_entropy: bool):
-    """`causal_attention` as a GPU does it: torch's fused kernel, or all weights for the entropy."""
-    if with_entropy:  # its weights are made again backwards: kept, they were half of all memory
-        return checkpoint(_attend_and_look, q, k, v, use_reentrant=False, preserve_rng_state=False)
+    """`causal_attention` on a GPU: torch's fused kernel, or all weights for the entropy."""
+    if with_entropy:  # recomputed in the backward pass: stored, the weights are half of all memory
+        return checkpoint(
+            _attend_with_weights, q, k, v, use_reentrant=False, preserve_rng_state=False
+        )
     if len(q) > MOST_HEADS:
         some = zip(*(x.split(MOST_HEADS) for x in (q, k, v)), strict=True)
         return torch.cat([attend_with_library(*part, False)[0] for part in some]), None
     return library_attention(q[None], k[None], v[None])[0], None
 
 
-def _attend_and_look(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _attend_with_weights(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
     weights = (q @ k.mT).float().masked_fill(future, float("-inf")).softmax(-1)  # (G, T, T)
     return weights.to(v.dtype) @ v, entropy(weights)
 
 
 def library_attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
-    """Causal attention of (B, h, T, c) each, with torch's fused kernel. A GPU's asks for widths in
-    multiples of 8; a CPU's takes twice as long to go backwards in bf16 as in float32."""
-    how = {"is_causal": True, "scale": scale}
+    """Causal attention of (B, h, T, c) each, with torch's fused kernel. On a GPU it needs widths in
+    multiples of 8; on a CPU its backward pass in bf16 takes twice as long as in float32."""
+    options = {"is_causal": True, "scale": scale}
     if q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how).to(v)
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(v)
     width = v.shape[-1]
     q, k, v = (F.pad(x, (0, -width % 8)) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, **how)[..., :width]
+    return F.scaled_dot_product_attention(q, k, v, **options)[..., :width]
 
 
 def split_heads(qkv: Tensor, h: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +75,7 @@ def largest_score(q: Tensor, k: Tensor) -> Tensor:
 
 
 def mean_entropy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The entropy of attention's weights in nats, over all heads and tokens."""
+    """The mean entropy of the attention weights in nats, over all heads and tokens."""
     return causal_attention(q, k, v, with_entropy=True)[1].mean()
 
 
@@ -84,8 +86,8 @@ def entropy(weights: Tensor) -> Tensor:
 
 
 class _TiledAttention(torch.autograd.Function):
-    """The entropy is log Σ exp(score) − Σ p·score, and Σ p·score = q · Σ p·k: the keys stand beside
-    the values, so that one product with the weights serves both, forwards and backwards."""
+    """The entropy is log Σ exp(score) − Σ p·score, and Σ p·score = q · Σ p·k. So the keys are
+    appended to the values, and one product with the weights gives both terms."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
@@ -98,7 +100,7 @@ class _TiledAttention(torch.autograd.Function):
         for rows, keys, scores in _tiles(q, k):
             highest = scores.amax(-1, keepdim=True) if with_entropy else None
             weights = torch.softmax(scores, -1, out=scores)
-            if with_entropy:  # the largest weight is at least 1/T: its logarithm is accurate
+            if with_entropy:  # the largest weight is at least 1/T, so its logarithm is accurate
                 log_total[rows] = highest - weights.amax(-1, keepdim=True).log()
             out[rows] = torch.bmm(weights, padded[keys])
         out = out[..., : values.shape[-1]].contiguous()
@@ -116,7 +118,7 @@ class _TiledAttention(torch.autograd.Function):
         upstream = grad_out
         if ctx.with_entropy:  # d entropy / d score = −p (score − Σ p·score)
             upstream = torch.cat([grad_out, -grad_entropy[..., None] * q], -1)
-        # d loss / d score = p (upstream · values − upstream · out): one product gives the bracket.
+        # d loss / d score = p (upstream · values − upstream · out); one product for the bracket.
         shift = -(upstream * out).sum(-1, keepdim=True)
         upstream = torch.cat([upstream, shift], -1)
         values = torch.cat([values, torch.ones_like(shift)], -1)
@@ -132,8 +134,8 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _tiles(q: Tensor, k: Tensor):
-    """(which rows of q, which of k, their scores with the future at −∞), tile by tile; the next one
-    overwrites the scores."""
+    """Yields (rows of q, rows of k, their scores with the future at −∞) tile by tile. Each tile
+    overwrites the scores of the last."""
     G, T, _ = q.shape
     for start in range(0, T, TILE_ROWS):
         end = min(start + TILE_ROWS, T)
@@ -148,4 +150,5 @@ def _tiles(q: Tensor, k: Tensor):
 
 
 def _widen(x: Tensor) -> Tensor:
+    """`x` with zeros up to a multiple of COLUMNS channels."""
     return F.pad(x, (0, -x.shape[-1] % COLUMNS))

@@ -1,4 +1,4 @@
-"""What every model shares: logits or loss, scoring, generation, the ledger."""
+"""CausalLM, the base class of all models: logits, loss, scoring, generation, parameters."""
 
 import hashlib
 import math
@@ -8,25 +8,25 @@ from itertools import groupby
 from operator import itemgetter
 from typing import ClassVar
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musota.config import ModelConfig
 from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError
-from musota.models.health import Watched, evaluating
+from musota.models.diagnostics import Diagnostics, evaluating
+from musota.models.hub import HubModel
 from musota.models.loss import linear_cross_entropy, score_tokens
-from musota.models.sharing import Shareable
-from musota.plan.architectures import ModelConfig
 
 
-class CausalLM(nn.Module, Watched, Shareable):
-    """A language model that never looks ahead. A subclass makes its parts, `layers` among them, and
-    an `output` unless the embedding is that, and provides `hidden_states`, `looks` and
-    `decayed_groups`."""
+class CausalLM(nn.Module, Diagnostics, HubModel):
+    """A causal language model. A subclass creates `layers`, and `output` unless it is tied to the
+    embedding, and defines `hidden_states`, `hook_points` and `decayed_groups`."""
 
-    # The ledger's group of a part's parameters, where it is not called like the part.
+    # Module name to its group in the parameter ledger, where the two differ.
     ledger_groups: ClassVar = {
         "norm": "norms",
         "norm_attention": "norms",
@@ -34,7 +34,7 @@ class CausalLM(nn.Module, Watched, Shareable):
         "feed_forward_up": "feed-forward",
         "feed_forward_down": "feed-forward",
     }
-    # Groups whose matrices are maps of activations: only these are decayed.
+    # Ledger groups whose matrices get weight decay: the linear maps of activations.
     decayed_groups: frozenset[str] = frozenset()
 
     def __init__(self, config: ModelConfig, learned_positions: bool = True):
@@ -51,7 +51,7 @@ class CausalLM(nn.Module, Watched, Shareable):
         raise NotImplementedError
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """(B, T) token ids to (B, T, C): embeddings, plus positions where those are learned."""
+        """(B, T) token ids to (B, T, C): embeddings, plus learned positions if there are any."""
         x = self.embedding(input_ids)
         if self.positions:
             x = x + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
@@ -81,7 +81,7 @@ class CausalLM(nn.Module, Watched, Shareable):
                 f"A sequence of {length} tokens does not fit the {longest} positions: "
                 "shorten it or raise max_seq_len."
             )
-        if input_ids.device.type == "cpu":  # on a GPU a look at the values would have to wait
+        if input_ids.device.type == "cpu":  # on a GPU it would wait for the values
             self.check_tokens(input_ids)
         hidden = self.hidden_states(input_ids)
         if targets is None:
@@ -98,7 +98,7 @@ class CausalLM(nn.Module, Watched, Shareable):
         return score_tokens(hidden, self.output_weight, self.output_bias, targets)
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raises MusotaError unless every id is one of the vocabulary."""
+        """Raises MusotaError for a token id outside the vocabulary."""
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.config.vocab_size:
             raise MusotaError(
@@ -106,37 +106,43 @@ class CausalLM(nn.Module, Watched, Shareable):
                 f"{self.config.vocab_size}: tokenize with the model's own tokenizer."
             )
 
-    def as_ids(self, text: str | Sequence[int] | Tensor) -> Tensor:
-        """Token ids from a text, a list, an array or a tensor of whole numbers. Raises MusotaError
-        for what is none of these."""
+    def as_ids(self, text: str | Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """Token ids from a text, or from a list, array or tensor of whole numbers of any type.
+        Raises MusotaError for anything else."""
         if isinstance(text, str):
             if not self.tokenizer:
                 raise MusotaError("This model came without its tokenizer: give token ids.")
             text = self.tokenizer.encode(text)
-        try:
-            ids = torch.as_tensor(text)
-        except (TypeError, ValueError, RuntimeError):
-            ids = torch.tensor(math.nan)
-        if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        if isinstance(text, Tensor):
+            real = not (text.is_floating_point() or text.is_complex() or text.dtype == torch.bool)
+            whole, ids = real or not text.numel(), text
+        else:
+            try:
+                array = np.asarray(text)
+            except ValueError:  # lists of different lengths
+                array = np.array(None)
+            whole = array.dtype.kind in "iu" or not array.size
+            ids = torch.from_numpy(array.astype(np.int64)) if whole else None
+        if not whole:
             raise MusotaError(f"Give a text or whole-numbered token ids, not {text!r:.80}.")
-        return ids
+        return ids.long()
 
     def compile_layers(self, on: bool = True) -> None:
-        """Let training steps run their layers through torch.compile: one graph for all, a shape.
-        Evaluation, whose shapes vary, stays as it is."""
-        torch.compiler.reset()  # shapes of earlier models count against torch's limit, too
+        """Run the layers of training steps through torch.compile: one graph for all layers.
+        Evaluation, whose shapes vary, stays uncompiled."""
+        torch.compiler.reset()  # the limit on recompilations counts those of earlier models too
         kind = type(self.layers[0])
         compiled = torch.compile(kind.forward, dynamic=False, fullgraph=True) if on else None
         for layer in self.layers:
             layer.compiled = compiled
 
     def ledger_group(self, name: str) -> str:
-        """The group of the ledger that the parameter `name` belongs to."""
+        """The group in the ledger of the parameter `name`."""
         part = name.split(".")[2 if name.startswith("layers.") else 0]
         return self.ledger_groups.get(part, part.replace("_", " "))
 
     def parameter_ledger(self) -> dict[str, int]:
-        """Parameters by group; the groups sum to the total."""
+        """The number of parameters by group; the groups sum to the total."""
         ledger: Counter[str] = Counter()
         for name, parameter in self.named_parameters():
             ledger[self.ledger_group(name)] += parameter.numel()
@@ -147,7 +153,7 @@ class CausalLM(nn.Module, Watched, Shareable):
         return is_matrix and self.ledger_group(name) in self.decayed_groups
 
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
-        """Parameter groups for AdamW: decay on the matrices of linear maps, none on the rest."""
+        """Two parameter groups: linear maps with weight decay, the rest without."""
         groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -155,9 +161,9 @@ class CausalLM(nn.Module, Watched, Shareable):
         return groups
 
     def score_text(self, text: str) -> pd.DataFrame:
-        """How well a text is foreseen, the first token after a line end: a row a token, with its
-        bits and probability, and in `.attrs` the whole text's `ppl` and `bits_per_byte`. Raises
-        MusotaError for a model without its tokenizer, and for what is no text."""
+        """A table of the text's tokens, each with its bits and probability (the first one follows
+        a line end); its `.attrs` hold the text's `ppl` and `bits_per_byte`. Raises MusotaError for
+        a model without its tokenizer, and for anything but a text."""
         if not isinstance(text, str) or not text:
             raise MusotaError(f"score_text needs a text of a character or more, not {text!r:.40}.")
         tokens = self.as_ids(text).tolist()
@@ -166,7 +172,7 @@ class CausalLM(nn.Module, Watched, Shareable):
         bits, chance = nats / math.log(2), (-nats).exp()
         scored = pd.DataFrame({"token": pieces, "bits": bits, "probability": chance})
         size = len(text.encode())
-        scored.attrs = {"ppl": math.exp(nats.mean()), "bits_per_byte": float(bits.sum()) / size}
+        scored.attrs = {"ppl": float(nats.mean().exp()), "bits_per_byte": float(bits.sum()) / size}
         return scored
 
     @torch.no_grad()
@@ -179,8 +185,8 @@ class CausalLM(nn.Module, Watched, Shareable):
         top_p: float | None = None,
         seed: int = 0,
     ) -> Tensor:
-        """Continue (B, T) prompts, or one prompt, a text or (T,) ids, to (B, T + max_new_tokens),
-        the last max_seq_len tokens in view.
+        """Tokens (B, T + max_new_tokens) that continue (B, T) prompts, or one prompt, a text or
+        (T,) ids; the model reads the last max_seq_len tokens.
 
         Temperature 0 takes the likeliest token. `top_k` keeps the k likeliest, `top_p` the fewest
         whose probability reaches p. The draw depends on `seed` alone. Raises MusotaError for an
@@ -205,8 +211,8 @@ class CausalLM(nn.Module, Watched, Shareable):
 
 
 def _draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
-    """(B, V) logits to one drawn token id each, (B, 1)."""
-    if temperature < 1e-6:  # too small for float32 to divide by: the likeliest
+    """One drawn token id per row of logits (B, V); (B, 1)."""
+    if temperature < 1e-6:  # too small a divisor for float32: the likeliest
         return logits.argmax(-1, keepdim=True)
     logits = (logits - logits.max(-1, keepdim=True).values) / temperature
     if top_k is not None:
@@ -215,15 +221,15 @@ def _draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor
     if top_p is not None:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        # A token goes when those before it already reach top_p; the likeliest always stays.
+        # A token is dropped when those before it reach top_p; the likeliest always stays.
         drop = probabilities.cumsum(-1) - probabilities >= top_p
-        drop[:, 0] = False  # also where top_p is too small for float32
+        drop[:, 0] = False  # even if top_p is too small for float32
         logits = logits.masked_fill(drop.gather(1, order.argsort(-1)), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
 class Layer(nn.Module):
-    """One of a model's `layers`; training steps may run it compiled."""
+    """One of a model's `layers`. Training steps run it compiled after `compile_layers`."""
 
     compiled = None
 
@@ -237,15 +243,16 @@ class Layer(nn.Module):
 def score(
     model: CausalLM, tokens: Tensor, stride: int | None = None, batch_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Nats (float32) and top-1 hits (bool) of tokens 1 … n−1, each predicted once; (n−1,) each.
+    """Losses in nats (float32) and top-1 hits (bool) of tokens 1 … n−1, each predicted once;
+    (n−1,) each.
 
-    Windows of max_seq_len advance by `stride` (default: their length): with a smaller stride all
-    but the first window score only tokens that have at least max_seq_len − stride before them.
+    Windows of max_seq_len advance by `stride` (default: their length). With a smaller stride, all
+    windows but the first score only tokens that have at least max_seq_len − stride before them.
     Raises MusotaError for too few tokens, an id out of range or a stride out of bounds.
     """
     length = model.config.max_seq_len
     stride = length if stride is None else stride
-    if batch_size is None:  # which changes speed and memory alone
+    if batch_size is None:
         batch_size = 16 if model.device.type == "cpu" else 64
     if not 1 <= stride <= length or batch_size < 1:
         raise MusotaError(
@@ -255,20 +262,22 @@ def score(
         raise MusotaError("Scoring needs a 1-D tensor of at least two tokens.")
     model.check_tokens(tokens)
     tokens = tokens.to(model.device).long()
-    windows, scored, last = [], 0, len(tokens) - 1  # so many predictions
+    windows, scored, last = [], 0, len(tokens) - 1  # number of predictions
     for start in range(0, max(1, last - length + stride), stride):
         end = min(start + length, last)
         windows.append((end - start, end - scored, start))  # inputs, of which the last are scored
         scored = end
     nats, hits, batches = [], [], []
-    for (width, new), alike in groupby(windows, key=itemgetter(0, 1)):  # which may share a batch
+    for (width, new), alike in groupby(windows, key=itemgetter(0, 1)):  # may share a batch
         starts = torch.tensor([start for *_, start in alike], device=tokens.device)
         span = torch.arange(width + 1, device=tokens.device)
         batches += [(batch[:, None] + span, new) for batch in starts.split(batch_size)]
     with evaluating(model):
         for places, new in batches:
             window = tokens[places]  # (batch, width + 1)
-            hidden = model.hidden_states(window[:, :-1])[:, -new:]
+            hidden = model.hidden_states(window[:, :-1].clone())[
+                :, -new:
+            ]  # not the targets' memory
             losses, correct = model.score_of(hidden, window[:, -new:])
             nats.append(losses.flatten())
             hits.append(correct.flatten())
@@ -276,7 +285,7 @@ def score(
 
 
 def weights_sha256(model: CausalLM) -> str:
-    """A hash of every weight, names included; equal only for bit-identical models."""
+    """A hash of all weights and their names: equal for bit-identical models only."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -286,8 +295,8 @@ def weights_sha256(model: CausalLM) -> str:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, but on a CPU four elements share one 64-bit random number (torch's takes a tenth
-    of a training step); the probability is rounded to 1/65,536."""
+    """nn.Dropout, faster on a CPU: four elements share one 64-bit random number, so that the
+    probability is rounded to 1/65,536. (torch's own takes a tenth of a training step.)"""
 
     def forward(self, x: Tensor) -> Tensor:
         torchs_own = x.device.type != "cpu" or torch.compiler.is_compiling()

@@ -1,7 +1,7 @@
-"""The baseline: a GPT-2 style dense transformer (Radford et al. 2019) of the same parameter count.
+"""The baseline: a GPT-2 style transformer (Radford et al. 2019).
 
-Dropout sits where MU-SOTA has it (embeddings' sum, attention output, feed-forward's hidden layer),
-so that the two are regularised alike.
+Dropout is applied where MU-SOTA applies it: to the embeddings, the output of attention and the
+hidden layer of the feed-forward layer.
 """
 
 import math
@@ -10,12 +10,14 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musota.config import DenseConfig
 from musota.models.attention import largest_score, library_attention, mean_entropy, split_heads
 from musota.models.base import CausalLM, Dropout, Layer
-from musota.plan.architectures import DenseConfig
 
 
 class DenseLayer(Layer):
+    """Attention and feed-forward layer, each with a norm before it."""
+
     def __init__(self, config: DenseConfig):
         super().__init__()
         d = config.d_model
@@ -35,6 +37,7 @@ class DenseLayer(Layer):
             nn.init.normal_(residual.weight, std=0.02 * (2 * config.n_layer) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to the same."""
         B, T, C = x.shape
         qkv = self.attention_in(self.norm_attention(x)).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, T, C/h)
@@ -68,7 +71,7 @@ class DenseTransformer(CausalLM):
             x = layer(x)
         return self.norm(x)
 
-    def looks(self) -> dict:
+    def hook_points(self) -> dict:
         def heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return split_heads(qkv, self.config.n_head)
 

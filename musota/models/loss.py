@@ -1,19 +1,19 @@
-"""Cross-entropy over a large vocabulary without ever holding all logits.
+"""Cross-entropy over a large vocabulary without holding all logits at once.
 
-The output layer is applied to a few hundred tokens at a time; in training their gradient is made
-in the forward pass, while the logits are at hand. Logits turn into probabilities, then into their
-gradient, in place: on a CPU the passes over them cost as much as the matrix products.
+The output layer is applied to a few hundred tokens at a time. In training their gradient is
+computed in the forward pass. Logits become probabilities and then gradients in place: on a CPU
+each pass over them costs as much as a matrix product.
 """
 
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}  # at most; on a GPU 400 MB of logits at 50,000 words
-CACHED_LOGITS = 10_000_000  # a CPU is fastest with what its cache holds: 200 tokens at 50,000 words
+CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}  # at most; 400 MB of logits for a vocabulary of 50,000
+CACHED_LOGITS = 10_000_000  # fit a CPU's cache: 200 tokens for a vocabulary of 50,000
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype a linear layer would compute in here: autocast's, else the input's own."""
+    """The dtype of a linear layer: autocast's where it is on, else the input's."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -21,12 +21,12 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-    """Slices of tokens, each with its hidden states in `dtype` and its float32 logits: the
-    caller may change those, the next chunk overwrites them."""
+    """Yields slices of tokens, each with its hidden states in `dtype` and its float32 logits. The
+    caller may change the logits; the next chunk overwrites them."""
     size = CHUNK_TOKENS.get(hidden.device.type, 512)
     if hidden.device.type == "cpu":
         size = min(size, max(CACHED_LOGITS // len(weight), 32))
-    # A GPU adds up in float32 anyway; rounded to bf16, the likeliest tokens would often be equal.
+    # A GPU sums in float32 anyway; rounded to bf16 the likeliest tokens would often be equal.
     exact = hidden.is_cuda and dtype != torch.float32
     shape = min(size, len(hidden)), len(weight)
     buffer = None if exact else hidden.new_empty(shape, dtype=dtype)
@@ -58,17 +58,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             y = targets[chunk, None]
             highest, of_target = logits.amax(-1, keepdim=True), logits.gather(1, y)
             grad_logits = torch.softmax(logits, -1, out=logits)
-            # The likeliest word's probability is at least 1/V, so that its logarithm is accurate.
+            # The largest probability is at least 1/V, so its logarithm is accurate.
             log_total = highest - grad_logits.amax(-1, keepdim=True).log()
             total += (log_total - of_target).sum()
-            # The gradient of the summed loss is softmax − onehot; in fp16 dividing by the number of
-            # tokens here would lose small values, so that happens in backward, in fp32.
+            # The gradient of the summed loss is softmax − onehot. Division by the number of tokens
+            # follows in backward, in float32: in fp16 it would lose small values.
             grad_logits.scatter_add_(1, y, torch.full_like(y, -1, dtype=torch.float32))
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(dtype)
             grad_hidden[chunk] = grad_logits @ cast_weight
-            if dtype == grad_weight.dtype:  # saves a tensor of the weights' size a chunk
+            if dtype == grad_weight.dtype:  # without a temporary tensor
                 grad_weight.addmm_(grad_logits.T, x)
             else:
                 grad_weight += grad_logits.T @ x

@@ -1,1 +1,1 @@
-"""The loop, and what a run leaves behind."""
+"""The training loop and the records of a run."""

@@ -1,4 +1,4 @@
-"""Evaluation: every token but the first, once; and what is measured when an epoch ends."""
+"""Evaluation: metrics over every token but the first, and what is measured when an epoch ends."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from musota.data.corpus import Corpus
 from musota.models.base import CausalLM, score
-from musota.training.machine import is_out_of_memory
+from musota.training.device import is_out_of_memory
 
 BLOCK_TOKENS = 1024  # valid losses are kept by blocks of so many tokens, for the paired bootstrap
-HEALTH_WINDOWS = 8  # of valid, looked at closely after each epoch
+HEALTH_WINDOWS = 8  # of valid, for the health statistics
 CLEAN_SHARE = 32  # one training token in so many is scored without dropout after each epoch
 SAMPLE_PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 32
 SAMPLE_SETTINGS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0}
@@ -23,15 +23,14 @@ def evaluate(
     words: int | None = None,
     bytes: int | None = None,
     stride: int | None = None,
-    batch_size: int | None = None,
 ) -> dict[str, float]:
     """`loss` (nats/token), `ppl` and `accuracy` over every token but the first (see `score`).
 
     Given the counts of the same text also `word_ppl` = exp(total nats / words), line ends counted
-    as words, and `bits_per_byte` = total bits / UTF-8 bytes; both survive a change of tokenizer.
-    `tokens` may be a text.
+    as words, and `bits_per_byte` = total bits / UTF-8 bytes. Both can be compared between
+    tokenizers. `tokens` may be a text.
     """
-    nats, hits = score(model, model.as_ids(tokens), stride, batch_size)
+    nats, hits = score(model, model.as_ids(tokens), stride)
     return metrics_of(nats, hits, words, bytes)
 
 
@@ -41,28 +40,29 @@ def metrics_of(
     """The metrics of `evaluate` from nats and hits by token."""
     total = float(nats.double().sum())
     loss = total / len(nats)
-    measured = {"loss": loss, "ppl": exp_nats(loss), "accuracy": float(hits.double().mean())}
+    metrics = {"loss": loss, "ppl": exp_nats(loss), "accuracy": float(hits.double().mean())}
     if words:
-        measured["word_ppl"] = exp_nats(total / words)
+        metrics["word_ppl"] = exp_nats(total / words)
     if bytes:
-        measured["bits_per_byte"] = total / math.log(2) / bytes
-    return measured
+        metrics["bits_per_byte"] = total / math.log(2) / bytes
+    return metrics
 
 
 def exp_nats(nats: float) -> float:
+    """exp, or inf where that overflows."""
     return math.exp(nats) if nats < 700 else math.inf
 
 
 def blocks_of(nats: Tensor) -> tuple[list[float], list[int]]:
-    """Nats by token to totals and tokens of each block of BLOCK_TOKENS, the last one shorter."""
+    """Total nats and tokens of each block of BLOCK_TOKENS, the last one shorter."""
     blocks = nats.double().split(BLOCK_TOKENS)
     return [round(float(block.sum()), 4) for block in blocks], [len(block) for block in blocks]
 
 
 def score_in_memory(
-    model: CausalLM, tokens: Tensor, tell: Callable[[str], None]
+    model: CausalLM, tokens: Tensor, report: Callable[[str], None]
 ) -> tuple[Tensor, Tensor]:
-    """`score`; where its batches do not fit the memory, one window at a time, and `tell` so."""
+    """`score`, one window at a time where its batches do not fit the memory, which is reported."""
     try:
         return score(model, tokens)
     except RuntimeError as error:
@@ -71,18 +71,17 @@ def score_in_memory(
     # Outside of the handler, which would hold on to the memory.
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
-    tell("out of memory in validation: one window at a time")
+    report("out of memory in validation: one window at a time")
     return score(model, tokens, batch_size=1)
 
 
-def health_of(model: CausalLM, corpus: Corpus, tell: Callable[[str], None]) -> dict:
-    """How the model behaves on some of valid, and its loss on some training text without dropout;
-    together about 1 % of an epoch's time."""
+def health_of(model: CausalLM, corpus: Corpus, report: Callable[[str], None]) -> dict:
+    """Health statistics on some of valid, and the loss of some training text without dropout."""
     length = min(model.config.max_seq_len, len(corpus.valid))
     windows = min(HEALTH_WINDOWS, len(corpus.valid) // length)
     ids = corpus.valid[: windows * length].view(windows, length).long()
     some = corpus.train[: max(2, len(corpus.train) // CLEAN_SHARE)]
-    clean = float(score_in_memory(model, some, tell)[0].mean())
+    clean = float(score_in_memory(model, some, report)[0].mean())
     return {"clean_train_loss": clean, **model.health(ids.to(model.device))}
 
 

@@ -1,367 +1,349 @@
-"""The training loop. Knows no architecture.
+"""The training loop, for any architecture.
 
-What happens at a step depends on (seed, step) alone: the windows through `window_starts`, dropout
-through a reseeding before each step. So a run resumed at any step equals one never interrupted.
+What a step computes depends on (seed, step) alone: its windows come from `window_starts`, and the
+random state is seeded before each step. So a run that was resumed at any step ends with the same
+weights as one that was never interrupted.
 """
 
 import contextlib
 import math
 import os
-import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from types import MappingProxyType
+from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from musota.data.corpus import Corpus, window_starts
-from musota.errors import MusotaError, check_seed, nearest_name
-from musota.models.base import CausalLM
-from musota.models.sharing import build_model
-from musota.plan.config import Experiment
-from musota.rules import curves
-from musota.training import keeping, machine, remedies
-from musota.training.evaluate import exp_nats
-from musota.training.folder import RunFolder
-from musota.training.optimizer import OPTIMIZERS, update_ratios
-from musota.training.runs import Run, started_from
-from musota.training.schedule import SCHEDULES, learning_rate_at
+from musota.config import Experiment, TrainConfig
+from musota.data.corpus import Corpus
+from musota.errors import MusotaError, check_seed
+from musota.files import sha256
+from musota.models.base import weights_sha256
+from musota.models.diagnostics import evaluating
+from musota.models.hub import build_model
+from musota.models.module import WrappedModule
+from musota.training import device as machine
+from musota.training.checkpoint import RunDir
+from musota.training.evaluate import (
+    blocks_of,
+    exp_nats,
+    health_of,
+    metrics_of,
+    samples_of,
+    score_in_memory,
+)
+from musota.training.prepare import checked, start_from
+from musota.training.run import Run
+from musota.training.state import TrainState
+from musota.training.step import Batches, can_recover, recover, train_step
 
-CHECKPOINT_SECONDS = 180  # between checkpoints inside an epoch
 LOG_LINES = 250  # about so many step records a run
+EXPLODED_NATS = 2.0  # a training loss so far above that of a uniform guess has exploded
+
+
+class Diverged(MusotaError):
+    """A loss that is not finite, or far above that of a uniform guess."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is executed. None of it is part of what the run is.
+
+    `device`, `precision`: cpu or cuda; no, bf16 or fp16. Default: what pays here.
+    `micro_batch`, `compile`: sequences computed at a time (halved where memory runs out), and
+        torch.compile for the layers. Default: chosen for the device, kept when a run is resumed.
+    `stop_at`: stop after this share of the steps.
+    `watch`: called with the run at the start and after each new record.
+    `copy`: called after a checkpoint, at most every ten minutes, and at the end. Its OSErrors are
+        reported; a run whose last copy failed raises MusotaError.
+    `about`: recorded in config.json as it is (title, profile, changes, command).
+    """
+
+    device: str | torch.device | None = None
+    precision: str | None = None
+    micro_batch: int | None = None
+    compile: bool | None = None
+    stop_at: float = 1.0
+    watch: Callable[[Run], None] | None = None
+    copy: Callable[[], None] | None = None
+    about: Mapping = field(default_factory=dict)
+
+    def __post_init__(self):
+        size, share = self.micro_batch, self.stop_at
+        if size is not None and not (isinstance(size, Integral) and size >= 1):
+            raise MusotaError(f"micro_batch must be a whole number of at least 1, not {size!r}.")
+        if not isinstance(share, Real) or not 0 < share <= 1:
+            raise MusotaError(f"stop_at must lie in (0, 1], not {share!r}.")
 
 
 def train(
-    experiment: Experiment,
+    experiment: Experiment | nn.Module,
     corpus: Corpus,
     run_dir: str | os.PathLike,
-    resume: bool = True,
-    seed: int = 0,
     *,
+    training: TrainConfig | None = None,
+    max_seq_len: int | None = None,
+    seed: int = 0,
+    resume: bool = True,
     name: str = "run",
-    profile: str | None = None,
-    micro_batch: int | None = None,
-    compile: bool | None = None,
-    stop_at: float = 1.0,
-    auto_remedy: bool = False,
     continue_from: Run | str | os.PathLike | None = None,
-    device: str | None = None,
-    precision: str | None = None,
-    watch: Callable[[Run], None] | None = None,
-    copy: Callable[[], None] | None = None,
+    options: RunOptions = RunOptions(),
 ) -> Run:
-    """Train an experiment into `run_dir` and return the run, its best epoch chosen on valid.
+    """Train an experiment, or a copy of a module, into `run_dir` and return the run.
 
     A finished run of the same experiment, corpus and seed is returned as it is; an unfinished one
-    goes on from its last checkpoint; `resume=False` starts over. Ctrl-C or SIGTERM ends after the
-    step at hand, saves it and returns what has been measured; so does `stop_at` after that share of
-    the steps. Started by `accelerate launch` or torchrun, every process computes a share of a step.
+    goes on from its last checkpoint; `resume=False` starts over. Ctrl-C or SIGTERM finishes the
+    step, saves it and returns what has been measured. The best epoch is chosen on valid. Started
+    by `accelerate launch` or torchrun, every process computes a share of a step.
 
-    `name`, `profile`: recorded for people, they decide nothing.
-    `micro_batch`, `compile`: sequences computed at a time (halved where memory runs out),
-        torch.compile for the layers; chosen for the device unless given, kept when a run goes on.
-    `auto_remedy`: after a loss that is not finite or explodes, back to the last checkpoint at half
-        the rate; half the rate where it oscillates (twice at most in all, each an event).
-    `continue_from`: another run, or its folder, whose best weights to start from; their hash is
-        part of what the run is (`started_from`).
-    `device`, `precision`: cpu, cuda or mps; no, bf16 or fp16. By default what pays here.
-    `watch`: called with the run at first and whenever something new was recorded.
-    `copy`: called every ten minutes and at the end; its OSErrors are treated like the disk's.
+    `training`, `max_seq_len`: of a module (default: the plan's training); an Experiment has both.
+    `continue_from`: a run, or the folder of a run or a saved model, whose weights to start from.
+        Their hash becomes part of the experiment (`started_from`).
 
     Raises MusotaError for a folder that belongs to another run, is in use or cannot be written,
     damaged checkpoints, a corpus that does not fit the model, too little memory or a final state
     that could not be saved; Diverged for a loss that is not finite or explodes.
     """
-    _check_arguments(experiment, corpus, seed, micro_batch, stop_at)
-    if auto_remedy and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise MusotaError("auto_remedy works in one process only: leave it out here.")
+    seed = int(seed) if isinstance(seed, Integral) and not isinstance(seed, bool) else seed
+    check_seed(seed)
+    experiment, module = checked(experiment, corpus, training, max_seq_len)
     start = None
     if continue_from:
-        experiment, start = started_from(continue_from, experiment, corpus)
-    accelerator = machine.make_accelerator(device, precision)
-    identity = _described(experiment, corpus, seed, name, profile)
-    folder = RunFolder(run_dir, identity, accelerator.is_main_process)
-    if resume and folder.finished:  # perhaps kept as evidence, and read-only: nothing is written
+        experiment, start = start_from(continue_from, experiment, corpus)
+    accelerator = machine.make_accelerator(options.device, options.precision, module is not None)
+    identity = {"name": name, **options.about, "experiment": experiment.to_dict(), "seed": seed}
+    folder = RunDir(run_dir, identity, corpus, accelerator.is_main_process, options.copy)
+    if resume and folder.finished:  # the folder may be read-only: nothing is written
         folder.say(f"{folder.path}: finished before, loaded as it is.")
-        folder.attempt_copy(copy)
+        folder.copy_out()
         folder.refuse_unsaved()
         return Run(folder.path)
-    choices = {"micro_batch": micro_batch, "compile": compile}
-    with folder.held(fresh=not resume):
-        trainer = Trainer(experiment, corpus, seed, folder, accelerator, start, choices)
-        trainer.auto_remedy, trainer.watch, trainer.copy = auto_remedy, watch, copy
-        return trainer.run(stop_at)
-
-
-def _check_arguments(experiment, corpus, seed, micro_batch, stop_at) -> None:
-    for value, kind in ((experiment, Experiment), (corpus, Corpus)):
-        if not isinstance(value, kind):
-            raise MusotaError(f"train needs an Experiment and a Corpus, not {value!r:.80}.")
-    check_seed(seed)
-    for kind, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        name = getattr(experiment.training, kind)
-        if name not in table:
-            raise nearest_name(kind, name, table)
-    if micro_batch is not None and not (type(micro_batch) is int and micro_batch >= 1):
-        raise MusotaError(f"micro_batch must be a whole number of at least 1, not {micro_batch!r}.")
-    if not isinstance(stop_at, (int, float)) or not 0 < stop_at <= 1:
-        raise MusotaError(f"stop_at must lie in (0, 1], not {stop_at!r}.")
-    if corpus.tokenizer.size > experiment.model.vocab_size:
-        large = f"The corpus uses {corpus.tokenizer.size} tokens but the model's vocab_size is"
-        size = experiment.model.vocab_size
-        raise MusotaError(f"{large} {size}: load the corpus with that vocab_size.")
-    for split in ("valid", "test"):
-        if len(corpus.split(split)) < 2:
-            raise MusotaError(f"The {split} text has under two tokens: use more text.")
-
-
-class Trainer:
-    """One training run: its state, one step, and what is due after it."""
-
-    auto_remedy = False
-    watch: Callable[[Run], None] | None = None
-    copy: Callable[[], None] | None = None
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        corpus: Corpus,
-        seed: int,
-        folder: RunFolder,
-        accelerator: Accelerator,
-        start: dict[str, Tensor] | None = None,
-        choices: Mapping = MappingProxyType({}),
-    ):
-        self.experiment, self.corpus, self.seed = experiment, corpus, seed
-        self.training, self.length = experiment.training, experiment.model.max_seq_len
-        self.windows = len(window_starts(len(corpus.train), self.length, seed, 0))
-        self.steps_per_epoch = math.ceil(self.windows / self.training.sequences_per_step)
-        self.total_steps = self.training.epochs * self.steps_per_epoch
-        self.log_interval = max(1, self.total_steps // LOG_LINES)
-        self.folder, self.accelerator, self.device = folder, accelerator, accelerator.device
+    batches = Batches(corpus.train, experiment, seed, accelerator.device)
+    with folder.locked(fresh=not resume):
         accelerator.wait_for_everyone()
-        self.saved = folder.load_checkpoint()
-        if self.training.started_from and not (self.saved or start):
-            wanted = f"This experiment starts from the weights {self.training.started_from}"
-            raise MusotaError(f"{wanted}: name their run with continue_from= (--continue-from).")
-        machine.prepare_memory(self.device)
-        self.choices = machine.default_choices(experiment, self.device, self.total_steps)
-        if self.saved and self.saved[1].get("device", self.device.type) == self.device.type:
-            self.choices |= self.saved[1]["choices"]
-        self.choices |= {key: value for key, value in choices.items() if value is not None}
+        saved = folder.restore()
+        if experiment.training.started_from and not (saved or start):
+            raise MusotaError("This experiment starts from other weights: give continue_from.")
+        machine.prepare_memory(accelerator.device)
         torch.manual_seed(seed)
-        model = build_model(experiment.model)
+        model = WrappedModule(module, experiment.model) if module else build_model(experiment.model)
         if start:
             model.load_state_dict(start)
-        self.ledger = model.parameter_ledger()
-        if self.choices["compile"]:
-            model.compile_layers()
-        groups = model.optimizer_groups(self.training.weight_decay)
-        optimizer = OPTIMIZERS[self.training.optimizer](groups, accelerator.scaler is not None)
-        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
-        self.model: CausalLM = accelerator.unwrap_model(self.wrapped)
-        self.average = {}  # of the weights, by name: see `keeping.kept_model`
-        if self.training.averaging:
-            ours = self.model.named_parameters()
-            self.average = {n: p.detach().float().clone() for n, p in ours if p.requires_grad}
-        # On the device once; int32 there, int64 only for the windows in use.
-        self.tokens = corpus.train.to(self.device)
-        self.span = torch.arange(self.length + 1, device=self.device)
-        self.starts = None  # of this epoch's windows
-        self.step = self.applied = 0  # steps begun, and those fp16 scaling did not skip
-        self.epoch_nats = torch.zeros((), device=self.device)
-        self.started = time.perf_counter()
-        self.summary: dict = {}  # of the best epoch
-        self.update_ratio: dict[str, float] = {}  # of this epoch, by group
-        self.best_unsaved: dict[str, Tensor] | None = None
-        self.remedies = {"rate_factor": 1.0, "step": 0}
-        self.saved_at, self.copied_at = time.monotonic(), -math.inf
-        self.progress = machine.progress_bar(0, shown=False)
-        together = {"precision": accelerator.mixed_precision}
-        folder.write_config({**self.choices, **together, "processes": accelerator.num_processes})
+        chosen = _choose(options, batches, accelerator.device, saved)
+        state = TrainState.new(model, experiment.training, accelerator, **chosen)
+        if saved:
+            state.load_state_dict(*saved)
+        how = {"precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
+        folder.write_config(chosen | how)
+        return Trainer(state, batches, experiment, corpus, folder, options).run()
 
-    def schedule(self, step: int) -> float:
-        """The learning rate of a step; `anneal` puts another in its place."""
-        rate = learning_rate_at(step, self.training, self.total_steps)
-        return self.remedies["rate_factor"] * rate
 
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
+def _choose(options: RunOptions, batches: Batches, device: torch.device, saved) -> dict:
+    """`micro_batch` and `compile`: as given, else as saved on such a device, else the default."""
+    chosen = {
+        "micro_batch": machine.default_micro_batch(device, batches.sequences, batches.length),
+        "compile": machine.default_compile(device, batches.total_steps),
+    }
+    if saved and saved[1]["device"] == device.type:
+        chosen = {name: saved[1][name] for name in chosen}
+    if options.micro_batch is not None:
+        chosen["micro_batch"] = int(options.micro_batch)
+    if options.compile is not None:
+        chosen["compile"] = bool(options.compile)
+    return chosen
 
-    @property
-    def tokens_seen(self) -> int:
-        epochs, steps = divmod(self.step, self.steps_per_epoch)
-        return (epochs * self.windows + steps * self.training.sequences_per_step) * self.length
 
-    def record(self, record: dict) -> None:
-        self.folder.append(record)
-        if self.watch and self.folder.writes:
-            with contextlib.suppress(MusotaError):  # a folder that vanished: `append` tells it
-                self.watch(Run(self.folder.path))
+@dataclass
+class Trainer:
+    """The loop of one run, and what is due after a step. `state` is what changes."""
 
-    def tell(self, event: str) -> None:
-        """Record and say something out of the ordinary."""
-        self.record({"kind": "event", "step": self.step, "event": event})
-        self.folder.say(f"\nStep {self.step}: {event}.")
+    state: TrainState
+    batches: Batches
+    experiment: Experiment
+    corpus: Corpus
+    folder: RunDir
+    options: RunOptions
+    progress: tqdm | None = None
 
-    def run(self, stop_at: float) -> Run:
-        """Go on from the last checkpoint, if there is one, until that share of the steps."""
-        folder, stop = self.folder, math.ceil(stop_at * self.total_steps)
-        if self.saved:
-            keeping.restore(self, self.saved)
-            self.saved = None
-            folder.say(f"{folder.path}: going on after step {self.step} of {self.total_steps}.")
-        elif self.auto_remedy:
-            keeping.checkpoint(self)  # to have something to go back to
-        if slow := curves.warmup(self.training.warmup_steps, self.total_steps):
-            folder.say(slow.sentence)
-        if self.watch and folder.writes:
-            self.watch(Run(folder.path))  # so that what it shows stands above the bar
-        whole = self.training.epochs * self.windows * self.length
-        self.progress = machine.progress_bar(whole, self.tokens_seen, folder.writes)
+    def run(self) -> Run:
+        """Train from the state at hand to the end, or to `stop_at`."""
+        state, folder, batches = self.state, self.folder, self.batches
+        total, processes = batches.total_steps, state.accelerator.num_processes
+        stop = math.ceil(self.options.stop_at * total)
+        if state.step:
+            self.write_summary()  # as of this step, should that of a later one stand there
+            folder.say(f"{folder.path}: going on after step {state.step} of {total}.")
+        self.watch()  # first, so that what it shows stands above the progress bar
+        tokens, done = batches.tokens_seen(total), batches.tokens_seen(state.step)
+        self.progress = machine.progress_bar(tokens, done, folder.writes)
         try:
-            with machine.interruptible(self.accelerator.num_processes) as asked, self.progress:
-                while self.step < stop and not asked:
-                    self._careful_step()
-                if self.step == self.total_steps:
-                    keeping.finish(self)
-                else:
-                    remedies.refuse_bad_loss(self, float(self.epoch_nats))
-                    if trouble := remedies.bad_weights(self):
-                        raise trouble
-                    keeping.checkpoint(self)
-                    keeping.write_summary(self)
+            with machine.stop_on_signal(processes) as stopped, self.progress:
+                while state.step < stop and not stopped():
+                    self.step()
+                    ends_epoch = state.step % batches.steps_per_epoch == 0
+                    if ends_epoch or folder.checkpoint_due():
+                        self.check_weights()
+                        if ends_epoch:
+                            self.end_epoch()
+                        self.save()
+                if state.step == total:
+                    self.finish()
+                elif state.step:
+                    self.check_weights()
+                    self.save()
         finally:
-            folder.attempt_copy(self.copy)
+            folder.copy_out()
         folder.refuse_unsaved()
-        if self.step < stop:
-            place = f"step {self.step} of {self.total_steps}"
+        if state.step < stop:
+            place = f"step {state.step} of {total}"
             folder.say(f"\nInterrupted after {place}; it is saved. The same call goes on.")
-            if not self.summary:  # nothing measured that could be returned
+            if not state.summary:  # nothing was measured that could be returned
                 raise KeyboardInterrupt
-        self.accelerator.wait_for_everyone()
+        state.accelerator.wait_for_everyone()
         return Run(folder.path)
 
-    def _careful_step(self) -> None:
-        """One step and what is due after it; with remedies for what may go wrong."""
-        trouble = None
-        try:
-            self.one_step()
-            ends = self.step % self.steps_per_epoch == 0
-            due = time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
-            if ends or due:
-                remedies.refuse_bad_loss(self, float(self.epoch_nats))
-        except Exception as error:
-            trouble = remedies.known(error)
-        if not trouble and (ends or due):  # before they are measured, or kept
-            trouble = remedies.bad_weights(self)
-        if trouble:
-            remedies.mend(self, trouble)
-        elif ends:
-            keeping.end_epoch(self)
-            self._tell_progress(float(self.epoch_nats) / self.windows)
-            remedies.calm_down(self)
-            keeping.checkpoint(self)
-            keeping.write_summary(self)
-        elif due:
-            keeping.checkpoint(self)
+    def step(self) -> None:
+        """One optimizer step, and its record where one is due."""
+        state, batches = self.state, self.batches
+        before, done = batches.tokens_seen(state.step), None
+        while not done:
+            failed = None
+            try:
+                done = train_step(state, batches)
+            except Exception as error:
+                if not can_recover(error):
+                    raise
+                failed = error.with_traceback(None)  # which would hold on to the memory
+            if failed:
+                self.event(recover(state, failed))
+        self.progress.update(batches.tokens_seen(state.step) - before)
+        interval = max(1, batches.total_steps // LOG_LINES)
+        if state.step % interval == 0 or state.step in (1, batches.total_steps):
+            self.log_step(*map(float, done))  # the only wait for the device, but for fp16's scaler
 
-    def last_batch(self) -> Tensor:
-        """Where the windows of the step before began."""
-        per_step = self.training.sequences_per_step
-        place = (self.step - 1) % self.steps_per_epoch * per_step
-        return self.starts[place : place + per_step]
-
-    def one_step(self) -> None:
-        epoch, place = divmod(self.step, self.steps_per_epoch)
-        if place == 0 or self.starts is None:  # a new epoch, or resumed inside one
-            starts = window_starts(len(self.tokens), self.length, self.seed, epoch)
-            self.starts = starts.to(self.device)
-        if place == 0:
-            self.epoch_nats.zero_()
-        rate = self.schedule(self.applied + 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        torch.manual_seed(self.seed * 1_000_003 + 1 + self.step)
-        per_step = self.training.sequences_per_step
-        batch = self.starts[place * per_step : (place + 1) * per_step]
-        loss = self._backward(batch)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.grad_clip)
-        middle = place == self.steps_per_epoch // 2
-        before = [p.detach().clone() for p in self.model.parameters()] if middle else None
-        self.optimizer.step()
-        if middle:
-            self.update_ratio = update_ratios(self.model, before)
-        self.optimizer.zero_grad()
-        self.epoch_nats += loss * len(batch)
-        self.step += 1
-        if not self.optimizer.step_was_skipped:
-            self._move_average()
-            self.applied += 1
-        self.progress.update(len(batch) * self.length)
-        if self.step % self.log_interval == 0 or self.step in (1, self.total_steps):
-            # The one place that waits for the device, but for fp16's scaler, which reads a number.
-            self._log_step(float(loss), float(norm), rate)
+    def log_step(self, loss: float, norm: float) -> None:
+        state, rate = self.state, self.state.optimizer.param_groups[0]["lr"]
+        self.check_loss(loss)
+        record = {"kind": "step", "step": state.step, "loss": loss, "learning_rate": rate}
+        record |= {"grad_norm": norm, "tokens": self.batches.tokens_seen(state.step)}
+        self.record({**record, "seconds": round(state.seconds, 3)})
+        self.show_progress(loss)
 
     @torch.no_grad()
-    def _move_average(self) -> None:
-        """Towards the weights, so that the average spans a share of the steps so far."""
-        if self.average:
-            now = dict(self.model.named_parameters())
-            weights, share = [now[n].float() for n in self.average], self.training.averaging
-            torch._foreach_lerp_([*self.average.values()], weights, 1 / (1 + share * self.applied))
+    def check_weights(self) -> None:
+        """Raises Diverged if the last step broke the weights: by the loss of its batch, now."""
+        self.check_loss(float(self.state.epoch_nats), math.inf)
+        starts = self.batches.starts_at(self.state.step - 1)[: self.state.micro_batch]
+        with evaluating(self.state.model), self.state.accelerator.autocast():
+            loss = self.state.model(*self.batches.windows(starts))[1]
+        self.check_loss(float(loss))
 
-    def _backward(self, batch: Tensor) -> Tensor:
-        """Gradients of the mean loss over a batch of window starts, and that loss."""
-        self.wrapped.train()
-        total = torch.zeros((), device=self.device)
-        processes = self.accelerator.num_processes
-        mine = batch[self.accelerator.process_index :: processes]
-        # A process without a sequence takes part with weight 0: gradients meet in its backward.
-        micros = mine.split(self.choices["micro_batch"]) if len(mine) else [batch[:1]]
-        for number, micro in enumerate(micros, start=1):
-            window = self.tokens[micro[:, None] + self.span].long()  # (micro, T + 1)
-            last = number == len(micros)
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                with self.accelerator.autocast():
-                    loss = self.wrapped(window[:, :-1], window[:, 1:])[1]
-                loss = loss * (len(micro) * bool(len(mine)) / len(batch))
-                self.accelerator.backward(loss * processes)  # gradients are averaged over them
-            total += loss.detach()
-        return self.accelerator.reduce(total)
+    def check_loss(self, loss: float, limit: float | None = None) -> None:
+        """Raises Diverged for a training loss that is not finite or above `limit`, by default that
+        of a model that has exploded."""
+        limit = limit or math.log(self.experiment.model.vocab_size) + EXPLODED_NATS
+        if math.isfinite(loss) and loss <= limit:
+            return
+        step, rate = self.state.step, self.experiment.training.learning_rate
+        batch = sha256(self.batches.starts_at(step - 1).cpu().numpy().tobytes())[:12]
+        found = f"The training loss is {loss:.4g} at step {step} (batch {batch})"
+        self.diverge(found, f"start over with half the learning_rate, {rate / 2:g}")
 
-    def _log_step(self, loss: float, norm: float, rate: float) -> None:
-        remedies.refuse_bad_loss(self, loss, remedies.limit_of(self))
-        record = {"kind": "step", "step": self.step, "loss": loss, "learning_rate": rate}
-        record |= {"grad_norm": norm, "tokens": self.tokens_seen, "seconds": round(self.seconds, 3)}
-        self.record(record)
-        self._tell_progress(loss)
+    def check_valid(self, nats: Tensor) -> None:
+        """Raises Diverged if tokens of valid have no finite loss, naming the first."""
+        if bad := (~nats.isfinite()).nonzero().flatten().tolist():
+            epoch, place = self.state.step // self.batches.steps_per_epoch, bad[0]
+            around = self.corpus.valid[place : place + 2].tolist()
+            before, token = (self.corpus.tokenizer.decode([t]) for t in around)
+            first = f"the first is token {place + 1}, {token!r} after {before!r}"
+            found = f"{len(bad):,} tokens of valid have no finite loss after epoch {epoch}, {first}"
+            self.diverge(found, "look at what the model computes for these tokens")
 
-    def _tell_progress(self, loss: float) -> None:
-        epochs = self.training.epochs
-        epoch = min(epochs, self.step // self.steps_per_epoch + 1)
-        best = f", best valid PPL {self.summary['ppl']:,.0f}" if self.summary else ""
+    def diverge(self, found: str, advice: str) -> None:
+        """Records that the run diverged and raises Diverged."""
+        self.record({"kind": "event", "step": self.state.step, "event": "diverged"})
+        kept = f"The last good checkpoint stays in {self.folder.checkpoints}"
+        raise Diverged(f"{found}: {advice}. {kept}.")
+
+    def end_epoch(self) -> None:
+        """Measure on valid, record it, and keep the weights if they are the best yet."""
+        state, batches, corpus = self.state, self.batches, self.corpus
+        if not self.folder.writes:
+            return
+        with machine.autocast_on(state.device, state.accelerator.mixed_precision):
+            nats, hits = score_in_memory(state.model, corpus.valid, self.event)
+            self.check_valid(nats)
+            details = {"samples": samples_of(state.model, corpus)}
+            health = health_of(state.model, corpus, self.event)
+        metrics = metrics_of(nats, hits, corpus.words["valid"], corpus.bytes["valid"])
+        metrics = {"valid_loss": metrics.pop("loss"), **metrics}
+        details["valid_block_nats"], block_tokens = blocks_of(nats)
+        details["health"] = {"update_ratio": state.update_ratio, **health}
+        train_loss = float(state.epoch_nats) / batches.n_windows
+        epoch = state.step // batches.steps_per_epoch
+        record = {"kind": "epoch", "epoch": epoch, "step": state.step}
+        record |= {"tokens": batches.tokens_seen(state.step), "seconds": round(state.seconds, 3)}
+        self.record({**record, "train_loss": train_loss, **metrics, **details})
+        if metrics["valid_loss"] < state.summary.get("valid_loss", math.inf):
+            weights = state.model.state_dict()
+            state.unsaved_best = {name: w.detach().clone() for name, w in weights.items()}
+            state.summary |= {"best_epoch": epoch, **metrics, "valid_block_tokens": block_tokens}
+            state.summary["valid_block_nats"] = details["valid_block_nats"]
+        state.summary |= {"finished": False, "epochs_done": epoch}
+        self.show_progress(train_loss)
+
+    def save(self) -> None:
+        """Write a checkpoint, the best weights if they are new, and the summary."""
+        self.folder.save(self.state)
+        self.write_summary()
+
+    def finish(self) -> None:
+        """Score test once, with the weights of the best epoch, and complete the summary."""
+        state, folder, corpus = self.state, self.folder, self.corpus
+        if not folder.writes:
+            return
+        if folder.trouble or state.unsaved_best:
+            self.save()
+        if folder.trouble:
+            return  # not finished
+        final_weights, seconds = weights_sha256(state.model), state.seconds
+        Run(folder.path).load_weights(state.model)
+        with machine.autocast_on(state.device, state.accelerator.mixed_precision):
+            nats, hits = score_in_memory(state.model, corpus.test, self.event)
+        metrics = metrics_of(nats, hits, corpus.words["test"], corpus.bytes["test"])
+        speed = self.batches.tokens_seen(state.step) / seconds
+        state.summary |= {f"test_{key}": value for key, value in metrics.items()}
+        state.summary |= {"finished": True, "weights_sha256": final_weights}
+        state.summary |= {"seconds": round(seconds, 1), "tokens_per_second": round(speed, 1)}
+        self.write_summary()
+
+    def write_summary(self) -> None:
+        """What has been measured, and on what; nothing before the first epoch has ended."""
+        ledger, memory = self.state.model.parameter_ledger(), machine.peak_memory(self.state.device)
+        about = {"parameters": sum(ledger.values()), "parameter_ledger": ledger}
+        about |= {"flops_per_token": self.experiment.model.flops_per_token}
+        about |= {"peak_memory_bytes": memory, **machine.about_machine(self.state.device)}
+        self.folder.write_summary({**self.state.summary, **about} if self.state.summary else {})
+
+    def record(self, record: dict) -> None:
+        self.folder.log(record)
+        self.watch()
+
+    def event(self, event: str) -> None:
+        """Record and print something unusual."""
+        self.record({"kind": "event", "step": self.state.step, "event": event})
+        self.folder.say(f"\nStep {self.state.step}: {event}.")
+
+    def watch(self) -> None:
+        if self.options.watch and self.folder.writes:
+            with contextlib.suppress(MusotaError):  # the folder vanished, which `log` reports
+                self.options.watch(Run(self.folder.path))
+
+    def show_progress(self, loss: float) -> None:
+        epochs, summary = self.experiment.training.epochs, self.state.summary
+        epoch = min(epochs, self.state.step // self.batches.steps_per_epoch + 1)
+        best = f", best valid PPL {summary['ppl']:,.0f}" if summary else ""
         shown = f"epoch {epoch}/{epochs}, training PPL {exp_nats(loss):,.0f}{best}"
         self.progress.set_postfix_str(shown, refresh=False)
-
-
-def _described(experiment, corpus, seed, name, profile) -> dict:
-    """For config.json: what the run is, and what it is called."""
-    return {
-        "name": name,
-        "profile": profile,
-        "experiment": experiment.to_dict(),
-        "seed": seed,
-        "corpus": {
-            "name": corpus.name,
-            "fingerprint": corpus.fingerprint,
-            "source": corpus.source,
-            "vocabulary_in_use": corpus.tokenizer.size,
-            "tokens": {split: len(corpus.split(split)) for split in corpus.words},
-            "words": corpus.words,
-            "bytes": corpus.bytes,
-        },
-    }

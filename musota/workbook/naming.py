@@ -1,82 +1,71 @@
-"""What runs and models are called in tables and pictures, and which runs are one model's seeds."""
+"""Names of runs, their titles and commands, and the folder in which results belong."""
 
-import copy
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
 
-from musota.plan.config import Experiment
-from musota.plan.registry import title_of
-from musota.training.runs import Run
-
-
-def labelled(runs: Iterable[Run], roles: Mapping[str, Experiment]) -> list[Run]:
-    """Copies of `runs`, named by what they are: equal names differ in seed alone.
-
-    A run is called after the first of `roles` whose experiment it is, else as it was recorded;
-    where that is a role's name, changed or not, by the fields in which it differs from the role.
-    """
-    names: dict[tuple, str] = {}  # by experiment and corpus
-    owners = dict(roles)  # a row's name belongs to the row, whatever a run was recorded as
-    copies = []
-    for run in runs:
-        key = run.experiment, run.fingerprint
-        if key not in names:
-            row = run.name.split(",")[0]
-            recorded = row if row in roles else run.name
-            name = next((role for role, e in roles.items() if e == run.experiment), recorded)
-            owner = owners.get(name, run.experiment)
-            if owner != run.experiment or name in names.values():
-                told, corpus = run.experiment.differences(owner), f"corpus={run.fingerprint[:8]}"
-                name = ",".join([name, *(told or [corpus])])
-                name += f",{corpus}" * (name in names.values())
-            owners.setdefault(name, run.experiment)
-            names[key] = name
-        copies.append(copy.copy(run))
-        copies[-1].name = names[key]
-    return copies
+from musota.config import Experiment, RedesignedConfig
+from musota.files import as_path, sha256
+from musota.registry import REGISTRY
 
 
-def label_of(run: Run) -> str:
-    return f"{title_of(run.name)}, seed {run.seed}"
+def checkout() -> Path | None:
+    """The repository that this package or the working folder lies in; None if there is none."""
+    places = (Path(__file__).absolute().parents[2], Path.cwd(), *Path.cwd().parents)
+    found = (place for place in places if (place / "notebooks" / "01_data.ipynb").exists())
+    return next(found, None)
 
 
-def progress_of(run: Run) -> str:
-    return f"{run.summary['epochs_done']} of {run.experiment.training.epochs} epochs"
+def results_root() -> Path:
+    """Where results belong by default: `results` of the repository, else of the working folder."""
+    return (checkout() or Path.cwd()) / "results"
 
 
-def footer(corpus: str, vocabulary: int, profile: str | None) -> str:
-    """The line under every figure: what was measured on what."""
-    name = corpus if "wikitext" in corpus else f"{corpus} (not WikiText!)"
-    how = f"byte-level BPE {vocabulary:,} · profile {profile} · valid, windows without overlap"
-    return f"measured: {name} · {how}"
+def safe_name(text: str) -> str:
+    """`text` as a file name; with a hash of the whole where it cannot stay as it is."""
+    safe = re.sub(r"[^\w.,=@+-]+", "-", text, flags=re.ASCII)[:120]
+    return safe if safe == text else f"{safe}-{sha256(text.encode())[:8]}"
 
 
-def footer_of(run: Run) -> str:
-    corpus = run.config["corpus"]
-    return footer(corpus["name"], corpus["vocabulary_in_use"], run.config["profile"])
+def is_module(model: str) -> bool:
+    """Whether a model is named FILE.py:NAME, a module of the user's own, or its `_twin`."""
+    return ".py:" in model
 
 
-def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs of every name, in the order given."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.name, []).append(run)
-    return groups
+def run_name(model: str, changed: Mapping) -> str:
+    """The name of a run, `optimized,epochs=4,learning_rate=0.002`; of a module, FILE.NAME@hash of
+    the file."""
+    if is_module(model):
+        file, _, name = model.rpartition(":")
+        suffix = "_twin" * name.endswith("_twin")
+        file_sha256 = sha256(as_path(file).read_bytes())
+        model = f"{Path(file).stem}.{name.removesuffix('_twin')}@{file_sha256[:6]}{suffix}"
+    texts = {f: v if isinstance(v, (str, bool)) else f"{v:.9g}" for f, v in changed.items()}
+    return ",".join([model, *(f"{field}={text}" for field, text in texts.items())])
 
 
-def models_of(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """`by_name`, without the unfinished seeds of models that have finished ones."""
-    groups = by_name(runs).items()
-    return {name: [run for run in group if run.finished] or group for name, group in groups}
+def title_of(model: str, experiment: Experiment, changed: Mapping) -> str:
+    """What people read for a run: the model, and its changes in words."""
+    if model in REGISTRY:
+        title = REGISTRY[model].title
+    else:
+        title = model.rpartition(":")[2].removesuffix("_twin")
+        if model.endswith("_twin"):
+            modern = isinstance(experiment.model, RedesignedConfig)
+            title = f"Transformer matched to {title} ({'modern' if modern else 'GPT-2 style'})"
+    words = [
+        f"{value} epochs" if field == "epochs" else f"{field.replace('_', ' ')} {value}"
+        for field, value in changed.items()
+    ]
+    return ", ".join([title, *words])
 
 
-def brief_titles(groups: Mapping[str, Sequence[Run]], between: str = ", ") -> dict[str, str]:
-    """What people read for each name: where some were changed, epochs and rate in place of all
-    that was changed in the training, if that tells them apart."""
-    brief = {name: title_of(name) for name in groups}
-    for name, (run, *_) in groups.items() if any("," in name for name in groups) else ():
-        training, (row, *changes) = run.experiment.training, name.split(",")
-        kept = [change for change in changes if not hasattr(training, change.split("=")[0])]
-        budget = f"{training.epochs} epochs at {training.learning_rate:g}"
-        brief[name] = f"{title_of(','.join([row, *kept]))}{between}{budget}"
-    apart = len(set(brief.values())) == len(brief)
-    return brief if apart else {name: title_of(name) for name in groups}
+def train_command(model: str, changed: Mapping, **options) -> str:
+    """The command line that repeats a run; `options` without a value (0, empty) are left out."""
+    words = ["musota", "train", model]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", str(value)] if value else []
+    for field, value in changed.items():
+        words += ["--set", f"{field}={value}"] if field != "started_from" else []
+    return shlex.join(words)

@@ -1,181 +1,252 @@
-"""Where results are kept: runs, probes, pictures, and their copy on a Drive."""
+"""Recorded results: the runs of a folder, grouped by model, and what was measured on them."""
 
-import dataclasses
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from matplotlib.figure import Figure
+from musota.config import Experiment, MuConfig, RedesignedConfig
+from musota.errors import MusotaError, nearest_name
+from musota.files import as_path
+from musota.lab.ablate import ablation_effects
+from musota.lab.grid_runs import Row, read_table
+from musota.lab.plan_rules import other_text, plan_verdicts
+from musota.lab.profiles import PROFILES
+from musota.lab.root_causes import Cause, advice, by_name, judge
+from musota.lab.stats import Interval
+from musota.lab.sweep import best_rate, swept
+from musota.lab.verdicts import Verdict, compare, compare_with_matched
+from musota.matching import is_match
+from musota.registry import REGISTRY
+from musota.training.run import Run, load_runs
 
-from musota.data.corpus import Corpus
-from musota.errors import MusotaError
-from musota.files import ROOT, as_path, cache_folder, sha256, system_error, write_json
-from musota.plan.profiles import Profile
-from musota.rules.findings import Finding
-from musota.studies.ngrams import measure_ladder
-from musota.studies.path import Judged
-from musota.training.mirror import Mirror
-from musota.training.runs import Run
-from musota.workbook.evidence import GRID, Evidence, chosen_runs, read_evidence, read_rungs
-from musota.workbook.naming import footer
-from musota.workbook.records import read_probes, read_runs
-from musota.workbook.style import save_figure
-
-COMMITTED = ("full", "study")  # results that come with the repository, best first
+Key = tuple[Experiment, str]  # of a model: experiment and corpus fingerprint
+JUDGED = ("optimized", "original")  # the first that has ended is judged by the plan's rules
+QUESTIONS = {
+    "best": "Is the redesign better?",
+    "architecture": "Does the architecture help?",
+    "causes": "Which causes hold the model back?",
+    "rate": "Is the learning rate right?",
+    "parts": "Which parts of the model are used?",
+    "plan": "What do the plan's rules say?",
+}
 
 
-def results_folder(profile: str, corpus: Corpus, save_to: str | os.PathLike = "") -> Path:
-    """Where results of a profile and corpus belong: WikiText-2 under the profile's bare name, any
-    other text under a name that ends in its fingerprint, whatever the text is called now."""
-    base = as_path(save_to or ROOT / "results")
-    if corpus.label == "wikitext-2":
-        return base / profile
-    same_text = sorted(base.glob(f"{profile}-*-{corpus.text_hash[:8]}"))
-    return same_text[0] if same_text else base / f"{profile}-{corpus.label}"
+def group_runs(runs: Iterable[Run]) -> dict[Key, list[Run]]:
+    """The seeds of each model, in the order given; unfinished seeds of a model that has ended ones
+    are left out."""
+    groups: dict[Key, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.key, []).append(run)
+    return {key: [run for run in g if run.ended] or g for key, g in groups.items()}
+
+
+def mean_loss(group: Sequence[Run]) -> float:
+    """The valid loss of a model in nats/token, the mean over its seeds; inf where one diverged."""
+    return sum(run.valid_loss for run in group) / len(group)
+
+
+def titles_of(groups: Mapping[Key, Sequence[Run]]) -> dict[Key, str]:
+    """The title of each model; models of equal title are told apart by a run's folder."""
+    counts = Counter(group[0].title for group in groups.values())
+    return {
+        key: first.title if counts[first.title] == 1 else f"{first.title} ({first.path.name})"
+        for key, (first, *_) in groups.items()
+    }
+
+
+def label(run: Run) -> str:
+    """The title of a run with its seed."""
+    return f"{run.title}, seed {run.seed}"
+
+
+def progress(run: Run) -> str:
+    """How far a run is: "3" epochs for a finished one, "2 of 3", or "diverged at step 120"."""
+    if run.diverged:
+        return f"diverged at step {run.diverged_at}"
+    planned = run.experiment.training.epochs
+    return str(planned) if run.finished else f"{len(run.history)} of {planned}"
+
+
+def footer(corpus: str, vocabulary: int, profile: str | None) -> str:
+    """The line under every figure: what was measured on which text."""
+    name = corpus if "wikitext" in corpus else f"{corpus} (not WikiText!)"
+    where = f" · profile {profile}" if profile else ""
+    return (
+        f"measured: {name} · byte-level BPE {vocabulary:,}{where} · valid, windows not overlapping"
+    )
 
 
 class Results:
-    """Where the results of a profile and corpus are kept, with `grid` those of the root-cause grid.
-    Raises MusotaError for a folder that cannot be made."""
+    """What is recorded in a results folder on one corpus: by default that of most of its runs.
+    Damaged runs are left out and named. Raises MusotaError for other damaged files."""
 
-    def __init__(
-        self, profile: Profile, corpus: Corpus, fresh: bool, save_to: str | os.PathLike, grid: bool
-    ):
-        self.profile, self.corpus, self.fresh = profile, corpus, fresh
-        self.part = GRID if grid else ""
-        # Where results belong, and where they are worked on: a Drive loses writes, a disk does not.
-        self.home = self.root = results_folder(profile.name, corpus, save_to)
-        if save_to:
-            key = sha256(str(as_path(save_to).resolve()).encode())[:12]
-            self.root = cache_folder() / "work" / key / self.home.name
-        self.mirror, self.folder = None, self.root / self.part
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if save_to:
-                self.mirror = Mirror(self.root, self.home)  # which makes the home
-                self.mirror.pull()
-        except OSError as error:
-            instead = "set save_to to another"
-            raise system_error(f"The results folder {self.home}", error, instead) from None
+    def __init__(self, folder: str | os.PathLike, fingerprint: str | None = None):
+        self.folder, self.note = as_path(folder), ""
+        found = load_runs(self.folder)
+        counts = Counter(run.fingerprint for run in found)
+        self.fingerprint = fingerprint or next((f for f, _ in counts.most_common(1)), "")
+        place = {name: index for index, name in enumerate(REGISTRY)}
+        self.runs = sorted(
+            (run for run in found if run.fingerprint == self.fingerprint),
+            key=lambda run: (place.get(run.name, len(place)), run.title, run.name, run.seed),
+        )
+        self.groups = group_runs(self.runs)
+        self.titles = titles_of(self.groups)
+        # Models all of whose seeds have ended an epoch, and those of them that verdicts are on.
+        self.measured = [g for g in self.groups.values() if all(run.summary for run in g)]
+        self.ended = [g for g in self.measured if all(run.ended for run in g)]
 
-    def push(self) -> bool:
-        """Copy what is new to where results belong; False, and a sentence, where that fails."""
-        try:
-            if self.mirror:
-                self.mirror.push()
-        except OSError as error:
-            print(f"Not copied to {self.home}: {error.strerror}. It stands in {self.folder}.")
-            return False
-        return True
-
-    def deliver(self) -> None:
-        """`push`, raising MusotaError where that fails: nothing ends well that is not copied."""
-        if not self.push():
-            raise MusotaError(
-                f"The results could not be copied to {self.home}: make room there, or mount it "
-                "again, and do this once more."
-            )
-
-    def named(self, name: str) -> str:
-        """`name` for a file, with the changes it rests on."""
-        return ",".join([name, *(f"{field}={value}" for field, value in self.changes.items())])
-
-    def kept(self, name: str, measure: Callable[..., dict], *arguments) -> dict:
-        """What `measure(*arguments)` returns, measured once and kept as the probe `name`; anew for
-        another text, or for a run with other weights."""
-        of = {"fingerprint": self.corpus.fingerprint}
-        for run in (argument for argument in arguments if isinstance(argument, Run)):
-            # Of a run that has not finished, how far it is stands for its weights.
-            of["weights"] = run.summary.get("weights_sha256", run.summary["epochs_done"])
-        name = self.named(name)
-        recorded = self.probes.get(name, {})
-        if self.fresh or any(recorded.get(field) != value for field, value in of.items()):
-            recorded = {**of, **measure(*arguments)}
-            write_json(self.folder / f"{name}.json", recorded)
-            self.push()
-        return recorded
-
-    @property
-    def probes(self) -> dict[str, dict]:
-        """What is recorded here besides runs, by name."""
-        start = f"{self.part}/" if self.part else ""
-        found = read_probes(self.root).items()
-        return {name.removeprefix(start): data for name, data in found if name.startswith(start)}
-
-    def known(self, part: str = "") -> list[Run]:
-        """What is recorded in this folder or a part of it, packed or not."""
-        return read_runs(self.root, part or self.part)[0]
+    def group(self, name: str) -> list[Run]:
+        """The seeds of the first model of that name; empty where there is none."""
+        return next((group for group in self.groups.values() if group[0].name == name), [])
 
     @property
     def footer(self) -> str:
-        return footer(self.corpus.name, self.corpus.tokenizer.size, self.profile.name)
+        if not self.runs:
+            return ""
+        corpus = self.runs[0].config["corpus"]
+        return footer(corpus["name"], corpus["vocabulary_in_use"], self.runs[0].profile)
+
+    @property
+    def at_plan_size(self) -> bool:
+        """Whether the plan's reported numbers are of this corpus and vocabulary."""
+        return bool(self.runs) and not other_text(self.runs[0])
 
     @cached_property
-    def ladder(self) -> dict[str, float]:
-        """Perplexity of the measured rungs on valid, measured once."""
-        recorded = read_rungs(self.probes, self.corpus.fingerprint)
-        return recorded or self.kept("ladder", lambda: {"ppl": measure_ladder(self.corpus)})["ppl"]
+    def ngrams(self) -> dict[str, float]:
+        """Perplexities of the n-gram baselines on the same tokens; empty if not measured."""
+        return read_ngrams(self.folder / "ngrams.json", self.fingerprint)
 
-    @property
-    def recorded(self) -> Evidence:
-        """The runs of this folder on this corpus, with the rungs."""
-        self.ladder  # noqa: B018  measured, if it was not
-        return read_evidence(self.folder, self.corpus.fingerprint)
+    def matched_to(self, group: Sequence[Run]) -> list[Run] | None:
+        """The recorded parameter-matched transformer of a model: the one trained at the same
+        learning rate, else the one with the lowest loss."""
+        model, training = group[0].experiment.model, group[0].experiment.training
+        rate = training.learning_rate
+        found = [
+            other
+            for other in self.measured
+            if is_match(other[0].experiment.model, model)
+            and other[0].experiment.with_(learning_rate=rate).training == training
+        ]
+        same = [other for other in found if other[0].experiment.training.learning_rate == rate]
+        return min(same or found, key=mean_loss, default=None)
 
-    def evidence(self, *names: str) -> Evidence:
-        """Recorded rows as changed here: of this folder, else, where it has not all of them, those
-        that come with the repository; `.note` says so, or what is missing, in one sentence."""
-        names = [self.called(name) for name in names]
-        own = self.recorded.only(*names)
-        missing = [name for name in names if name not in own.names]
-        if not missing:
-            return own
-        note = f"{', '.join(missing)} not yet trained in {self.home}"
-        for profile in COMMITTED:
-            kept = read_evidence(ROOT / "results" / profile).only(*names)
-            if {*kept.names} >= {*names}:
-                note += f": here is profile {profile} as kept with the workbook."
-                return dataclasses.replace(kept, note=note)
-        return dataclasses.replace(own, note=f"{note}: run the notebook that trains it first.")
+    def ablations(self, run: Run) -> dict[str, Interval]:
+        """The loss in nats from disabling each part of a run's model; empty if not measured."""
+        found = _read_json(run.path / "ablations.json")
+        if "nats" not in found or found.get("weights") != run.summary.get("weights_sha256"):
+            return {}
+        return ablation_effects(found)
 
-    def chosen(self, names: Sequence[str]) -> Evidence:
-        """Any recorded runs, by label or folder (see `find_runs`); what stands in no folder here is
-        sought in the repository's results."""
-        here, kept = self.root.parent, ROOT / "results"
+    @cached_property
+    def ablated(self) -> dict[Run, dict[str, Interval]]:
+        """`ablations` of the runs for which they are recorded."""
+        found = {run: self.ablations(run) for run in self.runs if run.finished}
+        return {run: effects for run, effects in found.items() if effects}
 
-        def found(name: str) -> str:
-            elsewhere = (as_path(name) / "config.json").exists() or (here / name).parent.is_dir()
-            return name if elsewhere else str(kept / name)
+    @cached_property
+    def grid_rows(self) -> dict[str, dict[int, Row]]:
+        """The runs of the root-cause grid by name and seed; empty where none was trained."""
+        return by_name(read_table(self.folder / "grid.csv"))
 
-        return chosen_runs([*map(found, names)], here, self.root.name)
+    @cached_property
+    def grid(self) -> list[Cause]:
+        """The judged suspects of the root-cause grid, the largest gain first."""
+        return judge(self.grid_rows) if self.grid_rows else []
 
-    @property
-    def path(self) -> dict[str, Judged]:
-        """The path to the redesign as trained here, else as it comes with the repository."""
-        folders = self.folder, *(ROOT / "results" / profile for profile in COMMITTED)
-        return next(filter(None, (Evidence(folder, ()).path for folder in folders)), {})
+    @cached_property
+    def sweeps(self) -> dict[str, dict[float, list[float]]]:
+        """Valid losses of every seed by learning rate, by title of the swept model."""
+        profile = PROFILES.get(self.runs[0].profile) if self.runs else None
+        return swept(read_table(self.folder / "sweep.csv"), profile) if profile else {}
 
-    def record(self, name: str, findings: Sequence[Finding], **numbers) -> None:
-        """Write `<name>.json` beside the results: what this notebook found.
+    def architecture(self) -> dict[str, Verdict]:
+        """Each model that has ended against its parameter-matched transformer, by title."""
+        found = {}
+        for group in self.ended:
+            if (matched := self.matched_to(group)) in self.ended:
+                found[self.titles[group[0].key]] = compare_with_matched(group, matched)
+        return found
 
-        Raises MusotaError if results could not be copied to where they belong.
-        """
-        found, name = [dataclasses.asdict(finding) for finding in findings], self.named(name)
-        write_json(self.folder / f"{name}.json", {**numbers, "findings": found})
-        self.deliver()
-        print(f"written: {self.home / name}.json")
+    def verdicts(self) -> dict[str, list[Verdict]]:
+        """The verdicts on runs that have ended, by key of QUESTIONS."""
+        found: dict[str, list[Verdict]] = {name: [] for name in QUESTIONS}
+        found["architecture"] = [*self.architecture().values()]
+        mu = [group for group in self.ended if isinstance(group[0].experiment.model, MuConfig)]
+        redesigned = [
+            group
+            for group in self.ended
+            if isinstance(model := group[0].experiment.model, RedesignedConfig) and model.layout
+        ]
+        if mu and redesigned:
+            found["best"] = [compare(min(redesigned, key=mean_loss), min(mu, key=mean_loss))]
+        if self.grid:
+            found["causes"] = [advice(self.grid)]
+        usual = {run.title: run.experiment.training.learning_rate for run in self.runs}
+        for title, losses in self.sweeps.items():
+            found["rate"].append(best_rate(title, losses, usual.get(title)))
+        judged = [g for name in JUDGED if (g := self.group(name)) in self.ended]
+        for group in judged[:1]:
+            found["plan"] = plan_verdicts(group, self.matched_to(group))
+        return found
 
-    def show(
-        self, figure: Figure, name: str, run: Run | None = None, about: str | None = None
-    ) -> None:
-        """Save a figure as `<name>.png` beside the results (or in a run's folder) and show it.
 
-        `about` is the line under it, by default this corpus and profile.
-        """
-        path = run.path / f"{name}.png" if run else self.folder / f"{self.named(name)}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)  # a packed run's has none
-        save_figure(figure, path, self.footer if about is None else about)
-        from IPython.display import Image, display
+def read_ngrams(path: Path, fingerprint: str) -> dict[str, float]:
+    """Perplexities of the n-gram baselines recorded for a corpus; empty for another corpus. Raises
+    MusotaError for damage."""
+    found = _read_json(path)
+    if found.get("fingerprint") != fingerprint:
+        return {}
+    return {name: float(ppl) for name, ppl in found["ppl"].items()}
 
-        display(Image(data=path.read_bytes()))
+
+def _read_json(path: Path) -> dict:
+    """What a JSON file holds; empty where there is none. Raises MusotaError for damage."""
+    try:
+        return json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError:
+        raise MusotaError(f"{path} is damaged: delete it, and it is measured again.") from None
+
+
+def find_runs(name: str, results_root: str | os.PathLike, profile: str) -> list[Run]:
+    """The seeds of a recorded model, or one run.
+
+    `name` is a run's folder, or the name, title or folder name of a run in `results_root/profile`
+    (or in another folder of results_root: `study/optimized`). Raises MusotaError, with the nearest
+    name, where there is none.
+    """
+    path = as_path(name)
+    if (path / "config.json").exists():
+        return [Run(path)]
+    folder, known = as_path(results_root) / (path.parent if path.parent.name else profile), {}
+    for group in group_runs(load_runs(folder) if folder.is_dir() else ()).values():
+        known |= {run.path.name: [run] for run in group}
+        for each in (group[0].name, group[0].title):
+            known.setdefault(each, group)
+    if not known:
+        raise MusotaError(f"There is no run {name!r}: {folder} holds none.")
+    if path.name not in known:
+        raise nearest_name("run", path.name, sorted(known))
+    return known[path.name]
+
+
+def find_results(
+    names: Sequence[str], folders: Sequence[Path], fingerprint: str | None = None
+) -> Results:
+    """The results of the first of `folders` that holds all of `names`; `note` says so where that
+    is not the first folder, or what is missing. `fingerprint` is for the first folder only."""
+    first = Results(folders[0], fingerprint)
+    missing = [name for name in names if not first.group(name)]
+    if not missing:
+        return first
+    first.note = f"{', '.join(missing)}: not trained yet in {folders[0]}"
+    for folder in folders[1:]:
+        found = Results(folder)
+        if all(map(found.group, names)):
+            found.note = f"{first.note}; shown are the results in {folder}."
+            return found
+    first.note += "; run the notebook that trains it first."
+    return first

@@ -1,7 +1,8 @@
-"""How figures look and how they are saved. Colours are Okabe and Ito's, told apart by people who
-see no red or no green; line styles, markers and hatches say the same in black and white."""
+"""The look of figures, and how they are saved. The colours are Okabe and Ito's colour-blind safe
+palette; line styles, markers and hatches carry the same information in black and white."""
 
 import io
+import itertools
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,21 +10,22 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
-from PIL import Image  # comes with matplotlib
+from PIL import Image  # installed with matplotlib
 
 from musota.files import write_bytes
-from musota.plan.registry import style_of
-from musota.rules.stats import Interval
+from musota.lab.stats import Interval
+from musota.registry import REGISTRY
 
 BLUE, ORANGE, RED, GREEN, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#999999"
 SHADES = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", RED, "#F0E442", GREY)
+LINES = (*SHADES[:6], "#882255", "#444444")  # for lines, which yellow makes hard to see
 HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
 PLAIN = FuncFormatter(lambda value, _: f"{value:,.10g}")
-DOTTED = {"color": "0.45", "linewidth": 0.9, "linestyle": (0, (1, 2))}  # a rung
+DOTTED = {"color": "0.45", "linewidth": 0.9, "linestyle": (0, (1, 2))}  # an n-gram baseline
 
 
 def new_figure(width: float, height: float, columns: int = 1, grid: str = ""):
-    """A figure and its axis or axes, side by side; `grid` is x, y or both."""
+    """A figure and its axis, or its axes side by side; `grid` is x, y or both."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
     axes = figure.subplots(1, columns)
     for axis in np.atleast_1d(axes):
@@ -33,34 +35,40 @@ def new_figure(width: float, height: float, columns: int = 1, grid: str = ""):
     return figure, axes
 
 
-def styles_of(names: Iterable[str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, line style and marker of each: its row's; what has no row, or not alone, takes its
-    turn."""
-    names, styles = list(dict.fromkeys(names)), {}
-    for name in sorted(names, key=lambda name: "," in name):  # a row before what is changed in it
-        own = style_of(name.split(",")[0])
-        if own not in (style_of(""), *styles.values()):
-            styles[name] = own
-    used = {part for style in styles.values() for part in style}
-    colours, markers = ([p for p in of if p not in used] or of for of in (SHADES, "X*dph<>P"))
-    others = [name for name in names if name not in styles]
-    for i, name in enumerate(others):
-        styles[name] = colours[i % len(colours)], ":", markers[i % len(markers)]
-    return {name: styles[name] for name in names}
+def styles_of(names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Colour, line style and marker of each: the first of a name that is in the registry has the
+    style of its row, others the next ones not in use."""
+    rows = [name in REGISTRY and name not in names[:i] for i, name in enumerate(names)]
+    used = {
+        p for name, is_row in zip(names, rows, strict=True) if is_row for p in REGISTRY[name].style
+    }
+    colours, markers = ([p for p in of if p not in used] or of for of in (LINES, "X*dph<>P"))
+    free = zip(itertools.cycle(colours), itertools.repeat(":"), itertools.cycle(markers))
+    return [
+        REGISTRY[name].style if is_row else next(free)
+        for name, is_row in zip(names, rows, strict=True)
+    ]
+
+
+def literal(text: str) -> str:
+    """`text` that matplotlib shows as it is: no "$" is mathematics, no leading "_" hides it."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def wrapped(title: str, width: int = 36) -> str:
-    """A title on lines that leave room for the picture: the names of changed runs are long."""
-    return "\n".join(textwrap.wrap(title, width, break_long_words=False, break_on_hyphens=False))
+    """A literal title, wrapped into lines."""
+    lines = textwrap.wrap(title, width, break_long_words=False, break_on_hyphens=False)
+    return literal("\n".join(lines))
 
 
 def note(axis, text: str, at: tuple, offset: tuple = (0, 0), **look) -> None:
-    """Small print at a place, moved by so many points."""
+    """Writes small print at a place, moved by `offset` points."""
     axis.annotate(text, at, offset, textcoords="offset points", **{"fontsize": 8, **look})
 
 
 def logarithmic(axis, lowest: float, highest: float) -> None:
-    """A logarithmic y axis with round numbers, of four decades at most (a rate may end at 0)."""
+    """Makes the y axis logarithmic, with round numbers and four decades at most."""
     axis.set_yscale("log")
     if lowest < highest / 1e4:
         axis.set_ylim(bottom=highest / 1e4)
@@ -71,13 +79,16 @@ def logarithmic(axis, lowest: float, highest: float) -> None:
     axis.yaxis.set_major_formatter(PLAIN)
 
 
-def draw_rungs(axis, rungs: Mapping[str, float], between: str = " ") -> None:
-    """Lines across at the rungs, their names on the right, pushed apart where they are close."""
-    for level in rungs.values():
+def draw_ngrams(axis, ngrams: Mapping[str, float], between: str = " ") -> None:
+    """Draws a line across for each n-gram baseline that does not flatten the curves, its name on
+    the right; names that would overlap are moved apart."""
+    highest = 2 * axis.dataLim.y1
+    ngrams = {name: level for name, level in ngrams.items() if level <= highest}
+    for level in ngrams.values():
         axis.axhline(level, **DOTTED)
-    axis.figure.draw_without_rendering()  # for where the levels come to stand
+    axis.figure.draw_without_rendering()  # for the positions of the lines
     points, last = 72 / axis.figure.dpi, -np.inf
-    for name, level in sorted(rungs.items(), key=lambda rung: rung[1]):
+    for name, level in sorted(ngrams.items(), key=lambda baseline: baseline[1]):
         text = f"{name}{between}{level:,.4g}"
         height = axis.transData.transform((0, level))[1] * points
         last = max(height, last + 10 * (1 + text.count("\n")))
@@ -88,7 +99,7 @@ def draw_rungs(axis, rungs: Mapping[str, float], between: str = " ") -> None:
 def draw_intervals(
     axis, rows: Mapping[str, Interval | None], notes: Iterable[str] = (), styles: Sequence = ()
 ) -> None:
-    """A row for each interval, from the top, around 0, its note on the right; None diverges."""
+    """Draws a row for each interval, from the top, with its note on the right; None diverged."""
     for row, interval in enumerate(rows.values()):
         colour, marker, fill = styles[row] if styles else (BLUE, "o", "full")
         if interval is None:
@@ -108,14 +119,14 @@ def draw_intervals(
 def figure_png(figure: Figure, about: str) -> bytes:
     """The figure as PNG, with `about` in small print under it."""
     if about:
-        figure.supxlabel(about, fontsize=7.5, color="0.35", x=0.01, ha="left")
+        figure.supxlabel(literal(about), fontsize=7.5, color="0.35", x=0.01, ha="left")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
 def save_figure(figure: Figure, path: Path, about: str) -> None:
-    """Write `figure_png` with a palette, a third of the bytes; whole or not at all."""
+    """Writes `figure_png` with a palette of 256 colours, a third of the bytes."""
     image = Image.open(io.BytesIO(figure_png(figure, about))).convert("RGB")
     image = image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     image.save(small := io.BytesIO(), "PNG", optimize=True)

@@ -1,37 +1,31 @@
-"""What reacts in a notebook: the explorer, the live view of a training run, the block view.
+"""Interactive views in a notebook: the explorer, and a run while it trains.
 
-Pictures are PNGs in an Image widget whose value is replaced, so none stack up in any front end.
-Only core widgets of ipywidgets 7.7 and 8. Where nobody watches, a static picture stands instead.
+Only the controls are widgets. Pictures and sentences are ordinary outputs that are updated in
+place, so a saved notebook shows them without a kernel. Where nobody can use controls, they stand
+alone.
 """
 
+import html
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 
-import ipywidgets
-import pandas as pd
-import torch
-from IPython.display import Image, display
-from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, HBox, IntSlider, VBox
+import ipywidgets as w
+from IPython.display import HTML, Image, display
 from matplotlib.figure import Figure
 
-from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError
-from musota.models.base import CausalLM
-from musota.rules import curves
-from musota.studies import probes
-from musota.training.machine import has_front_end
-from musota.training.runs import Run
-from musota.workbook import figures, pictures
-from musota.workbook.answers import plateau_of
-from musota.workbook.evidence import Evidence
-from musota.workbook.naming import by_name, label_of
+from musota.files import write_bytes
+from musota.lab.curves import plateau, plateau_start
+from musota.lab.verdicts import compare
+from musota.training.device import has_front_end
+from musota.training.run import Run
+from musota.workbook.plots import Curve, explored, training_curve
+from musota.workbook.results import group_runs, label, titles_of
 from musota.workbook.style import figure_png
 
-# What can be shown: (records, column, label, where a rung's perplexity stands, if anywhere).
+# What the explorer can show: (records, column, label, place of an n-gram baseline, if any).
 METRICS = {
     "valid perplexity": ("history", "ppl", "valid perplexity per token", float),
     "valid loss": ("history", "valid_loss", "valid loss (nats/token)", math.log),
@@ -40,213 +34,128 @@ METRICS = {
     "learning rate": ("steps", "learning_rate", "learning rate", None),
     "gradient norm": ("steps", "grad_norm", "gradient norm before clipping", None),
 }
-UNITS = {"epochs": "epoch", "tokens": "training tokens", "seconds": "seconds of training"}
-LIVE_SECONDS = 10  # between two pictures of a training run: drawing takes little of its time
-# Boxes of ipywidgets 7 neither shrink nor scroll: without these they are cut off on the right.
-_FITTING = {"max_width": "100%"}
-_WRAPPED = {"flex_flow": "row wrap", **_FITTING}
-_WIDE = {"width": "420px", **_FITTING}
+LIVE_SECONDS = 10  # between two pictures of a run while it trains
+WIDE = {"style": {"description_width": "110px"}, "layout": {"width": "420px", "max_width": "100%"}}
 
 
-class Panel:
-    """Columns of controls, one picture, the text that follows from both, and a button that saves.
+class Output:
+    """Something in the output of a cell, replaced in place when it is shown again."""
 
-    `draw()` gives the figure and the sentences for the controls as they stand, or raises
-    MusotaError where they make no sense. `about` is the line under the figure; `copy` is called
-    after each saving, as `Workbook.push`.
-    """
+    handle = None
 
-    def __init__(self, columns, draw, path, about="", copy=None):
-        self.draw, self.path, self.about, self.copy = draw, Path(path), about, copy
-        self.button = Button(description="Save as PNG", icon="download")
-        self.button.on_click(lambda _: self.save())
-        for control in chain(*columns):
-            control.observe(lambda _: self.redraw(), "value")
-        self.image = ipywidgets.Image(format="png", layout=_FITTING)
-        self.text, self.saved = HTML(), HTML()
-        columns = [*columns[:-1], [*columns[-1], self.button]]
-        controls = HBox([VBox(c) for c in columns], layout=_WRAPPED)
-        self.box = VBox([controls, self.image, self.text, self.saved], layout=_FITTING)
-        self._paint()
+    def show(self, shown) -> None:
+        if self.handle:
+            self.handle.update(shown)
+        else:
+            self.handle = display(shown, display_id=True)
 
-    def _paint(self) -> None:
-        figure, sentences = self.draw()
-        self.image.value = figure_png(figure, self.about)
-        self.text.value = "<br>".join(sentences)
-        self.saved.value = ""
 
-    def redraw(self) -> None:
-        """Picture and text anew, or the reason as text where nothing can be drawn."""
+class Explorer:
+    """Curves of models, all seeds of each, with their plateaus and the comparison with the first.
+    Controls stand above the picture, which is saved at `path`; `about` is the line under it."""
+
+    def __init__(self, runs: Sequence[Run], ngrams: Mapping[str, float], path: Path, about=""):
+        groups = group_runs(run for run in runs if run.summary)
+        titles = titles_of(groups)
+        self.models = {titles[key]: group for key, group in groups.items()}
+        self.ngrams = {name: ppl for name, ppl in ngrams.items() if name != "uniform"}
+        self.path, self.about, self.picture, self.text = path, about, Output(), Output()
+        longest = max([3, *(len(run.history) - 1 for run in runs)])
+        slider, tick = {"continuous_update": False, **WIDE}, {"indent": False}
+        names = [*self.models]
+        self.chosen = w.SelectMultiple(options=names, value=names[:6], description="models", **WIDE)
+        self.metric = w.Dropdown(options=[*METRICS], description="metric", **WIDE)
+        self.smoothing = w.IntSlider(0, 0, 30, description="smoothing", **slider)
+        self.window = w.IntSlider(3, 1, longest, description="plateau: epochs", **slider)
+        self.least_gain = w.FloatSlider(1, min=0.1, max=10, description="… gain under %", **slider)
+        self.log_x = w.Checkbox(False, description="x logarithmic", **tick)
+        self.log_y = w.Checkbox(True, description="y logarithmic", **tick)
+        button = w.Button(description="Save as PNG", icon="download")
+        button.on_click(lambda _: self.save())
+        columns = [
+            [self.chosen, self.metric],
+            [self.smoothing, self.window, self.least_gain],
+            [self.log_x, self.log_y, button],
+        ]
+        for control in (*columns[0], *columns[1], self.log_x, self.log_y):
+            control.observe(lambda _: self.draw(), "value")
+        if has_front_end():
+            layout = {"flex_flow": "row wrap", "max_width": "100%"}
+            display(w.HBox([w.VBox(column) for column in columns], layout=layout))
+        self.draw()
+        write_bytes(self.path, self.png)
+
+    def draw(self) -> None:
+        """Picture and sentences anew; where nothing can be drawn the text says why."""
         try:
-            self._paint()
+            figure, self.sentences = self._explored()
+            self.png = figure_png(figure, self.about)
+            self.picture.show(Image(data=self.png))
+            self._tell(*self.sentences)
         except MusotaError as error:
-            self.text.value = str(error)
+            self._tell(str(error))
 
     def save(self) -> None:
+        """Write the picture to `path`."""
         try:
-            self.path.write_bytes(self.image.value)
+            write_bytes(self.path, self.png)
+            self._tell(*self.sentences, f"saved: {self.path}")
         except OSError as error:
-            self.saved.value = f"not saved: {self.path}: {error.strerror}"
-            return
-        copied = not self.copy or self.copy()
-        missing = "" if copied else ", but it could not be copied beside the results"
-        self.saved.value = f"saved: {self.path}{missing}"
+            self._tell(*self.sentences, f"not saved: {self.path}: {error.strerror}")
 
-    def show(self, alone: str) -> None:
-        """Save the picture and show the panel; where nobody watches say `alone` and show that."""
-        self.save()
-        if has_front_end():
-            display(self.box)
-        else:
-            print(alone)
-            display(Image(data=self.image.value))
-            print("\n".join([*self.text.value.split("<br>"), self.saved.value]))
-
-
-def explore(
-    runs: Sequence[Run],
-    rungs: Mapping[str, float],
-    path: str | os.PathLike,
-    about: str = "",
-    metric: str = "valid perplexity",
-    copy: Callable[[], bool] | None = None,
-) -> None:
-    """Curves of runs with their plateaus, to turn and look at; also saved at `path`.
-
-    Opens on `metric`, one of METRICS; `about` and `copy` as in Panel.
-    """
-    if not runs:
-        print("No run has finished an epoch yet: there is nothing to explore.")
-        return
-    explorer = Explorer(runs, rungs, path, about, metric, copy)
-    explorer.show("Nobody can turn controls here: this is the explorer's figure as it opens.")
-
-
-class Explorer(Panel):
-    """Curves of the runs chosen, and what the plateau rule as set says of them."""
-
-    def __init__(self, runs, rungs, path, about="", metric="valid perplexity", copy=None):
-        self.runs = {label_of(run): run for run in runs}
-        self.rungs = {name: ppl for name, ppl in rungs.items() if name != "uniform"}
-        first_seeds = [label_of(group[0]) for group in by_name(runs).values()]
-        widest = max([curves.PLATEAU_EPOCHS, *(len(run.history) - 1 for run in runs)])
-        wide = {"style": {"description_width": "110px"}, "layout": _WIDE}
-        slider = {"continuous_update": False, **wide}
-        tick = {"indent": False, "layout": {"width": "auto"}}
-        self.chosen = ipywidgets.SelectMultiple(
-            options=list(self.runs), value=first_seeds[:6], description="runs", **wide
-        )
-        self.metric = Dropdown(options=list(METRICS), value=metric, description="metric", **wide)
-        self.unit = Dropdown(options=list(UNITS), description="x axis", **wide)
-        self.smoothing = IntSlider(0, 0, 30, description="smoothing", **slider)
-        window, gain = curves.PLATEAU_EPOCHS, 100 * curves.PLATEAU_GAIN
-        self.window = IntSlider(window, 1, widest, description="plateau: epochs", **slider)
-        self.least_gain = FloatSlider(gain, min=0.1, max=10, description="… gain under %", **slider)
-        self.log_x = Checkbox(False, description="x logarithmic", **tick)
-        self.log_y = Checkbox(True, description="y logarithmic", **tick)
-        self.show_rungs = Checkbox(bool(rungs), description="rungs", **tick)
-        columns = [
-            [self.chosen, self.metric, self.unit],
-            [self.smoothing, self.window, self.least_gain],
-            [self.log_x, self.log_y, self.show_rungs],
-        ]
-        super().__init__(columns, self._explored, path, about, copy)
+    def _tell(self, *sentences: str) -> None:
+        self.text.show(HTML("<br>".join(map(html.escape, sentences))))
 
     def _explored(self) -> tuple[Figure, list[str]]:
-        chosen = [self.runs[label] for label in self.chosen.value]
-        rule = {"window": self.window.value, "least_gain": self.least_gain.value / 100}
-        found = {run: plateau_of(run, **rule) for run in chosen}
-        records, column, label, place = METRICS[self.metric.value]
-        how = records, column, self.unit.value, self.smoothing.value
-        rungs = self.rungs if place and self.show_rungs.value else {}
-        figure = figures.explored(
-            [curve_of(run, *how, found[run].since) for run in chosen],
-            {name: place(ppl) for name, ppl in rungs.items()},
-            (UNITS[self.unit.value], label),
+        if not self.chosen.value:
+            raise MusotaError("Choose a model.")
+        first, *others = chosen = [self.models[title] for title in self.chosen.value]
+        rule = self.window.value, self.least_gain.value / 100
+        records, column, name, place = METRICS[self.metric.value]
+        how = records, column, self.smoothing.value
+        figure = explored(
+            [curve_of(run, *how, plateau_start(run, *rule)) for seeds in chosen for run in seeds],
+            {name: place(ppl) for name, ppl in self.ngrams.items()} if place else {},
+            ("epoch", name),
             "x" * self.log_x.value + "y" * self.log_y.value,
         )
-        sentences = [f"{label_of(run)}: {found[run].sentence}" for run in chosen]
-        compared = Evidence(self.path.parent, tuple(chosen)).compared
-        sentences += [finding.sentence for finding, _ in compared.values()]
-        return figure, sentences or ["Choose a run."]
+        sentences = [f"{seeds[0].title}: {plateau(seeds[0], *rule)}" for seeds in chosen]
+        alike = (other for other in others if other[0].valid_text == first[0].valid_text)
+        return figure, sentences + [str(compare(first, other)) for other in alike]
 
 
 def curve_of(
-    run: Run, records: str, column: str, unit: str, smoothing: int = 0, since: int | None = None
-) -> figures.Curve:
-    """A column of a run's records over epochs, tokens or seconds; `since`: its plateau's epoch."""
+    run: Run, records: str, column: str, smoothing: int, plateau_epoch: int | None
+) -> Curve:
+    """A column of a run's records by epoch, with the plateau that starts at an epoch and with the
+    run's events."""
     per_epoch = run.history.step.iloc[0] / run.history.epoch.iloc[0]
-    history = run.history.assign(epochs=run.history.step / per_epoch)
-    steps = run.steps.assign(epochs=run.steps.step / per_epoch)
-    values = (history if records == "history" else steps).set_index(unit)[column]
-    end = float(history[unit].iloc[-1])
-    plateau = (float(history[unit][history.epoch == since].iloc[0]), end) if since else None
-    passed = pd.concat([steps, history]).sort_values("step")
-    later = [(passed[passed.step >= step][unit], text) for step, text in run.events]
-    marks = [(float(places.iloc[0]), text) for places, text in later if len(places)]
-    swings = curves.oscillation(run.steps, run.experiment.training.warmup_steps)
-    if swings.verdict in ("oscillating", "diverging"):
-        marks.append((end, swings.verdict))
+    table = run.history if records == "history" else run.steps
+    values = table[column].set_axis(table.step / per_epoch)
+    span = None if plateau_epoch is None else (plateau_epoch, run.history.epoch.iloc[-1])
+    marks = [(step / per_epoch, event) for step, event in run.events]
     lines = (values,)
-    if smoothing:  # from both sides, so that the curve does not lag behind where it falls
-        window = values.rolling(1 + 2 * smoothing, center=True, min_periods=1)
-        lines = window.mean(), values
-    return figures.Curve(run.name, label_of(run), *lines, plateau=plateau, marks=marks)
+    if smoothing:  # centred, so that a falling curve does not lag
+        lines = values.rolling(1 + 2 * smoothing, center=True, min_periods=1).mean(), values
+    return Curve(run.name, label(run), *lines, plateau=span, marks=marks)
 
 
 def live_view() -> Callable[[Run], None] | None:
-    """For `train(watch=…)`: curves and the last epochs, refreshed in place; None if nobody looks.
-    A run that is only loaded shows none."""
+    """For RunOptions(watch=…): the training curve and the last epochs, updated in place. None where
+    nobody looks. A run that is only loaded shows nothing."""
     if not has_front_end():
         return None
-    image, table = ipywidgets.Image(format="png", layout=_FITTING), HTML()
-    image.layout.display = "none"  # until there is something to see
-    box, due = VBox([image, table], layout=_FITTING), None
+    picture, table, due = Output(), Output(), 0.0
 
     def refresh(run: Run) -> None:
         nonlocal due
-        if due is None:
-            display(box)
-            due = 0.0
         is_last = len(run.history) == run.experiment.training.epochs
-        if not len(run.steps) or (time.monotonic() < due and not is_last):
-            return
-        image.value, image.layout.display = figure_png(figures.training_curve(run), ""), None
-        if len(run.history):
-            columns = ["epoch", "train_loss", "valid_loss", "ppl", "accuracy", "seconds"]
-            table.value = run.history[columns].tail(6).to_html(index=False, float_format="%.4g")
-        due = time.monotonic() + LIVE_SECONDS
+        if len(run.steps) and (time.monotonic() >= due or is_last):
+            picture.show(Image(data=figure_png(training_curve(run), "")))
+            if len(run.history):
+                columns = ["epoch", "train_loss", "valid_loss", "ppl", "accuracy", "seconds"]
+                shown = run.history[columns].tail(6)
+                table.show(HTML(shown.to_html(index=False, float_format="%.4g")))
+            due = time.monotonic() + LIVE_SECONDS
 
     return refresh
-
-
-def block_view(
-    model: CausalLM,
-    tokenizer: TextTokenizer,
-    sentence: str,
-    path: str | os.PathLike,
-    about: str,
-    copy: Callable[[], bool] | None = None,
-) -> None:
-    """The matrices and gates of a sentence's tokens, for any sentence; also saved at `path`.
-
-    Shows at most 12 tokens, and says so; `about` and `copy` as in Panel. Raises MusotaError for a
-    model without blocks or a sentence without a token.
-    """
-    probes.require_blocks(model)
-    L, most = model.config.n_layer, min(12, model.config.max_seq_len)
-    typed = ipywidgets.Text(sentence, description="text", continuous_update=False, layout=_WIDE)
-    layer = IntSlider(L, 0, L, description="after layer", continuous_update=False)
-
-    def draw() -> tuple[Figure, list[str]]:
-        ids = tokenizer.encode(typed.value)
-        if not len(ids):
-            raise MusotaError("The sentence is empty: type a few words.")
-        note = [f"the first {most} of {len(ids)} tokens"] if len(ids) > most else []
-        inside = probes.look_inside(model, torch.from_numpy(ids[:most]))
-        tokens = [tokenizer.decode([int(token)]).strip() or "␣" for token in ids[:most]]
-        cells, gate = inside["cells"].numpy(), inside["gate"].numpy()
-        return pictures.block_view(cells, gate, tokens, model.config.layout, layer.value), note
-
-    panel = Panel([[typed], [layer], []], draw, path, about, copy)
-    panel.show("Nobody can type here: this is the block view of the sentence given.")

@@ -1,0 +1,292 @@
+"""Configurations of models and training, as frozen dataclasses, and experiments made of both.
+
+Parameter and FLOP counts are formulas here; tests hold them to the built models.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+
+from musota.errors import MusotaError, nearest_name
+from musota.models.layout import BlockLayout
+
+HEADS_PER_BLOCK = 2  # of MU-SOTA's attention inside a block
+LARGEST_MODEL = 20_000_000_000  # parameters; a larger number is taken for a typing error
+TINY, HUGE = sys.float_info.min, sys.float_info.max
+# Allowed ranges of fields, where they are not "an integer from 1" or "a number from 0".
+BOUNDS = {
+    "dropout": (0, 0.99),
+    "warmup_steps": (0, HUGE),
+    "learning_rate": (TINY, HUGE),
+    "grad_clip": (TINY, HUGE),
+    "matrix_size": (1, 64),
+    "n_block": (1, 4096),
+}
+
+
+def check_field(field: dataclasses.Field, value) -> None:
+    """Raises MusotaError if a configuration field cannot have this value."""
+    name, kind = field.name, field.type
+    python_type = {int: int, bool: bool, str: str}.get(kind, (int, float))
+    fits = isinstance(value, python_type) and (kind is bool or not isinstance(value, bool))
+    allowed = {str: "a name", bool: "True or False"}.get(kind, "")
+    if not allowed:
+        low, high = BOUNDS.get(name, (int(kind is int), HUGE))
+        fits = fits and low <= value <= high
+        allowed = f"a {'whole' if kind is int else 'finite'} number "
+        allowed += "above 0" if low == TINY else f"of at least {low}"
+        allowed += f", at most {high}" if high < HUGE else ""
+    if not fits:
+        raise MusotaError(f"{name} must be {allowed}, not {value!r}.")
+
+
+def check_fields(config) -> None:
+    """Raises MusotaError for the first field of a configuration with a value out of range."""
+    for field in dataclasses.fields(config):
+        check_field(field, getattr(config, field.name))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Fields and checks common to the models. A subclass adds `d_model`, `n_head`, `n_parameters`
+    and `layer_products`, the multiply-adds of one layer for one token."""
+
+    vocab_size: int = 50_000
+    max_seq_len: int = 192
+    n_layer: int = 12
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.d_model % self.n_head:
+            raise MusotaError(
+                f"n_head={self.n_head} does not divide d_model={self.d_model}: choose a divisor."
+            )
+        if self.n_parameters > LARGEST_MODEL:
+            raise MusotaError(
+                f"A model of {self.n_parameters:,} parameters is over the limit of "
+                f"{LARGEST_MODEL:,}: choose smaller sizes."
+            )
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of a training step per token: matrix products only, two per
+        multiply-add, the backward pass twice the forward pass, attention as full squares."""
+        products = self.n_layer * self.layer_products + self.d_model * self.vocab_size
+        return 3 * 2 * products
+
+
+@dataclass(frozen=True)
+class MuConfig(Sizes):
+    """MU-SOTA. A token is a matrix of `matrix_size`² channels, split into `n_block` semantic
+    blocks. `n_head` is the number of heads of the attention across blocks; each block has two
+    heads of its own. Raises MusotaError for values out of range, blocks that do not tile the matrix
+    and heads that do not divide it."""
+
+    n_head: int = 8
+    dropout: float = 0.1
+    matrix_size: int = 8
+    n_block: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        if any(size % HEADS_PER_BLOCK for size in self.layout.sizes):
+            raise MusotaError(
+                f"n_block={self.n_block} makes blocks with an odd number of channels: "
+                "choose another number."
+            )
+
+    @property
+    def layout(self) -> BlockLayout:
+        return BlockLayout.standard(self.matrix_size, self.n_block)
+
+    @property
+    def d_model(self) -> int:
+        return self.matrix_size**2
+
+    @property
+    def n_parameters(self) -> int:
+        V, d, N = self.vocab_size, self.d_model, self.n_block
+        attention = sum(4 * (c * c + c) for c in self.layout.sizes) + 4 * (d * d + d)
+        feed_forward_and_norms = 8 * d * d + 5 * d + 4 * d
+        gate = 4 * N * N + 6 * N + V * N
+        layers = self.n_layer * (attention + feed_forward_and_norms + gate)
+        return V * d + self.max_seq_len * d + layers + 2 * d + V * d + V
+
+    @property
+    def layer_products(self) -> int:
+        d, N = self.d_model, self.n_block
+        maps = sum(4 * c * c for c in self.layout.sizes) + 12 * d * d + 4 * N * N + 2 * N
+        return maps + 2 * (2 * d * self.max_seq_len)  # scores and averages of both attentions
+
+
+@dataclass(frozen=True)
+class DenseConfig(Sizes):
+    """The baseline: a GPT-2 style transformer. Raises MusotaError for values out of range."""
+
+    n_head: int = 13
+    dropout: float = 0.1
+    d_model: int = 208
+
+    @property
+    def n_parameters(self) -> int:
+        d = self.d_model
+        return (self.vocab_size + self.max_seq_len + 2) * d + self.n_layer * (12 * d * d + 13 * d)
+
+    @property
+    def layer_products(self) -> int:
+        return 12 * self.d_model**2 + 2 * self.d_model * self.max_seq_len
+
+
+@dataclass(frozen=True)
+class RedesignedConfig(Sizes):
+    """The redesign. A token is `n_block` semantic blocks of `block_size` channels, one attention
+    head per block. `blocks`: the keys of a head read its own block only. `gate`: the token's
+    affinities scale the updates of each block. With both off it is a plain modern transformer.
+    Raises MusotaError for values out of range and an odd `block_size`."""
+
+    n_block: int = 8
+    block_size: int = 26
+    d_ff: int = 854
+    dropout: float = 0.1
+    blocks: bool = True
+    gate: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.block_size % 2:
+            raise MusotaError(
+                f"block_size={self.block_size} is odd: rotary positions need an even one."
+            )
+
+    @property
+    def layout(self) -> BlockLayout | None:
+        """None for the plain transformer, which has no blocks."""
+        if not (self.blocks or self.gate):
+            return None
+        return BlockLayout.of_equal_blocks(self.n_block, self.block_size)
+
+    @property
+    def d_model(self) -> int:
+        return self.n_block * self.block_size
+
+    @property
+    def n_head(self) -> int:
+        return self.n_block
+
+    @property
+    def n_parameters(self) -> int:
+        V, d, N, L = self.vocab_size, self.d_model, self.n_block, self.n_layer
+        gate = (V * N + L * (N * N + N)) * self.gate
+        norms = (2 * L + 1) * d + L * N
+        return V * d + L * self._maps + norms + gate
+
+    @property
+    def _maps(self) -> int:
+        """Weights of the linear maps of a layer, without the gate."""
+        d = self.d_model
+        key = d * (self.block_size if self.blocks else d)
+        return key + 3 * d * d + 2 * d * self.d_ff
+
+    @property
+    def layer_products(self) -> int:
+        return self._maps + self.n_block**2 * self.gate + 2 * self.d_model * self.max_seq_len
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """A module of the user's own, as a record describes it: measurements and hashes, no code.
+
+    `source` is `FILE.py:NAME`, `file_sha256` the hash of the file that defines the class, and
+    `shapes_sha256` the hash of parameter names and shapes. `n_layer` and `dropout` are what its
+    parameter-matched transformer takes over.
+    """
+
+    source: str
+    file_sha256: str
+    shapes_sha256: str
+    vocab_size: int
+    max_seq_len: int
+    n_parameters: int
+    flops_per_token: int
+    n_layer: int
+    dropout: float
+
+
+ModelConfig = MuConfig | DenseConfig | RedesignedConfig | ModuleConfig
+# Names of the classes in records.
+KINDS = {"mu": MuConfig, "dense": DenseConfig, "redesigned": RedesignedConfig}
+KINDS["module"] = ModuleConfig
+
+
+def describe(model: ModelConfig) -> dict:
+    """A model's configuration for JSON; `model_config` is the inverse."""
+    kind = next(kind for kind, its_class in KINDS.items() if type(model) is its_class)
+    return {"kind": kind, **dataclasses.asdict(model)}
+
+
+def model_config(described: dict) -> ModelConfig:
+    """The configuration that `describe` wrote. Raises KeyError or TypeError for an unknown kind or
+    field."""
+    fields = {**described}
+    return KINDS[fields.pop("kind")](**fields)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train: AdamW, linear warm-up, then cosine to 0. Steps are optimizer steps."""
+
+    epochs: int = 30
+    learning_rate: float = 1e-4
+    warmup_steps: int = 2000
+    batch_size: int = 4
+    accumulation_steps: int = 8
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    optimizer: str = "adamw"  # a key of OPTIMIZERS in training/optim.py
+    schedule: str = "cosine"  # a key of SCHEDULES in training/optim.py
+    started_from: str = ""  # hash of the weights of another run; empty: freshly initialised
+
+    def __post_init__(self):
+        check_fields(self)
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.batch_size * self.accumulation_steps
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A model and how to train it. Two experiments are equal when both parts are."""
+
+    model: ModelConfig
+    training: TrainConfig
+
+    def with_(self, **changes) -> "Experiment":
+        """A copy with fields of the model or of the training changed, by name."""
+        in_model, in_training = (
+            {f.name for f in dataclasses.fields(part)} for part in (self.model, self.training)
+        )
+        for name in changes.keys() - in_model - in_training:
+            raise nearest_name("experiment field", name, sorted(self.fields()))
+        of_model = {name: value for name, value in changes.items() if name in in_model}
+        of_training = {name: value for name, value in changes.items() if name not in in_model}
+        return Experiment(
+            dataclasses.replace(self.model, **of_model),
+            dataclasses.replace(self.training, **of_training),
+        )
+
+    def fields(self) -> dict:
+        """Every field of the model and the training by name."""
+        return dataclasses.asdict(self.model) | dataclasses.asdict(self.training)
+
+    def to_dict(self) -> dict:
+        """For JSON; `from_dict` is the inverse."""
+        return {"model": describe(self.model), "training": dataclasses.asdict(self.training)}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Experiment":
+        """Raises MusotaError for unknown fields or kinds; missing fields take their defaults."""
+        try:
+            return cls(model_config(data["model"]), TrainConfig(**data["training"]))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise MusotaError(f"Not the description of an experiment: {error}.") from None

@@ -1,0 +1,30 @@
+"""Experiments on models: profiles, sweeps, root causes, ablations, audit, statistics, verdicts."""
+
+from importlib import import_module
+
+_MODULES = {
+    "musota.lab.ablate": "ablation_effects ablations look_inside measure_ablations weak_spots",
+    "musota.lab.audit": "Audit causality_matrix",
+    "musota.lab.curves": "health oscillation plateau plateau_start warmup",
+    "musota.lab.grid_runs": "GridRun Row read_table run_many",
+    "musota.lab.ngrams": "measure_ngrams",
+    "musota.lab.plan_rules": "REPORTED plan_applies plan_verdicts",
+    "musota.lab.profiles": "GRID_PROFILES PROFILES Profile check_changes find_profile scaled",
+    "musota.lab.root_causes": "Cause Suspect advice data_halving grid judge next_command",
+    "musota.lab.stats": "SEED_SPREAD Interval paired_bootstrap pooled_contrast seed_interval",
+    "musota.lab.sweep": "best_rate run_sweeps swept tuned",
+    "musota.lab.verdicts": "Verdict against_ngrams compare compare_with_matched sentence",
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    """Public names are imported on first use: profiles are known without importing torch."""
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
+    raise AttributeError(f"module 'musota.lab' has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,370 @@
+"""Audit of any torch language model: does it read what it must not, and is its loss a loss?"""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from torch import Generator, Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from musota.errors import MusotaError, blaming
+from musota.lab.verdicts import Verdict
+from musota.matching import match_transformer
+from musota.models.base import CausalLM
+from musota.models.module import checked_logits, logits_of, module_config
+from musota.training.device import prepare_memory
+
+SYMBOLS = 16  # tokens drawn at random: so few that a leak is learned at once
+STEPS, STEP_ROWS, STEP_TOKENS, RATE = 250, 8, 16, 2e-3  # of training on them
+SURE = 5  # standard errors: a false alarm in millions
+SHOWN = 24  # tokens of the figure
+ROUNDING = 1e-5  # of the largest logit: a convolution by FFT spreads as much everywhere
+MODES = {"in evaluation": False, "in training": True}
+SHIFTS = ("not shifted", "shifted once", "shifted twice")  # targets against logits
+FAULTS = {  # decisions that make a model dishonest, and what to do
+    "looks ahead": "mask everything after a position in whatever mixes positions",
+    "mixes rows": "normalise and mix within a sequence only",
+    "keeps a state": "start every call afresh",
+    "writes into its input": "let the model work on a copy: ids = ids.clone()",
+    "under the floor": "check the mask, the shift of the targets, and the inputs of the loss",
+    "not shifted": "compare logits[:, :-1] with ids[:, 1:]",
+    "shifted twice": "shift the targets in one place only",
+}
+OTHERS = {
+    "mixes rows": "changing one row of a batch moved another",
+    "keeps a state": "the same batch gave other logits after another call",
+}
+WRITES = {"writes into its input": "targets that share memory with the ids change with them"}
+Loss = Callable[[nn.Module, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The result of `audit`."""
+
+    findings: tuple[Verdict, ...]
+    change: Tensor  # (T, T): of logits in column u after replacing token t (row); rounding is 0
+    losses: tuple[float, ...]  # of each step on random tokens, in nats
+    symbols: int  # the number of tokens that those were drawn from
+
+    @property
+    def honest(self) -> bool:
+        """Whether the perplexity may be believed: no finding is a fault."""
+        return not any(finding.decision in FAULTS for finding in self.findings)
+
+    def figure(self) -> Figure:
+        """Which logits move with which token, and the loss on random tokens."""
+        figure = Figure(figsize=(11.5, 5.2), layout="constrained", dpi=110)
+        left, right = figure.subplots(1, 2)
+        kind = (self.change > 0).int().numpy()
+        kind += np.tril(kind, -1)  # 0 white, 1 blue: allowed, 2 red: ahead
+        left.imshow(kind, cmap=ListedColormap(["white", "#0072B2", "#C62828"]), vmin=0, vmax=2)
+        left.set(xlabel="position of the logits", ylabel="position of the replaced token")
+        left.set_title("Logits that move (blue: allowed, red: ahead of the token)")
+        floor, losses = math.log(self.symbols), pd.Series(self.losses, dtype=float)
+        right.plot(losses, color="0.75", linewidth=0.8, label="each step, on new random tokens")
+        right.plot(losses.rolling(15, min_periods=1).mean(), color="#0072B2", label="mean of 15")
+        right.axhline(floor, color="k", linestyle="--", label=f"ln {self.symbols} = {floor:.2f}")
+        right.set(ylim=(0, None), xlabel="training step", ylabel="loss (nats/token)")
+        right.set_title("Loss on random tokens: no honest model falls below the line")
+        right.legend(fontsize=8, loc="upper right")
+        faults = [finding.decision for finding in self.findings if finding.decision in FAULTS]
+        figure.suptitle(f"NOT honest: {', '.join(faults)}" if faults else "Honest: no fault found")
+        return figure
+
+    def __str__(self) -> str:
+        first = f"This model is {'honest' if self.honest else 'NOT honest'}."
+        return "\n".join([first, *(f"- {finding}" for finding in self.findings)])
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model showed in one mode, with its weights as they are or with noise."""
+
+    settings: tuple[str, str]  # mode and weights
+    tolerance: float  # smaller changes of logits are rounding
+    ahead: list[int]  # how far ahead of logits that moved the replaced token was
+    showed: set[str]  # of FAULTS, or "undecided" where even fresh copies differ
+
+
+def audit(
+    module: nn.Module, vocab_size: int, max_seq_len: int, loss: Loss | None = None, *, seed: int = 0
+) -> Audit:
+    """The audit of a language model that maps (B, T) token ids to logits (B, T, V): a tensor, a
+    tuple that begins with it, or an object with `.logits`.
+
+    `loss(module, ids)` is the author's own training loss of (B, T) ids, a scalar in nats. Only
+    copies of the module are called, and torch's random state stays as it is. Raises MusotaError
+    for what is no such module, and for errors raised by its code.
+    """
+    _check(module, vocab_size, max_seq_len)
+    vocab_size, max_seq_len = int(vocab_size), int(max_seq_len)
+    device = next(module.parameters(), torch.empty(0)).device
+    prepare_memory(device)
+    with torch.random.fork_rng():
+        draw = Generator().manual_seed(seed)
+        ids = torch.randint(vocab_size, (2, max_seq_len), generator=draw).to(device)
+        module = _complete(module, ids, vocab_size)
+        noisy = _shaken(module, ids, draw)
+        nets = {"as initialised": module, "with noise on its weights": noisy}
+        probes = [_probe((m, w), nets[w], ids, vocab_size) for m in MODES for w in nets]
+        shown = next((probe for probe in probes if probe.ahead), probes[1])
+        (mode, weights), first = shown.settings, ids[:, :SHOWN]
+        change = _changes(nets[weights], MODES[mode], first, vocab_size, range(first.shape[1]))
+        change = change * (change > shown.tolerance)
+        shown.ahead.extend(_ahead(change, range(first.shape[1])))
+        shown.showed.update(["looks ahead"] if shown.ahead else ())
+        about_loss, scale = _judge_loss(noisy, ids, vocab_size, loss, draw)
+        try:
+            losses = _on_random_tokens(module, ids, vocab_size, loss, draw)
+        except MusotaError:
+            if not any("keeps a state" in probe.showed for probe in probes):
+                raise
+            losses = []  # a state with a history cannot be trained
+        symbols = min(SYMBOLS, vocab_size)
+        findings = (
+            _looks_ahead(probes),
+            _judge("Do the logits of a sequence depend on others?", probes, OTHERS, ("apart", "")),
+            _random_floor([one / scale for one in losses], symbols),
+            about_loss,
+            _judge("Does it change the token ids that it is given?", probes, WRITES, ("no", "")),
+            _size(module, vocab_size, max_seq_len),
+        )
+    return Audit(findings, change, tuple(losses), symbols)
+
+
+def causality_matrix(model: CausalLM, tokens: Tensor, positions: int = 32) -> Tensor:
+    """(positions, positions): largest change of a logit in column u after replacing token t (row).
+    A causal model has exact zeros wherever u < t."""
+    ids = tokens[: min(positions, model.config.max_seq_len)].long().to(model.device)[None]
+    return _changes(model, False, ids, model.config.vocab_size, range(ids.shape[1]))
+
+
+def _check(module, vocab_size, max_seq_len) -> None:
+    if not isinstance(module, nn.Module):
+        raise MusotaError(f"audit needs a torch.nn.Module, not {type(module).__name__}.")
+    for name, value, least in (("vocab_size", vocab_size, 2), ("max_seq_len", max_seq_len, 1)):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise MusotaError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+    places = sorted({str(tensor.device) for tensor in (*module.parameters(), *module.buffers())})
+    if len(places) > 1 or "meta" in places:
+        raise MusotaError(f"The model is on {' and '.join(places)}: move it to one device first.")
+
+
+@torch.no_grad()
+def _complete(module: nn.Module, ids: Tensor, vocab_size: int) -> nn.Module:
+    """The module, or a copy with the parameters that it creates in its first call."""
+    called = _copy(module, False)
+    checked_logits(called, ids.clone(), vocab_size)
+    before, after = (dict(each.named_parameters()).keys() for each in (module, called))
+    creates = before != after or any(map(is_lazy, (*module.parameters(), *module.buffers())))
+    return called.train(module.training) if creates else module
+
+
+def _copy(module: nn.Module, training: bool) -> nn.Module:
+    """A copy, without the dropout of recurrent layers, which cuDNN draws where no seed applies."""
+    kept = [v for part in module.modules() for v in vars(part).values() if isinstance(v, Tensor)]
+    try:  # tensors with a history, such as those of weight_norm, are copied by hand
+        history = {id(v): v.detach().clone() for v in kept if not v.is_leaf}
+        with torch.no_grad():  # else parameters of scripted modules get a history
+            copied = copy.deepcopy(module, history).train(training)
+    except Exception as error:
+        raise MusotaError(f"The model cannot be copied, so audit a fresh one: {error}") from None
+    for weight, original in zip(copied.parameters(), module.parameters(), strict=True):
+        weight.requires_grad = original.requires_grad
+    for part in copied.modules():
+        if isinstance(part, nn.RNNBase):
+            part.dropout = 0.0
+    return copied
+
+
+def _shaken(module: nn.Module, ids: Tensor, draw: Generator) -> nn.Module:
+    """A copy with noise on every weight: an output that begins at zero hides whatever leaks."""
+    for strength in (0.5, 0.05, 0.005):
+        shaken = _copy(module, False)
+        for weight in (w for w in shaken.parameters() if w.is_floating_point() or w.is_complex()):
+            size = float(weight.detach().abs().float().square().mean().sqrt())
+            size = size or (weight[0].numel() ** -0.5 if weight.dim() > 1 else 0.1)
+            noise = torch.randn(weight.shape, generator=draw).to(weight)
+            weight.data += strength * size * noise
+        if _logits(shaken, ids.clone()).isfinite().all():
+            return shaken
+    return _copy(module, False)
+
+
+@torch.no_grad()
+def _logits(net: nn.Module, ids: Tensor) -> Tensor:
+    """Logits, always from the same random state. The ids are a copy that the net may write into."""
+    torch.manual_seed(0)
+    with blaming("The model"):
+        return logits_of(net, ids).float()
+
+
+def _changes(
+    module: nn.Module, training: bool, ids: Tensor, vocab_size: int, positions: Sequence[int]
+) -> Tensor:
+    """(positions, T): largest change of a logit at each place after replacing, in every row, the
+    token at each position in turn. Every call has the same shape and is the first of a copy."""
+    base, changes = _logits(_copy(module, training), ids.clone()), [torch.zeros(0, ids.shape[1])]
+    for t in positions:
+        other = ids.clone()
+        other[:, t] = (ids[:, t] + 1) % vocab_size
+        moved = _logits(_copy(module, training), other).sub_(base).abs_()
+        changes.append(moved.amax((0, 2))[None].cpu())
+    return torch.cat(changes)
+
+
+def _ahead(moved: Tensor, positions: Sequence[int]) -> list[int]:
+    """How far ahead of the logits that moved the replaced token was, where it was."""
+    return [positions[i] - u for i, u in moved.nonzero().tolist() if u < positions[i]]
+
+
+def _probe(settings: tuple[str, str], module: nn.Module, ids: Tensor, vocab_size: int) -> Probe:
+    training = MODES[settings[0]]
+    given = ids.clone()  # its _version counts what is written, even values that it already has
+    base, same = (_logits(_copy(module, training), one) for one in (given, ids.clone()))
+    noise, largest = float(same.sub_(base).abs_().max()), float(base.abs().max())
+    tolerance, last = ROUNDING * largest + 4 * noise, ids.shape[1] - 1
+    positions = [t for t in sorted({1, last // 3, last // 2, last}) if 0 < t <= last]
+    change = _changes(module, training, ids, vocab_size, positions)
+    other, kept = ids.clone(), _copy(module, training)
+    other[0] = (ids[0] + 1) % vocab_size
+    beside = _logits(_copy(module, training), other.clone()).sub_(base).abs_()
+    after = [_logits(kept, one) for one in (other, ids.clone())][1].sub_(base).abs_()
+    ahead = _ahead(change > tolerance, positions)
+    found = {
+        "looks ahead": ahead,
+        "mixes rows": beside[1].max() > tolerance,
+        "keeps a state": after.max() > tolerance,
+        "writes into its input": given._version or not given.equal(ids),
+        "undecided": noise > 1e-3 * largest,
+    }
+    return Probe(settings, tolerance, ahead, {name for name, holds in found.items() if holds})
+
+
+def _shifted_loss(net: nn.Module, ids: Tensor) -> Tensor:
+    """The loss where none is given: cross-entropy in nats, targets shifted once."""
+    logits = logits_of(net, ids[:, :-1].clone())  # the targets share the memory of the ids
+    return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+
+
+def _on_random_tokens(
+    module: nn.Module, like: Tensor, vocab_size: int, loss: Loss | None, draw: Generator
+) -> list[float]:
+    """The training loss of each step on tokens drawn evenly, and never twice, from a few."""
+    net = _copy(module, True)
+    weights = [weight for weight in net.parameters() if weight.requires_grad]
+    fused = not any(weight.is_complex() for weight in weights)
+    optimizer = torch.optim.AdamW(weights, RATE, fused=fused) if weights else None
+    shape = STEP_ROWS, min(like.shape[1], STEP_TOKENS) + (loss is None)  # whose targets end later
+    some, losses = torch.randperm(vocab_size, generator=draw)[:SYMBOLS], []
+    for _ in range(STEPS):
+        ids = some[torch.randint(len(some), shape, generator=draw)].to(like.device)
+        with blaming("The loss" if loss else "The model in training"):
+            value = (loss or _shifted_loss)(net, ids)
+            losses.append(float(value.detach()))
+            if optimizer and value.requires_grad and value.isfinite():
+                value.backward()
+                for weight in weights:  # Adam takes no sparse gradients
+                    if weight.grad is not None and weight.grad.is_sparse:
+                        weight.grad = weight.grad.to_dense()
+                nn.utils.clip_grad_norm_(weights, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+    return losses
+
+
+@torch.no_grad()
+def _judge_loss(
+    net: nn.Module, ids: Tensor, vocab_size: int, loss: Loss | None, draw: Generator
+) -> tuple[Verdict, float]:
+    """The verdict on the author's loss, and by what it multiplies the cross-entropy."""
+    question = "Is its loss the cross-entropy of the next token?"
+    if loss is None:
+        return _found(question, "not given", "the plain cross-entropy was used"), 1.0
+    own, plain = [], [[], [], []]  # of four batches: its loss; the cross-entropy of each shift
+    for _ in range(4):
+        drawn = torch.randint(vocab_size, ids.shape, generator=draw).to(ids)
+        with blaming("The loss"):
+            own.append(float(loss(net, drawn.clone())))
+        logits = _logits(net, drawn.clone()).mT  # (B, V, T)
+        for shift, losses in enumerate(plain):
+            length = max(1, drawn.shape[1] - shift)
+            losses.append(float(F.cross_entropy(logits[..., :length], drawn[:, -length:])))
+    ratios = np.array(own) / np.array(plain)  # of a shift: alike in every batch?
+    spread, varies = (np.ptp(x, axis=1) / np.abs(np.mean(x, axis=1)) for x in (ratios, plain))
+    best = int(spread.argmin())
+    # Beyond rounding, and far less than the batches differ: else any loss would do.
+    if not spread[best] < min(1e-3, max(2e-6, varies[best] / 50)):
+        seen = f"{own[0]:.4f} nats where cross-entropy is {plain[1][0]:.4f}"
+        return _found(question, "another", f"{seen}: report the PPL without its other terms"), 1.0
+    scale = float(ratios[best].mean())
+    learned = ("to repeat each token", "the next token", "the token after the next")[best]
+    return _found(question, SHIFTS[best], f"it learns {learned}, times {scale:.3g}"), scale
+
+
+def _found(question: str, decision: str, reason: str, **value) -> Verdict:
+    return Verdict(question, decision, reason=reason, next_step=FAULTS.get(decision, ""), **value)
+
+
+def _judge(
+    question: str, probes: Sequence[Probe], may_show: dict[str, str], otherwise: tuple[str, str]
+) -> Verdict:
+    """The first decision of `may_show` that a probe shows, with its reason and the mode and weights
+    that all these probes share; else `otherwise`."""
+    for decision, reason in may_show.items():
+        if showing := [probe.settings for probe in probes if decision in probe.showed]:
+            shared = [names[0] for names in zip(*showing, strict=True) if len(set(names)) == 1]
+            only = f" (only {', '.join(shared)})" if shared else ""
+            return _found(question, decision, reason + only)
+    return _found(question, *otherwise)
+
+
+def _looks_ahead(probes: Sequence[Probe]) -> Verdict:
+    question, seen = "Does a token move the logits before it?", ""
+    if ahead := [distance for probe in probes for distance in probe.ahead]:
+        seen = f"the logits at t read token t+{min(ahead)}"
+        seen += f", and up to t+{max(ahead)}" * (max(ahead) > min(ahead))
+    may_show = {"looks ahead": seen, "undecided": "equal calls give different logits"}
+    return _judge(question, probes, may_show, ("causal", f"none moved in {len(probes)} settings"))
+
+
+def _random_floor(losses: Sequence[float], symbols: int) -> Verdict:
+    """On tokens drawn evenly from `symbols`, a model that does not read them in advance has a loss
+    of ln(symbols) on average. `losses`: one a training step, in nats."""
+    question, floor = f"Does it predict random tokens better than ln {symbols}?", math.log(symbols)
+    last = np.asarray(losses[-max(2, len(losses) // 4) :], float)
+    if len(last) < 2 or not np.isfinite(last).all():
+        return _found(question, "undecided", "the loss is no number, or could not be trained")
+    mean, error = float(last.mean()), float(last.std(ddof=1)) / math.sqrt(len(last))
+    decision = "under the floor" if mean < floor - SURE * error else "holds"
+    reason = f"± {error:.3f}, ln {symbols} is {floor:.3f}; after {len(losses)} training steps"
+    return _found(question, decision, reason, value=mean, unit="nats")
+
+
+def _size(module: nn.Module, vocab_size: int, max_seq_len: int) -> Verdict:
+    """Parameters by part, arithmetic, memory, and the parameter-matched transformer."""
+    question, parts = "How large is it?", Counter()
+    for name, weight in module.named_parameters():
+        parts[name.partition(".")[0]] += weight.numel()
+    if not parts:
+        return _found(question, "measured", "it has no parameters")
+    size = module_config(_copy(module, False), vocab_size, max_seq_len)
+    shares = ", ".join(f"{n} {c / size.n_parameters:.0%}" for n, c in parts.most_common(5))
+    other = match_transformer(size)
+    reason = (
+        f"{shares}; {size.flops_per_token / 1e6:.1f} MFLOP a token; "
+        f"{16 * size.n_parameters / 1e6:,.0f} MB for weights, gradients and Adam; its "
+        f"parameter-matched transformer has d_model {other.d_model}, {other.n_head} heads, "
+        f"{other.n_layer} layers: {other.n_parameters:,} parameters"
+    )
+    return _found(question, "measured", reason, value=size.n_parameters, unit="parameters")

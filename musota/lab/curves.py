@@ -1,0 +1,230 @@
+"""What the curves and health statistics of one run show, as verdicts."""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import signal
+
+from musota.lab.stats import Interval, paired_bootstrap, weights_per_doubling
+from musota.lab.verdicts import PERCENT, Verdict, decide
+
+if TYPE_CHECKING:
+    from musota.training.run import Run
+
+PLATEAU_GAIN, PLATEAU_EPOCHS = 0.01, 3  # the plan's rule: 1 % over three epochs
+STRETCHES, SWING_NATS, SWINGS = 25, 0.05, 3
+LONG_WARMUP = 0.3  # of all steps
+LOWER_RATE = "halve the learning rate (the plan, coming from 1e-4: 5e-5)"
+# Bands of the health statistics (sources: docs/metrics-and-verdicts.md).
+UPDATE_RATIO = 1e-4, 1e-2
+CLIPPED_STEPS = 50  # percent
+LOSS_GAP, LOSS_RISE = 0.1, 0.01  # nats
+LARGEST_SCORE = 50
+LEAST_ENTROPY, UNIFORM_ENTROPY = 0.1, 0.98  # nats; share of the entropy of equal weights
+SATURATED_GATES = 50  # percent
+LEAST_RANK = 0.5  # of d_model
+
+
+def plateau(run: "Run", window: int = PLATEAU_EPOCHS, least_gain: float = PLATEAU_GAIN) -> Verdict:
+    """Whether validation has stopped improving: yes, no or too early. The value is by how many
+    percent the best valid PPL improved over the last `window` epochs.
+
+    A plateau improves by less than `least_gain`, and the slope of the valid loss per doubling of
+    training tokens over the same epochs, bootstrapped over blocks of text, has no interval below 0.
+    """
+    question = "Has the valid PPL reached a plateau?"
+    span = f"{window} epoch{'s' if window > 1 else ''}"
+    rule = f"a plateau improves by less than {least_gain:.1%} over {span}"
+    if len(run.history) <= window:
+        return Verdict(question, "too early", reason=f"{len(run.history)} epochs; {rule}")
+    best, gain, slope = _progress(run, window)
+    start = plateau_start(run, window, least_gain)
+    slow = warmup(run)
+    step = slow.next_step if slow else "measure the learning rate (a sweep) before training on"
+    return decide(
+        question,
+        f"valid PPL {best[-1 - window]:.1f} → {best[-1]:.1f} over {span}, valid loss per doubling "
+        f"of tokens {slope}; {rule}",
+        (gain >= least_gain, "no", "still improving"),
+        (start is None, "no", "improving slowly, but beyond the noise of the text"),
+        (
+            slope.side > 0,
+            "yes",
+            f"since epoch {start}, and the valid loss rises: it overfits",
+            step,
+        ),
+        (True, "yes", f"since epoch {start}", step),
+        value=100 * gain,
+        unit=PERCENT,
+    )
+
+
+def plateau_start(
+    run: "Run", window: int = PLATEAU_EPOCHS, least_gain: float = PLATEAU_GAIN
+) -> int | None:
+    """The epoch after which all improvement together stays under `least_gain`; None for a run
+    without a plateau (see `plateau`)."""
+    if len(run.history) <= window:
+        return None
+    best, gain, slope = _progress(run, window)
+    if gain >= least_gain or slope.side < 0:
+        return None
+    return int(run.history.epoch.iloc[np.argmax(1 - best[-1] / best < least_gain)])
+
+
+def _progress(run: "Run", window: int) -> tuple[np.ndarray, float, Interval]:
+    """The best valid PPL by epoch, the share by which it fell over the last `window` epochs, and
+    the slope of the valid loss per doubling of training tokens over them."""
+    best = run.history.ppl.cummin().to_numpy()
+    weights = weights_per_doubling(run.history.tail(window + 1).tokens.to_numpy(float))
+    per_block = weights @ np.array(run.valid_block_nats[-len(weights) :], float)
+    tokens = run.summary["valid_block_tokens"]
+    slope = paired_bootstrap(per_block, np.zeros_like(per_block), tokens)
+    return best, float(1 - best[-1] / best[-1 - window]), slope
+
+
+def warmup(run: "Run") -> Verdict | None:
+    """Whether warm-up takes too many of the steps: too long, or never ends; None where it does
+    not. A long warm-up looks like a plateau."""
+    if run.history.empty:
+        return None
+    first, training = run.history.iloc[0], run.experiment.training
+    steps = int(first.step / first.epoch) * training.epochs
+    if (share := training.warmup_steps / steps) <= LONG_WARMUP:
+        return None
+    step = f"set warmup_steps={max(1, steps // 10)}, a tenth of the steps"
+    peak = f"the learning rate reaches {1 / share:.0%} of its setting"
+    return decide(
+        "Is the warm-up short enough?",
+        f"{training.warmup_steps:,} warm-up steps of {steps:,}, at most {LONG_WARMUP:.0%} is usual",
+        (share > 1, "never ends", f"{peak}, which looks like a plateau", step),
+        (True, "too long", "most steps have a lower rate, which looks like a plateau", step),
+    )
+
+
+def oscillation(run: "Run") -> Verdict:
+    """Whether the training loss is stable: yes, oscillates, diverges or too early.
+
+    The logged losses after warm-up are averaged in equal stretches. A swing is a rise of that curve
+    which is later undone, larger than SWING_NATS and than four standard errors of the difference
+    of two stretches. A last rise of five times that size that is not undone is a divergence.
+    """
+    question = "Is the training loss stable?"
+    if run.diverged:
+        return Verdict(question, "diverges", reason=f"at step {run.diverged_at}")
+    after_warmup = run.steps.step > run.experiment.training.warmup_steps
+    losses = run.steps.loss[after_warmup].dropna().to_numpy(float)
+    if len(losses) < 4 * STRETCHES:
+        return Verdict(question, "too early", reason=f"{len(losses)} logged losses after warm-up")
+    stretches = np.array_split(losses, STRETCHES)
+    means = np.array([stretch.mean() for stretch in stretches])
+    noise = [signal.detrend(stretch).std(ddof=2) for stretch in stretches]  # around a line
+    error = np.mean(noise / np.sqrt([len(stretch) for stretch in stretches]))
+    least = max(SWING_NATS, 4 * math.sqrt(2) * error)
+    swings = signal.find_peaks(means, prominence=least)[0]
+    risen = means[-1] - means[swings[-1] if len(swings) else 0 :].min()
+    return decide(
+        question,
+        f"{len(swings)} swings of more than {least:.2f} nats, last loss {means[-1]:.2f} nats",
+        (risen > 5 * least, "diverges", f"{risen:.2f} nats above the lowest before", LOWER_RATE),
+        (len(swings) >= SWINGS, "oscillates", f"{SWINGS} swings are an oscillation", LOWER_RATE),
+        (True, "yes", ""),
+    )
+
+
+def health(run: "Run") -> list[Verdict]:
+    """A verdict for each recorded health statistic of a run: "ok", or what is wrong. Attention,
+    gate and rank are known for models of this package only."""
+    if not run.health:
+        return []
+    inner = _inner_health(run) if "effective_rank" in run.health[-1] else ()
+    return [*_training_health(run), *inner]
+
+
+def _judge(statistic: str, value: float, seen: str, *cases: tuple, unit: str = "") -> Verdict:
+    """The verdict on one statistic: the first of `cases` that holds, else ok."""
+    if math.isnan(value):
+        return Verdict(statistic, "not measured", reason=seen)
+    return decide(statistic, seen, *cases, (True, "ok", ""), value=value, unit=unit)
+
+
+def _number(value) -> float:
+    """The mean of one or more recorded numbers; null in a record is NaN."""
+    return float(np.array(value, float).mean())
+
+
+def _training_health(run: "Run") -> Iterator[Verdict]:
+    epochs, training = run.health, run.experiment.training
+    by_epoch = [epoch["update_ratio"] for epoch in epochs]
+    ratios = {name: float(np.median([_number(e[name]) for e in by_epoch])) for name in by_epoch[-1]}
+    least, most = min(ratios, key=ratios.get), max(ratios, key=ratios.get)
+    middle, (low, high), slow = float(np.median([*ratios.values()])), UPDATE_RATIO, warmup(run)
+    yield _judge(
+        "Update of a step ÷ weights",
+        middle,
+        f"{ratios[least]:.1e} ({least}) to {ratios[most]:.1e} ({most}); {low:g} to {high:g} usual",
+        (slow is not None and slow.decision == "never ends", "warming up", "the rate never peaks"),
+        (middle < low, "too low", "the weights hardly move: the learning rate is too low"),
+        (middle > high, "too high", "the learning rate is too high"),
+    )
+    norms = run.steps.grad_norm[run.steps.step > training.warmup_steps].dropna()  # fp16 skips
+    if len(norms):
+        clipped = 100 * float(np.mean(norms > training.grad_clip))
+        yield _judge(
+            "Clipped steps",
+            clipped,
+            f"at most {CLIPPED_STEPS} % is usual",
+            (clipped > CLIPPED_STEPS, "too many", "lower the learning rate"),
+            unit=PERCENT,
+        )
+    losses = [_number(epoch["valid_loss"]) for epoch in epochs]
+    train, valid = _number(epochs[-1]["clean_train_loss"]), losses[-1]
+    rises = valid - np.nanmin(losses) > LOSS_RISE
+    yield _judge(
+        "Valid loss − training loss without dropout (nats/token)",
+        valid - train,
+        f"training {train:.2f}, valid {valid:.2f}; under {LOSS_GAP} and not rising is usual",
+        (rises, "overfits", "valid rises while training goes on: regularise, or stop"),
+        (valid - train >= LOSS_GAP, "gap", "more data would help"),
+        (True, "ok", "no overfitting: budget, learning rate or architecture limits the model"),
+    )
+
+
+def _inner_health(run: "Run") -> Iterator[Verdict]:
+    last, model = run.health[-1], run.experiment.model
+    before, score = (_number(epoch["largest_score"]) for epoch in (run.health[0], last))
+    yield _judge(
+        "Largest attention score",
+        score,
+        f"{before:,.1f} in the first epoch; at most {LARGEST_SCORE} is usual",
+        (score > LARGEST_SCORE, "too large", "large scores make attention unstable"),
+    )
+    by_layer = np.array(last["attention_entropy"], float)
+    lowest, mean = int(by_layer.argmin()), _number(by_layer)
+    uniform = math.lgamma(model.max_seq_len + 1) / model.max_seq_len  # mean of ln t, t = 1 … T
+    yield _judge(
+        "Attention entropy (nats, mean of the layers)",
+        mean,
+        f"{by_layer[lowest]:.2f} in the lowest layer, {uniform:.2f} for equal weights",
+        (by_layer[lowest] < LEAST_ENTROPY, "too low", f"layer {lowest + 1} reads one token only"),
+        (mean > UNIFORM_ENTROPY * uniform, "uniform", "all tokens weigh the same"),
+    )
+    if "gate_mean" in last:
+        gate, spread = _number(last["gate_mean"]), _number(last["gate_spread"])
+        saturated = 100 * _number(last["gate_saturated"])
+        yield _judge(
+            "Saturated gates",
+            saturated,
+            f"mean gate {gate:.2f} ± {spread:.3f} over tokens; at most {SATURATED_GATES} % usual",
+            (saturated > SATURATED_GATES, "too many", "most gates do not react to their token"),
+            unit=PERCENT,
+        )
+    rank = _number(last["effective_rank"])
+    yield _judge(
+        "Effective rank before the output",
+        rank,
+        f"d_model is {model.d_model}; at least half of it is usual",
+        (rank < LEAST_RANK * model.d_model, "too low", "the output layer has few directions"),
+    )

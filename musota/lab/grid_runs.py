@@ -1,0 +1,190 @@
+"""Grids: many small trainings, one process per CPU core, and the csv table of their results."""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from musota.config import Experiment
+from musota.data.corpus import Corpus
+from musota.data.sources import SPLITS
+from musota.errors import MusotaError
+from musota.files import jsonable, write_text
+from musota.lab.profiles import Profile, scaled
+from musota.matching import twin
+from musota.training.run import Run
+from musota.training.trainer import Diverged, train
+
+
+@dataclass(frozen=True)
+class GridRun:
+    """One run of a grid: an experiment at full size or the name of one, the share of the training
+    text it reads, and whether its parameter-matched transformer is trained in its place."""
+
+    experiment: Experiment | str
+    share: float = 1.0
+    matched: bool = False
+
+    def at(self, profile: Profile, **changes) -> Experiment:
+        """The experiment at the size of a profile, with fields changed afterwards."""
+        experiment = scaled(self.experiment, profile, **changes)
+        return twin(experiment) if self.matched else experiment
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of one run: a row of the csv table. Losses are in nats/token."""
+
+    name: str
+    seed: int
+    experiment: Experiment  # as trained
+    fingerprint: str  # of the corpus
+    train_tokens: int
+    valid_loss: tuple[float, ...]  # by epoch, as the next two
+    train_loss: tuple[float, ...]
+    clean_train_loss: tuple[float, ...]  # of training text, without dropout
+    best_valid_loss: float  # inf where the run diverged
+    diverged: bool
+
+    @property
+    def identity(self) -> tuple[Experiment, str, int]:
+        """What the run is, whatever its name: experiment, corpus, seed."""
+        return self.experiment, self.fingerprint, self.seed
+
+    @classmethod
+    def of(cls, run: Run) -> "Row":
+        """The row of a run that has ended."""
+        losses = [tuple(run.history.get(key, ())) for key in ("valid_loss", "train_loss")]
+        losses.append(tuple(epoch["clean_train_loss"] for epoch in run.health))
+        text = run.fingerprint, run.config["corpus"]["tokens"]["train"]
+        ends = run.valid_loss, run.diverged
+        return cls(run.name, run.seed, run.experiment, *text, *losses, *ends)
+
+    @classmethod
+    def from_csv(cls, text: dict[str, str]) -> "Row":
+        """The row that `to_csv` wrote. A missing loss is nan, a missing best loss inf."""
+        text = text | {"best_valid_loss": text["best_valid_loss"] or "null"}
+        row = {n: v if n in ("name", "fingerprint") else json.loads(v) for n, v in text.items()}
+        for name in ("valid_loss", "train_loss", "clean_train_loss"):
+            row[name] = tuple(math.nan if loss is None else loss for loss in row[name])
+        if row["diverged"] or row["best_valid_loss"] is None:
+            row["best_valid_loss"] = math.inf
+        return cls(**row | {"experiment": Experiment.from_dict(row["experiment"])})
+
+    def to_csv(self) -> dict[str, str]:
+        row = vars(self) | {"experiment": self.experiment.to_dict()}
+        return {n: v if isinstance(v, str) else json.dumps(jsonable(v)) for n, v in row.items()}
+
+
+def read_table(path: str | os.PathLike) -> list[Row]:
+    """The rows of a csv table; none where there is no file. Raises MusotaError for damage."""
+    if not Path(path).exists():
+        return []
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        return [Row.from_csv(text) for text in table.to_dict("records")]
+    except (ValueError, TypeError, KeyError, MusotaError) as error:
+        raise MusotaError(f"{path} is damaged ({error}): restore or delete it.") from None
+
+
+def add_row(path: Path, row: Row) -> None:
+    """Add a row to a csv table, in place of an earlier row of the same run."""
+    rows = [old for old in read_table(path) if old.identity != row.identity]
+    table = pd.DataFrame([each.to_csv() for each in (*rows, row)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, table.to_csv(index=False, lineterminator="\n"))
+
+
+def run_many(
+    runs: Mapping[str, GridRun],
+    seeds: Sequence[int],
+    profile: Profile,
+    corpus: Corpus,
+    table: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    fresh: bool = False,
+    changes: Mapping | None = None,
+    each: Callable[[], object] | None = None,
+    workers: int | None = None,
+) -> dict[str, dict[int, Row]]:
+    """Train every run of a grid with every seed, at the size of `profile` and with `changes`.
+    Returns rows by name and seed. Runs in the csv `table` (same experiment, text and seed) count as
+    done, unless `fresh`. The rest train in `folder`; each is added to the table as soon as it ends,
+    and its folder removed. On a CPU every core trains a run (`workers`), on a GPU they take turns.
+    `each` is called after every run. Raises MusotaError if a process dies.
+    """
+    changes = dict(changes or {})
+    texts = {share: _text(corpus, share) for share in {run.share for run in runs.values()}}
+    known = {} if fresh else {row.identity: row for row in read_table(table)}
+    wanted, jobs = {}, []
+    for name, seed in ((name, seed) for seed in seeds for name in runs):
+        experiment, text = runs[name].at(profile, **changes), texts[runs[name].share]
+        wanted[name, seed] = identity = experiment, text.fingerprint, seed
+        label = ",".join([name, *(f"{field}={value}" for field, value in changes.items())])
+        how = {"experiment": experiment, "corpus": text, "seed": seed, "name": label}
+        how |= {"run_dir": Path(folder) / f"{label}-seed{seed}", "resume": not fresh}
+        if identity not in known:
+            jobs.append(how)
+    print(f"{len(jobs)} of {len(wanted)} runs are left to train.", flush=True)
+    for done, row in enumerate(_train_all(jobs, workers), start=1):
+        known[row.identity] = row
+        add_row(Path(table), row)
+        shutil.rmtree(Path(folder) / f"{row.name}-seed{row.seed}", ignore_errors=True)
+        result = "diverged" if row.diverged else f"valid PPL {math.exp(row.best_valid_loss):,.1f}"
+        print(f"[{done}/{len(jobs)}] {row.name}, seed {row.seed}: {result}", flush=True)
+        if each:
+            each()
+    return {name: {seed: known[wanted[name, seed]] for seed in seeds} for name in runs}
+
+
+def _text(corpus: Corpus, share: float) -> Corpus:
+    """The corpus with a share of its training text, copied: mapped files cannot be pickled."""
+    part = corpus.limited(round(share * len(corpus.train)), None)
+    return replace(part, **{split: part.split(split).clone() for split in SPLITS})
+
+
+def _train_all(jobs: list[dict], workers: int | None) -> Iterator[Row]:
+    """The rows of trained runs, in the order in which they end. Processes are spawned, because
+    a fork of a process with threads may hang."""
+    workers = workers or min(os.cpu_count() or 1, len(jobs) // 3)  # starting one takes seconds
+    if workers <= 1 or torch.cuda.is_available():
+        yield from map(_train_one, jobs)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
+    try:
+        for ended in as_completed([pool.submit(_train_one, job, True) for job in jobs]):
+            yield ended.result()
+    except BrokenExecutor:
+        raise MusotaError("A training process was killed: run this again to go on.") from None
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.terminate()  # a training saves its state first
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    torch.set_num_threads(1)
+
+
+def _train_one(how: dict, in_worker: bool = False) -> Row:
+    """The row of a trained run. A stopped training raises KeyboardInterrupt, or ends the worker."""
+    with suppress(Diverged, KeyboardInterrupt):
+        train(**how)
+    path = how["run_dir"]
+    if (path / "config.json").exists() and (run := Run(path)).ended:
+        return Row.of(run)
+    if in_worker:
+        os._exit(1)  # it would begin the next run otherwise
+    raise KeyboardInterrupt

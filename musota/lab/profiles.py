@@ -1,0 +1,154 @@
+"""Profiles: the sizes at which an experiment runs, from `full` (the plan's own) down to `tiny`."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from musota.config import (
+    KINDS,
+    Experiment,
+    ModelConfig,
+    ModuleConfig,
+    RedesignedConfig,
+    TrainConfig,
+    check_field,
+)
+from musota.errors import MusotaError, nearest_name
+from musota.matching import OWN_SIZES
+from musota.registry import MATCHES, find_experiment, find_row
+
+# The plan reports 16,733 training sequences of 128 tokens; its share of warm-up follows from that.
+PLAN_TRAIN_TOKENS = 16_733 * 128
+REDESIGN_SWITCHES = ("n_block", "blocks", "gate")  # not passed on to the other row
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How an experiment is scaled. Numbers from `layers` on are factors; None keeps the plan's
+    value. The token limits cut the corpus, so that the length of a run is known beforehand."""
+
+    name: str
+    vocab_size: int | None = None
+    train_tokens: int | None = None
+    valid_tokens: int | None = None
+    layers: float = 1.0
+    sequence: float = 1.0
+    epochs: float = 1.0
+    accumulation: float = 1.0
+    learning_rate: float = 1.0
+    fewest_epochs: int = 3
+
+
+def _by_name(*rows: Profile) -> dict[str, Profile]:
+    return {profile.name: profile for profile in rows}
+
+
+PROFILES = _by_name(
+    Profile("full"),
+    Profile("study", 8192, 330_000, 40_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 30.0),
+    Profile("quick", 8192, 100_000, 20_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 30.0),
+    Profile("tiny", 512, 12_000, 3_000, 1 / 6, 1 / 4, 1 / 10, 1 / 8, 30.0),
+)
+# The root-cause grid of notebook 06 trains dozens of runs, so each of them is smaller still.
+GRID_PROFILES = _by_name(
+    Profile("full"),
+    Profile("study", 8192, 100_000, 40_000, 1 / 3, 1 / 2, 1 / 10, 1 / 4, 10.0, 1),
+    Profile("quick", 2048, 40_000, 12_000, 1 / 6, 1 / 2, 1 / 10, 1 / 4, 10.0, 1),
+    Profile("tiny", 512, 6_000, 3_000, 1 / 12, 1 / 4, 1 / 10, 1 / 4, 10.0, 1),
+)
+
+
+def find_profile(name: str, grid: bool = False) -> Profile:
+    """A profile by name, with `grid` that of the root-cause grid. `auto` is `full` where there is a
+    CUDA device (with `grid`, which would take a day there, `study`), otherwise `quick`."""
+    if name == "auto":
+        import torch
+
+        large = "study" if grid else "full"
+        name = large if torch.cuda.is_available() else "quick"
+    if not isinstance(name, str) or name not in PROFILES:
+        raise nearest_name("profile", name, ["auto", *PROFILES])
+    return (GRID_PROFILES if grid else PROFILES)[name]
+
+
+def check_changes(changes: dict) -> dict:
+    """`changes` as given. Raises MusotaError for a field that no experiment has, or a value that it
+    cannot have."""
+    if not isinstance(changes, dict):
+        raise MusotaError(f'changes must be like {{"learning_rate": 0.003}}, not {changes!r}.')
+    configs = [config for config in KINDS.values() if config is not ModuleConfig]
+    known = {f.name: f for config in (*configs, TrainConfig) for f in dataclasses.fields(config)}
+    for name, value in changes.items():
+        if name not in known:
+            raise nearest_name("field", name, sorted(known))
+        check_field(known[name], value)
+    return changes
+
+
+def scaled(experiment: str | Experiment, profile: str | Profile, **changes) -> Experiment:
+    """An experiment at the size of a profile, with fields changed afterwards.
+
+    A name is a row of the registry: a row that is matched to another is matched once more, to the
+    other as scaled and changed; only a size of its own (`d_model`, `block_size`, `d_ff`) leaves it
+    unmatched. An Experiment is scaled and changed as it is. `full` scales nothing. Raises
+    MusotaError for unknown names and fields.
+    """
+    profile = find_profile(profile) if isinstance(profile, str) else profile
+    if isinstance(experiment, Experiment):
+        return _scale(experiment, profile).with_(**changes)
+    row = find_row(experiment)
+    if not row.matched_to:
+        return _scale(find_experiment(experiment), profile).with_(**changes)
+    sizes = {name: value for name, value in changes.items() if name in OWN_SIZES}
+    shared = {name: value for name, value in changes.items() if name not in OWN_SIZES}
+    switches = {}
+    if row.match != "transformer":  # a redesign, whose blocks are its own
+        switches = {name: shared.pop(name) for name in REDESIGN_SWITCHES if name in shared}
+    other = scaled(row.matched_to, profile, **shared)
+    training = _scale(find_experiment(experiment), profile).training
+    in_training = {f.name for f in dataclasses.fields(TrainConfig)} & shared.keys()
+    training = dataclasses.replace(training, **{name: shared[name] for name in in_training})
+    return Experiment(MATCHES[row.match](other.model, **switches), training).with_(**sizes)
+
+
+def _scale(experiment: Experiment, profile: Profile) -> Experiment:
+    if profile.name == "full":
+        return experiment
+    model = experiment.model
+    sizes = {
+        "vocab_size": profile.vocab_size,
+        "max_seq_len": round(model.max_seq_len * profile.sequence),
+        "n_layer": max(1, round(model.n_layer * profile.layers)),
+    }
+    training = scaled_training(
+        experiment.training, profile, model.max_seq_len, rate_factor(model, profile)
+    )
+    return Experiment(dataclasses.replace(model, **sizes), training)
+
+
+def rate_factor(model: ModelConfig, profile: Profile) -> float:
+    """What a profile multiplies a learning rate by. Small runs need more than the plan's rates;
+    the redesign's rate was found on small runs."""
+    return 1.0 if isinstance(model, RedesignedConfig) else profile.learning_rate
+
+
+def scaled_training(
+    training: TrainConfig, profile: Profile, max_seq_len: int, rate_factor: float
+) -> TrainConfig:
+    """`training` at the size of a profile: fewer epochs (not under its fewest), smaller steps, and
+    the same share of warm-up. `max_seq_len` is that of the full size."""
+    if profile.name == "full":
+        return training
+    small = dataclasses.replace(
+        training,
+        epochs=max(profile.fewest_epochs, round(training.epochs * profile.epochs)),
+        accumulation_steps=max(1, round(training.accumulation_steps * profile.accumulation)),
+        learning_rate=training.learning_rate * rate_factor,
+    )
+    plan_steps = _steps(training, PLAN_TRAIN_TOKENS, max_seq_len)
+    steps = _steps(small, profile.train_tokens, round(max_seq_len * profile.sequence))
+    warmup = round(training.warmup_steps / plan_steps * steps)
+    return dataclasses.replace(small, warmup_steps=warmup)
+
+
+def _steps(training: TrainConfig, tokens: int, length: int) -> float:
+    return training.epochs * tokens / (training.sequences_per_step * length)

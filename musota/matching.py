@@ -1,0 +1,102 @@
+"""Models matched to the parameter count of another: same depth, sequence length and training."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from musota.config import DenseConfig, Experiment, ModelConfig, RedesignedConfig, TrainConfig
+from musota.errors import MusotaError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SHARED = ("vocab_size", "max_seq_len", "n_layer", "dropout")  # fields that matched models share
+OWN_SIZES = {"d_model", "block_size", "d_ff"}  # fields that matching chooses
+
+
+def _shared(model: ModelConfig) -> dict:
+    return {name: getattr(model, name) for name in SHARED}
+
+
+def match_width(target: int, config: DenseConfig) -> DenseConfig:
+    """`config` at the even d_model whose parameter count is nearest to `target`. The number of
+    heads is the divisor of d_model with a head size nearest to 16 (the larger head on a tie)."""
+
+    def at(width: int) -> DenseConfig:
+        divisors = [n for n in range(1, width + 1) if width % n == 0]
+        n_head = min(divisors, key=lambda n: (abs(width / n - 16), n))
+        return dataclasses.replace(config, d_model=width, n_head=n_head)
+
+    width = 2
+    while at(width).n_parameters < target:
+        width += 2
+    return min(at(max(2, width - 2)), at(width), key=lambda c: abs(c.n_parameters - target))
+
+
+def match_redesign(
+    model: ModelConfig, n_block: int = 8, blocks: bool = True, gate: bool = True
+) -> RedesignedConfig:
+    """The redesign at the parameter count of `model`, with the widest blocks for which the
+    feed-forward layer is still three times as wide as the model."""
+
+    def at(block_size: int) -> RedesignedConfig:
+        """With the feed-forward width whose parameter count is nearest."""
+        least = RedesignedConfig(
+            **_shared(model),
+            n_block=n_block,
+            block_size=block_size,
+            d_ff=1,
+            blocks=blocks,
+            gate=gate,
+        )
+        more = (model.n_parameters - least.n_parameters) / (2 * least.n_layer * least.d_model)
+        return dataclasses.replace(least, d_ff=1 + max(0, round(more)))
+
+    block_size = 2
+    while at(block_size + 2).d_ff >= 3 * at(block_size + 2).d_model:
+        block_size += 2
+    return at(block_size)
+
+
+def match_transformer(model: ModelConfig) -> DenseConfig | RedesignedConfig:
+    """The plain transformer of the same parameter count: for the redesign a modern one (the
+    redesign without blocks and gate), otherwise GPT-2 style."""
+    if isinstance(model, RedesignedConfig):
+        return match_redesign(model, model.n_block, blocks=False, gate=False)
+    return match_width(model.n_parameters, DenseConfig(**_shared(model)))
+
+
+def is_match(transformer: ModelConfig, model: ModelConfig) -> bool:
+    """Whether `transformer` is a plain transformer matched to `model`: of the kind that
+    `match_transformer` makes, with the same shared sizes and, within 3 %, as many parameters."""
+    plain = isinstance(transformer, DenseConfig)
+    if isinstance(model, RedesignedConfig):
+        plain = isinstance(transformer, RedesignedConfig) and not transformer.layout
+    is_plain_itself = isinstance(model, DenseConfig) or getattr(model, "layout", True) is None
+    if not plain or is_plain_itself or _shared(transformer) != _shared(model):
+        return False
+    return abs(transformer.n_parameters / model.n_parameters - 1) <= 0.03
+
+
+def twin(
+    experiment: "Experiment | nn.Module",
+    vocab_size: int | None = None,
+    max_seq_len: int | None = None,
+) -> Experiment:
+    """The parameter-matched plain transformer of an experiment, with the same training; or of a
+    module, given its vocabulary and sequence length, with the plan's training.
+
+    Raises MusotaError for anything else, and for a module whose output does not fit.
+    """
+    if isinstance(experiment, Experiment):
+        return Experiment(match_transformer(experiment.model), experiment.training)
+    from torch import nn
+
+    if not isinstance(experiment, nn.Module) or not (vocab_size and max_seq_len):
+        raise MusotaError(
+            "twin needs an Experiment, or a torch module with its vocab_size and max_seq_len, "
+            f"not {experiment!r:.80}."
+        )
+    from musota.models.module import module_config
+
+    model = module_config(experiment, vocab_size, max_seq_len)
+    return Experiment(match_transformer(model), TrainConfig())

@@ -1,0 +1,89 @@
+"""Diagnostics of a model: values recorded at hook points, and health statistics made of them."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A context in which a model is in evaluation mode (no dropout)."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def hooked(hooks: list) -> Iterator[None]:
+    """A context at whose end these hooks are removed."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Diagnostics:
+    """Hook points and health statistics. Mixed into CausalLM."""
+
+    def hook_points(self) -> dict[str, tuple[Callable, list[nn.Module]]]:
+        """By name: a function `of(module, inputs, output)` and the modules it applies to, in layer
+        order. `largest_score` and `attention_entropy` give scalars; gated models add `gate`, the
+        factors (B, T, N), and `gate_open`, the same on a scale from 0 to 1."""
+        raise NotImplementedError
+
+    def record(self, seen: dict[str, list[Tensor]]) -> list:
+        """Hooks that append to `seen[name]` the values of each hook point; use with `hooked`."""
+
+        def keep(name: str, of: Callable, *given) -> None:
+            seen[name].append(of(*given))
+
+        return [
+            module.register_forward_hook(partial(keep, name, of))
+            for name, (of, modules) in self.hook_points().items()
+            for module in modules
+        ]
+
+    @torch.no_grad()
+    def health(self, input_ids: Tensor) -> dict[str, float | list[float]]:
+        """Statistics of the model on (B, T) tokens, without dropout.
+
+        `effective_rank` of the output layer's inputs · `largest_score` of any attention ·
+        `attention_entropy` in nats, by layer (MU-SOTA: across blocks) · of gated models, by block
+        and averaged over layers, the factors' `gate_mean`, `gate_spread` (over tokens) and
+        `gate_saturated`, the share of tokens whose gate is under 5 % or over 95 % open.
+        """
+        seen = defaultdict(list)
+        with hooked(self.record(seen)), evaluating(self):
+            hidden = self.hidden_states(input_ids)
+        measured = {
+            "effective_rank": effective_rank(hidden.flatten(0, 1)),
+            "largest_score": float(torch.stack(seen["largest_score"]).max()),
+            "attention_entropy": torch.stack(seen["attention_entropy"]).tolist(),
+        }
+        if seen["gate"]:
+            gate, share = (torch.stack(seen[key]).float() for key in ("gate", "gate_open"))
+            saturated = ((share < 0.05) | (share > 0.95)).float()  # (L, B, T, N)
+            measured |= {
+                "gate_mean": gate.mean((0, 1, 2)).tolist(),
+                "gate_spread": gate.flatten(1, 2).std(1).mean(0).tolist(),
+                "gate_saturated": saturated.mean((0, 1, 2)).tolist(),
+            }
+        return measured
+
+
+def effective_rank(vectors: Tensor) -> float:
+    """exp of the entropy of the normalised singular values of centred (n, d) vectors: the number
+    of directions they use evenly (Roy and Vetterli 2007), between 1 and d."""
+    vectors = vectors.cpu()  # some devices lack eigvalsh or float64
+    centred = (vectors - vectors.mean(0)).double()
+    singular = torch.linalg.eigvalsh(centred.mT @ centred).clamp_min(0).sqrt()
+    share = singular / singular.sum().clamp_min(1e-30)
+    return float(torch.special.entr(share).sum().exp())

@@ -1,0 +1,132 @@
+"""BlockLayout: the semantic blocks of a token's matrix.
+
+Models compute on the d channels of a token, stored block by block. Pictures show the matrix;
+`to_matrix` converts channels to it.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import groupby
+
+import numpy as np
+
+from musota.errors import MusotaError
+
+SEMANTIC_NAMES = {
+    "I": "identity",
+    "S": "structure",
+    "C1": "local context",
+    "C2": "global context",
+    "R1": "syntactic relations",
+    "R2": "semantic relations",
+    "T": "transformation",
+    "K": "knowledge",
+    "G": "global coherence",
+    "M": "modality",
+    "D": "discourse",
+    "F": "frame",
+    "P": "position",
+    "E": "entity",
+    "A": "affect",
+    "X": "extension",
+}
+NAMES = {16: tuple(SEMANTIC_NAMES), 8: ("I", "S", "C1", "R1", "R2", "T", "K", "G")}
+UNEVEN = {(6, 8): [[2, 2, 2], [2, 2, 2], [3, 3]]}  # 36 channels do not split into 8 equal blocks
+
+
+@dataclass(frozen=True)
+class Block:
+    """A named rectangle of the matrix: its top-left corner, height and width."""
+
+    name: str
+    row: int
+    column: int
+    height: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        return self.height * self.width
+
+    @property
+    def title(self) -> str:
+        return SEMANTIC_NAMES.get(self.name, self.name)
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The blocks that tile a matrix of `height` × `width` channels."""
+
+    height: int
+    width: int
+    blocks: tuple[Block, ...]
+
+    @classmethod
+    def of_bands(cls, height: int, bands: list[list[int]]) -> "BlockLayout":
+        """The layout of horizontal bands of equal height, given the widths of their blocks. Sixteen
+        or eight blocks have the plan's names, other numbers B1, B2, …."""
+        total = sum(map(len, bands))
+        names = iter(NAMES.get(total) or [f"B{number}" for number in range(1, total + 1)])
+        blocks = [
+            Block(next(names), band * height, sum(widths[:place]), height, width)
+            for band, widths in enumerate(bands)
+            for place, width in enumerate(widths)
+        ]
+        return cls(height * len(bands), sum(bands[0]), tuple(blocks))
+
+    @classmethod
+    @lru_cache
+    def of_equal_blocks(cls, n_block: int, size: int) -> "BlockLayout":
+        """The layout of `n_block` blocks of `size` channels, as nearly square as possible."""
+        height = max(rows for rows in range(1, math.isqrt(size) + 1) if size % rows == 0)
+        width = size // height
+        grids = [(rows, n_block // rows) for rows in range(1, n_block + 1) if n_block % rows == 0]
+        rows, columns = min(grids, key=lambda grid: abs(grid[0] * height - grid[1] * width))
+        return cls.of_bands(height, [[width] * columns] * rows)
+
+    @classmethod
+    @lru_cache
+    def standard(cls, matrix_size: int, n_block: int) -> "BlockLayout":
+        """MU-SOTA's layout of `n_block` equal rectangles in the most nearly square grid (the wider
+        blocks where two grids are equally square), or the plan's 6×6 matrix with 8 blocks.
+
+        Raises MusotaError where no grid of equal rectangles exists.
+        """
+        if (matrix_size, n_block) in UNEVEN:
+            return cls.of_bands(2, UNEVEN[matrix_size, n_block])
+        grids = [
+            (rows, n_block // rows)
+            for rows in range(n_block, 0, -1)
+            if n_block % rows == matrix_size % rows == matrix_size % (n_block // rows) == 0
+        ]
+        if not grids:
+            raise MusotaError(
+                f"{n_block} equal blocks do not tile a {matrix_size}×{matrix_size} matrix: use "
+                "8×8 with 16 or 8 blocks, or 6×6 with 8."
+            )
+        rows, columns = min(grids, key=lambda grid: abs(grid[0] - grid[1]))
+        return cls.of_bands(matrix_size // rows, [[matrix_size // columns] * columns] * rows)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(block.name for block in self.blocks)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(block.size for block in self.blocks)
+
+    @cached_property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """(number of blocks, channels of each) for every run of neighbouring blocks of one size."""
+        return tuple((len(list(run)), size) for size, run in groupby(self.sizes))
+
+    def to_matrix(self, channels):
+        """(..., C) channels to (..., height, width), for tensors and arrays."""
+        place = np.arange(self.height * self.width).reshape(self.height, self.width)
+        stored = [
+            place[b.row : b.row + b.height, b.column : b.column + b.width].ravel()
+            for b in self.blocks
+        ]
+        inverse = np.argsort(np.concatenate(stored))
+        return channels[..., inverse].reshape(*channels.shape[:-1], self.height, self.width)

@@ -1,0 +1,185 @@
+"""Any torch module as a model of this package: called on token ids, measured, and wrapped."""
+
+import copy
+import inspect
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from musota.config import ModuleConfig
+from musota.errors import MusotaError, blaming
+from musota.files import sha256
+from musota.models.base import CausalLM
+from musota.models.diagnostics import evaluating
+
+
+def logits_of(module: nn.Module, ids: Tensor) -> Tensor:
+    """Logits (B, T, V) of (B, T) token ids: the module's output, the first item of a tuple, or
+    `.logits`. Ids are passed by position, or as `input_ids` where the module takes no other."""
+    out = module(ids) if _takes_position(module) else module(input_ids=ids)
+    out = out["logits"] if isinstance(out, Mapping) else getattr(out, "logits", out)
+    return out[0] if isinstance(out, (tuple, list)) else out
+
+
+def _takes_position(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):  # has no Python signature
+        return True
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters)
+
+
+def checked_logits(module: nn.Module, ids: Tensor, vocab_size: int) -> Tensor:
+    """`logits_of`. Raises MusotaError if the module fails, or its logits have another shape or are
+    not finite."""
+    with blaming(f"The model, given token ids up to {vocab_size - 1} in shape {(*ids.shape,)},"):
+        logits = logits_of(module, ids)
+    found, wanted = getattr(logits, "shape", type(logits).__name__), (*ids.shape, vocab_size)
+    if found != wanted:
+        advice = "logits of every position are needed, (batch, position, vocabulary)"
+        if found[:-1] == ids.shape:
+            advice = f"use vocab_size={found[-1]}, or build it for {vocab_size}"
+        found = found if isinstance(found, str) else (*found,)
+        raise MusotaError(f"The model returned {found} and not {wanted}: {advice}.")
+    if not logits.isfinite().all():
+        raise MusotaError("Some logits of the model are not finite: correct the model first.")
+    return logits
+
+
+def call_once(module: nn.Module, max_seq_len: int) -> None:
+    """Call a module on one sequence, which creates its lazy parameters and buffers. The random
+    state stays as it is."""
+    parameter = next(module.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    ids = torch.zeros(1, max_seq_len, dtype=torch.long, device=device)
+    forked = [device] if device.type == "cuda" else []
+    whose = f"The model, given token ids of 0 in shape (1, {max_seq_len}),"
+    with torch.random.fork_rng(forked), torch.no_grad(), evaluating(module), blaming(whose):
+        logits_of(module, ids)
+
+
+def materialized_copy(module: nn.Module, max_seq_len: int) -> nn.Module:
+    """A copy of a module with its lazy parameters created. Raises MusotaError for a module that
+    cannot be copied or called."""
+    with blaming("The model, when copied,"):
+        module = copy.deepcopy(module)
+    call_once(module, max_seq_len)
+    return module
+
+
+def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> ModuleConfig:
+    """The description of a module, measured on a copy with one sequence of `max_seq_len` tokens.
+    Raises MusotaError for a module without parameters, or whose output does not fit."""
+    measured = materialized_copy(module, max_seq_len).eval()
+    parameters = dict(measured.named_parameters())
+    if not parameters:
+        raise MusotaError(f"{type(module).__name__} has no parameters, so nothing can be trained.")
+    ids = torch.linspace(0, vocab_size - 1, max_seq_len).long()  # up to the largest
+    ids = ids.to(next(iter(parameters.values())).device)
+    with (
+        warnings.catch_warnings(action="ignore"),
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),  # fused kernels are not counted
+        torch.backends.mkldnn.flags(enabled=False),
+        FlopCounterMode(display=False) as counter,
+    ):
+        checked_logits(measured, ids[None], vocab_size)
+    shapes = sorted((name, tuple(parameter.shape)) for name, parameter in parameters.items())
+    n_layer, dropout = _depth_and_dropout(measured)
+    path = _defining_file(type(module))
+    return ModuleConfig(
+        source=f"{path.name}:{type(module).__name__}" if path else type(module).__name__,
+        file_sha256=sha256(path.read_bytes()) if path else "",
+        shapes_sha256=sha256(repr(shapes).encode()),
+        vocab_size=vocab_size,
+        max_seq_len=max_seq_len,
+        n_parameters=sum(parameter.numel() for parameter in parameters.values()),
+        flops_per_token=3 * counter.get_total_flops() // max_seq_len,
+        n_layer=n_layer,
+        dropout=dropout,
+    )
+
+
+def _defining_file(kind: type) -> Path | None:
+    """The file that defines a class; None for classes of torch and of a notebook."""
+    functions = [inspect.unwrap(one) for one in vars(kind).values() if inspect.isfunction(one)]
+    files = [Path(function.__code__.co_filename) for function in functions]
+    found = next((path for path in files if path.is_file()), None)
+    return None if kind.__module__.startswith("torch.") else found
+
+
+def _depth_and_dropout(module: nn.Module) -> tuple[int, float]:
+    """The length of the longest list of equal layers, and the largest dropout."""
+    parts = list(module.modules())
+    lists = [part for part in parts if isinstance(part, (nn.ModuleList, nn.Sequential))]
+    depths = [len(layers) for layers in lists if len({type(layer) for layer in layers}) == 1]
+    drops = [float(part.p) for part in parts if isinstance(part, nn.Dropout)]
+    for part in parts:
+        if isinstance(part, nn.RNNBase):
+            depths.append(part.num_layers)
+            drops.append(float(part.dropout))
+    return max(depths, default=1), max(drops, default=0.0)
+
+
+class WrappedModule(CausalLM):
+    """A CausalLM around any module. Its hidden states are the module's logits. Raises MusotaError
+    for a module whose state is not all tensors."""
+
+    def __init__(self, module: nn.Module, config: ModuleConfig):
+        nn.Module.__init__(self)  # without the embeddings of a CausalLM
+        self.config, self.compiled, self.tokenizer = config, None, None
+        self.module = module
+        call_once(module, config.max_seq_len)
+        for name, value in module.state_dict().items():
+            if not isinstance(value, Tensor):
+                raise MusotaError(
+                    f"{name} in the model's state is {type(value).__name__}, which cannot be "
+                    "saved: let get_extra_state return a tensor."
+                )
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        compiled = self.compiled if self.training else None
+        # A copy: a module may write into its input, which shares memory with the targets.
+        return (compiled or logits_of)(self.module, input_ids.clone())  # (B, T, V)
+
+    def compile_layers(self, on: bool = True) -> None:
+        torch.compiler.reset()
+        self.compiled = torch.compile(logits_of, dynamic=False, fullgraph=True) if on else None
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def loss_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(hidden.float().flatten(0, -2), targets.flatten())
+
+    def score_of(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        rows = zip(hidden, targets, strict=True)  # row by row: less memory
+        nats = [F.cross_entropy(row.float(), y, reduction="none") for row, y in rows]
+        return torch.stack(nats), hidden.argmax(-1) == targets
+
+    def health(self, input_ids: Tensor) -> dict:
+        return {}  # a module has no hook points
+
+    def ledger_group(self, name: str) -> str:
+        """The first part of the parameter's name in the module."""
+        return name.split(".")[1].replace("_", " ")
+
+    def is_decayed(self, name: str, parameter: nn.Parameter) -> bool:
+        tables = [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
+        return parameter.dim() >= 2 and not any(parameter is table for table in tables)
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        """The module's state, under the module's own names. Copies: tied weights share memory,
+        which safetensors refuses."""
+        state = self.module.state_dict(*args, **kwargs)
+        for name, value in state.items():
+            state[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor], strict=True, assign=False):
+        return self.module.load_state_dict(state, strict, assign)

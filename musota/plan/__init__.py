@@ -1,1 +1,0 @@
-"""What is to be trained: configurations, experiments, profiles, suspects. Plain arithmetic."""

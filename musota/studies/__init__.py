@@ -1,1 +1,0 @@
-"""Experiments on models: numbers out."""

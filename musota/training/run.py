@@ -1,0 +1,223 @@
+"""The records of a run, read from its folder.
+
+config.json    experiment, seed, corpus, choices of the trainer     (written once)
+metrics.jsonl  one JSON a line: kind step | epoch | event           (appended to)
+summary.json   the best epoch, the test score, where and how long   (rewritten whole)
+checkpoints/   step-*.safetensors to resume from, best/ to use      (not committed)
+
+Damage is detected: config and summary carry a hash of themselves, the summary the hashes of
+metrics.jsonl and best/, a checkpoint its own in its name and metrics.jsonl inside. Nothing is
+unpickled.
+"""
+
+import json
+import math
+import os
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import load
+from torch import nn
+
+from musota.config import Experiment
+from musota.errors import MusotaError
+from musota.files import as_path, read_sealed, sha256
+from musota.models.base import CausalLM
+from musota.models.hub import load_model
+from musota.models.module import call_once
+
+RECORD_KINDS = ("step", "epoch", "event")
+WEIGHTS = "model.safetensors"
+
+
+class Run:
+    """A recorded run. Raises MusotaError if the folder holds no readable run."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = as_path(path)
+        config_path = self.path / "config.json"
+        if (self.path / WEIGHTS).exists():
+            raise MusotaError(f"{self.path} is a saved model, not a run: use musota.load_model.")
+        self.config = read_sealed(config_path)
+        try:
+            self.experiment = Experiment.from_dict(self.config["experiment"])
+            self.name, self.seed = self.config["name"], self.config["seed"]
+            self.fingerprint = self.config["corpus"]["fingerprint"]
+        except (KeyError, TypeError, MusotaError) as error:
+            raise MusotaError(f"{config_path} does not describe a run: {error}") from None
+        self.title = self.config.get("title") or self.name
+        self.profile = self.config.get("profile")
+        self.key = self.experiment, self.fingerprint  # what seeds of one model share
+        # Equal for runs that were validated on the same tokens.
+        self.valid_text = self.config["corpus"].get("valid_sha256", self.fingerprint)
+
+    @cached_property
+    def summary(self) -> dict:
+        """The contents of summary.json; empty before the first epoch has ended."""
+        path = self.path / "summary.json"
+        return nan_for_null(read_sealed(path)) if path.exists() else {}
+
+    @property
+    def finished(self) -> bool:
+        return self.summary.get("finished", False)
+
+    @property
+    def diverged_at(self) -> int | None:
+        """The step at which the run diverged; None if it did not."""
+        steps = [step for step, event in self.events if event == "diverged"]
+        return steps[-1] if steps and not self.finished else None
+
+    @property
+    def diverged(self) -> bool:
+        return self.diverged_at is not None
+
+    @property
+    def ended(self) -> bool:
+        return self.finished or self.diverged
+
+    @property
+    def valid_loss(self) -> float:
+        """Of the best epoch in nats/token; inf if the run diverged."""
+        return math.inf if self.diverged else self.summary["valid_loss"]
+
+    @cached_property
+    def records(self) -> list[dict]:
+        """Every record of metrics.jsonl."""
+        path, expected = self.path / "metrics.jsonl", self.summary.get("metrics_sha256")
+        data = path.read_bytes() if path.exists() else b""
+        # While a run trains, its summary knows metrics.jsonl as of the last epoch.
+        known = data if self.finished else data[: self.summary.get("metrics_bytes", 0)]
+        if expected and expected != sha256(known):
+            raise MusotaError(f"{path} is damaged or was changed by hand: restore it.")
+        return read_metrics(data, path)
+
+    def _of_kind(self, kind: str) -> list[dict]:
+        return [record for record in self.records if record["kind"] == kind]
+
+    @cached_property
+    def history(self) -> pd.DataFrame:
+        """One row an epoch: epoch, step, tokens, seconds, train_loss, valid_loss, ppl, …"""
+        hidden = ["kind", "samples", "valid_block_nats", "health"]
+        return pd.DataFrame(self._of_kind("epoch")).drop(columns=hidden, errors="ignore")
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """One row a logging interval: step, loss, learning_rate, grad_norm, tokens, seconds."""
+        return pd.DataFrame(self._of_kind("step")).drop(columns="kind", errors="ignore")
+
+    @cached_property
+    def valid_block_nats(self) -> list[list[float]]:
+        """Total nats by epoch and block of valid text."""
+        return [record["valid_block_nats"] for record in self._of_kind("epoch")]
+
+    @cached_property
+    def health(self) -> list[dict]:
+        """The health statistics of each epoch, with `epoch` and `valid_loss`."""
+        epochs = [record for record in self._of_kind("epoch") if "health" in record]
+        return [{"epoch": r["epoch"], "valid_loss": r["valid_loss"], **r["health"]} for r in epochs]
+
+    @cached_property
+    def samples(self) -> pd.DataFrame:
+        """One row a sample: epoch, prompt, text."""
+        epochs = self._of_kind("epoch")
+        rows = [{"epoch": r["epoch"], **sample} for r in epochs for sample in r.get("samples", ())]
+        return pd.DataFrame(rows, columns=["epoch", "prompt", "text"])
+
+    @cached_property
+    def events(self) -> list[tuple[int, str]]:
+        """(step, event) of everything unusual."""
+        return [(record["step"], record["event"]) for record in self._of_kind("event")]
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the weights of the best epoch are here; committed runs come without them."""
+        return (self.path / "checkpoints" / "best" / WEIGHTS).exists()
+
+    def _best(self) -> Path:
+        """The folder of the best epoch's model. Raises MusotaError if a file of it is damaged."""
+        folder = self.path / "checkpoints" / "best"
+        for name, expected in self.summary.get("best_files", {}).items():
+            path = folder / name
+            if path.exists() and sha256(path.read_bytes()) != expected:
+                raise MusotaError(f"{path} is damaged: train the run again with fresh=True.")
+        return folder
+
+    def load_model(self, device: str | torch.device = "cpu") -> CausalLM:
+        """The model of the best epoch. Raises MusotaError if it was not kept, is damaged, or is a
+        module of the user's own (see `load_weights`)."""
+        return load_model(self._best(), device)
+
+    def load_weights(self, module: nn.Module) -> None:
+        """Load the weights of the best epoch into a module. Raises MusotaError if they were not
+        kept, are damaged or do not fit."""
+        path = self._best() / WEIGHTS
+        if not self.has_model:
+            raise MusotaError(f"There is no {path}: train the run again with fresh=True.")
+        weights = load(path.read_bytes())
+        if weights.keys() - module.state_dict().keys():  # some are created in the first call
+            call_once(module, self.experiment.model.max_seq_len)
+        try:
+            module.load_state_dict(weights)
+        except (RuntimeError, AttributeError) as error:
+            wrong = f"The weights of {self.path} do not fit this {type(module).__name__}"
+            reason = " ".join(str(error).split())
+            raise MusotaError(f"{wrong}: build it as it was trained ({reason:.300}).") from None
+
+    def __repr__(self) -> str:
+        ppl = f", valid PPL {self.summary['ppl']:.1f}" if self.summary else ""
+        return f"Run({self.name}, seed {self.seed}{ppl}, {self.path})"
+
+
+def load_runs(folder: str | os.PathLike) -> list[Run]:
+    """The runs directly in a folder that have ended an epoch or diverged, sorted by path.
+
+    Prints a line for each folder left out. Raises MusotaError for two runs of the same experiment,
+    corpus and seed.
+    """
+    found: dict[tuple, Run] = {}
+    for path in sorted(as_path(folder).glob("*/config.json")):
+        try:
+            run = Run(path.parent)
+            if not (run.summary or run.diverged):
+                raise MusotaError("no epoch has ended yet")
+            _ = run.records  # whether they are damaged
+        except MusotaError as error:
+            print(f"{path.parent} is left out: {error}")
+            continue
+        other = found.setdefault((*run.key, run.seed), run)
+        if other is not run:
+            raise MusotaError(
+                f"{other.path} and {run.path} are the same run (experiment, corpus and seed): "
+                "remove one of them."
+            )
+    return list(found.values())
+
+
+def nan_for_null(value):
+    """What was read from JSON, with nan where the records have null for a number that is not
+    finite."""
+    if isinstance(value, dict):
+        return {key: nan_for_null(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [nan_for_null(item) for item in value]
+    return math.nan if value is None else value
+
+
+def read_metrics(data: bytes, path: Path) -> list[dict]:
+    """The records in the bytes of a metrics.jsonl; a half-written last line is left out.
+
+    Raises MusotaError for damage anywhere else, naming `path`.
+    """
+    records = []
+    for line in data.split(b"\n")[:-1]:  # after the last line end stands half a line
+        try:
+            record = nan_for_null(json.loads(line))
+            if record["kind"] not in RECORD_KINDS:
+                raise ValueError("unknown kind of record")
+            records.append(record)
+        except (ValueError, KeyError, TypeError):
+            where = f"Line {len(records) + 1} of {path}"
+            raise MusotaError(f"{where} is damaged: delete it, or train the run again.") from None
+    return records

@@ -1,0 +1,229 @@
+"""The pages of results: README.md and report.html of a results folder, and the front page's table.
+
+Functions here collect verdicts, tables and figures; the templates say how a page shows them.
+"""
+
+import base64
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from musota.errors import MusotaError
+from musota.files import as_path, write_text
+from musota.lab.ablate import weak_spots
+from musota.lab.plan_rules import REPORTED
+from musota.lab.verdicts import Verdict, measured
+from musota.training.run import Run
+from musota.workbook import drawings, plots, tables
+from musota.workbook.results import QUESTIONS, Results, label, progress
+from musota.workbook.style import save_figure
+
+FRONT_MARKS = ("<!-- results -->", "<!-- end of results -->")
+FRONT_PROFILES = ("full", "study")  # the first with results is on the front page
+NUMBERS = re.compile(r"[\d\s.,%+−–×e/\[\]→-]*")  # the cells of a right-aligned column
+
+
+@dataclass
+class Section:
+    """A folded question of a page, and what is shown under it."""
+
+    question: str
+    note: str = ""
+    figures: Sequence[str] = ()  # names of PNG files beside the page
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)  # by caption, which may be empty
+    commands: Sequence[str] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.figures or self.commands or any(map(len, self.tables.values())))
+
+
+def write_report(folder: str | Path) -> Path:
+    """Draws the figures of a results folder and writes its README.md and report.html, from the
+    records alone. Returns the path of README.md. Raises MusotaError for a damaged record."""
+    results = Results(folder)
+    page = _page(results) | {"name": results.folder.resolve().name}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        autoescape=lambda name: name.endswith(".html.j2"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"markdown": markdown, "escaped": escaped, "alignments": alignments}
+    environment.filters["data_uri"] = lambda name: data_uri(results.folder / f"{name}.png")
+    for template, name in (("report.html.j2", "report.html"), ("report.md.j2", "README.md")):
+        text = environment.get_template(template).render(page)
+        write_text(results.folder / name, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    return results.folder / "README.md"
+
+
+def _page(results: Results) -> dict:
+    """What the templates of a page are rendered with; saves the figures on the way."""
+    verdicts, figures = results.verdicts(), _figures(results)
+    for name, figure in figures.items():
+        save_figure(figure, results.folder / f"{name}.png", results.footer)
+    sections = [section for section in _sections(results, verdicts, [*figures]) if section]
+    if not results.measured:
+        return {"table": None, "sections": sections}
+    summaries = [group[0].summary for group in results.measured]
+    return {
+        "answer": _answer(results, verdicts),
+        "table": tables.model_table(results),
+        "sections": sections,
+        "corpus": results.runs[0].config["corpus"],
+        "devices": sorted({summary["device"] for summary in summaries}),
+        "date": max(summary["date"] for summary in summaries),
+    }
+
+
+def _figures(results: Results) -> dict[str, Figure]:
+    """The figures of a page by name, as far as there is something to draw."""
+    found, ledgers = {}, {}  # a ledger once: training changes no parameter counts
+    for run in (group[0] for group in results.measured):
+        ledger = run.summary["parameter_ledger"]
+        if ledger not in ledgers.values():
+            ledgers[results.titles[run.key]] = ledger
+    if ledgers:
+        found["curves"] = plots.curves(results.runs, results.ngrams, results.at_plan_size)
+        found["parameters"] = drawings.ledgers(ledgers)
+    if any(verdict.value is not None for verdict in results.architecture().values()):
+        title = "Each model minus its parameter-matched transformer"
+        found["architecture"] = plots.difference(results.architecture(), title)
+    if results.grid:
+        found["root_causes"] = plots.root_causes(results.grid)
+    if results.sweeps:
+        found["rate_sweep"] = plots.rate_sweep(results.sweeps)
+    for run, effects in results.ablated.items():
+        found[f"ablations_{run.path.name}"] = plots.ablations(run, effects)
+    return found
+
+
+def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Section]:
+    """The folded questions, some of them empty."""
+    shown = [group[0] for group in results.measured]
+    parts = {}
+    for run, effects in results.ablated.items():
+        ledger, names = run.summary["parameter_ledger"], run.experiment.model.layout.names
+        parts[label(run)] = tables.verdict_table(weak_spots(effects, ledger, names))
+    judged = {name: {"": tables.verdict_table(found)} for name, found in verdicts.items()}
+    judged["causes"]["Suspects"] = tables.causes_table(results.grid)
+
+    def drawn(*starts: str) -> list[str]:
+        return [name for name in figures if name.startswith(starts)]
+
+    return [
+        Section(QUESTIONS["architecture"], "", drawn("architecture"), judged["architecture"]),
+        Section(QUESTIONS["causes"], _grid_note(results), drawn("root"), judged["causes"]),
+        Section(QUESTIONS["rate"], "", drawn("rate"), judged["rate"]),
+        Section(QUESTIONS["parts"], "", drawn("parameters", "ablations"), parts),
+        Section("Was training healthy?", tables={label(r): tables.health_table(r) for r in shown}),
+        Section("What do the models write?", tables={label(r): _samples(r) for r in shown}),
+        Section(QUESTIONS["plan"], tables=judged["plan"]),
+        Section(
+            "How can this be repeated?",
+            tables={"Every run": tables.runs_table(results.runs)},
+            commands=[run.config["command"] for run in shown if run.config.get("command")],
+        ),
+    ]
+
+
+def _grid_note(results: Results) -> str:
+    """The size of the runs of the root-cause grid; empty where none was trained."""
+    for by_seed in results.grid_rows.values():
+        row = next(iter(by_seed.values()))
+        model, epochs = row.experiment.model, row.experiment.training.epochs
+        return (
+            f"One change at a time, in smaller runs than above: {model.n_layer} layers, sequences "
+            f"of {model.max_seq_len} tokens, {row.train_tokens:,} training tokens, epochs: "
+            f"{epochs}, seeds: {len(by_seed)}. Intervals are 95 %, pooled over all runs."
+        )
+    return ""
+
+
+def _answer(results: Results, verdicts: dict[str, list[Verdict]]) -> list[tuple[str, str]]:
+    """The lines of the answer: what is shown in bold, and the rest."""
+    lines, original, ngrams = [], results.group("original"), results.ngrams
+    if results.at_plan_size:
+        epochs, ppl = REPORTED["epochs"], REPORTED["ppl"]
+        reported = f"MU-SOTA's reported PPL is {ppl:.0f} after {epochs} epochs"
+        if original in results.ended:
+            reported += f"; the same settings reach {original[0].summary['ppl']:,.1f} here"
+        lines.append((f"{reported}.", ""))
+    for name in ("best", "architecture", "causes"):
+        for v in verdicts[name]:
+            decision = v.decision[:1].upper() + v.decision[1:]
+            step = f"next: {v.next_step}" if name == "causes" and v.next_step else ""
+            rest = "; ".join(filter(None, (measured(v), v.reason, step)))
+            lines.append((f"{v.question} {decision}.", f"{rest}." if rest else ""))
+    if {"bigram", "trigram"} <= ngrams.keys():
+        counting = f"{ngrams['bigram']:,.0f} with pairs, {ngrams['trigram']:,.0f} with triples"
+        lines.append((f"Counting tokens (n-gram baselines) reaches PPL {counting}.", ""))
+    for key, (run, *_) in results.groups.items():
+        if run.diverged:
+            lines.append((f"{results.titles[key]}: {progress(run)}.", ""))
+        elif not run.finished:
+            rest = "It has not finished, so there is no verdict on it yet."
+            lines.append((f"{results.titles[key]}: {progress(run)} epochs.", rest))
+    return lines
+
+
+def _samples(run: Run) -> pd.DataFrame:
+    """Prompts and continuations of a run's last epoch."""
+    last = run.samples[run.samples.epoch == run.samples.epoch.max()]
+    return last.rename(columns={"text": "continuation"})[["prompt", "continuation"]]
+
+
+def write_front_page(readme: str | Path, results_root: str | Path) -> None:
+    """Puts a table of the best recorded results between the two marks in a README. Raises
+    MusotaError where the README does not have each mark once."""
+    readme = as_path(readme)
+    text, (begin, end) = readme.read_text(encoding="utf-8"), FRONT_MARKS
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise MusotaError(f"{readme} needs the lines {begin} and {end}, each once.")
+    for profile in FRONT_PROFILES:
+        results = Results(as_path(results_root) / profile)
+        if results.measured:
+            table = markdown(tables.front_table(results))
+            before, after = text.split(begin)[0], text.split(end)[1]
+            write_text(readme, f"{before}{begin}\n\n{table}\n\n{end}{after}")
+            return
+
+
+def write_path_figure(folder: str | Path) -> Path:
+    """Draws path.csv of a folder as path.png, the way from MU-SOTA to the redesign."""
+    folder = as_path(folder)
+    figure = plots.path(pd.read_csv(folder / "path.csv"))
+    save_figure(figure, folder / "path.png", "profile study; drawn from path.csv")
+    return folder / "path.png"
+
+
+def alignments(table: pd.DataFrame) -> list[str]:
+    """For each column right (numbers) or left (text)."""
+    columns = (table.iloc[:, i].astype(str) for i in range(table.shape[1]))
+    return ["right" if all(map(NUMBERS.fullmatch, column)) else "left" for column in columns]
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A pipe table, with the best values in bold."""
+    rows = [[escaped(cell) for cell in row] for row in table.astype(str).to_numpy()]
+    for row, column in table.attrs.get("best", ()):
+        rows[row][column] = f"**{rows[row][column]}**"
+    rules = {"left": ":---", "right": "---:"}
+    lines = [[*table.columns], [rules[side] for side in alignments(table)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """Text on one line that Markdown shows as it is."""
+    text = re.sub(r"[\\|*$`~]|\b_|_\b|\](?=\()", r"\\\g<0>", " ".join(text.split()))
+    return text.replace("<", "&lt;")
+
+
+def data_uri(path: Path) -> str:
+    """A PNG file as a URI that holds all of it."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

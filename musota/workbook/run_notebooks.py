@@ -1,0 +1,125 @@
+"""Runs the notebooks through papermill, in order, and prints what they trained."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import click
+
+from musota.errors import MusotaError, nearest_name
+
+COMPARES_RUNS, OWN_MODULE = "04_compare", "08_your_model"
+
+
+def chosen_notebooks(repository: Path | None, only: str | None) -> list[Path]:
+    """The notebooks of a repository, or those with the numbers `only`, such as "02,04"."""
+    found = {}
+    if repository:
+        found = {path.name[:2]: path for path in sorted(repository.glob("notebooks/[0-9]*.ipynb"))}
+    if not found:
+        raise MusotaError(
+            "There are no notebooks here: clone the repository and run this inside it, or use "
+            "`musota train`, which needs none."
+        )
+    wanted = [part.strip().zfill(2) for part in only.split(",")] if only else [*found]
+    for number in wanted:
+        if number not in found:
+            raise nearest_name("notebook number", number, found)
+    return [found[number] for number in sorted(set(wanted))]
+
+
+def run_notebooks(notebooks: Sequence[Path], values: dict, runs: Sequence[str]) -> None:
+    """Execute `notebooks` with the parameters `values`, and `runs` where runs are compared. Prints
+    the headline, a table of the runs trained, and where the report is."""
+    from musota.workbook.experiments import MODULE_FIELDS
+    from musota.workbook.notebook import Workbook
+    from musota.workbook.report import write_report
+    from musota.workbook.tables import runs_table
+
+    book, started = Workbook(**values), time.time()
+    executed = book.home / "executed"
+    executed.mkdir(exist_ok=True)
+    for place, notebook in enumerate(notebooks, start=1):
+        given = {**values}
+        if notebook.stem == COMPARES_RUNS and runs:
+            given["runs"] = list(runs)
+        if notebook.stem == OWN_MODULE:  # which has sizes of its own
+            given["changes"] = {f: v for f, v in book.changes.items() if f in MODULE_FIELDS}
+        execute(notebook, executed / notebook.name, given, f"[{place}/{len(notebooks)}]")
+    results = book.results
+    write_report(book.folder)
+    book.save()
+    for verdict in list(chain(*results.verdicts().values()))[:1]:
+        click.echo(f"\n{verdict}")
+    new = [run for run in results.runs if (run.path / "metrics.jsonl").stat().st_mtime >= started]
+    columns = ["model", "epochs", "minutes", "valid PPL", "accuracy (%)"]
+    table = runs_table(new)[columns].to_string(index=False)
+    click.echo(f"\n{table if new else 'Nothing was left to train.'}")
+    minutes = (time.time() - started) / 60
+    click.echo(f"\nDone in {minutes:.1f} minutes. The report: {book.home / 'report.html'}")
+
+
+def execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None:
+    """Run one notebook through papermill, with its progress lines. Raises MusotaError where it
+    stops."""
+    import papermill
+
+    os.environ["MUSOTA_HEADLESS"] = "1"  # inherited by the kernel
+    started = time.perf_counter()
+    click.echo(f"{prefix} {notebook.stem} …")
+    relay = _Relay()
+    again = "The same command goes on from here."
+    try:
+        papermill.execute_notebook(
+            notebook,
+            output,
+            parameters,
+            kernel_name="python3",
+            kernel_manager_class=_this_python(),
+            cwd=os.getcwd(),
+            progress_bar=False,
+            log_output=False,
+            stdout_file=relay,
+            stderr_file=relay,
+            iopub_timeout=60,
+            extra_arguments=["--log-level=ERROR"],
+            start_timeout=120,
+        )
+    except papermill.PapermillExecutionError as error:
+        raise MusotaError(
+            f"{notebook.stem} stopped in cell {error.cell_index}: {error.ename}: {error.evalue}\n"
+            f"The executed notebook is {output}. {again}"
+        ) from None
+    except (RuntimeError, TimeoutError) as error:
+        raise MusotaError(
+            f"{notebook.stem}: its kernel died or does not answer, perhaps for lack of memory "
+            f"({error}). {again}"
+        ) from None
+    click.echo(f"{prefix} {notebook.stem} done in {time.perf_counter() - started:.0f} s")
+
+
+def _this_python():
+    """A kernel manager that starts this very Python, whatever is installed under that name."""
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class ThisPython(AsyncKernelManager):
+        kernel_spec = property(lambda _: KernelSpec(**get_kernel_dict()))
+
+    return ThisPython
+
+
+class _Relay:
+    """A file that passes the progress lines of a notebook on to this command's output."""
+
+    def write(self, text: str) -> None:
+        for line in text.splitlines():
+            if "tokens/s" in line:
+                click.echo(f"      {line.strip()}")
+
+    def flush(self) -> None:
+        sys.stdout.flush()

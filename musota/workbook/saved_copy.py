@@ -1,0 +1,86 @@
+"""A second copy of a results folder, on a disk that may be slow or vanish, such as a Drive."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from musota.errors import MusotaError
+from musota.files import cache_folder, sha256, system_error, write_whole
+
+
+def make_folder(path: Path) -> None:
+    """Raises MusotaError where a results folder cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        error = error if isinstance(error, OSError) else OSError(0, str(error))
+        instead = "set save_to to another"
+        raise system_error(f"The results folder {path}", error, instead) from None
+
+
+class SavedCopy:
+    """A folder `local` in the cache, to work in, and its copy at `remote`. `own`: the folders of
+    the runs trained here; those of other machines are never changed at `remote`."""
+
+    def __init__(self, remote: Path):
+        """Copies from `remote` what is missing here. Raises MusotaError for an unusable folder."""
+        place = sha256(str(remote.parent.absolute()).encode())[:12]
+        self.local, self.remote = cache_folder() / "work" / place / remote.name, remote
+        self.own: set[Path] = set()
+        make_folder(remote)
+        self.disk = remote.stat().st_dev
+        for path in _files(remote):
+            if not (here := self.local / path.relative_to(remote)).exists():
+                _copy(path, here)
+
+    def push(self) -> None:
+        """Copy what is new of the runs trained here and of all files beside them, and remove
+        checkpoints at `remote` that are gone here. Raises OSError."""
+        files = [path for path in _files(self.local) if self._is_own(path)]
+        self._copy_out(path for path in files if not _same(path, self._there(path)))
+        for there in self.remote.glob("*/checkpoints/step-*"):
+            here = self.local / there.relative_to(self.remote)
+            if self._is_own(here) and not here.exists():
+                os.truncate(there, 0)  # a Drive keeps what is removed in its bin
+                there.unlink()
+
+    def save(self, *files: Path) -> None:
+        """Copy these files, or all that is new. Raises MusotaError where that fails."""
+        try:
+            self._copy_out(files) if files else self.push()
+        except OSError as error:
+            raise MusotaError(
+                f"The results could not be copied to {self.remote} ({error.strerror}): make room "
+                "there, or mount it again, and run this once more."
+            ) from None
+
+    def _copy_out(self, files: Iterable[Path]) -> None:
+        if not self.remote.is_dir() or self.remote.stat().st_dev != self.disk:
+            raise FileNotFoundError(0, "it is no longer there", str(self.remote))
+        for path in files:
+            _copy(path, self._there(path))
+
+    def _there(self, path: Path) -> Path:
+        return self.remote / path.relative_to(self.local)
+
+    def _is_own(self, path: Path) -> bool:
+        top = self.local / path.relative_to(self.local).parts[0]
+        return top.is_file() or top in self.own
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files, those last that refer to others."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    return sorted(found, key=lambda path: (path.name in ("summary.json", "config.json"), path))
+
+
+def _same(path: Path, copy: Path) -> bool:
+    if not copy.exists() or copy.stat().st_size != path.stat().st_size:
+        return False  # the hash of a checkpoint stands in its name
+    return path.name.startswith("step-") or sha256(path.read_bytes()) == sha256(copy.read_bytes())
+
+
+def _copy(path: Path, copy: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(copy, lambda target: shutil.copyfile(path, target))

@@ -1,0 +1,263 @@
+"""A researcher's own experiments: changed, named, continued, copied, compared, scored."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT, each_step
+
+import musota
+from musota.errors import MusotaError
+from musota.lab.profiles import scaled
+from musota.workbook import cli
+from musota.workbook.naming import results_root, safe_name
+from musota.workbook.notebook import Interrupted, Workbook
+from musota.workbook.saved_copy import SavedCopy
+
+FAST = {"max_seq_len": 24, "n_layer": 1, "warmup_steps": 5, "batch_size": 32}  # seconds a run
+NAME = "optimized,max_seq_len=24,n_layer=1,warmup_steps=5,batch_size=32"
+LONGER = NAME.replace("warmup", "epochs=4,warmup")
+
+
+@pytest.fixture(scope="module")
+def made(text_folder, tmp_path_factory):
+    """Makes workbooks on one results folder."""
+    base = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("musota.workbook.notebook.results_root", lambda: base)
+        yield lambda **changes: Workbook("tiny", str(text_folder), changes=FAST | changes)
+
+
+@pytest.fixture(scope="module")
+def results(made):
+    """A results folder with a model, a longer one, and the matched transformer of that."""
+    made().train("optimized")
+    made(epochs=4).train("optimized")
+    made(epochs=4).train("optimized_twin")
+    return made().folder
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.cli, [*map(str, arguments)], catch_exceptions=False)
+
+
+# --- names, changes, records ---
+
+
+def test_a_run_is_named_titled_and_repeated_by_its_changes(results, text_folder):
+    run = musota.Run(results / f"{LONGER}-seed0")
+    assert run.experiment == scaled("optimized", "tiny", **FAST, epochs=4)
+    assert run.title.startswith("MU-SOTA, optimized settings, max seq len 24, ")
+    assert "4 epochs" in run.title and run.profile == "tiny"
+    assert run.config["changes"] == {**FAST, "epochs": 4}
+    assert "--set epochs=4" in run.config["command"] and str(text_folder) in run.config["command"]
+    twin = musota.Run(results / f"{LONGER.replace('optimized', 'optimized_twin')}-seed0")
+    assert twin.experiment == musota.twin(run.experiment)
+    assert twin.title.startswith("Transformer matched to optimized (GPT-2 style), ")
+
+
+def test_only_changes_that_make_a_difference_are_in_the_name(made):
+    book = made(epochs=3, n_head=4, learning_rate=0.002)
+    fast = NAME.partition(",")[2].replace("warmup", "learning_rate=0.002,warmup")
+    assert book.named("optimized") == f"optimized,{fast}".replace("1,", "1,n_head=4,", 1)
+    assert book.named("baseline") == f"baseline,{fast}"  # whose heads follow from its width
+    assert made(matrix_size=16).named("baseline").endswith("matrix_size=16")  # matched anew
+
+
+@pytest.mark.parametrize("text", ["a/b", "..", "x" * 300, "pr$ice$", "a b"])
+def test_any_text_makes_a_safe_file_name(text):
+    name = safe_name(f"optimized,optimizer={text}")
+    assert "/" not in name and len(name) < 200
+    assert name != safe_name(f"optimized,optimizer={text}-")
+
+
+def test_a_finished_run_counts_whatever_its_folder_is_called(made, results, capsys):
+    renamed = results / "my best-seed0"
+    shutil.move(results / f"{NAME}-seed0", renamed)
+    try:
+        assert made().train("optimized").path == renamed
+        assert "finished before" in capsys.readouterr().out
+    finally:
+        shutil.move(renamed, results / f"{NAME}-seed0")
+
+
+def test_a_run_starts_from_the_weights_of_another_run_or_of_a_saved_model(made, results, tmp_path):
+    book, first = made(learning_rate=1e-3), musota.Run(results / f"{NAME}-seed0")
+    run = book.train("optimized", continue_from=first)
+    start = run.experiment.training.started_from
+    assert start and f"started_from={start}" in run.path.name
+    assert run.experiment.with_(started_from="") == book.experiment("optimized")
+    assert run.history.valid_loss[0] < first.history.valid_loss.min() + 0.05
+    assert f"--continue-from {first.path}" in run.config["command"].replace("'", "")
+    first.load_model().save_pretrained(tmp_path / "saved")
+    assert book.train("optimized", continue_from=tmp_path / "saved").path == run.path
+
+
+def test_a_module_is_trained_and_its_matched_transformer(made, tmp_path):
+    file = tmp_path / "net.py"
+    file.write_text(
+        "from torch import nn\n"
+        "def build(vocab_size):\n"
+        "    return nn.Sequential(nn.Embedding(vocab_size, 8), nn.Linear(8, vocab_size))\n"
+    )
+    book = made()
+    with pytest.raises(MusotaError, match="has its own sizes: leave n_layer out of changes"):
+        book.train(f"{file}:build")
+    del book.changes["n_layer"]
+    run, twin = book.train(f"{file}:build"), book.train(f"{file}:build_twin")
+    assert run.path.name.startswith("net.build@") and "_twin," in twin.path.name
+    assert abs(twin.summary["parameters"] / run.summary["parameters"] - 1) < 0.05
+    file.write_text(file.read_text() + "\n# changed\n")
+    assert book.named(f"{file}:build") != run.name
+
+
+# --- stopping ---
+
+
+def test_a_stopped_run_ends_the_cell_and_goes_on(made):
+    def end(state):
+        if state.step == 19:  # in the second epoch
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with each_step(before=end), pytest.raises(Interrupted, match="run this again, and it goes on"):
+        made(dropout=0.2).train("optimized")
+    assert made(dropout=0.2).train("optimized").finished
+
+
+# --- a copy elsewhere ---
+
+
+@pytest.fixture
+def machine(text_folder, tmp_path, monkeypatch):
+    """Makes a workbook on one of several machines that save to one drive."""
+
+    def open_on(name):
+        monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path / name))
+        save_to = str(tmp_path / "drive")
+        return Workbook("tiny", str(text_folder), save_to=save_to, changes=FAST)
+
+    return open_on
+
+
+def test_a_run_goes_on_on_another_machine(machine):
+    first = machine("a")
+    part = first.train("optimized", stop_at=0.5)
+    assert musota.Run(first.home / part.path.name).history.equals(part.history)
+    second = machine("b")
+    assert second.folder != first.folder
+    run = second.train("optimized")
+    assert run.finished and musota.Run(second.home / run.path.name).finished
+    kept = sorted(path.name for path in (run.path / "checkpoints").glob("step-*"))
+    there = (second.home / run.path.name / "checkpoints").glob("step-*")
+    assert kept == sorted(path.name for path in there)
+
+
+def test_a_machine_leaves_the_runs_of_others_alone_and_mends_its_own_copy(machine):
+    first = machine("a")
+    first.train("optimized", stop_at=0.5)
+    second = machine("b")  # has a copy of the run as it is now
+    run = first.train("optimized")
+    second.copy.push()
+    assert musota.Run(first.home / run.path.name).finished
+    newest = max((first.home / run.path.name / "checkpoints").glob("step-*"))
+    newest.write_bytes(newest.read_bytes()[:100])
+    first.save()
+    assert newest.stat().st_size > 100
+
+
+def test_a_vanished_drive_fails_the_run_that_it_should_hold(machine, capsys):
+    book = machine("a")
+    shutil.rmtree(book.home)
+    with pytest.raises(MusotaError, match="could not be copied"):
+        book.train("optimized")
+    assert not book.home.exists()  # nothing is written where the drive was mounted
+    book.home.mkdir()
+    book.copy = SavedCopy(book.home)
+    book.copy.own.add(book.folder / f"{NAME}-seed0")
+    assert book.train("optimized").finished and musota.Run(book.home / f"{NAME}-seed0").finished
+
+
+# --- the command line ---
+
+
+def test_runs_are_compared_and_scored(results, tmp_path):
+    (tmp_path / "note.txt").write_text("Return the name of the file.\n")
+    where = ["--save-to", results.parent, "--profile", results.name]
+    answer = invoke("compare", NAME, LONGER, *where).output
+    assert "epochs" in answer and "better than" in answer and "one seed" in answer
+    assert (results.parent / "compared" / "curves.png").stat().st_size > 10_000
+    answer = invoke("score", NAME, tmp_path / "note.txt", *where).output
+    assert "bits per byte" in answer and (results / f"{NAME}-seed0" / "score-note.csv").exists()
+    with pytest.raises(MusotaError, match="two models or more"):
+        invoke("compare", NAME, f"{NAME}-seed0", *where)
+
+
+def test_the_report_is_written(results):
+    answer = invoke("report", results).output
+    assert str(results / "README.md") in answer
+    assert (results / "report.html").stat().st_size < 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--profile", "tinny"], "Unknown profile 'tinny': did you mean 'tiny'?"),
+        (["run", "-p", "sed", "1"], "Unknown notebook parameter 'sed': did you mean 'seed'?"),
+        (["run", "--only", "9"], "Unknown notebook number '09'"),
+        (["train", "optimised"], "Unknown experiment 'optimised': did you mean 'optimized'?"),
+        (["train", "optimized", "--set", "epoch=2"], "Unknown field 'epoch'"),
+        (["train", "optimized", "--set", "epochs"], "--set takes FIELD=VALUE"),
+        (["compare", "nosuch", "other"], "There is no run 'nosuch'"),
+        (["compare", "optimised", "--profile", "study"], "did you mean 'optimized'?"),
+        (["--help"], "bench"),
+    ],
+)
+def test_mistakes_get_one_sentence_without_waiting_for_torch(arguments, message):
+    code = (
+        "import atexit, sys; from musota.workbook import cli; sys.argv[0] = 'musota'\n"
+        "atexit.register(lambda: print('TORCH' * ('torch' in sys.modules), file=sys.stderr))\n"
+        "cli.main()"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert message in answer.stdout + answer.stderr
+    assert "TORCH" not in answer.stderr and "Traceback" not in answer.stderr
+    assert len(answer.stdout.splitlines()) < 24
+
+
+def test_what_the_system_refuses_is_a_sentence(text_folder, monkeypatch, capsys):
+    command = ["musota", "train", "optimized", "--corpus", str(text_folder), "--save-to"]
+    for place in ("/dev/null/x", "a\0b"):
+        monkeypatch.setattr(sys, "argv", [*command, place])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_outside_a_repository_results_are_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("musota.workbook.naming.__file__", str(tmp_path / "a" / "b" / "naming.py"))
+    monkeypatch.chdir(tmp_path)
+    assert results_root() == tmp_path / "results"
+    with pytest.raises(MusotaError, match="no notebooks here: clone the repository"):
+        invoke("run", "--profile", "tiny")
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "01_data.ipynb").touch()
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert results_root() == tmp_path / "results"
+
+
+def test_parameters_reach_the_notebooks_as_they_are_meant(monkeypatch):
+    given = {}
+    monkeypatch.setattr(
+        "musota.workbook.run_notebooks.run_notebooks",
+        lambda notebooks, values, runs: given.update(values, runs=runs),
+    )
+    text = ["-p", "corpus", "2024", "-p", "save_to", "007", "-p", "seed", "3"]
+    invoke("run", *text, "-p", "runs", "optimized", "-p", "runs", "['a', 'b']")
+    assert (given["corpus"], given["save_to"], given["seed"]) == ("2024", "007", 3)
+    assert given["runs"] == ["optimized", "a", "b"]

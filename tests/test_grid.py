@@ -1,0 +1,229 @@
+import itertools
+import json
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import each_step
+
+import musota
+from musota.lab import root_causes
+from musota.lab.grid_runs import add_row, read_table, run_many
+from musota.lab.profiles import GRID_PROFILES, Profile, scaled
+from musota.lab.root_causes import grid, judge
+from musota.models.base import CausalLM
+from musota.training.run import Run
+
+STUDY = Path(__file__).resolve().parent.parent / "results" / "study"
+SMALL = Profile("small", 512, 4000, 1200, 1 / 12, 1 / 8, 1 / 10, 1 / 4, 30.0, 1)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return read_table(STUDY / "grid.csv")
+
+
+def test_each_run_changes_what_it_says_and_nothing_else():
+    runs, suspects, seeds = grid("quick")
+    original = musota.experiments["original"].fields()
+
+    def changed(name):
+        fields = runs[name].experiment.fields()
+        return {field: fields[field] for field in fields if fields[field] != original.get(field)}
+
+    expected = {
+        "original": {},
+        "epochs": {"epochs": 30},
+        "learning_rate": {"learning_rate": 1e-4},
+        "warmup": {"warmup_steps": 2000},
+        "sequence": {"max_seq_len": 192, "batch_size": 4, "accumulation_steps": 8},
+        "original_half": {"epochs": 20},
+        "blocks_8": {"n_block": 8},
+        "layers_8": {"n_layer": 8},
+        "matrix_6": {"matrix_size": 6, "n_block": 8, "n_head": 6},
+        "dense": {},
+    }
+    assert {name: changed(name) for name in expected} == expected
+    assert list(seeds) == [0, 1] and runs["original_half"].share == 0.5 and runs["dense"].matched
+    for factor in (0.1, 3, 10, 30, 100):
+        for name in ("original", "dense"):
+            rate = changed(f"{name}_rate_x{factor}")["learning_rate"]
+            assert rate == pytest.approx(3e-4 * factor)
+    assert {name for s in suspects for name in (s.before, s.after)} <= set(runs)
+    assert root_causes.varied_fields(runs) >= {"learning_rate", "n_block", "warmup_steps"}
+
+
+def test_larger_profiles_also_put_one_value_back():
+    runs, suspects, seeds = grid("study")
+    without = musota.experiments["optimized"].with_(epochs=10)
+    assert runs["without_epochs"].experiment == without
+    assert len(seeds) == 3 and sum(s.name.startswith("from optimized") for s in suspects) == 6
+    assert grid("full")[0] == runs
+    tiny, (only,), _ = grid("tiny")
+    assert list(tiny) == [only.before, only.after]
+    smaller = scaled("original", GRID_PROFILES["study"], n_layer=2)
+    assert runs["dense"].at(GRID_PROFILES["study"], n_layer=2) == musota.twin(smaller)
+
+
+def test_the_recorded_grid_counts_as_done(recorded, corpus, tmp_path, monkeypatch):
+    """All 30 runs of `study` with three seeds are in the committed table."""
+    monkeypatch.setattr("musota.lab.grid_runs.train", None)  # whatever trains fails
+    shares = {row.train_tokens: row.fingerprint for row in recorded}
+    fingerprints = dict(zip((0.25, 0.5, 1.0), (shares[n] for n in sorted(shares)), strict=True))
+
+    def text(_, share):
+        return replace(corpus, fingerprint=fingerprints[share])
+
+    monkeypatch.setattr("musota.lab.grid_runs._text", text)
+    runs, _, seeds = grid("study")
+    where = STUDY / "grid.csv", tmp_path
+    rows = run_many(runs, seeds, GRID_PROFILES["study"], corpus, *where)
+    assert sum(map(len, rows.values())) == len(recorded) == 90
+    assert rows == {name: root_causes.by_name(recorded)[name] for name in runs}
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_recorded_grid_is_judged_as_before(recorded):
+    causes = judge(root_causes.by_name(recorded))
+    decisions = ["cause"] * 9 + ["undecided"] * 3 + ["not a cause"] * 9
+    assert [cause.decision for cause in causes] == decisions
+    epochs = causes[1]
+    assert epochs.effect.mean == pytest.approx(-0.508, abs=5e-4)
+    assert (epochs.effect.low, epochs.effect.high) == pytest.approx((-0.567, -0.449), abs=5e-4)
+    assert (epochs.ppl_before, epochs.ppl_after) == pytest.approx((611.2, 367.9), abs=0.05)
+    assert (epochs.name, epochs.changed) == ("too few epochs (10 → 30)", "epochs 1 → 3")
+    (fair,) = (cause for cause in causes if "each at its best rate" in cause.name)
+    assert fair.effect.mean == pytest.approx(0.180, abs=5e-4)
+    assert fair.changed == "d_model 64 → 126, n_head 8 → 7, learning_rate 0.03 → 0.001"
+    verdict = root_causes.advice(causes)
+    assert verdict.decision == epochs.name and verdict.value == epochs.effect.mean
+    assert verdict.next_step.startswith("train longer, then raise the learning rate, then take s")
+    assert root_causes.advice(causes[9:]).decision == "none found"
+    halving = root_causes.data_halving(root_causes.data_losses(root_causes.by_name(recorded)))
+    assert halving.decision == "yes" and halving.value == pytest.approx(-0.139, abs=5e-4)
+
+
+def test_a_table_gives_back_what_was_added(recorded, tmp_path):
+    path, row = tmp_path / "new" / "grid.csv", recorded[0]
+    assert read_table(path) == []
+    diverged = replace(row, seed=7, valid_loss=(), best_valid_loss=math.inf, diverged=True)
+    broken = replace(row, seed=8, train_loss=(math.nan, 2.0))
+    for each in (row, diverged, broken, replace(row, best_valid_loss=1.0)):
+        add_row(path, each)
+    first, second, third = read_table(path)
+    assert first == diverged and third == replace(row, best_valid_loss=1.0)
+    assert math.isnan(second.train_loss[0]) and second.train_loss[1] == 2.0
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(musota.MusotaError, match="damaged"):
+        read_table(path)
+
+
+@pytest.fixture(scope="module")
+def trained(short, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grid")
+    some = ("original", "original_half", "original_rate_x3", "dense", "dense_rate_x3")
+    runs = {name: grid("quick")[0][name] for name in some}
+    where = folder / "grid.csv", folder / "runs"
+    rows = run_many(runs, (0, 1), SMALL, short, *where, workers=2)
+    return runs, where, rows
+
+
+def test_a_grid_trains_every_run_once_and_keeps_a_row_of_each(trained, short, capsys):
+    runs, (table, folder), rows = trained
+    assert list(rows) == list(runs) and all(set(r) == {0, 1} for r in rows.values())
+    assert not [*folder.iterdir()]
+    lost = rows["dense"][1]
+    lines = table.read_text().splitlines(keepends=True)
+    left = [line for line in lines if not line.startswith("dense,1,")]
+    assert len(lines) == 11 and len(left) == 10
+    table.write_text("".join(left))
+    capsys.readouterr()
+    again = run_many(runs, (0, 1), SMALL, short, table, folder)
+    assert "1 of 10 runs are left to train." in capsys.readouterr().out
+    # The first time it trained in a process with one thread: rounded differently.
+    assert again["dense"][1].best_valid_loss == pytest.approx(lost.best_valid_loss, rel=1e-4)
+    assert again["original"] == rows["original"]
+
+
+def test_half_the_text_is_read_in_as_many_steps(trained):
+    whole, half = (trained[2][name][0] for name in ("original", "original_half"))
+    assert half.train_tokens == pytest.approx(whole.train_tokens / 2, rel=0.1)
+    assert half.experiment.training.epochs == 2 * whole.experiment.training.epochs
+    assert len(half.valid_loss) == len(half.train_loss) == len(half.clean_train_loss) == 2
+    amounts = root_causes.data_losses(trained[2])
+    assert min(half.valid_loss) == half.best_valid_loss == amounts[half.train_tokens][0]
+
+
+def test_a_grid_is_judged_as_far_as_it_has_been_trained(trained):
+    rows = trained[2]
+    causes = {cause.after: cause for cause in judge(rows, grid("quick")[1])}
+    (fair,) = (cause for cause in causes.values() if "edge" in cause.name)
+    assert fair.decision == "undecided" and len(judge(rows)) == 4
+    raised, losses = causes["original_rate_x3"], root_causes.valid_losses(rows)
+    means = {name: sum(by_seed.values()) / 2 for name, by_seed in losses.items()}
+    assert raised.effect.mean == pytest.approx(means["original_rate_x3"] - means["original"])
+    assert raised.changed == "learning_rate 0.009 → 0.027"
+    for name in ("original", "dense"):
+        assert [*root_causes.sweep_losses(rows, name)] == pytest.approx([0.009, 0.027])
+    del rows["original"][1]  # not with every seed
+    assert "original" not in root_causes.valid_losses(rows) and not judge(rows)
+
+
+def test_changes_are_made_in_every_run_and_are_no_other_grid_run(trained, short, tmp_path):
+    runs, (table, _), _ = trained
+    runs, calls = {"original": runs["original"]}, []
+    how = {"changes": {"warmup_steps": 0}, "each": lambda: calls.append(len(read_table(table)))}
+    row = run_many(runs, (0,), SMALL, short, table, tmp_path, **how)["original"][0]
+    assert row.name == "original,warmup_steps=0" and calls == [11]
+    assert row.experiment == scaled("original", SMALL, warmup_steps=0)
+    assert row.name not in root_causes.valid_losses(root_causes.by_name(read_table(table)))
+
+
+def test_an_interrupted_grid_stops_and_keeps_its_checkpoint(short, tmp_path):
+    runs = {name: grid("quick")[0][name] for name in ("epochs", "original")}
+    where = SMALL, short, tmp_path / "grid.csv", tmp_path / "runs"
+    steps = itertools.count(1)
+
+    def interrupt(_):
+        if next(steps) == 20:
+            signal.raise_signal(signal.SIGINT)
+
+    with each_step(after=interrupt), pytest.raises(KeyboardInterrupt):
+        run_many(runs, (0,), *where, workers=1)
+    (only,) = (tmp_path / "runs").iterdir()
+    assert not Run(only).ended and [*only.glob("checkpoints/step-*")] and next(steps) == 21
+    rows = run_many(runs, (0,), *where)
+    assert all(by_seed[0].best_valid_loss < 10 for by_seed in rows.values())
+
+
+def test_a_diverged_run_is_recorded_and_no_cause(short, tmp_path, monkeypatch):
+    runs = {name: grid("quick")[0][name] for name in ("original", "original_rate_x10")}
+    where = SMALL, short, tmp_path / "grid.csv", tmp_path
+    run_many({"original": runs["original"]}, (0, 1), *where)
+    losses = CausalLM.loss_of
+    with monkeypatch.context() as patch:
+        patch.setattr(CausalLM, "loss_of", lambda *given: losses(*given) * math.inf)
+        run_many(runs, (0, 1), *where, workers=1)
+    rows = run_many(runs, (0, 1), *where)
+    assert rows["original_rate_x10"][1].diverged and not rows["original"][0].diverged
+    (cause,) = judge(rows)
+    assert (cause.effect, cause.decision, cause.ppl_after) == (None, "not a cause", math.inf)
+
+
+@pytest.mark.parametrize("profile", ["tiny", "study"])
+def test_the_advised_command_makes_the_change(profile):
+    present = scaled("optimized", profile).fields()
+    measured = {"effect": None, "ppl_before": 2.0, "ppl_after": 1.0, "changed": ""}
+    for suspect in grid(profile)[1]:
+        cause = root_causes.Cause(**vars(suspect), **measured, decision="cause")
+        line = root_causes.next_command([cause], profile, "my folder").split("`")[1]
+        assert "--corpus 'my folder'" in line or suspect.advice in root_causes.COMMANDS
+        changes = {}
+        if suspect.advice not in root_causes.COMMANDS:
+            changes = root_causes.advised_changes(suspect, profile)
+        shown = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+        assert [word for word in line.split(" ") if "=" in word] == shown
+        assert all(present[name] != value for name, value in changes.items())
+    assert root_causes.next_command([], profile, "auto").startswith("No change")

@@ -1,0 +1,73 @@
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from musota.lab.ngrams import measure_ngrams, ngram_nats
+
+V = 20
+NAMES = ("uniform", "unigram", "bigram", "trigram")
+
+
+@pytest.fixture(scope="module")
+def train():
+    return np.random.default_rng(0).integers(0, V, 500) ** 2 // V
+
+
+def _literal(train, history, word):
+    """Interpolated Kneser–Ney as in the textbook, with dictionaries."""
+    train = train.tolist()
+    pairs, triples = Counter(zip(train, train[1:])), Counter(zip(train, train[1:], train[2:]))  # noqa: B905, RUF007
+    pair_left = Counter(w for _, w in pairs)
+    triple_left = Counter((v, w) for _, v, w in triples)
+
+    def discounted(counts, context, lower):
+        once, twice = (sum(c == k for c in counts.values()) for k in (1, 2))
+        d = once / (once + 2 * twice) if once and twice else 0.5
+        inside = {key: c for key, c in counts.items() if key[:-1] == context}
+        total = sum(inside.values())
+        if not total:
+            return lower
+        own = max(counts.get((*context, word), 0) - d, 0)
+        return own / total + d * len(inside) / total * lower
+
+    base = discounted({(w,): c for w, c in pair_left.items()}, (), 1 / V)
+    bigram = discounted(pairs, history[-1:], base)
+    if len(history) < 2:
+        return bigram, bigram
+    middle = discounted(triple_left, history[-1:], base)
+    return bigram, discounted(triples, history[-2:], middle)
+
+
+@pytest.mark.parametrize("copies", [1, 2])  # twice the text: no n-gram occurs exactly once
+def test_equals_the_textbook_token_by_token(train, copies):
+    train, tokens = np.tile(train, copies), np.random.default_rng(1).integers(0, V, 60)
+    nats = ngram_nats(train, tokens, V)
+    for place in range(1, 60):
+        history = tuple(tokens[max(0, place - 2) : place].tolist())
+        bigram, trigram = _literal(train, history, int(tokens[place]))
+        assert math.exp(-nats["bigram"][place - 1]) == pytest.approx(bigram, rel=1e-9)
+        assert math.exp(-nats["trigram"][place - 1]) == pytest.approx(trigram, rel=1e-9)
+
+
+@pytest.mark.parametrize("context", [(3, 4), (19, 19), (0, 1), (0, 0)])  # seen and unseen
+def test_every_baseline_is_a_distribution(train, context):
+    total = dict.fromkeys(NAMES, 0.0)
+    for word in range(V):
+        nats = ngram_nats(train, np.array([*context, word]), V)
+        for name in NAMES:
+            total[name] += math.exp(-nats[name][-1])
+    assert total == pytest.approx(dict.fromkeys(NAMES, 1.0), abs=1e-9)
+
+
+def test_baselines_of_real_text_are_in_order(corpus):
+    ppl = measure_ngrams(corpus)
+    assert tuple(ppl) == NAMES and ppl["uniform"] == pytest.approx(corpus.tokenizer.size)
+    assert ppl["trigram"] < ppl["bigram"] < ppl["unigram"] < ppl["uniform"]
+
+
+def test_a_baseline_that_is_not_finite_is_left_out(corpus, monkeypatch):
+    nats = {"unigram": np.ones(3), "bigram": np.array([1.0, np.inf, 1.0])}
+    monkeypatch.setattr("musota.lab.ngrams.ngram_nats", lambda *_: nats)
+    assert measure_ngrams(corpus) == {"unigram": pytest.approx(math.e)}

@@ -1,0 +1,137 @@
+"""Pages of results: short, plain, true to the records, and whole in one file."""
+
+import re
+import shutil
+
+import pandas as pd
+import pytest
+from conftest import EXPERIMENT, ROOT
+
+import musota
+from musota.errors import MusotaError
+from musota.files import write_json
+from musota.workbook import report
+from musota.workbook.results import Results
+
+MODEL = EXPERIMENT.with_(n_layer=2)
+COMMAND = "musota train optimized --profile tiny"
+
+
+@pytest.fixture(scope="module")
+def tiny(short, tmp_path_factory):
+    """A results folder with a model, its parameter-matched transformer and n-gram baselines."""
+    folder = tmp_path_factory.mktemp("results") / "tiny"
+    about = musota.RunOptions(about={"title": "Mine | <b> $x$", "command": COMMAND})
+    musota.train(MODEL, short, folder / "mine-seed0", name="mine", options=about)
+    musota.train(musota.twin(MODEL), short, folder / "its-seed0", name="its")
+    ngrams = {"fingerprint": short.fingerprint, "ppl": {"bigram": 150.25, "trigram": 120.5}}
+    write_json(folder / "ngrams.json", ngrams)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["study", "full"])
+def committed(request, tmp_path_factory):
+    """A copy of committed results, with its page written anew."""
+    folder = tmp_path_factory.mktemp("committed") / request.param
+    shutil.copytree(ROOT / "results" / request.param, folder)
+    report.write_report(folder)
+    return folder
+
+
+def _shown(page: str) -> str:
+    """What is visible of a page before anything is unfolded."""
+    return re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL)
+
+
+def test_a_page_shows_the_recorded_numbers(tiny):
+    page = report.write_report(tiny).read_text("utf-8")
+    results = Results(tiny)
+    for run in results.runs:
+        numbers = f"{run.summary['ppl']:,.1f}", f"{run.summary['accuracy']:.1%}"
+        assert any(all(n in line for n in numbers) for line in page.splitlines() if line[:1] == "|")
+    best = min(run.summary["ppl"] for run in results.runs)
+    assert f"**{best:,.1f}**" in page and "150.2" in page and "curves.png" in page
+    assert COMMAND in page and page.count("<details>") == page.count("</details>") >= 5
+    for picture in re.findall(r"\]\(([^)]+\.png)\)", page):
+        assert (tiny / picture).exists()
+
+
+def test_text_of_a_page_is_text(tiny):
+    report.write_report(tiny)
+    assert r"Mine \| &lt;b> \$x\$" in (tiny / "README.md").read_text("utf-8")
+    page = (tiny / "report.html").read_text("utf-8")
+    assert "Mine | &lt;b&gt; $x$" in page and "<b>" not in page
+
+
+def test_the_html_page_needs_no_other_file(committed):
+    page = (committed / "report.html").read_text("utf-8")
+    assert len(page) < 3_000_000
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) > 3 and all(source.startswith("data:image/png") for source in sources)
+    text = re.sub(r'src="[^"]*"', "", page)
+    assert not re.findall(r"https?://|<script|<link|url\(|@import", text)
+    assert "prefers-color-scheme: dark" in text and "@media print" in text
+
+
+def test_a_page_is_short_and_its_tables_narrow(committed):
+    page = (committed / "README.md").read_text("utf-8")
+    assert len(re.findall(r"\S*\w\S*", _shown(page))) <= 900
+    heads = re.findall(r"^\|.*\|\n\| :?-.*$", page, flags=re.MULTILINE)
+    assert len(heads) > 5 and all(
+        len(re.split(r"(?<!\\)\|", h.split("\n")[0])) <= 10 for h in heads
+    )
+    assert "nan" not in page and not re.search(r"\d{12}", page)
+
+
+def test_a_tie_is_called_a_tie(committed):
+    lines = _shown((committed / "README.md").read_text("utf-8")).splitlines()
+    (line,) = (line for line in lines if "architecture of “Redesign" in line)
+    assert "Tie." in line
+
+
+def test_an_unfinished_run_gets_no_verdict(tiny, short, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "tiny")
+    shutil.rmtree(folder / "its-seed0")
+    half = musota.RunOptions(stop_at=0.5, about={"title": "The transformer"})
+    musota.train(musota.twin(MODEL), short, folder / "its-seed0", options=half)
+    page = _shown(report.write_report(folder).read_text("utf-8"))
+    assert "**The transformer: 1 of 2 epochs.**" in page and "help?" not in page
+
+
+def test_a_folder_without_models_still_has_a_page(tmp_path):
+    assert "No model has finished" in report.write_report(tmp_path).read_text("utf-8")
+    (tmp_path / "grid").mkdir()
+    shutil.copy(ROOT / "results" / "study" / "grid.csv", tmp_path)  # notebook 06 alone
+    page = report.write_report(tmp_path).read_text("utf-8")
+    assert "root_causes.png" in page and (tmp_path / "root_causes.png").exists()
+
+
+def test_a_results_folder_may_be_a_link(tiny, tmp_path):
+    (tmp_path / "link").symlink_to(tiny, target_is_directory=True)
+    assert report.write_report(tmp_path / "link").exists()
+
+
+def test_the_front_page_gets_one_table(tmp_path):
+    readme, (begin, end) = tmp_path / "README.md", report.FRONT_MARKS
+    readme.write_text(f"Before\n{begin}\nold\n{end}\nAfter\n")
+    report.write_front_page(readme, ROOT / "results")
+    text = readme.read_text("utf-8")
+    assert text.startswith(f"Before\n{begin}\n\n| model ") and text.endswith(f"{end}\nAfter\n")
+    rows = text.splitlines()[5:-3]
+    assert "reported" in rows[0] and "402" in rows[0] and "trigram" in rows[-1]
+    assert "old" not in text and all(row.count("|") == 5 for row in rows)
+    assert text.count("**") == 4  # the best perplexity and accuracy
+    readme.write_text(begin)
+    with pytest.raises(MusotaError, match="each once"):
+        report.write_front_page(readme, ROOT / "results")
+
+
+def test_columns_of_numbers_are_right_aligned():
+    table = pd.DataFrame({"model": ["a", "b"], "PPL": ["1,204.5 [1, 2]", "–"], "x": ["3", "c"]})
+    assert report.alignments(table) == ["left", "right", "left"]
+    assert report.markdown(table).splitlines()[1] == "| :--- | ---: | :--- |"
+
+
+def test_the_path_figure_is_drawn_from_its_csv(tmp_path):
+    shutil.copy(ROOT / "results" / "redesign" / "path.csv", tmp_path)
+    assert report.write_path_figure(tmp_path).stat().st_size > 10_000

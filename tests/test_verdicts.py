@@ -1,0 +1,214 @@
+"""Intervals, comparisons and the plan's rules, on made-up runs."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from musota.errors import MusotaError
+from musota.lab import plan_rules, stats, verdicts
+from musota.lab.stats import SEED_SPREAD
+from musota.lab.verdicts import Verdict, compare, compare_with_matched
+from musota.registry import experiments
+
+
+def make_run(loss=5.0, seed=0, title="a", losses=None, noise=0.0, diverged_at=None, **changes):
+    """A run at the plan's size, with what a Run has, but without a folder. Each block of its valid
+    text differs by `noise` an epoch."""
+    losses = loss + 0.1 * np.arange(30)[::-1] if losses is None else np.array(losses)
+    generator = np.random.default_rng(seed)
+    blocks = generator.normal(0, 0.5, 30)  # hard and easy texts, the same every epoch
+    nats = losses[:, None] + blocks - blocks.mean() + generator.normal(0, noise, (len(losses), 30))
+    epochs = np.arange(1, len(losses) + 1)
+    columns = {"epoch": epochs, "step": 100 * epochs, "tokens": 100_000 * epochs}
+    summary = {"ppl": np.exp(loss), "accuracy": 0.3, "valid_block_tokens": [1024] * 30}
+    run = {
+        "title": title, "name": title, "path": f"results/{title}-seed{seed}", "seed": seed,
+        "experiment": experiments["optimized"].with_(warmup_steps=10), "key": title,
+        "profile": "full", "config": {"corpus": {"name": "wikitext-2"}}, "valid_text": "text",
+        "summary": summary if len(losses) else {},
+        "valid_loss": loss if diverged_at is None else np.inf,
+        "valid_block_nats": (1024 * nats).tolist(), "health": [],
+        "history": pd.DataFrame({**columns, "ppl": np.exp(nats.mean(1))}),
+        "steps": pd.DataFrame({"step": [5, 20, 30, 40], "loss": 6, "grad_norm": [9, 0.5, 2, 0.5]}),
+        "finished": diverged_at is None and len(losses) >= 10,
+        "diverged": diverged_at is not None, "diverged_at": diverged_at,
+    }  # fmt: skip
+    return SimpleNamespace(**{**run, **changes})
+
+
+def seeds(*losses, **changes):
+    return [make_run(loss, seed, **changes) for seed, loss in enumerate(losses)]
+
+
+# --- intervals ---
+
+
+def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
+    generator, covered = np.random.default_rng(0), 0
+    tokens = np.full(60, 1000)
+    for trial in range(200):
+        difference, b = generator.normal(0.02, 0.1, 60), generator.normal(5, 0.5, 60)  # by block
+        nats = (b + difference) * tokens, b * tokens
+        interval = stats.paired_bootstrap(*nats, tokens, resamples=400, seed=trial)
+        assert interval.mean == pytest.approx(difference.mean())
+        covered += interval.low <= 0.02 <= interval.high
+    assert 180 <= covered <= 199
+
+
+def test_the_seed_interval_is_students():
+    interval = stats.seed_interval([0.1, 0.2, 0.3])
+    assert interval.mean == pytest.approx(0.2)
+    assert interval.high - 0.2 == pytest.approx(4.302653 * 0.1 / np.sqrt(3), rel=1e-5)
+    with pytest.raises(ValueError, match="at least two"):
+        stats.seed_interval([0.1])
+
+
+def test_a_pooled_contrast_equals_the_textbooks_two_way_table():
+    losses = {"a": {0: 6.0, 1: 6.1}, "b": {0: 5.8, 1: 5.93}, "c": {0: 6.2, 1: 6.28}}
+    contrast = {"a": -1, "b": 1}
+    effect = stats.pooled_contrast(losses, contrast)
+    # By hand: means 6.05, 5.865, 6.24; a seed effect of ±0.05167; (3 − 1)(2 − 1) = 2 degrees.
+    residuals = np.array([0.0016667, -0.0133333, 0.0116667] * 2)
+    sd = np.sqrt(np.sum(residuals**2) / 2)
+    assert effect.mean == pytest.approx(-0.185)
+    assert effect.high - effect.mean == pytest.approx(4.302653 * sd, rel=1e-4)
+    one_seed = {run: {0: row[0]} for run, row in losses.items()}
+    assert "no interval" in str(stats.pooled_contrast(one_seed, contrast))
+
+
+# --- comparisons ---
+
+
+@pytest.mark.parametrize(
+    ("difference", "decision"),
+    [(-0.03, "better"), (-0.02, "tie"), (0.0, "tie"), (0.025, "tie"), (0.027, "worse")],
+)
+def test_with_one_seed_the_measured_spread_of_seeds_decides(difference, decision):
+    found = compare(make_run(5 + difference), make_run(5.0, title="b"))
+    assert found.decision == decision and found.value == pytest.approx(difference)
+    assert found.high - found.value == pytest.approx(2 * SEED_SPREAD)
+    assert "one seed; the spread of seeds measured at study is the yardstick" in found.reason
+    assert "more seeds" in found.next_step
+
+
+def test_with_several_seeds_their_interval_decides():
+    b = seeds(5.1, 5.11, 5.1, title="b")
+    assert compare(seeds(5.0, 5.01, 4.99), b).decision == "better"
+    assert compare_with_matched(seeds(5.2, 5.21, 5.22), b).decision == "hurts"
+    assert compare_with_matched(seeds(5.0, 5.01, 4.99), b).decision == "helps"
+    wide = compare(seeds(5.0, 5.3, 4.9), b)  # further apart on average than one seed's yardstick
+    assert wide.decision == "tie" and wide.low < 0 < wide.high and "3 seeds" in wide.reason
+    close = compare(seeds(5.09, 5.1, 5.09), b)  # nearer than the yardstick, but always so
+    assert close.decision == "better"
+
+
+def test_seeds_without_a_partner_are_left_out_of_an_interval():
+    found = compare([*seeds(5.0, 5.01), make_run(9.0, 7)], seeds(5.1, 5.112, 5.1, title="b"))
+    assert found.decision == "better" and "2 seeds" in found.reason
+    apart = compare(make_run(5.0, seed=0), make_run(5.1, seed=1, title="b"))
+    assert apart.decision == "better" and "no seed in common" in apart.reason
+
+
+def test_a_diverged_run_loses_and_an_unfinished_one_is_named():
+    diverged = make_run(diverged_at=120, losses=[], title="b")
+    found = compare(make_run(6.0), diverged)
+    assert found.decision == "better" and "b, seed 0, diverged at step 120" in found.reason
+    assert compare(diverged, make_run(6.0)).decision == "worse"
+    assert compare(diverged, diverged).decision == "tie"
+    found = compare(make_run(5.0), make_run(6.0, title="b", losses=[7, 6.5, 6]))
+    assert "unfinished after epoch 3" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ([], make_run(), "a run, or several, on either side"),
+        ("optimized", make_run(), "runs that have ended an epoch, not 'optimized'"),
+        (make_run(losses=[]), make_run(), "runs that have ended an epoch"),
+        (make_run(), make_run(valid_text="other"), "were validated on different texts"),
+        ([make_run(), make_run(seed=1, title="b")], make_run(), "differ in the seed alone"),
+        ([make_run(), make_run()], make_run(), "differ in the seed alone"),
+    ],
+)
+def test_what_cannot_be_compared_raises_one_sentence(a, b, message):
+    with pytest.raises(MusotaError, match=message):
+        compare(a, b)
+
+
+def test_a_sentence_has_every_part_of_its_verdict():
+    verdict = Verdict("Better?", "tie", -0.01, -0.04, 0.02, verdicts.NATS, "one seed", "wait")
+    words = "Better? Tie (-0.010 nats/token [-0.040, +0.020]; one seed). Next: wait."
+    assert str(verdict) == words and str(Verdict("Rank", "ok", 1234.5)) == "Rank: Ok (1,234)."
+
+
+def test_the_best_beaten_ngram_baseline_is_named():
+    ppls = {"uniform": 8192, "unigram": 800, "bigram": 200, "trigram": 170}
+    runs = [make_run(np.log(ppl)) for ppl in (9000, 300, 201, 199, 100)]
+    found = [verdicts.against_ngrams(run, ppls).decision for run in runs]
+    assert found == ["none", "unigram", "unigram", "bigram", "trigram"]
+
+
+# --- the plan's rules ---
+
+
+def plan(part, run, baseline=None):
+    """The plan's verdict with `part` in its question, if there is one."""
+    found = plan_rules.plan_verdicts(run, baseline)
+    return next((verdict for verdict in found if part in verdict.question), None)
+
+
+@pytest.mark.parametrize(
+    ("ppl", "letter", "bottom_line"),
+    [(199.9, "A", "validated"), (200, "A", "compare"), (250, "A", "compare"),
+     (250.1, "B", "compare"), (300, "B", "compare"), (300.1, "B", "redesign"),
+     (350, "B", "redesign"), (350.1, "C", "redesign")],
+)  # fmt: skip
+def test_the_plans_two_scales(ppl, letter, bottom_line):
+    run = make_run(np.log(ppl))
+    run.summary["ppl"] = ppl
+    assert plan("scenarios", run).decision == letter
+    assert plan("bottom line", run).decision == bottom_line
+    assert plan("under 200", run).decision == ("no" if ppl > 200 else "yes")
+    assert plan("option 3", run).decision == ("yes" if ppl > 300 else "no")
+
+
+def test_in_scenario_b_the_baseline_decides_what_comes_next():
+    for baseline, step in [(5.71, "50 epochs or more"), (5.6, "simplify"), (None, "train the")]:
+        other = baseline and make_run(baseline, title="b", experiment=experiments["baseline"])
+        assert step in plan("scenarios", make_run(5.7), other).next_step
+        simplify = plan("option 3", make_run(5.7), other).decision
+        assert simplify == ("yes" if baseline == 5.6 else "no")
+
+
+def test_a_goal_over_several_seeds_is_decided_by_their_interval():
+    several = (5.2, 5.21, 5.19), (5.2, 5.5, 4.9), (5.5, 5.51, 5.49)
+    found = [plan("under 200", seeds(*losses)).decision for losses in several]
+    assert found == ["yes", "undecided", "no"]
+
+
+def test_the_plans_thresholds_apply_to_its_own_setting_only():
+    assert plan_rules.plan_applies(make_run()) == ""
+    small = experiments["optimized"].with_(vocab_size=8192)
+    corpus = {"corpus": {"name": "python-docs"}}
+    other = make_run(experiment=small, profile="study", config=corpus)
+    reason = plan_rules.plan_applies(other)
+    assert all(word in reason for word in ("python-docs", "8,192", "study", "none of the plan's"))
+    assert plan("thresholds apply", other).decision == "not applicable"
+    assert not plan("scenarios", other) and not plan("under 200", other)
+    short = experiments["optimized"].with_(epochs=10)
+    assert "10 of the plan's 30 epochs" in plan_rules.plan_applies(make_run(experiment=short))
+    assert plan("under 200", make_run(5.2, experiment=short)).decision == "yes"  # reached early
+    assert not plan("under 200", make_run(5.5, experiment=short))
+    assert "diverged at step 9" in plan_rules.plan_applies(make_run(diverged_at=9))
+    baseline = make_run(6.1, experiment=experiments["baseline"], title="b")
+    assert plan("own test", make_run(), baseline).decision == "above"
+
+
+def test_the_plans_red_flags_while_training():
+    improving, flat = make_run(), make_run(losses=[5.0] * 30)
+    assert plan("continue to improve", improving).decision == "yes"
+    assert plan("after epoch 15", improving).decision == "no"
+    assert plan("continue to improve", flat).decision == "no"
+    assert plan("after epoch 15", flat).decision == "yes"
