@@ -27,11 +27,11 @@ BOUNDS = {
 def check_field(field: dataclasses.Field, value) -> None:
     """Raises MusotaError if a configuration field cannot have this value."""
     name, kind = field.name, field.type
-    python_type = {int: int, bool: bool, str: str}.get(kind, (int, float))
-    fits = isinstance(value, python_type) and (kind is bool or not isinstance(value, bool))
-    allowed = {str: "a name", bool: "True or False"}.get(kind, "")
-    if not allowed:
+    if kind in (bool, str):
+        fits, allowed = isinstance(value, kind), "True or False" if kind is bool else "a name"
+    else:
         low, high = BOUNDS.get(name, (int(kind is int), HUGE))
+        fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
         fits = fits and low <= value <= high
         allowed = f"a {'whole' if kind is int else 'finite'} number "
         allowed += "above 0" if low == TINY else f"of at least {low}"
@@ -40,14 +40,16 @@ def check_field(field: dataclasses.Field, value) -> None:
         raise MusotaError(f"{name} must be {allowed}, not {value!r}.")
 
 
-def check_fields(config) -> None:
-    """Raises MusotaError for the first field of a configuration with a value out of range."""
-    for field in dataclasses.fields(config):
-        check_field(field, getattr(config, field.name))
+class Checked:
+    """A dataclass that raises MusotaError for the first field with a value out of range."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_field(field, getattr(self, field.name))
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(Checked):
     """Fields and checks common to the models. A subclass adds `d_model`, `n_head`, `n_parameters`
     and `layer_products`, the multiply-adds of one layer for one token."""
 
@@ -56,16 +58,13 @@ class Sizes:
     n_layer: int = 12
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         if self.d_model % self.n_head:
-            raise MusotaError(
-                f"n_head={self.n_head} does not divide d_model={self.d_model}: choose a divisor."
-            )
+            wrong = f"n_head={self.n_head} does not divide d_model={self.d_model}"
+            raise MusotaError(f"{wrong}: choose a divisor.")
         if self.n_parameters > LARGEST_MODEL:
-            raise MusotaError(
-                f"A model of {self.n_parameters:,} parameters is over the limit of "
-                f"{LARGEST_MODEL:,}: choose smaller sizes."
-            )
+            large = f"A model of {self.n_parameters:,} parameters is over the limit"
+            raise MusotaError(f"{large} of {LARGEST_MODEL:,}: choose smaller sizes.")
 
     @property
     def flops_per_token(self) -> int:
@@ -78,9 +77,7 @@ class Sizes:
 @dataclass(frozen=True)
 class MuConfig(Sizes):
     """MU-SOTA. A token is a matrix of `matrix_size`² channels, split into `n_block` semantic
-    blocks. `n_head` is the number of heads of the attention across blocks; each block has two
-    heads of its own. Raises MusotaError for values out of range, blocks that do not tile the matrix
-    and heads that do not divide it."""
+    blocks. `n_head` is the number of heads of the attention across blocks."""
 
     n_head: int = 8
     dropout: float = 0.1
@@ -90,10 +87,8 @@ class MuConfig(Sizes):
     def __post_init__(self):
         super().__post_init__()
         if any(size % HEADS_PER_BLOCK for size in self.layout.sizes):
-            raise MusotaError(
-                f"n_block={self.n_block} makes blocks with an odd number of channels: "
-                "choose another number."
-            )
+            odd = f"n_block={self.n_block} makes blocks with an odd number of channels"
+            raise MusotaError(f"{odd}: choose another number.")
 
     @property
     def layout(self) -> BlockLayout:
@@ -110,7 +105,7 @@ class MuConfig(Sizes):
         feed_forward_and_norms = 8 * d * d + 5 * d + 4 * d
         gate = 4 * N * N + 6 * N + V * N
         layers = self.n_layer * (attention + feed_forward_and_norms + gate)
-        return V * d + self.max_seq_len * d + layers + 2 * d + V * d + V
+        return (2 * V + self.max_seq_len + 2) * d + layers + V
 
     @property
     def layer_products(self) -> int:
@@ -121,7 +116,7 @@ class MuConfig(Sizes):
 
 @dataclass(frozen=True)
 class DenseConfig(Sizes):
-    """The baseline: a GPT-2 style transformer. Raises MusotaError for values out of range."""
+    """The baseline: a GPT-2 style transformer."""
 
     n_head: int = 13
     dropout: float = 0.1
@@ -141,8 +136,7 @@ class DenseConfig(Sizes):
 class RedesignedConfig(Sizes):
     """The redesign. A token is `n_block` semantic blocks of `block_size` channels, one attention
     head per block. `blocks`: the keys of a head read its own block only. `gate`: the token's
-    affinities scale the updates of each block. With both off it is a plain modern transformer.
-    Raises MusotaError for values out of range and an odd `block_size`."""
+    affinities scale the updates of each block. With both off it is a plain modern transformer."""
 
     n_block: int = 8
     block_size: int = 26
@@ -154,9 +148,8 @@ class RedesignedConfig(Sizes):
     def __post_init__(self):
         super().__post_init__()
         if self.block_size % 2:
-            raise MusotaError(
-                f"block_size={self.block_size} is odd: rotary positions need an even one."
-            )
+            odd = f"block_size={self.block_size} is odd"
+            raise MusotaError(f"{odd}: rotary positions need an even one.")
 
     @property
     def layout(self) -> BlockLayout | None:
@@ -181,34 +174,29 @@ class RedesignedConfig(Sizes):
         return V * d + L * self._maps + norms + gate
 
     @property
+    def layer_products(self) -> int:
+        return self._maps + self.n_block**2 * self.gate + 2 * self.d_model * self.max_seq_len
+
+    @property
     def _maps(self) -> int:
         """Weights of the linear maps of a layer, without the gate."""
         d = self.d_model
         key = d * (self.block_size if self.blocks else d)
         return key + 3 * d * d + 2 * d * self.d_ff
 
-    @property
-    def layer_products(self) -> int:
-        return self._maps + self.n_block**2 * self.gate + 2 * self.d_model * self.max_seq_len
-
 
 @dataclass(frozen=True)
 class ModuleConfig:
-    """A module of the user's own, as a record describes it: measurements and hashes, no code.
+    """A module of the user's own, as a record describes it: measurements and hashes, no code."""
 
-    `source` is `FILE.py:NAME`, `file_sha256` the hash of the file that defines the class, and
-    `shapes_sha256` the hash of parameter names and shapes. `n_layer` and `dropout` are what its
-    parameter-matched transformer takes over.
-    """
-
-    source: str
-    file_sha256: str
-    shapes_sha256: str
+    source: str  # FILE.py:NAME
+    file_sha256: str  # of the file that defines the class
+    shapes_sha256: str  # of the names and shapes of its parameters
     vocab_size: int
     max_seq_len: int
     n_parameters: int
     flops_per_token: int
-    n_layer: int
+    n_layer: int  # this and dropout are those of its parameter-matched transformer
     dropout: float
 
 
@@ -219,20 +207,13 @@ KINDS["module"] = ModuleConfig
 
 
 def describe(model: ModelConfig) -> dict:
-    """A model's configuration for JSON; `model_config` is the inverse."""
+    """A model's configuration for JSON."""
     kind = next(kind for kind, its_class in KINDS.items() if type(model) is its_class)
     return {"kind": kind, **dataclasses.asdict(model)}
 
 
-def model_config(described: dict) -> ModelConfig:
-    """The configuration that `describe` wrote. Raises KeyError or TypeError for an unknown kind or
-    field."""
-    fields = {**described}
-    return KINDS[fields.pop("kind")](**fields)
-
-
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """How to train: AdamW, linear warm-up, then cosine to 0. Steps are optimizer steps."""
 
     epochs: int = 30
@@ -244,10 +225,6 @@ class TrainConfig:
     grad_clip: float = 1.0
     optimizer: str = "adamw"  # a key of OPTIMIZERS in training/optim.py
     schedule: str = "cosine"  # a key of SCHEDULES in training/optim.py
-    started_from: str = ""  # hash of the weights of another run; empty: freshly initialised
-
-    def __post_init__(self):
-        check_fields(self)
 
     @property
     def sequences_per_step(self) -> int:
@@ -263,17 +240,14 @@ class Experiment:
 
     def with_(self, **changes) -> "Experiment":
         """A copy with fields of the model or of the training changed, by name."""
-        in_model, in_training = (
-            {f.name for f in dataclasses.fields(part)} for part in (self.model, self.training)
-        )
-        for name in changes.keys() - in_model - in_training:
+        for name in changes.keys() - self.fields().keys():
             raise nearest_name("experiment field", name, sorted(self.fields()))
-        of_model = {name: value for name, value in changes.items() if name in in_model}
-        of_training = {name: value for name, value in changes.items() if name not in in_model}
-        return Experiment(
-            dataclasses.replace(self.model, **of_model),
-            dataclasses.replace(self.training, **of_training),
-        )
+
+        def changed(part):
+            names = changes.keys() & {field.name for field in dataclasses.fields(part)}
+            return dataclasses.replace(part, **{name: changes[name] for name in names})
+
+        return Experiment(changed(self.model), changed(self.training))
 
     def fields(self) -> dict:
         """Every field of the model and the training by name."""
@@ -287,6 +261,8 @@ class Experiment:
     def from_dict(cls, data: dict) -> "Experiment":
         """Raises MusotaError for unknown fields or kinds; missing fields take their defaults."""
         try:
-            return cls(model_config(data["model"]), TrainConfig(**data["training"]))
+            model, training = {**data["model"]}, {**data["training"]}
+            training.pop("started_from", None)  # of older records
+            return cls(KINDS[model.pop("kind")](**model), TrainConfig(**training))
         except (AttributeError, KeyError, TypeError) as error:
             raise MusotaError(f"Not the description of an experiment: {error}.") from None

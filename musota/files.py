@@ -6,7 +6,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from musota.errors import MusotaError
@@ -14,29 +14,21 @@ from musota.errors import MusotaError
 SEAL = "sha256"
 
 
-def write_together(writes: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Write each file with `write(temporary_path)`, in order; when all are on the disk, move them
-    into place: never half a file."""
-    unique = uuid.uuid4().hex[:12]  # also among threads, and machines that share a folder
-    temporary = {path: path.with_name(f".{path.name}-{unique}") for path in writes}
-    try:
-        for path, write in writes.items():
-            write(temporary[path])
-            with temporary[path].open("rb+") as file:
-                os.fsync(file.fileno())
-        for path in writes:
-            os.replace(temporary[path], path)
-    except BaseException as error:
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # a full disk's error names no file
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-        raise
-
-
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write_together` of one file."""
-    write_together({path: write})
+    """Write a file with `write(temporary_path)` and, when it is on the disk, move it into place:
+    never half a file."""
+    unique = uuid.uuid4().hex[:12]  # also among threads, and machines that share a folder
+    temporary = path.with_name(f".{path.name}-{unique}")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk's error names no file
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -64,20 +56,16 @@ def read_sealed(path: Path) -> dict:
         text = path.read_bytes().decode()
         data = json.loads(text)
         whole = _dump(data) == text
-        if data.pop(SEAL) != sha256(_dump(data).encode()) or not whole:
-            raise ValueError("its sha256 does not fit")
-    except FileNotFoundError:
-        raise MusotaError(f"There is no {path}: not a run folder.") from None
+        if data.pop(SEAL) == sha256(_dump(data).encode()) and whole:
+            return data
     except OSError as error:
-        raise MusotaError(f"{path} cannot be read: {error.strerror}.") from None
+        raise MusotaError(f"No run can be read from {path}: {error.strerror}.") from None
     except KeyError:
         raise MusotaError(f"{path} has no sha256: it is not the record of a run.") from None
     except (ValueError, AttributeError, TypeError):
-        raise MusotaError(
-            f"{path} is damaged or was changed by hand: restore it, or train the run again with "
-            "fresh=True (--fresh)."
-        ) from None
-    return data
+        pass  # no JSON, or no object
+    damaged = f"{path} is damaged or was changed by hand"
+    raise MusotaError(f"{damaged}: restore it, or train again with fresh=True (--fresh).")
 
 
 def sha256(data: bytes) -> str:

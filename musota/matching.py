@@ -1,13 +1,9 @@
 """Models matched to the parameter count of another: same depth, sequence length and training."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 from musota.config import DenseConfig, Experiment, ModelConfig, RedesignedConfig, TrainConfig
 from musota.errors import MusotaError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 SHARED = ("vocab_size", "max_seq_len", "n_layer", "dropout")  # fields that matched models share
 OWN_SIZES = {"d_model", "block_size", "d_ff"}  # fields that matching chooses
@@ -37,17 +33,12 @@ def match_redesign(
 ) -> RedesignedConfig:
     """The redesign at the parameter count of `model`, with the widest blocks for which the
     feed-forward layer is still three times as wide as the model."""
+    switches = {"blocks": blocks, "gate": gate}
 
     def at(block_size: int) -> RedesignedConfig:
         """With the feed-forward width whose parameter count is nearest."""
-        least = RedesignedConfig(
-            **_shared(model),
-            n_block=n_block,
-            block_size=block_size,
-            d_ff=1,
-            blocks=blocks,
-            gate=gate,
-        )
+        sizes = {"n_block": n_block, "block_size": block_size}
+        least = RedesignedConfig(**_shared(model), **sizes, **switches, d_ff=1)
         more = (model.n_parameters - least.n_parameters) / (2 * least.n_layer * least.d_model)
         return dataclasses.replace(least, d_ff=1 + max(0, round(more)))
 
@@ -68,22 +59,20 @@ def match_transformer(model: ModelConfig) -> DenseConfig | RedesignedConfig:
 def is_match(transformer: ModelConfig, model: ModelConfig) -> bool:
     """Whether `transformer` is a plain transformer matched to `model`: of the kind that
     `match_transformer` makes, with the same shared sizes and, within 3 %, as many parameters."""
-    plain = isinstance(transformer, DenseConfig)
-    if isinstance(model, RedesignedConfig):
-        plain = isinstance(transformer, RedesignedConfig) and not transformer.layout
-    is_plain_itself = isinstance(model, DenseConfig) or getattr(model, "layout", True) is None
-    if not plain or is_plain_itself or _shared(transformer) != _shared(model):
+    modern = [isinstance(config, RedesignedConfig) for config in (transformer, model)]
+    if not _is_plain(transformer) or _is_plain(model) or modern[0] != modern[1]:
         return False
-    return abs(transformer.n_parameters / model.n_parameters - 1) <= 0.03
+    alike = _shared(transformer) == _shared(model)
+    return alike and abs(transformer.n_parameters / model.n_parameters - 1) <= 0.03
 
 
-def twin(
-    experiment: "Experiment | nn.Module",
-    vocab_size: int | None = None,
-    max_seq_len: int | None = None,
-) -> Experiment:
-    """The parameter-matched plain transformer of an experiment, with the same training; or of a
-    module, given its vocabulary and sequence length, with the plan's training.
+def _is_plain(model: ModelConfig) -> bool:
+    return isinstance(model, DenseConfig) or getattr(model, "layout", True) is None
+
+
+def twin(experiment, vocab_size: int | None = None, max_seq_len: int | None = None) -> Experiment:
+    """The parameter-matched plain transformer of an Experiment, with the same training; or of a
+    torch module, given its vocabulary and sequence length, with the plan's training.
 
     Raises MusotaError for anything else, and for a module whose output does not fit.
     """
@@ -91,12 +80,10 @@ def twin(
         return Experiment(match_transformer(experiment.model), experiment.training)
     from torch import nn
 
-    if not isinstance(experiment, nn.Module) or not (vocab_size and max_seq_len):
-        raise MusotaError(
-            "twin needs an Experiment, or a torch module with its vocab_size and max_seq_len, "
-            f"not {experiment!r:.80}."
-        )
     from musota.models.module import module_config
 
+    if not isinstance(experiment, nn.Module) or not (vocab_size and max_seq_len):
+        needed = "an Experiment, or a torch module with its vocab_size and max_seq_len"
+        raise MusotaError(f"twin needs {needed}, not {experiment!r:.80}.")
     model = module_config(experiment, vocab_size, max_seq_len)
     return Experiment(match_transformer(model), TrainConfig())

@@ -50,27 +50,26 @@ class _Source:
         if self.active:
             yield
             return
-        names = {path.stem for path in self.folder.iterdir()}
-        names -= {*sys.stdlib_module_names, "musota"}
-        others, place = _take_out(names), str(self.folder)
+        others = self._take_out()
         sys.modules.update(self.siblings)
-        sys.path.insert(0, place)
+        sys.path.insert(0, str(self.folder))
         importlib.invalidate_caches()
         self.active = True
         try:
             yield
         finally:
             self.active = False
-            sys.path.remove(place)
-            self.siblings = _take_out(names)
+            sys.path.remove(str(self.folder))
+            self.siblings = self._take_out()
             sys.modules.update(others)
 
-
-def _take_out(names: set[str]) -> dict:
-    """The modules of these top-level names, removed from sys.modules; installed ones stay."""
-    found = {name: sys.modules[name] for name in sys.modules if name.partition(".")[0] in names}
-    files = {name: getattr(module, "__file__", None) or "" for name, module in found.items()}
-    return {name: sys.modules.pop(name) for name in found if "-packages" not in files[name]}
+    def _take_out(self) -> dict:
+        """The modules named like files of the folder, removed from sys.modules; installed ones and
+        the standard library stay."""
+        names = {path.stem for path in self.folder.iterdir()} - {*sys.stdlib_module_names, "musota"}
+        found = [name for name in sys.modules if name.partition(".")[0] in names]
+        files = {name: getattr(sys.modules[name], "__file__", None) or "" for name in found}
+        return {name: sys.modules.pop(name) for name in found if "-packages" not in files[name]}
 
 
 def load_object(source: str) -> object:

@@ -74,11 +74,10 @@ REGISTRY: dict[str, Row] = {
         training=_REDESIGN_TRAINING,
     ),
 }
-PUBLIC = ("original", "optimized", "baseline", "simplified", "redesigned")
 
 
 def find_row(name: str) -> Row:
-    """A row by name. Raises MusotaError, with the nearest name, for an unknown one."""
+    """A row by name. Raises MusotaError for an unknown one."""
     if name not in REGISTRY:
         raise nearest_name("experiment", name, REGISTRY)
     return REGISTRY[name]
@@ -90,8 +89,8 @@ def find_experiment(name: str) -> Experiment:
     if not row.matched_to:
         return Experiment(row.model, TrainConfig(**row.training))
     other = find_experiment(row.matched_to)
-    experiment = Experiment(MATCHES[row.match](other.model), other.training)
-    return experiment.with_(**row.training)
+    return Experiment(MATCHES[row.match](other.model), other.training).with_(**row.training)
 
 
-experiments: dict[str, Experiment] = {name: find_experiment(name) for name in PUBLIC}
+_PUBLIC = ("original", "optimized", "baseline", "simplified", "redesigned")
+experiments: dict[str, Experiment] = {name: find_experiment(name) for name in _PUBLIC}

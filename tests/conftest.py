@@ -97,3 +97,16 @@ def finished(short, tmp_path_factory):
     """EXPERIMENT trained on `short`. Do not change it."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     return musota.train(EXPERIMENT, short, folder, name="finished")
+
+
+@pytest.fixture(scope="session")
+def runs(short, tmp_path_factory):
+    """MU-SOTA with two seeds, and its parameter-matched transformer. Do not change them."""
+    folder = tmp_path_factory.mktemp("results") / "tiny"
+    experiments = {"optimized": EXPERIMENT, "baseline": musota.twin(EXPERIMENT)}
+    found = []
+    for name, seed in (("optimized", 0), ("optimized", 1), ("baseline", 0)):
+        how = {"seed": seed, "name": name}
+        how["options"] = musota.RunOptions(about={"title": f"the {name} model"})
+        found.append(musota.train(experiments[name], short, folder / f"{name}-seed{seed}", **how))
+    return found

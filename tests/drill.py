@@ -2,9 +2,9 @@
 
     python tests/drill.py --kills 50
 
-Each round trains a small run in a process of its own, kills it with SIGKILL at a random time or in
-the middle of writing a file, repeats the call until it ends, and compares weights and metrics.jsonl
-(but for clock readings) with those of a run that was never killed. Exits 1 if any differ. Linux.
+Each round trains a small run in a process of its own, kills it at a random time or in the middle of
+writing a file, repeats the call, and compares weights and metrics.jsonl (but for clock readings)
+with those of a run that was never killed. Exits 1 if any differ. Linux.
 """
 
 import json
@@ -23,8 +23,7 @@ CLOCKS = {"seconds", "tokens_per_second"}
 
 def train_in_a_child(corpus: str, folder: Path, kill_at_write: int = 0) -> int:
     """Process id of a fork that trains, and with `kill_at_write` kills itself inside that write."""
-    child = os.fork()
-    if child:
+    if child := os.fork():
         return child
     status = 1
     try:
@@ -63,21 +62,20 @@ def _die_inside_write(number: int) -> None:
 
 
 def ended(folder: Path) -> tuple:
-    """What must not depend on interruptions: the weights' hash and the history."""
+    """The weights' hash and the history."""
     summary = json.loads((folder / "summary.json").read_text())
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     history = [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in lines]
     return summary["weights_sha256"], history
 
 
+def wait(child: int) -> int:
+    return os.waitpid(child, 0)[1]
+
+
 def drill(corpus: str, kills: int) -> list[str]:
-    """How each round went: "same" or what differed."""
-    import torch  # noqa: F401  imported once, before the forks
-
-    import musota.training.trainer  # noqa: F401
-
-    def wait(child: int) -> int:
-        return os.waitpid(child, 0)[1]
+    """How each round went: "same", "differs" or "failed"."""
+    import musota.training.trainer  # noqa: F401  imported once, before the forks
 
     chance, started, results = random.Random(0), time.monotonic(), []
     with TemporaryDirectory() as root:

@@ -3,7 +3,6 @@
 import dataclasses
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT
@@ -11,7 +10,7 @@ from conftest import ROOT
 import musota
 from musota import DenseConfig, MuConfig, RedesignedConfig, TrainConfig
 from musota.errors import MusotaError, check_seed
-from musota.lab.profiles import PLAN_TRAIN_TOKENS, PROFILES, check_changes, find_profile, scaled
+from musota.lab.profiles import PLAN_TRAIN_TOKENS, PROFILES, check_changes, scaled
 from musota.registry import REGISTRY, find_experiment
 
 
@@ -27,7 +26,9 @@ def test_the_experiments_are_the_plans_and_the_redesign():
         assert e[name].training == TrainConfig(30, 1e-4, 2000, 4, 8, 0.01, 1.0)
     for name in REGISTRY:
         experiment = find_experiment(name)
-        assert musota.Experiment.from_dict(experiment.to_dict()) == experiment
+        described = experiment.to_dict()
+        described["training"]["started_from"] = ""  # in older records
+        assert musota.Experiment.from_dict(described) == experiment
         assert scaled(name, "full") == scaled(experiment, "full") == experiment
 
 
@@ -40,18 +41,10 @@ def test_match_width_has_no_nearer_neighbour(target):
         assert abs(other.n_parameters - target) >= abs(config.n_parameters - target)
 
 
-def test_with_changes_model_and_training_by_name_and_refuses_unknown_names():
-    changed = musota.experiments["optimized"].with_(learning_rate=1e-3, n_layer=2)
-    assert changed.training.learning_rate == 1e-3 and changed.model.n_layer == 2
-    with pytest.raises(MusotaError, match="did you mean 'learning_rate'"):
-        musota.experiments["optimized"].with_(learning_rat=1)
-
-
-@pytest.mark.parametrize("profile", ["study", "quick", "tiny"])
+@pytest.mark.parametrize("profile", ["study", "tiny"])
 def test_profiles_keep_the_plans_proportions(profile):
-    original, optimized, baseline, simplified = (
-        scaled(name, profile) for name in ("original", "optimized", "baseline", "simplified")
-    )
+    names = ("original", "optimized", "baseline", "simplified")
+    original, optimized, baseline, simplified = (scaled(name, profile) for name in names)
     assert original.training.learning_rate / optimized.training.learning_rate == pytest.approx(3)
 
     def warmup_share(experiment, tokens):
@@ -66,33 +59,27 @@ def test_profiles_keep_the_plans_proportions(profile):
     assert baseline.model.n_layer == optimized.model.n_layer > simplified.model.n_layer
     assert abs(baseline.model.n_parameters / optimized.model.n_parameters - 1) < 0.02
     # A matched row is matched once, to the other row as scaled and changed.
-    changed = scaled("baseline", profile, n_layer=1, epochs=2)
-    assert changed == musota.twin(scaled("optimized", profile, n_layer=1, epochs=2))
+    changed = optimized.with_(n_layer=1, epochs=2)
+    assert (changed.model.n_layer, changed.training.epochs) == (1, 2)
+    assert scaled("baseline", profile, n_layer=1, epochs=2) == musota.twin(changed)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: find_experiment("optimised"), "did you mean 'optimized'"),
-        (lambda: find_profile("quik"), "did you mean 'quick'"),
         (lambda: check_changes({"learning_rat": 1}), "did you mean 'learning_rate'"),
+        (lambda: musota.experiments["baseline"].with_(epoch=1), "did you mean 'epochs'"),
         (lambda: musota.twin(3), "twin needs an Experiment, or a torch module"),
         (lambda: MuConfig(n_block=7), "7 equal blocks do not tile a 8×8 matrix"),
-        (
-            lambda: MuConfig(matrix_size=6, n_block=4, n_head=6),
-            "n_block=4 makes blocks with an odd number",
-        ),
+        (lambda: MuConfig(matrix_size=6, n_block=4, n_head=6), "n_block=4 makes blocks with an"),
         (lambda: DenseConfig(n_head=12), "n_head=12 does not divide d_model=208"),
-        (lambda: MuConfig(matrix_size=10**7), "a whole number of at least 1, at most 64"),
         (lambda: MuConfig(vocab_size=2**40), "parameters is over the limit"),
         (lambda: MuConfig(n_layer=1.5), "n_layer must be a whole number"),
         (lambda: DenseConfig(dropout=1.0), "a finite number of at least 0, at most 0.99"),
         (lambda: RedesignedConfig(gate="no"), "gate must be True or False, not 'no'"),
         (lambda: RedesignedConfig(block_size=5), "block_size=5 is odd"),
         (lambda: TrainConfig(learning_rate=0), "learning_rate must be a finite number above 0"),
-        (lambda: TrainConfig(learning_rate=float("nan")), "learning_rate must be a finite"),
         (lambda: check_seed(2**31), "seed must be a whole number from 0 to"),
-        (lambda: check_seed(True), "seed must be a whole number from 0 to"),
     ],
 )
 def test_bad_values_get_one_sentence(make, message):
@@ -101,22 +88,19 @@ def test_bad_values_get_one_sentence(make, message):
 
 
 LIGHT = """
-import sys, musota
-from musota.lab.profiles import find_profile
-from musota.registry import find_row
-for find, name in ((find_profile, "studdy"), (find_row, "optimised")):
+import sys
+from musota.lab.profiles import scaled
+for name, profile in (("optimised", "tiny"), ("original", "studdy")):
     try:
-        find(name)
-    except musota.MusotaError as error:
+        scaled(name, profile)
+    except ValueError as error:
         print(error)
 assert not {"torch", "pandas", "matplotlib"} & set(sys.modules)
 """
 
 
 def test_a_wrong_name_is_answered_without_importing_torch():
-    started = time.perf_counter()
     command = [sys.executable, "-c", LIGHT]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "did you mean 'study'" in done.stdout and "did you mean 'optimized'" in done.stdout
-    assert time.perf_counter() - started < 5  # under a second on a machine without other loads

@@ -1,3 +1,5 @@
+"""Corpora: reading, recognising, tokenizing, caching, limits and training windows."""
+
 import os
 import shutil
 import socket
@@ -17,32 +19,26 @@ from musota.errors import MusotaError
 
 ODD = [
     "",
-    "\n",
-    "one line without an end",
     "\n\n\ntabs\tand  double  spaces \n trailing \n\n",
-    "emoji 😀🏳️‍🌈, accents é è ﬁ, 漢字, عربى\n",
+    "emoji 😀🏳️‍🌈, accents é è ﬁ, 漢字, عربى\n one line without an end",
     "an <unk> word, <unk><unk>, <UNK> and <|endoftext|> spelled out\n",
     "\r carriage \x0b vertical \u2028 separators \x00 nul\n",
     "a word of its own " + "abc" * 3000,
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(text_folder):
-    return TextTokenizer.train([(text_folder / "train.txt").read_text("utf-8")], 400)
-
-
-@pytest.mark.parametrize("text", ODD)
-def test_any_text_survives_the_tokenizer_and_the_tokenizer_its_file(tokenizer, text, tmp_path):
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert (ids == tokenizer.line_end).sum() == text.count("\n")
-    assert (ids == tokenizer.unknown).sum() == text.count("<unk>")
-    assert len(ids) == 0 or (ids.min() >= 0 and ids.max() < 400)
-    # Long words are cut, so that time does not grow with their square.
-    assert all(len(tokenizer.decode([token]).encode()) <= LONGEST_WORD for token in ids)
+def test_any_text_survives_the_tokenizer_and_the_tokenizer_its_file(text_folder, tmp_path):
+    tokenizer = TextTokenizer.train((text_folder / "train.txt").read_text("utf-8"), 400)
     tokenizer.save(tmp_path / "tokenizer.json")
-    assert (TextTokenizer.load(tmp_path / "tokenizer.json").encode(text) == ids).all()
+    for text in ODD:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert (ids == tokenizer.line_end).sum() == text.count("\n")
+        assert (ids == tokenizer.unknown).sum() == text.count("<unk>")
+        assert len(ids) == 0 or (ids.min() >= 0 and ids.max() < 400)
+        # Long words are cut, so that time does not grow with their square.
+        assert all(len(tokenizer.decode([token]).encode()) <= LONGEST_WORD for token in ids)
+        assert (TextTokenizer.load(tmp_path / "tokenizer.json").encode(text) == ids).all()
 
 
 def _folder(path, **texts):
@@ -52,19 +48,31 @@ def _folder(path, **texts):
     return path
 
 
-def test_counts_words_line_ends_and_bytes_by_hand(tmp_path):
-    corpus = load_corpus(_folder(tmp_path / "mine", valid="né a b\n\nc <unk>\n"), 300)
-    assert corpus.name == "mine"
-    assert corpus.words["valid"] == 5 + 3  # né a b c <unk>, and three line ends
-    assert corpus.bytes["valid"] == len("né a b\n\nc <unk>\n".encode())
+def test_a_text_is_read_and_counted_as_by_hand(tmp_path):
+    folder = _folder(tmp_path / "mine", valid="\ufeff né a \t\r\n b\n\nc <unk> \n")
+    for split, usual in (("train", "wiki.train.tokens"), ("valid", "dev.raw")):
+        (folder / f"{split}.txt").rename(folder / usual)
+    corpus, text = load_corpus(folder, 300), " né a\n b\n\nc <unk>\n"
+    assert corpus.name == "mine" and sources.read_text(folder / "dev.raw") == text
+    assert corpus.tokenizer.decode(corpus.valid) == text  # no white space at line ends
+    assert corpus.words["valid"] == 5 + 4  # né a b c <unk>, and four line ends
+    assert corpus.bytes["valid"] == len(text.encode())
     assert corpus.valid.dtype == torch.int32 and corpus.valid.dim() == 1
-    assert corpus.statistics().loc["valid", "unk rate"] == pytest.approx(1 / 8)
+    assert corpus.statistics().loc["valid", "unk rate"] == pytest.approx(1 / 9)
 
 
-def test_nothing_is_read_stale_and_only_train_teaches_the_tokenizer(tmp_path):
+def test_nothing_is_read_stale_or_damaged_and_only_train_teaches_the_tokenizer(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path / "cache"))
     folder = _folder(tmp_path / "c")
     before = load_corpus(folder, 300)
-    assert torch.equal(before.train, load_corpus(folder, 300).train)
+    for path in [*(tmp_path / "cache").glob("*.bin"), *(tmp_path / "cache").glob("*.json")]:
+        data = bytearray(path.read_bytes())
+        path.unlink()  # the tensors of `before` are mapped from it
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    assert load_corpus(folder, 300).fingerprint == before.fingerprint
     (folder / "valid.txt").write_text("zebra words entirely\n" * 30, "utf-8")
     after = load_corpus(folder, 300)
     assert after.fingerprint != before.fingerprint
@@ -72,27 +80,15 @@ def test_nothing_is_read_stale_and_only_train_teaches_the_tokenizer(tmp_path):
     assert after.tokenizer.backend.to_str() == before.tokenizer.backend.to_str()
 
 
-@pytest.mark.parametrize("name", ["tokens-*.bin", "tokenizer-*.json"])
-def test_a_damaged_cache_is_made_anew(name, text_folder, tmp_path, monkeypatch):
+def test_several_threads_can_fill_one_cache(text_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path))
-    before = load_corpus(text_folder, 400)
-    for path in tmp_path.glob(name):
-        data = bytearray(path.read_bytes())
-        path.unlink()  # the tensors of `before` are mapped from it
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-    again = load_corpus(text_folder, 400)
-    assert again.fingerprint == before.fingerprint
-    assert again.tokenizer.backend.to_str() == before.tokenizer.backend.to_str()
+    with ThreadPoolExecutor(4) as threads:
+        loaded = list(threads.map(lambda _: load_corpus(text_folder, 320), range(4)))
+    assert len({corpus.fingerprint for corpus in loaded}) == 1
+    assert not list(tmp_path.glob(".*"))  # no temporary file is left
 
 
-def test_white_space_at_line_ends_does_not_count(tmp_path):
-    local = load_corpus(_folder(tmp_path / "d", valid=" = Title = \n \n text \n"), 300)
-    hub = load_corpus(_folder(tmp_path / "e", valid=" = Title =\n\n text\n"), 300)
-    assert local.fingerprint == hub.fingerprint
-
-
-def test_limits_cut_at_a_line_end_and_recount(text_folder):
+def test_limits_cut_at_a_line_end_and_recount(text_folder, tmp_path):
     whole = load_corpus(text_folder, 512)
     cut = whole.limited(5000, 800)
     assert 4000 < len(cut.train) <= 5000 and len(cut.valid) <= 800
@@ -101,10 +97,13 @@ def test_limits_cut_at_a_line_end_and_recount(text_folder):
     text = whole.tokenizer.decode(cut.valid)
     assert cut.words["valid"] == len(text.split()) + text.count("\n")
     assert cut.fingerprint != whole.fingerprint and cut.text_hash == whole.text_hash
+    assert cut.valid_sha256 != whole.valid_sha256
     assert whole.limited(None, None).train is whole.train
+    endless = load_corpus(_folder(tmp_path / "e", train=">title\n" + "字 and so on " * 2000), 300)
+    assert len(endless.limited(40, 40).train) == 40
 
 
-@pytest.mark.parametrize(("n", "length"), [(1000, 7), (101, 10), (15, 7), (50, 25)])
+@pytest.mark.parametrize(("n", "length"), [(1000, 7), (15, 7), (50, 25)])
 def test_windows_tile_the_stream_from_a_random_offset(n, length):
     counts, offsets = set(), set()
     for epoch in range(30):
@@ -115,36 +114,18 @@ def test_windows_tile_the_stream_from_a_random_offset(n, length):
         assert 0 <= offset < length  # and no token is predicted twice
         assert torch.equal(ordered, offset + length * torch.arange(len(ordered)))
         assert ordered[-1] + length < n  # its last target exists
-    assert len(counts) == 1  # the same number each epoch
-    assert n - 2 * length <= counts.pop() * length <= n
+    (count,) = counts  # the same number each epoch
+    assert n - 2 * length <= count * length <= n
     assert len(offsets) > min(3, length - 1)
 
 
 def test_windows_depend_on_seed_and_epoch_alone():
-    torch.manual_seed(1)
-    first = window_starts(5000, 10, seed=0, epoch=4)
-    torch.manual_seed(2)
-    assert torch.equal(first, window_starts(5000, 10, seed=0, epoch=4))
+    first, _, again = (window_starts(5000, 10, 0, 4), torch.rand(1), window_starts(5000, 10, 0, 4))
+    assert torch.equal(first, again) and not torch.equal(first, first.sort().values)
     for other in (window_starts(5000, 10, 0, 5), window_starts(5000, 10, 1, 4)):
         assert not torch.equal(first, other)
-    assert not torch.equal(first, first.sort().values)
     with pytest.raises(MusotaError, match="too few for windows of 10"):
         window_starts(15, 10, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("split", "content", "message"),
-    [
-        ("valid", None, "has no valid.txt"),
-        ("test", b" \n", "The test text of .* is empty"),
-        ("train", b"fine \xff\xfe not", "is not UTF-8"),
-    ],
-)
-def test_bad_folders_get_one_sentence(tmp_path, split, content, message):
-    path = _folder(tmp_path / "f") / f"{split}.txt"
-    path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(MusotaError, match=message):
-        load_corpus(tmp_path / "f", 300)
 
 
 @pytest.mark.parametrize(
@@ -154,19 +135,17 @@ def test_bad_folders_get_one_sentence(tmp_path, split, content, message):
         ("./nowhere", 300, "There is no folder"),
         ("python-docs", 200, "vocab_size must be a whole number of at least 258"),
         ("python-docs", "512", "vocab_size must be a whole number"),
-        (None, 300, "Unknown corpus"),
+        ("no valid", 300, "has no valid.txt"),
+        ("blank", 300, "The test text of .* is empty"),
+        ("bytes", 300, "is not UTF-8"),
     ],
 )
-def test_bad_names_and_vocabularies_get_one_sentence(name, vocab_size, message):
+def test_what_cannot_be_loaded_gets_one_sentence(name, vocab_size, message, tmp_path):
+    (_folder(tmp_path / "no valid") / "valid.txt").unlink()
+    _folder(tmp_path / "blank", test=" \n")
+    (_folder(tmp_path / "bytes") / "train.txt").write_bytes(b"fine \xff\xfe not")
     with pytest.raises(MusotaError, match=message):
-        load_corpus(name, vocab_size)
-
-
-def test_a_local_copy_is_preferred_to_the_hub(tmp_path):
-    _folder(tmp_path / "wikitext-2", train="a local copy\n" * 40)
-    corpus = load_corpus("auto", 300, data_dir=tmp_path)
-    assert (corpus.name, corpus.source) == ("wikitext-2 (another text)", "local copy")
-    assert corpus.tokenizer.decode(corpus.train).startswith("a local copy")
+        load_corpus(name, vocab_size, data_dir=tmp_path)
 
 
 def test_auto_falls_back_on_python_docs_and_reports_it(monkeypatch, text_folder):
@@ -177,42 +156,30 @@ def test_auto_falls_back_on_python_docs_and_reports_it(monkeypatch, text_folder)
     assert corpus.source.startswith("docstrings; wikitext-2 is not on this machine and the Hugging")
 
 
-def test_python_docs_are_split_by_document_without_repeats(monkeypatch, tmp_path):
-    package = tmp_path / "library"
-    (package / "tests").mkdir(parents=True)
-    (package / "broken.py").write_text("def (:\n")
+def test_python_docs_are_split_by_document_without_repeated_lines(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "broken.py").write_text("def (:\n")
     words = "word " * 25
+    (tmp_path / "tests" / "t.py").write_text(f'"""Test {words}"""\n')
     for number in range(200):
-        body = f'"""Module {number} {words}"""\n\ndef f():\n    """Same everywhere {words}"""\n'
-        (package / f"m{number}.py").write_text(body + 'def g():\n    """short"""\n')
-    (package / "tests" / "t.py").write_text(f'"""Test {words}"""\n')
-    monkeypatch.setattr(sources, "DOCS_PACKAGES", ())
-    monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: {"stdlib": str(package)})
-    texts = sources._collect_docs()
-    documents = [texts[split].strip().split("\n\n") for split in sources.SPLITS]
-    assert list(map(len, documents)) == [181, 10, 10]  # 200 modules and the repeated one once
-    assert "Test word" not in str(documents) and "short" not in str(documents)
-    assert documents[0] != sorted(documents[0])
-
-
-def test_no_long_line_of_python_docs_is_in_two_splits():
-    words = [f"w{number}" for number in range(40)]
-    lines = [" ".join(words[start : start + 14]) for start in range(26)]
-    documents = {
-        f"Document {number} starts like this.\n{line}" for number, line in enumerate(lines)
-    }
-    documents |= {f"Another {n} says it, too.\n      {lines[n % 9].title()}!" for n in range(40)}
+        line = f"many words of a line that starts with {number % 150} and goes on to its end"
+        line = line.title() + "!" if number % 2 else line
+        body = (
+            f'"""Module {number} {words}\n\n    {line}\n"""\n\ndef f():\n    """Same {words}"""\n'
+        )
+        (tmp_path / f"m{number}.py").write_text(body + 'def g():\n    """short"""\n')
+    documents = sources._documents([tmp_path])
     parts = sources._split(documents)
-    assert len(parts["train"]) == round(0.9 * len(documents))
-    found = [
-        {line.strip(" !").lower() for d in part for line in d.splitlines() if len(line) > 40}
-        for part in parts.values()
-    ]
-    assert not found[0] & found[1] and not found[0] & found[2] and not found[1] & found[2]
+    assert len(documents) == 201 and len(parts["train"]) == 181  # the repeated one counts once
+    assert "Test word" not in str(documents) and "short" not in str(documents)
+    assert parts["train"] != sorted(parts["train"])
+    lines = [{one.split("\n")[-1].lower().strip(" !") for one in part} for part in parts.values()]
+    assert lines[1] and lines[2]
+    assert not (lines[0] & lines[1] or lines[0] & lines[2] or lines[1] & lines[2])
 
 
 def _in_a_process(code, *arguments, **environment):
-    """A fresh interpreter: for what is decided at import, and for memory of its own."""
+    """A fresh interpreter, for what is decided at import."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -260,28 +227,10 @@ def test_a_silent_hub_is_answered_within_seconds(tmp_path):
     assert "hub does not provide it" in done.stderr and "or use the corpus" in done.stderr
 
 
-def test_splits_are_found_under_their_usual_names(tmp_path):
-    usual = load_corpus(_folder(tmp_path / "usual", valid="other words entirely\n" * 30), 300)
-    for names in (
-        "wiki.train.tokens wiki.valid.tokens wiki.test.tokens",
-        "train.raw dev.raw test.txt",
-    ):
-        other = tmp_path / names[:5]
-        other.mkdir()
-        for split, name in zip(sources.SPLITS, names.split(), strict=True):
-            shutil.copy(tmp_path / "usual" / f"{split}.txt", other / name)
-        assert load_corpus(other, 300).fingerprint == usual.fingerprint
+PARAGRAPHS = "".join(f"part {n} says\nnothing new\n\n" for n in range(400))
 
 
-@pytest.mark.parametrize(
-    ("text", "end"),
-    [
-        ("".join(f"part {n} says\nnothing new\n\n" for n in range(400)), "\n\n"),
-        ("one line\n" + "of many words\n" * 400, "\n"),
-        ("字" * 9000, ""),
-    ],
-    ids=["paragraphs", "lines", "no spaces"],
-)
+@pytest.mark.parametrize(("text", "end"), [(PARAGRAPHS, "\n\n"), ("字" * 9000, "")])
 def test_one_text_is_split_and_its_source_says_so(text, end, tmp_path):
     (tmp_path / "input.txt").write_text(text, "utf-8")
     corpus = load_corpus(tmp_path / "input.txt", 300)
@@ -292,12 +241,27 @@ def test_one_text_is_split_and_its_source_says_so(text, end, tmp_path):
         assert len(part) / len(text) == pytest.approx(share, abs=0.015) and part.endswith(end)
 
 
-def test_valid_text_that_is_also_in_train_is_reported(text_folder, tmp_path):
-    folder = shutil.copytree(text_folder, tmp_path / "leaks")
-    assert "also in train" not in load_corpus(_folder(tmp_path / "clean"), 300).source
-    shutil.copy(folder / "train.txt", folder / "valid.txt")
-    source = load_corpus(folder, 300).source
-    assert "100% of the longer lines of valid are also in train" in source
+def test_a_text_is_known_by_its_content_and_no_two_share_a_label(
+    text_folder, tmp_path, monkeypatch
+):
+    posing = shutil.copytree(text_folder, tmp_path / "wikitext-2")
+    other = load_corpus("auto", 300, data_dir=tmp_path)
+    assert other.name == "wikitext-2 (another text)" and other.source.startswith("local copy")
+    assert other.label.endswith(other.text_hash[:8])
+    monkeypatch.setitem(sources.KNOWN_TEXTS, other.text_hash, "wikitext-2")
+    assert load_corpus(text_folder, 300).label == load_corpus(posing, 300).label == "wikitext-2"
+    assert load_corpus(text_folder, 400).text_hash == other.text_hash  # other tokens of it
+    # The same lines in another order are another text, with a folder of its own.
+    lines = (posing / "train.txt").read_text("utf-8").splitlines(keepends=True)
+    (posing / "train.txt").write_text("".join(sorted(lines)), "utf-8")
+    shuffled = load_corpus(posing, 300)
+    assert shuffled.name == "wikitext-2 (another text)"
+    assert shuffled.label not in ("wikitext-2", other.label)
+    # Valid text that is also in train is reported.
+    assert "of valid are also in train" not in other.source
+    shutil.copy(posing / "train.txt", posing / "valid.txt")
+    repeated = load_corpus(posing, 300).source
+    assert "100% of the longer lines of valid are also in train" in repeated
 
 
 def test_paths_may_begin_with_a_tilde_and_there_may_be_no_home(tmp_path, monkeypatch):
@@ -310,85 +274,3 @@ def test_paths_may_begin_with_a_tilde_and_there_may_be_no_home(tmp_path, monkeyp
     monkeypatch.delenv("MUSOTA_CACHE")
     with pytest.raises(MusotaError, match="cannot be used as a path here"):
         load_corpus(tmp_path / "mine", 300)
-
-
-# --- large texts ---
-
-
-def test_an_endless_line_comes_in_bounded_pieces(monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, "PIECE", 500)
-    text = "字 and so on " * 2000 + "end"
-    folder = _folder(tmp_path / "folder", train=text)
-    assert max(map(len, sources._read_file(folder / "train.txt"))) <= 500
-    corpus = load_corpus(folder, 300)
-    assert corpus.tokenizer.decode(corpus.train) == text
-    assert len(corpus.limited(40, 40).train) == 40
-    titled = load_corpus(_folder(tmp_path / "titled", train=f">title\n{text}"), 300)
-    assert len(titled.limited(40, 40).train) == 40
-
-
-def test_a_text_in_pieces_gives_the_tokens_of_the_whole(text_folder, monkeypatch, tmp_path):
-    whole = load_corpus(text_folder, 400)
-    monkeypatch.setattr(sources, "PIECE", 500)
-    monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path))
-    pieces = list(sources._read_file(text_folder / "train.txt"))
-    assert len(pieces) > 100 and all(piece.endswith("\n") for piece in pieces[:-1])
-    in_pieces = load_corpus(text_folder, 400)
-    assert in_pieces.fingerprint == whole.fingerprint
-    assert (in_pieces.words, in_pieces.bytes) == (whole.words, whole.bytes)
-    for split in sources.SPLITS:
-        text = (text_folder / f"{split}.txt").read_text("utf-8")
-        assert in_pieces.tokenizer.encode(text).tolist() == in_pieces.split(split).tolist()
-
-
-# --- which text it is ---
-
-
-def test_a_known_text_is_recognised_in_any_folder_and_no_other_text_is(
-    text_folder, tmp_path, monkeypatch
-):
-    posing = shutil.copytree(text_folder, tmp_path / "wikitext-2")
-    other = load_corpus(posing, 300)
-    assert other.name == "wikitext-2 (another text)" and other.label.endswith(other.text_hash[:8])
-    monkeypatch.setitem(sources.KNOWN_TEXTS, other.text_hash, "wikitext-2")
-    for folder in (posing, text_folder):
-        assert load_corpus(folder, 300).label == "wikitext-2"
-    # The same lines in another order are another text, with a folder of its own.
-    lines = (posing / "train.txt").read_text("utf-8").splitlines(keepends=True)
-    (posing / "train.txt").write_text("".join(sorted(lines)), "utf-8")
-    shuffled = load_corpus(posing, 300)
-    assert shuffled.name == "wikitext-2 (another text)" and shuffled.label != "wikitext-2"
-
-
-def test_two_texts_never_share_a_label_and_one_text_keeps_its_hash(text_folder, tmp_path):
-    changed = shutil.copytree(text_folder, tmp_path / text_folder.name)
-    with (changed / "train.txt").open("a") as file:
-        file.write("One more line.\n")
-    here, there = (load_corpus(folder, 300) for folder in (text_folder, changed))
-    assert here.name == there.name and here.label != there.label
-    assert here.valid_sha256 != here.limited(None, 500).valid_sha256
-    larger = load_corpus(text_folder, 400)  # other tokens of the same text
-    assert larger.text_hash == here.text_hash and larger.fingerprint != here.fingerprint
-
-
-# --- reading ---
-
-
-def test_read_text_reads_a_file_as_load_corpus_does(tmp_path):
-    folder = _folder(tmp_path / "mine", valid="\ufeff one \r\ntwo\t\n\nthree words here \n")
-    corpus = load_corpus(folder, 300)
-    text = sources.read_text(folder / "valid.txt")
-    assert corpus.tokenizer.decode(corpus.valid) == text == " one\ntwo\n\nthree words here\n"
-
-
-def test_text_that_is_not_unicode_gets_one_sentence(tokenizer):
-    with pytest.raises(MusotaError, match="lone surrogate"):
-        tokenizer.encode("fine \ud800 not")
-
-
-def test_several_threads_can_fill_one_cache(text_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path))
-    with ThreadPoolExecutor(4) as threads:
-        corpora = list(threads.map(lambda _: load_corpus(text_folder, 320), range(4)))
-    assert len({corpus.fingerprint for corpus in corpora}) == 1
-    assert not list(tmp_path.glob(".*"))  # no temporary file is left

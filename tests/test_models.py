@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import musota
 from musota.errors import MusotaError
 from musota.lab.profiles import scaled
+from musota.models import reference as reference_module
 from musota.models.base import Dropout
 from musota.models.diagnostics import effective_rank
 from musota.models.reference import ReferenceModel
@@ -104,22 +105,16 @@ def test_no_token_changes_a_logit_before_it(name, training):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_and_gradients_are_those_of_the_reference(name):
     """Block by block, head by head, all logits at once: `musota/models/reference.py`."""
-    model = shaken(CONFIGS[name])
-    reference = ReferenceModel(model).eval().double()
-    model.double()
+    model = shaken(CONFIGS[name]).double()
     window = torch.randint(60, (3, 13))
-    ours, theirs = (one(window[:, :-1], window[:, 1:])[1] for one in (model, reference))
-    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=0)
-    ours.backward()
-    theirs.backward()
-    with torch.no_grad():  # gradients in place of the weights, to be renamed like them
-        for parameter in model.parameters():
-            parameter.copy_(parameter.grad)
-    renamed = ReferenceModel(model).state_dict()
-    for name, parameter in reference.named_parameters():
-        scale = parameter.grad.abs().max().item()
-        wanted = parameter.grad.float()
-        torch.testing.assert_close(renamed[name], wanted, rtol=1e-3, atol=1e-5 * scale)
+    losses, gradients = [], []
+    for one in (model, ReferenceModel(model).eval()):
+        losses.append(one(window[:, :-1], window[:, 1:])[1])
+        gradients.append(torch.autograd.grad(losses[-1], [*model.parameters()]))
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-5, atol=0)
+    for ours, wanted in zip(*gradients, strict=True):
+        scale = wanted.abs().max().item()
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-5 * scale)
 
 
 def test_weight_decay_touches_matrices_of_linear_maps_only(model):
@@ -223,7 +218,7 @@ def test_effective_rank_counts_the_directions_in_use():
         assert effective_rank(vectors) == pytest.approx(used, rel=0.02)
 
 
-def test_health_equals_statistics_of_the_reference():
+def test_health_equals_statistics_of_the_reference(monkeypatch):
     torch.manual_seed(0)
     model = musota.build_model(CONFIGS["8x8/16"]).train()
     ids = torch.randint(60, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -235,15 +230,15 @@ def test_health_equals_statistics_of_the_reference():
     reference = ReferenceModel(model).eval()
     scores, entropies, shares = [], [], []
 
-    def record(attention, inputs, _):
-        qkv = F.linear(inputs[0], attention.in_proj_weight, attention.in_proj_bias)
-        q, k, _ = qkv.view(3, 12, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    def attend(x, n_head, in_weight, in_bias, *others, **options):
+        qkv = F.linear(x, in_weight, in_bias.flatten()).view(3, 12, 3, n_head, -1)
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4)
         scores.append((q @ k.mT / q.shape[-1] ** 0.5).tril().abs().max().item())
+        return plain_attend(x, n_head, in_weight, in_bias, *others, **options)
 
-    for module in reference.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            module.register_forward_hook(record)
-    for layer in reference.layers:
+    plain_attend = reference_module.attend
+    monkeypatch.setattr(reference_module, "attend", attend)
+    for layer in model.layers:
         layer.gate.up.register_forward_hook(
             lambda _, inputs, __: entropies.append(inputs[0][..., -1].mean().item())
         )
@@ -252,7 +247,7 @@ def test_health_equals_statistics_of_the_reference():
     assert health["largest_score"] == pytest.approx(max(scores), rel=1e-4)
     assert health["attention_entropy"] == pytest.approx(entropies, rel=1e-4)
     shares = torch.stack(shares).flatten(1, 2)  # (L, B·T, N)
-    gates = shares * torch.stack([layer.gate.beta for layer in reference.layers])[:, None]
+    gates = shares * torch.stack([layer.gate.beta for layer in model.layers])[:, None]
     assert health["gate_mean"] == pytest.approx(gates.mean((0, 1)).tolist(), rel=1e-4)
     spread = gates.std(1).mean(0).tolist()
     assert health["gate_spread"] == pytest.approx(spread, rel=1e-3, abs=1e-6)

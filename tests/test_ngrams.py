@@ -46,28 +46,21 @@ def test_equals_the_textbook_token_by_token(train, copies):
     nats = ngram_nats(train, tokens, V)
     for place in range(1, 60):
         history = tuple(tokens[max(0, place - 2) : place].tolist())
-        bigram, trigram = _literal(train, history, int(tokens[place]))
-        assert math.exp(-nats["bigram"][place - 1]) == pytest.approx(bigram, rel=1e-9)
-        assert math.exp(-nats["trigram"][place - 1]) == pytest.approx(trigram, rel=1e-9)
+        found = [math.exp(-nats[name][place - 1]) for name in ("bigram", "trigram")]
+        assert found == pytest.approx(_literal(train, history, int(tokens[place])), rel=1e-9)
 
 
-@pytest.mark.parametrize("context", [(3, 4), (19, 19), (0, 1), (0, 0)])  # seen and unseen
+@pytest.mark.parametrize("context", [(3, 4), (19, 19)])  # seen and unseen
 def test_every_baseline_is_a_distribution(train, context):
-    total = dict.fromkeys(NAMES, 0.0)
-    for word in range(V):
-        nats = ngram_nats(train, np.array([*context, word]), V)
-        for name in NAMES:
-            total[name] += math.exp(-nats[name][-1])
+    words = [ngram_nats(train, np.array([*context, word]), V) for word in range(V)]
+    total = {name: sum(math.exp(-nats[name][-1]) for nats in words) for name in NAMES}
     assert total == pytest.approx(dict.fromkeys(NAMES, 1.0), abs=1e-9)
 
 
-def test_baselines_of_real_text_are_in_order(corpus):
+def test_baselines_of_real_text_are_in_order_and_finite(corpus, monkeypatch):
     ppl = measure_ngrams(corpus)
     assert tuple(ppl) == NAMES and ppl["uniform"] == pytest.approx(corpus.tokenizer.size)
     assert ppl["trigram"] < ppl["bigram"] < ppl["unigram"] < ppl["uniform"]
-
-
-def test_a_baseline_that_is_not_finite_is_left_out(corpus, monkeypatch):
     nats = {"unigram": np.ones(3), "bigram": np.array([1.0, np.inf, 1.0])}
     monkeypatch.setattr("musota.lab.ngrams.ngram_nats", lambda *_: nats)
     assert measure_ngrams(corpus) == {"unigram": pytest.approx(math.e)}

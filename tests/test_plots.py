@@ -5,10 +5,10 @@ import io
 import matplotlib.image
 import numpy as np
 import pandas as pd
-import pytest
-from conftest import EXPERIMENT, ROOT
+from conftest import ROOT
 
 import musota
+from musota.lab import plateau_start
 from musota.lab.root_causes import Cause
 from musota.lab.stats import Interval
 from musota.lab.verdicts import Verdict
@@ -18,44 +18,23 @@ from musota.workbook import drawings, plots
 from musota.workbook.style import figure_png, literal, new_figure, styles_of
 
 NGRAMS = {"uniform": 512.0, "unigram": 230.0, "bigram": 150.0, "trigram": 120.0}
-EFFECTS = {
-    "cause": Interval(-0.4, -0.5, -0.3),
-    "undecided": Interval(0.02, -0.1, 0.14),
-    "not a cause": None,
-}
+EFFECTS = {"cause": Interval(-0.4, -0.5, -0.3), "undecided": Interval(0.02, -0.1, 0.14)}
+EFFECTS["not a cause"] = None
 CAUSES = [
     Cause(f"suspect {n}", "50 %", "a", "b", "remove it", effect, 400.0, 270.0, decision, "x 1 → 2")
     for n, (decision, effect) in enumerate(EFFECTS.items())
 ]
 SWEEP = {1e-3: [6.5, 6.4], 3e-3: [6.0, 6.1], 1e-2: [5.5, 5.4], 3e-2: [29.0, 30.0]}
 LAYOUT = BlockLayout.standard(8, 16)
-ABLATED = {
-    name: Interval(0.1 * n, 0.1 * n - 0.05, 0.1 * n + 0.05)
-    for n, name in enumerate(("gate", *LAYOUT.names))
-}
+ABLATED = {name: Interval(0.1, 0.05, 0.15) for name in ("gate", *LAYOUT.names)}
 VERDICTS = {
     "the first": Verdict("Better?", "tie", 0.012, -0.014, 0.038, "nats/token"),
     "the second": Verdict("Better?", "better", -0.2, -0.25, -0.15, "nats/token"),
     "diverged": Verdict("Better?", "worse"),
 }
-POINTS = pd.Series(np.linspace(300, 200, 6), range(1, 7))
-CURVE = plots.Curve("optimized", "a run", POINTS, POINTS + 9, (4.0, 6.0), [(3.0, "memory")])
-
-
-@pytest.fixture(scope="module")
-def runs(short, tmp_path_factory):
-    """MU-SOTA with two seeds, and its parameter-matched transformer."""
-    folder = tmp_path_factory.mktemp("runs")
-    both = {"optimized": EXPERIMENT, "baseline": musota.twin(EXPERIMENT)}
-    wanted = [("optimized", 0), ("optimized", 1), ("baseline", 0)]
-    return [
-        musota.train(both[name], short, folder / f"{name}-seed{seed}", seed=seed, name=name)
-        for name, seed in wanted
-    ]
 
 
 def _texts(figure):
-    """Every text of a figure."""
     figure.draw_without_rendering()
     axes = [text.get_text() for axis in figure.axes for text in axis.texts]
     legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes)]
@@ -64,9 +43,6 @@ def _texts(figure):
 
 def test_figures_are_not_empty_and_say_what_they_are_about(runs):
     noise = np.random.default_rng(0)
-    pieces = {"token": ["The", " $", "$", "_king"] * 150, "bits": [3, 9, 1, 15.0] * 150}
-    scored = pd.DataFrame(pieces)
-    scored.attrs = {"ppl": 40.0, "bits_per_byte": 1.5}
     drawn = {
         "curves": plots.curves(runs, NGRAMS, reported=True),
         "training": plots.training_curve(runs[0]),
@@ -76,15 +52,13 @@ def test_figures_are_not_empty_and_say_what_they_are_about(runs):
         "zipf": drawings.zipf(np.array([90, 40, 30, 5, 1, 0])),
         "n-grams": drawings.ngrams(NGRAMS, at_plan_size=False),
         "difference": plots.difference(VERDICTS, "Against the first"),
-        "ends": plots.ends(runs, NGRAMS, reported=True),
         "root causes": plots.root_causes(CAUSES),
         "sweep": plots.rate_sweep({"MU-SOTA": SWEEP, "transformer": {1e-3: [6.1], 1e-2: [5.8]}}),
         "ablations": plots.ablations(runs[0], ABLATED),
         "blocks": drawings.block_view(
             noise.normal(size=(7, 3, 64)), noise.random((6, 3, 16)), ["$$", "_a", "was"], LAYOUT, 5
         ),
-        "surprises": drawings.surprises(scored),
-        "explored": plots.explored([CURVE], NGRAMS, ("epoch", "perplexity")),
+        "explored": plots.explored(runs, NGRAMS),
         "path": plots.path(pd.read_csv(ROOT / "results" / "redesign" / "path.csv")),
     }
     for name, figure in drawn.items():
@@ -105,7 +79,7 @@ def test_curves_draw_every_model_baseline_and_the_reported_result(runs):
     assert np.round(mean, 6).tolist() in lines
     assert [100 * 0.1725] in [list(line.get_ydata()) for line in right.lines]
     texts = _texts(figure)
-    for text in ("unigram", "bigram", "trigram", "reported: 402", "baseline, seed 0", "2 seeds"):
+    for text in ["unigram", "bigram", "trigram", "reported: 402", "model, seed 0", "2 seeds"]:
         assert text in texts
     assert "reported" not in _texts(plots.curves(runs, NGRAMS))
 
@@ -113,18 +87,26 @@ def test_curves_draw_every_model_baseline_and_the_reported_result(runs):
 def test_differences_print_their_numbers_and_leave_out_what_has_none():
     figure = plots.difference(VERDICTS, "Against the first")
     texts = _texts(figure)
-    assert "+0.012 [-0.014, +0.038]\ntie" in texts and "-0.200" in texts
+    assert "+0.012 nats/token [-0.014, +0.038]\ntie" in texts and "-0.200" in texts
     assert len(figure.axes[0].get_yticks()) == 2
 
 
-def test_the_explorers_figure_shades_the_plateau_and_marks_events():
-    figure = plots.explored([CURVE], NGRAMS, ("epoch", "perplexity"), log="y")
+def test_the_explorers_figure_shades_the_plateau_marks_events_and_smooths(runs):
+    run = musota.Run(runs[0].path)
+    run.records.append({"kind": "event", "step": int(run.history.step[1]), "event": "halved"})
+    figure = plots.explored([run], NGRAMS, rule=(1, 0.99))
     (axis,) = figure.axes
     (band,) = axis.patches
-    assert (band.get_x(), band.get_x() + band.get_width()) == (4.0, 6.0)
+    start = plateau_start(run, 1, 0.99)
+    assert (band.get_x(), band.get_x() + band.get_width()) == (start, 2)
     assert band.get_hatch()  # visible in black and white, too
-    assert "memory" in _texts(figure) and "bigram" in _texts(figure)
-    assert axis.get_yscale() == "log" and len(axis.lines) == 2 + 1 + len(NGRAMS)
+    assert "halved" in _texts(figure) and "bigram" in _texts(figure)
+    assert [2, 2] in [list(line.get_xdata()) for line in axis.lines]  # in the epoch it happened
+    run.steps = pd.DataFrame({"step": range(1, 201), "loss": np.linspace(9.0, 1.0, 200)})
+    figure = plots.explored([run], {}, "training loss", smoothing=10, log="x")
+    faint, smooth = (line.get_ydata() for line in figure.axes[0].lines[:2])
+    assert np.std(smooth) < np.std(faint)
+    np.testing.assert_allclose(smooth[50:150], faint[50:150], atol=0.1)  # it does not lag
 
 
 def test_decisions_on_root_causes_differ_without_colour():
@@ -137,7 +119,7 @@ def test_decisions_on_root_causes_differ_without_colour():
 def test_losses_of_a_sweep_that_are_off_the_scale_are_marked():
     figure = plots.rate_sweep({"MU-SOTA": SWEEP})
     assert max(line.get_ydata().max() for line in figure.axes[0].lines) < 8.5
-    assert "off the scale" in _texts(figure) and "at 0.01" in _texts(figure)
+    assert "off the scale" in _texts(figure) and "best PPL 233 at 0.01" in _texts(figure)
 
 
 def test_names_outside_the_registry_have_styles_of_their_own():
@@ -145,7 +127,6 @@ def test_names_outside_the_registry_have_styles_of_their_own():
     assert optimized == REGISTRY["optimized"].style
     assert len({style[0] for style in (mine, optimized, yours, second)}) == 4
     assert len({style[2] for style in (mine, optimized, yours, second)}) == 4
-    assert len(styles_of([f"run {n}" for n in range(30)])) == 30
 
 
 def test_labels_are_plain_text():

@@ -11,7 +11,6 @@ import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +19,8 @@ from filelock import FileLock
 
 import musota
 from musota.errors import MusotaError
-from musota.models import base
 from musota.models.base import CausalLM
-from musota.training import checkpoint, evaluate, step
+from musota.training import checkpoint
 from musota.training.trainer import Diverged, RunOptions
 
 SHA = "weights_sha256"
@@ -30,10 +28,6 @@ SHA = "weights_sha256"
 
 def _losses(run):
     return [record["loss"] for record in run.records if record["kind"] == "step"]
-
-
-def _events(run):
-    return [event for _, event in run.events]
 
 
 def _break(path, place):
@@ -47,9 +41,6 @@ def always_due(monkeypatch):
     monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0)
 
 
-# --- killed ---
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the drill forks")
 def test_killed_runs_end_the_same(text_folder):
@@ -60,9 +51,6 @@ def test_killed_runs_end_the_same(text_folder):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "['same', 'same', 'same']" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count(": killed") >= 2
-
-
-# --- damaged ---
 
 
 @pytest.mark.parametrize(
@@ -99,7 +87,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(half_way, finishe
     run = musota.train(EXPERIMENT, short, folder)
     said = capsys.readouterr().out
     assert f"{newest} is damaged and is skipped" in said
-    assert "metrics.jsonl was damaged: it is restored" in said
     assert run.summary[SHA] == finished.summary[SHA] and _losses(run) == _losses(finished)
 
 
@@ -110,10 +97,6 @@ def test_where_no_checkpoint_can_be_read_nothing_is_deleted(half_way, short):
     with pytest.raises(MusotaError, match="no checkpoint that can be read: start over") as kept:
         musota.train(EXPERIMENT, short, folder)
     assert all(path.exists() for path in checkpoints) and len(musota.Run(folder).history) == 1
-    for path in checkpoints:
-        path.unlink()
-    with pytest.raises(MusotaError, match="no checkpoint that can be read: start over"):
-        musota.train(EXPERIMENT, short, folder)
     # The advice works while the error is kept, as a notebook keeps the last one.
     assert kept.value and musota.train(EXPERIMENT, short, folder, resume=False).finished
 
@@ -144,12 +127,6 @@ def test_without_its_config_a_checkpoint_still_knows_its_run(half_way, short):
         musota.train(EXPERIMENT.with_(n_layer=2), short, folder)
 
 
-def test_a_summary_without_a_run_is_ignored(finished, short, tmp_path):
-    shutil.copy(finished.path / "summary.json", tmp_path)
-    run = musota.train(EXPERIMENT, short, tmp_path, options=RunOptions(stop_at=0.3))
-    assert not run.finished and not musota.Run(tmp_path).summary
-
-
 def test_nothing_here_unpickles():
     for path in (ROOT / "musota").rglob("*.py"):
         text = path.read_text()
@@ -164,22 +141,6 @@ def test_a_second_process_is_refused_while_the_first_trains(short, tmp_path):
     assert musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path).finished
 
 
-def test_a_disk_without_locks_is_reported_and_used(short, tmp_path, monkeypatch, capsys):
-    def refuse(*_, **__):
-        raise errors.pop()
-
-    one = EXPERIMENT.with_(epochs=1)
-    errors = [OSError(errno.ENOLCK, "No locks"), PermissionError(errno.EACCES, "Not allowed")]
-    monkeypatch.setattr(FileLock, "acquire", refuse)
-    with pytest.raises(MusotaError, match="Not allowed.: choose another"):
-        musota.train(one, short, tmp_path)
-    assert musota.train(one, short, tmp_path).finished
-    assert "has no locks" in capsys.readouterr().out
-
-
-# --- the disk ---
-
-
 def _full(patch, is_full):
     """Let writing fail while `is_full(path)` says so."""
     write = Path.write_bytes
@@ -192,25 +153,13 @@ def _full(patch, is_full):
     patch.setattr(Path, "write_bytes", failing)
 
 
-@pytest.mark.parametrize("lasting", [False, True])
-def test_a_full_disk_is_reported_and_saved_later(
-    lasting, finished, short, tmp_path, capsys, always_due
-):
-    now, epoch = {"step": 0}, finished.history.step[0]
-    ends = math.inf if lasting else epoch + 2
-    with (
-        each_step(after=lambda state: now.update(step=state.step)),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        _full(patch, lambda _: 4 <= now["step"] <= ends)
-        if lasting:
-            with pytest.raises(MusotaError, match="end of the run could not be saved .* No space"):
-                musota.train(EXPERIMENT, short, tmp_path)
-        else:
-            musota.train(EXPERIMENT, short, tmp_path)
-    assert re.search("Not saved.*No space left on device", capsys.readouterr().out)
-    assert musota.Run(tmp_path).finished != lasting
-    run = musota.train(EXPERIMENT, short, tmp_path)
+def test_a_full_disk_is_reported_and_saved_later(finished, short, tmp_path, capsys, always_due):
+    now = {"step": 0}
+    counted = each_step(after=lambda state: now.update(step=state.step))
+    with counted, pytest.MonkeyPatch.context() as patch:
+        _full(patch, lambda _: 4 <= now["step"] <= finished.history.step[0] + 2)
+        run = musota.train(EXPERIMENT, short, tmp_path)
+    assert re.search("could not be saved.*No space left on device", capsys.readouterr().out)
     assert run.summary[SHA] == finished.summary[SHA]
     assert _losses(run) == _losses(finished) and run.load_model()
 
@@ -218,15 +167,10 @@ def test_a_full_disk_is_reported_and_saved_later(
 def test_best_weights_that_could_not_be_written_are_kept_with_the_checkpoint(short, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         _full(patch, lambda path: path.parent.name == "best")
-        with pytest.raises(MusotaError, match="end of the run could not be saved"):
+        with pytest.raises(MusotaError, match="end of the run .* could not be saved"):
             musota.train(EXPERIMENT, short, tmp_path, options=RunOptions(stop_at=0.7))
-    run = musota.train(
-        EXPERIMENT, short, tmp_path, options=RunOptions(stop_at=0.6)
-    )  # where it stands already
-    assert not run.has_model or run.summary["best_epoch"] == 1
-    run = musota.train(
-        EXPERIMENT, short, tmp_path, options=RunOptions(stop_at=0.9)
-    )  # no epoch ends on the way
+    # No epoch ends on the way from here.
+    run = musota.train(EXPERIMENT, short, tmp_path, options=RunOptions(stop_at=0.9))
     scored = musota.evaluate(run.load_model(), short.valid)["loss"]
     assert run.summary["best_epoch"] == 1 and scored == pytest.approx(run.summary["valid_loss"])
 
@@ -239,7 +183,10 @@ def test_a_folder_that_vanishes_does_not_stop_training(finished, short, tmp_path
         if state.step == 4:
             shutil.move(tmp_path / "disk", tmp_path / "away")
 
-    with each_step(after=after), pytest.raises(MusotaError, match="end of the run could not be"):
+    with (
+        each_step(after=after),
+        pytest.raises(MusotaError, match="end of the run .* could not be saved"),
+    ):
         options = RunOptions(watch=lambda run: run.history)
         musota.train(EXPERIMENT, short, place, options=options)
     assert len(steps) == finished.history.step.iloc[-1] and not place.exists()
@@ -248,36 +195,33 @@ def test_a_folder_that_vanishes_does_not_stop_training(finished, short, tmp_path
     assert run.summary[SHA] == finished.summary[SHA]
 
 
-# --- memory ---
-
-
-def _too_large(patch, sequences, said="CUDA out of memory"):
+def _too_large(patch, sequences):
     """Out of memory for more than so many sequences; gives the sizes of all training batches."""
     forward, sizes = CausalLM.forward, []
 
     def limited(model, ids, targets=None):
-        sizes.append(len(ids) if targets is not None else 0)
+        sizes.append(len(ids))
         if sizes[-1] > sequences:
-            raise RuntimeError(said)
+            raise RuntimeError("CUDA out of memory")
         return forward(model, ids, targets)
 
     patch.setattr(CausalLM, "forward", limited)
     return sizes
 
 
-@pytest.mark.parametrize("said", ["MPS backend out of memory", "can't allocate memory"])
-def test_out_of_memory_halves_the_micro_batch_and_nothing_else(short, tmp_path, said):
+def test_out_of_memory_halves_the_micro_batch_and_nothing_else(short, tmp_path):
     still = EXPERIMENT.with_(dropout=0.0)
     plain = musota.train(still, short, tmp_path / "plain")
     with pytest.MonkeyPatch.context() as patch:
-        _too_large(patch, 4, said)
+        _too_large(patch, 4)
         options = RunOptions(micro_batch=16, stop_at=0.5)
         musota.train(still, short, tmp_path / "run", options=options)
     with pytest.MonkeyPatch.context() as patch:
         sizes = _too_large(patch, 99)
         run = musota.train(still, short, tmp_path / "run")
     assert max(sizes) == 4  # which is remembered
-    assert _events(run) == [f"out of memory: micro-batch {n} → {n // 2}" for n in (16, 8)]
+    events = [event for _, event in run.events]
+    assert events == [f"out of memory: micro-batch {n} → {n // 2}" for n in (16, 8)]
     assert _losses(run) == pytest.approx(_losses(plain), rel=1e-5)
     assert list(run.history.ppl) == pytest.approx(list(plain.history.ppl), rel=1e-4)
 
@@ -288,100 +232,29 @@ def test_where_not_even_one_sequence_fits_the_plans_remedy_is_named(short, tmp_p
         musota.train(EXPERIMENT, short, tmp_path)
 
 
-def test_validation_out_of_memory_scores_one_window_at_a_time(
-    finished, short, tmp_path, monkeypatch
-):
-    score = base.score
-
-    def limited(model, tokens, stride=None, batch_size=None):
-        if batch_size is None and len(tokens) == len(short.valid):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return score(model, tokens, stride, batch_size)
-
-    monkeypatch.setattr(evaluate, "score", limited)
-    run = musota.train(EXPERIMENT, short, tmp_path)
-    assert _events(run) == ["out of memory in validation: one window at a time"] * 2
-    assert list(run.history.valid_loss) == pytest.approx(list(finished.history.valid_loss))
-    assert run.summary[SHA] == finished.summary[SHA]
-
-
-def test_another_error_of_a_step_keeps_its_name_and_place(short, tmp_path, monkeypatch):
-    _too_large(monkeypatch, 1, said="an index is out of bounds")
-    with pytest.raises(RuntimeError, match="out of bounds") as caught:
-        musota.train(EXPERIMENT, short, tmp_path)
-    assert caught.traceback[-1].name == "limited"
-
-
-def test_memory_may_run_out_between_unscaling_and_the_step():
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer, scaler = torch.optim.SGD([weight], 0.1), torch.amp.GradScaler("cpu")
-    accelerator = SimpleNamespace(num_processes=1, scaler=scaler)
-    state = SimpleNamespace(micro_batch=4, optimizer=optimizer, accelerator=accelerator)
-    state.device = torch.device("cpu")
-    for _ in range(2):
-        scaler.scale(weight.sum()).backward()
-        scaler.unscale_(optimizer)  # an error where it was done before
-        step.recover(state, torch.OutOfMemoryError("CUDA out of memory"))
-
-
 def test_nothing_holds_on_to_the_state_of_an_ended_run(short, tmp_path):
     """On a GPU its model and optimizer would stay and count in the next run's peak memory."""
     alive = []
     gc.disable()
     try:
         with each_step(after=lambda state: alive.append(weakref.ref(state))):
-            options = RunOptions(watch=lambda run: None)
-            musota.train(EXPERIMENT, short, tmp_path, options=options)
+            musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path)
         assert alive[0]() is None
     finally:
         gc.enable()
 
 
-# --- bad numbers ---
-
-
-def _train_spoiled(steps, *given, value=math.nan, **named):
-    """Train while the loss of some steps is multiplied by `value`, as often as `steps` says."""
-    left, forward, now = list(steps), CausalLM.forward, {"bad": False}
-
-    def before(state):
-        now["bad"] = state.step + 1 in left
-        if now["bad"]:
-            left.remove(state.step + 1)
-
-    def spoiled(model, ids, targets=None):
-        logits, loss = forward(model, ids, targets)
-        return logits, loss * value if loss is not None and now["bad"] else loss
-
-    with each_step(before=before), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CausalLM, "forward", spoiled)
-        return musota.train(EXPERIMENT, *given, **named)
-
-
-@pytest.mark.parametrize(("value", "said"), [(math.nan, "nan"), (9.0, r"[\d.]+")])
-def test_a_bad_loss_stops_with_step_batch_and_checkpoint(short, tmp_path, value, said):
-    message = rf"training loss is {said} at step 14 \(batch [0-9a-f]{{12}}\).*last good checkpoint"
-    with pytest.raises(Diverged, match=message):
-        _train_spoiled([14], short, tmp_path, value=value)
-    assert musota.Run(tmp_path).diverged
-    assert musota.train(EXPERIMENT, short, tmp_path).finished  # from the checkpoint
-
-
-def test_weights_that_the_last_step_of_an_epoch_broke_are_seen(short, tmp_path):
-    whole = EXPERIMENT.with_(learning_rate=1e20, warmup_steps=0, batch_size=400)  # a step an epoch
-    with pytest.raises(Diverged, match=r"training loss is [\w.+]+ at step 1 "):
-        musota.train(whole, short, tmp_path)
-    assert musota.Run(tmp_path).diverged and not [*(tmp_path / "checkpoints").glob("step-*")]
-
-
-def test_weights_that_the_last_step_before_a_stop_broke_are_seen(short, tmp_path):
+@pytest.mark.parametrize(("value", "stop_at"), [(math.nan, 1), (1e3, 1), (math.nan, 0.6)])
+def test_broken_weights_are_seen_in_the_next_loss_and_never_saved(short, tmp_path, value, stop_at):
     def spoil(state):
         if state.step == 14:
-            next(state.model.parameters()).data.fill_(math.nan)
+            state.model.output.weight.data *= value
 
-    with each_step(after=spoil), pytest.raises(Diverged, match="nan at step 14 "):
-        musota.train(EXPERIMENT, short, tmp_path, options=RunOptions(stop_at=0.62))
-    assert musota.train(EXPERIMENT, short, tmp_path).finished
+    stops = pytest.raises(Diverged, match=r"loss is (nan|[\d.]+) at step 1[45]: .*last good")
+    with each_step(after=spoil), stops:
+        musota.train(EXPERIMENT, short, tmp_path, options=RunOptions(stop_at=stop_at))
+    assert musota.Run(tmp_path).diverged
+    assert musota.train(EXPERIMENT, short, tmp_path).finished  # from the checkpoint
 
 
 def test_valid_text_far_from_the_training_text_is_no_divergence(short, tmp_path):
@@ -393,51 +266,47 @@ def test_valid_text_far_from_the_training_text_is_no_divergence(short, tmp_path)
 
 
 def test_a_valid_token_without_a_finite_loss_is_named(short, tmp_path):
-    """A token that is not in the training text and has infinite weights."""
-    unseen = next(t for t in range(512) if t not in short.train)
-    valid = short.valid.clone()
+    valid, unseen = short.valid.clone(), next(t for t in range(512) if t not in short.train)
     valid[17] = unseen
 
     def spoil(state):
         state.model.output.bias.data[unseen] = -math.inf
 
-    with (
-        each_step(after=spoil),
-        pytest.raises(Diverged, match=r"^1 tokens of valid .* epoch 1, .*token 17"),
-    ):
+    named = pytest.raises(Diverged, match=r"^1 tokens of valid .* epoch 1: .* token 17\.")
+    with each_step(after=spoil), named:
         musota.train(EXPERIMENT, replace(short, valid=valid), tmp_path)
     run = musota.Run(tmp_path)
     assert run.diverged_at == 11 and run.valid_loss == math.inf and len(run.steps) == 11
 
 
-# --- several processes ---
+SCRIPT = """
+import sys, musota, torch
+
+class Own(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(512, 8)
+        self.output = torch.nn.Linear(8, 512)
+        self.unused = torch.nn.Linear(3, 3)
+
+    def forward(self, ids):
+        return self.output(self.embedding(ids))
+
+corpus = musota.load_corpus(sys.argv[1], 512).limited(3000, 1200)
+model = musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1, dropout=0.0)
+training = musota.TrainConfig(2, 3e-3, 5, 5, 3)  # 15 sequences: shares of 8 and 7
+options = {"options": musota.RunOptions(micro_batch=3)}
+musota.train(musota.Experiment(model, training), corpus, sys.argv[2] + "/mu", **options)
+torch.manual_seed(0)
+options |= {"training": training, "max_seq_len": 24}
+musota.train(Own(), corpus, sys.argv[2] + "/own", **options)
+"""
 
 
 def test_two_processes_train_as_one(text_folder, tmp_path):
     """Also a module with a layer that it does not use."""
     script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, musota, torch\n"
-        "from musota import TrainConfig\n"
-        "corpus = musota.load_corpus(sys.argv[1], 512).limited(3000, 1200)\n"
-        "model = musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1, dropout=0.0)\n"
-        "training = TrainConfig(2, 3e-3, 5, 5, 3)\n"  # 15 sequences: shares of 8 and 7
-        "options = musota.RunOptions(micro_batch=3)\n"
-        "experiment = musota.Experiment(model, training)\n"
-        "musota.train(experiment, corpus, sys.argv[2] + '/mu', options=options)\n"
-        "class Own(torch.nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        self.embedding = torch.nn.Embedding(512, 8)\n"
-        "        self.output = torch.nn.Linear(8, 512)\n"
-        "        self.unused = torch.nn.Linear(3, 3)\n"
-        "    def forward(self, ids):\n"
-        "        return self.output(self.embedding(ids))\n"
-        "torch.manual_seed(0)\n"
-        "module = Own()\n"
-        "musota.train(module, corpus, sys.argv[2] + '/own', training=training, max_seq_len=24,\n"
-        "             options=options)\n"
-    )
+    script.write_text(SCRIPT)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launch += ["--standalone"]  # on a free port
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,7 +1,6 @@
 """The loop, evaluation and the run folder, where nothing fails."""
 
 import functools
-import json
 import math
 import os
 import re
@@ -21,11 +20,9 @@ from musota.data.corpus import window_starts
 from musota.errors import MusotaError
 from musota.models.base import score
 from musota.models.module import WrappedModule
-from musota.training import checkpoint, step
 from musota.training.device import make_accelerator
 from musota.training.optim import learning_rate_at, update_ratios
-from musota.training.run import read_metrics
-from musota.training.state import TrainState
+from musota.training.state import Batches, TrainState, train_step
 from musota.training.trainer import RunOptions
 
 CLOCKS = {"seconds", "tokens_per_second", "peak_memory_bytes", "date", "metrics_sha256"}
@@ -43,9 +40,6 @@ def still(short, tmp_path_factory):
     return musota.train(STILL, short, tmp_path_factory.mktemp("still"))
 
 
-# --- schedule ---
-
-
 def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
     config = TrainConfig(learning_rate=1e-3, warmup_steps=100)
     rates = [learning_rate_at(step, config, 1100) for step in range(1101)]
@@ -53,9 +47,6 @@ def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
     assert {step: rates[step] for step in places} == pytest.approx(places, abs=1e-12)
     assert all(low > high for low, high in pairwise(rates[100:]))
     assert learning_rate_at(1, TrainConfig(warmup_steps=0), 10) <= 1e-4
-
-
-# --- one step ---
 
 
 def test_a_run_equals_the_plain_loop(still, short):
@@ -102,20 +93,13 @@ def test_what_is_chosen_changes_nothing_but_rounding(
         assert run.history.ppl.tolist() != still.history.ppl.tolist()
 
 
-def test_where_compiling_fails_the_run_reports_it_and_goes_on(
-    short, finished, tmp_path, monkeypatch
-):
-    def broken(body, **_):
-        def call(*_):
-            raise torch._dynamo.exc.InternalTorchDynamoError("no compiler here\nand more")
+def test_where_compiling_fails_the_advice_is_not_to_compile(short, tmp_path, monkeypatch):
+    def broken(*_):
+        raise torch._dynamo.exc.InternalTorchDynamoError("no compiler here\nand more")
 
-        return call
-
-    monkeypatch.setattr(torch, "compile", broken)
-    run = musota.train(EXPERIMENT, short, tmp_path, options=RunOptions(compile=True))
-    assert run.summary["weights_sha256"] == finished.summary["weights_sha256"]
-    message = "torch.compile failed, training goes on without it (no compiler here)"
-    assert [event for _, event in run.events] == [message]
+    monkeypatch.setattr(torch, "compile", lambda body, **_: broken)
+    with pytest.raises(MusotaError, match=r"failed \(no compiler here\): .*--no-compile"):
+        musota.train(EXPERIMENT, short, tmp_path, options=RunOptions(compile=True))
 
 
 def test_a_step_never_waits_for_a_value(short, monkeypatch):
@@ -133,10 +117,10 @@ def test_a_step_never_waits_for_a_value(short, monkeypatch):
     accelerator = make_accelerator()
     model, training = musota.build_model(EXPERIMENT.model), EXPERIMENT.training
     state = TrainState.new(model, training, accelerator, micro_batch=16, compile=False)
-    batches = step.Batches(short.train, EXPERIMENT, 0, accelerator.device)
-    step.train_step(state, batches)
+    batches = Batches(short.train, EXPERIMENT, 0, accelerator.device)
+    train_step(state, batches)
     with CountReads():
-        loss, _ = step.train_step(state, batches)
+        loss, _ = train_step(state, batches)
     assert not reads
     with CountReads():
         float(loss)
@@ -144,14 +128,12 @@ def test_a_step_never_waits_for_a_value(short, monkeypatch):
 
 
 def test_health_is_recorded_each_epoch(finished, short):
-    assert [epoch["epoch"] for epoch in finished.health] == [1, 2]
     for epoch in finished.health:
         assert set(epoch["update_ratio"]) == set(finished.summary["parameter_ledger"])
         assert all(1e-6 < ratio < 1 for ratio in epoch["update_ratio"].values())
-        assert 1 < epoch["effective_rank"] <= 64
-        assert len(epoch["gate_mean"]) == 16
-    last = finished.health[-1]
-    assert last["clean_train_loss"] == pytest.approx(finished.history.train_loss.iloc[-1], abs=1.0)
+        assert 1 < epoch["effective_rank"] <= 64 and len(epoch["gate_mean"]) == 16
+    clean = [epoch["clean_train_loss"] for epoch in finished.health]
+    np.testing.assert_allclose(clean, finished.history.train_loss, atol=1.5)
     nats = np.array(finished.valid_block_nats).sum(1) / (len(short.valid) - 1)
     np.testing.assert_allclose(nats, finished.history.valid_loss, rtol=1e-5)
 
@@ -165,9 +147,6 @@ def test_update_ratios_are_those_of_the_weights():
     model.embedding.weight *= 1.02 / 1.01
     expected = dict.fromkeys(model.parameter_ledger(), 0.01) | {"embedding": 0.02}
     assert update_ratios(model, before) == pytest.approx(expected, rel=1e-3)
-
-
-# --- evaluation ---
 
 
 def _one_at_a_time(model, tokens, stride):
@@ -217,29 +196,18 @@ def test_word_ppl_and_bits_per_byte_by_hand():
     assert measured["word_ppl"] == pytest.approx(2 ** (120 / 10))
 
 
-def test_the_summary_is_what_the_best_checkpoint_measures(finished, short):
-    model = finished.load_model()
-    measured = musota.evaluate(model, short.valid, short.words["valid"], short.bytes["valid"])
-    best = finished.history.loc[finished.history.ppl.idxmin()]
-    for key in ("ppl", "accuracy", "word_ppl", "bits_per_byte"):
-        assert finished.summary[key] == pytest.approx(measured[key], rel=1e-5)
-        assert finished.summary[key] == best[key]
-    test = musota.evaluate(model, short.test)
-    assert finished.summary["test_ppl"] == pytest.approx(test["ppl"], rel=1e-5)
-
-
-def test_the_best_epoch_is_chosen_on_valid_and_kept(short, tmp_path):
+def test_the_best_epoch_is_chosen_on_valid_and_the_summary_measures_it(short, tmp_path):
     """With a high rate the valid loss rises again: the last epoch is not the best."""
-    hot = STILL.with_(learning_rate=2e-2, epochs=8, n_layer=2)
-    run = musota.train(hot, short, tmp_path)
+    run = musota.train(STILL.with_(learning_rate=2e-2, epochs=8, n_layer=2), short, tmp_path)
     best = run.history.loc[run.history.ppl.idxmin()]
     assert best.epoch < 8 and run.history.ppl.iloc[-1] > 1.05 * best.ppl
-    assert run.summary["best_epoch"] == best.epoch and run.summary["ppl"] == best.ppl
-    kept = musota.evaluate(run.load_model(), short.valid)
-    assert kept["ppl"] == pytest.approx(best.ppl, rel=1e-5)
-
-
-# --- the run folder ---
+    assert run.summary["best_epoch"] == best.epoch
+    model = run.load_model()
+    measured = musota.evaluate(model, short.valid, short.words["valid"], short.bytes["valid"])
+    for key in ("ppl", "accuracy", "word_ppl", "bits_per_byte"):
+        assert run.summary[key] == best[key] == pytest.approx(measured[key], rel=1e-5)
+    test = musota.evaluate(model, short.test)
+    assert run.summary["test_ppl"] == pytest.approx(test["ppl"], rel=1e-5)
 
 
 def test_what_a_run_leaves_behind(finished, short):
@@ -250,7 +218,6 @@ def test_what_a_run_leaves_behind(finished, short):
     assert finished.steps.step.tolist() == list(range(1, 2 * steps + 1))
     names = {path.name for path in finished.path.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "summary.json", "checkpoints"}
-    assert {record["kind"] for record in finished.records} == {"step", "epoch"}
     assert {"weights_sha256", "device", "versions", *CLOCKS} <= set(finished.summary)
     assert finished.samples.epoch.tolist() == [1, 1, 1, 2, 2, 2]
     assert finished.samples.text.str.len().gt(0).all()
@@ -281,20 +248,6 @@ def test_an_interrupted_run_goes_on_bit_for_bit(where, finished, short, tmp_path
     assert {k: resumed.summary[k] for k in same} == {k: finished.summary[k] for k in same}
 
 
-def test_lines_written_after_the_checkpoint_are_not_doubled(finished, short, tmp_path, monkeypatch):
-    """A crash, not Ctrl-C: steps were logged that the checkpoint does not know."""
-    save = checkpoint.RunDir.save
-    with _interrupted_at(14), monkeypatch.context() as patch:
-        patch.setattr(
-            checkpoint.RunDir, "save", lambda folder, state: state.step < 14 and save(folder, state)
-        )
-        musota.train(EXPERIMENT, short, tmp_path, name="finished")
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "step", "step": 15, "lo')  # killed while writing
-    resumed = musota.train(EXPERIMENT, short, tmp_path, name="finished")
-    assert _history(resumed) == _history(finished)
-
-
 def test_a_finished_run_is_loaded_untouched_and_only_fresh_trains_again(finished, short, tmp_path):
     def forbidden(state):
         raise AssertionError("trained again")
@@ -304,8 +257,6 @@ def test_a_finished_run_is_loaded_untouched_and_only_fresh_trains_again(finished
     with each_step(forbidden):
         loaded = musota.train(EXPERIMENT, short, kept, name="finished")
         assert loaded.summary == finished.summary and not (kept / "checkpoints").exists()
-        with pytest.raises(MusotaError, match="No saved model"):
-            loaded.load_model()
         with pytest.raises(AssertionError, match="trained again"):
             musota.train(EXPERIMENT, short, kept, resume=False)
 
@@ -322,15 +273,6 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(finished, short, corp
     assert (finished.path / "metrics.jsonl").read_bytes() == before
 
 
-def test_metrics_with_a_half_written_end_are_read_and_damage_is_named(tmp_path):
-    path, event = tmp_path / "metrics.jsonl", {"kind": "event", "step": 1, "event": "x"}
-    line = json.dumps(event).encode() + b"\n"
-    assert read_metrics(line + b'{"kind": "ep', path) == [event]
-    for damaged in (b'{"kind": "ep', b"[]", b"null", b"{}"):
-        with pytest.raises(MusotaError, match="Line 2 of .*metrics.jsonl is damaged"):
-            read_metrics(line + damaged + b"\n" + line, path)
-
-
 def test_what_cannot_be_trained_gets_one_sentence(short, tmp_path):
     (tmp_path / "file").write_text("in the way")
     small = EXPERIMENT.with_(vocab_size=300)
@@ -345,24 +287,11 @@ def test_what_cannot_be_trained_gets_one_sentence(short, tmp_path):
             musota.train(experiment, short, tmp_path / name, options=RunOptions(**options))
 
 
-def test_numbers_and_devices_of_other_libraries_are_accepted(short, tmp_path):
-    options = RunOptions(torch.device("cpu"), micro_batch=np.int64(8))
-    run = musota.train(
-        EXPERIMENT.with_(epochs=1), short, tmp_path, seed=np.int64(3), options=options
-    )
-    assert run.seed == 3 and run.config["micro_batch"] == 8
-
-
-def test_accelerates_environment_variables_change_no_weight(short, tmp_path, monkeypatch):
-    one = EXPERIMENT.with_(epochs=1)
-    plain = musota.train(one, short, tmp_path / "plain", options=RunOptions("cpu"))
+def test_accelerates_environment_variables_change_no_weight(finished, short, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    run = musota.train(one, short, tmp_path / "acted upon")
-    assert run.summary["weights_sha256"] == plain.summary["weights_sha256"]
-
-
-# --- modules of the user's own ---
+    run = musota.train(EXPERIMENT, short, tmp_path)
+    assert run.summary["weights_sha256"] == finished.summary["weights_sha256"]
 
 
 class Recurrent(torch.nn.Module):
@@ -372,18 +301,9 @@ class Recurrent(torch.nn.Module):
         self.recurrence = torch.nn.LSTM(width, width, 2, batch_first=True, dropout=0.1)
         self.output = torch.nn.Linear(width, vocab_size)
         self.output.weight = self.embedding.weight
-        self.register_buffer("mask", torch.ones(3, 4).T)
 
     def forward(self, ids):
         return (self.output(self.recurrence(self.embedding(ids))[0]),)
-
-
-class Cached(Recurrent):
-    def forward(self, ids):  # creates a buffer in its first call, and writes into its input
-        if not hasattr(self, "calls"):
-            self.register_buffer("calls", torch.zeros(3))
-        ids[ids >= 300] = 0
-        return super().forward(ids)
 
 
 class Complex(torch.nn.Module):
@@ -395,14 +315,6 @@ class Complex(torch.nn.Module):
         return (self.table[ids] @ self.table.mH).real
 
 
-class Extra(Recurrent):
-    def get_extra_state(self):
-        return {"version": 1}
-
-    def set_extra_state(self, state):
-        pass
-
-
 TRAINING = TrainConfig(2, 3e-3, 10, 8, 1)
 
 
@@ -411,7 +323,7 @@ def _module(kind, seed=0):
     return kind()
 
 
-@pytest.mark.parametrize("kind", [Recurrent, Cached, Complex])
+@pytest.mark.parametrize("kind", [Recurrent, Complex])
 def test_a_module_trains_resumes_and_gets_its_weights(kind, corpus, tmp_path):
     train = functools.partial(musota.train, training=TRAINING, max_seq_len=24)
     module = _module(kind)
@@ -421,42 +333,30 @@ def test_a_module_trains_resumes_and_gets_its_weights(kind, corpus, tmp_path):
     train(_module(kind), corpus, tmp_path / "cut", options=RunOptions(stop_at=0.7))
     resumed = train(_module(kind, seed=1), corpus, tmp_path / "cut")
     assert resumed.summary["weights_sha256"] == whole.summary["weights_sha256"]
-    assert whole.summary["ppl"] < 512 and len(whole.samples)
+    assert whole.summary["ppl"] < 512 and len(whole.samples) and whole.key == resumed.key
     assert whole.experiment.model.source.endswith(f":{kind.__name__}")
-    assert musota.Run(whole.path).key == resumed.key
     fresh = _module(kind, seed=2)
     whole.load_weights(fresh)
-    ids, targets = corpus.valid[None, :24].long(), corpus.valid[1:25].long()
-    out = fresh.eval()(ids.clone())
-    nats = F.cross_entropy(out[0][0] if isinstance(out, tuple) else out[0], targets)
-    model = WrappedModule(fresh, whole.experiment.model)
-    assert musota.evaluate(model, corpus.valid[:25])["loss"] == pytest.approx(nats.item(), rel=1e-5)
-    again = musota.evaluate(model, corpus.valid)["ppl"]
-    assert again == pytest.approx(whole.summary["ppl"], rel=1e-5)
+    measured = musota.evaluate(WrappedModule(fresh, whole.experiment.model), corpus.valid)
+    assert measured["ppl"] == pytest.approx(whole.summary["ppl"], rel=1e-5)
 
 
 def test_a_module_that_cannot_be_trained_gets_one_sentence(corpus, tmp_path):
-    frozen = _module(Recurrent).requires_grad_(False)
-    scripted = torch.jit.script(torch.nn.Sequential(torch.nn.Embedding(512, 8)))
+    size = {"max_seq_len": 24}
     for module, sizes, message in [
-        (frozen, {"max_seq_len": 24}, "Recurrent has no parameters to train"),
-        (scripted, {"max_seq_len": 24}, "is scripted: train the module"),
-        (_module(Extra), {"max_seq_len": 24}, "_extra_state"),
+        (_module(Recurrent).requires_grad_(False), size, "Recurrent has no parameters to train"),
         (_module(Recurrent), {}, "A module needs max_seq_len"),
-        (Recurrent(300), {"max_seq_len": 24}, "the model's vocab_size is 300"),
-        (EXPERIMENT, {"max_seq_len": 24}, "belong to a module"),
+        (Recurrent(300), size, "the model's vocab_size is 300"),
+        (EXPERIMENT, size, "belong to a module"),
     ]:
         with pytest.raises(MusotaError, match=message):
             musota.train(module, corpus, tmp_path / "run", **sizes)
-    run = musota.train(_module(Recurrent), corpus, tmp_path / "own", training=TRAINING,
-                       max_seq_len=24, options=RunOptions(stop_at=0.6))  # fmt: skip
+    options = RunOptions(stop_at=0.6)
+    run = musota.train(Recurrent(), corpus, tmp_path, training=TRAINING, options=options, **size)
     with pytest.raises(MusotaError, match="do not fit this Recurrent"):
         run.load_weights(Recurrent(width=8))
     with pytest.raises(MusotaError, match="load_weights"):
         run.load_model()
-
-
-# --- reading many runs ---
 
 
 def test_load_runs_leaves_out_what_has_no_epoch_and_refuses_equal_runs(
@@ -484,31 +384,20 @@ def test_what_is_recorded_about_a_run(short, tmp_path):
     copies = []
     options = RunOptions(about=about, copy=lambda: copies.append(1), watch=lambda run: run.history)
     run = musota.train(EXPERIMENT.with_(epochs=1), short, tmp_path, name="n", options=options)
-    assert (run.title, run.name, run.profile, len(copies)) == ("A title", "n", "tiny", 2)
+    assert (run.title, run.name, run.profile, len(copies)) == ("A title", "n", "tiny", 1)
     assert about.items() <= run.config.items()
     assert run.valid_text == short.valid_sha256
 
 
-def test_null_is_nan(finished, tmp_path):
+def test_null_is_nan_and_half_a_line_is_left_out(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     path = tmp_path / "run" / "metrics.jsonl"
-    path.write_text(re.sub(r'"(ppl|grad_norm)": [\d.e-]+', r'"\1": null', path.read_text()))
+    text = re.sub(r'"(ppl|grad_norm)": [\d.e-]+', r'"\1": null', path.read_text())
+    path.write_text(text + '{"kind": "ep')
     run = musota.Run(tmp_path / "run")
     assert run.history.ppl.isna().all() and run.steps.grad_norm.isna().all()
     assert run.history.ppl.dtype == run.steps.grad_norm.dtype == float
-
-
-def test_weights_of_another_run_can_be_the_start(finished, short, tmp_path):
-    experiment = EXPERIMENT.with_(epochs=1, learning_rate=1e-9, warmup_steps=0)
-    run = musota.train(experiment, short, tmp_path / "a", continue_from=finished)
-    assert run.summary["valid_loss"] == pytest.approx(finished.valid_loss, rel=1e-4)
-    finished.load_model().save_pretrained(tmp_path / "model")
-    other = musota.train(experiment, short, tmp_path / "b", continue_from=tmp_path / "model")
-    with pytest.raises(MusotaError, match="is a saved model, not a run"):
-        musota.Run(tmp_path / "model")
-    assert other.experiment == run.experiment and run.experiment.training.started_from
-    with pytest.raises(MusotaError, match="starts from other weights: give continue_from"):
-        musota.train(run.experiment, short, tmp_path / "c")
-    with pytest.raises(MusotaError, match="n_layer=1, not 2"):
-        musota.train(EXPERIMENT.with_(n_layer=2), short, tmp_path / "d", continue_from=finished)
+    path.write_text(text[:-9] + "\n" + text)
+    with pytest.raises(MusotaError, match=r"metrics.jsonl is damaged"):
+        _ = musota.Run(tmp_path / "run").history

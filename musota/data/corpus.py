@@ -7,25 +7,19 @@ hashes of what they were made from: a changed text is never read from the cache.
 import hashlib
 import os
 import re
-from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from musota.data import sources
-from musota.data.sources import LONG_LINE, SPLITS, content_hash
+from musota.data.sources import KNOWN_TEXTS, LONG_LINE, RECIPE, SPLITS, content_hash, read_texts
 from musota.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer
 from musota.errors import MusotaError
-from musota.files import cache_folder, write_together
+from musota.files import cache_folder, sha256, write_text, write_whole
 
 REPEATED_SHARE = 0.01  # a larger share of valid's long lines in train is reported
 
@@ -48,8 +42,8 @@ class Corpus:
     @property
     def label(self) -> str:
         """A name for folders, different for different texts."""
-        if self.text_hash in sources.KNOWN_TEXTS:
-            return sources.KNOWN_TEXTS[self.text_hash]
+        if self.text_hash in KNOWN_TEXTS:
+            return KNOWN_TEXTS[self.text_hash]
         plain = re.sub(r"[^\w.-]+", "-", self.name).strip("-")[:60]
         return f"{plain}-{self.text_hash[:8]}"
 
@@ -63,24 +57,19 @@ class Corpus:
 
     def statistics(self) -> pd.DataFrame:
         """A table by split: words, tokens, tokens per word, share of `<unk>`, bytes."""
-        rows = {}
-        for name, words in self.words.items():
-            tokens = self.split(name)
-            rows[name] = {
-                "words and line ends": words,
-                "tokens": len(tokens),
-                "tokens per word": len(tokens) / words,
-                "unk rate": int((tokens == self.tokenizer.unknown).sum()) / words,
-                "bytes": self.bytes[name],
-            }
-        return pd.DataFrame.from_dict(rows, orient="index")
+        tokens = {name: len(self.split(name)) for name in SPLITS}
+        unknown = {name: int((self.split(name) == self.tokenizer.unknown).sum()) for name in SPLITS}
+        table = pd.DataFrame({"words and line ends": self.words, "tokens": tokens})
+        table["tokens per word"] = table["tokens"] / table["words and line ends"]
+        table["unk rate"] = pd.Series(unknown) / table["words and line ends"]
+        table["bytes"] = pd.Series(self.bytes)
+        return table
 
     def limited(self, train_tokens: int | None, valid_tokens: int | None) -> "Corpus":
         """The corpus with its splits cut to so many tokens (test as many as valid; None: all),
         each at the last line end that fits."""
-        limits = (train_tokens, valid_tokens, valid_tokens)
         splits, words, sizes = {}, dict(self.words), dict(self.bytes)
-        for name, limit in zip(SPLITS, limits, strict=True):
+        for name, limit in zip(SPLITS, (train_tokens, valid_tokens, valid_tokens), strict=True):
             splits[name] = self.split(name)
             if limit is None or len(splits[name]) <= limit:
                 continue
@@ -88,7 +77,8 @@ class Corpus:
             cut = int(ends[-1]) + 1 if len(ends) else 0
             cut = cut if cut > limit / 2 else limit  # a very long line is cut anywhere
             splits[name] = splits[name][:cut]
-            words[name], sizes[name] = _count(self.tokenizer.decode(splits[name]))
+            text = self.tokenizer.decode(splits[name])
+            words[name], sizes[name] = _words(text), len(text.encode())
         fingerprint = _fingerprint(splits)
         return replace(self, **splits, words=words, bytes=sizes, fingerprint=fingerprint)
 
@@ -104,47 +94,45 @@ def load_corpus(
     `$MUSOTA_DATA_DIR`) may hold local copies in folders named like the corpora. Raises MusotaError.
     """
     if not isinstance(vocab_size, int) or vocab_size < SMALLEST_VOCABULARY:
-        raise MusotaError(
-            f"vocab_size must be a whole number of at least {SMALLEST_VOCABULARY}, every byte and "
-            f"two special tokens, not {vocab_size!r}."
-        )
+        least = f"a whole number of at least {SMALLEST_VOCABULARY}, every byte and two more"
+        raise MusotaError(f"vocab_size must be {least}, not {vocab_size!r}.")
     data_dir = data_dir or os.environ.get("MUSOTA_DATA_DIR")
-    name, source, texts = sources.read_texts(str(name), data_dir)
-    found = {split: _survey(texts[split](), f"The {split} text of {name}") for split in SPLITS}
+    name, source, texts = read_texts(str(name), data_dir)
+    for split, text in texts.items():
+        if not text.strip():
+            raise MusotaError(f"The {split} text of {name} is empty: put text into it.")
+    train_lines = set(_long_lines(texts["train"]))
     for split in SPLITS[1:]:
-        repeated = np.isin(found[split].long_lines, found["train"].long_lines)
-        if repeated.sum() > REPEATED_SHARE * len(repeated):
-            source += f"; {repeated.mean():.0%} of the longer lines of {split} are also in train"
+        lines = _long_lines(texts[split])
+        repeated = sum(line in train_lines for line in lines)
+        if repeated > REPEATED_SHARE * len(lines):
+            share = f"{repeated / len(lines):.0%}"
+            source += f"; {share} of the longer lines of {split} are also in train"
 
-    def pieces(split: str, doing: str) -> Iterable[str]:
-        """The text of a split, with a progress bar after two seconds."""
-        size = 1 + found[split].bytes // sources.PIECE
-        return tqdm(texts[split](), doing, size, unit="MB", delay=2)
-
-    def learn(path: Path) -> None:
-        learned_from = pieces("train", "learning a tokenizer from train")
-        TextTokenizer.train(learned_from, vocab_size).save(path)
-
-    def tokenize(split: str, path: Path) -> None:
-        with path.open("wb") as file:
-            for piece in pieces(split, f"tokenizing {split}"):
-                file.write(tokenizer.encode(piece).tobytes())
-
-    made_by = sources.RECIPE, metadata.version("tokenizers"), str(vocab_size)
-    tokenizer_key = content_hash(*made_by, found["train"].sha256)
-    tokenizer = TextTokenizer.load(_cached(f"tokenizer-{tokenizer_key}.json", learn))
+    hashes = {split: sha256(text.encode()) for split, text in texts.items()}
+    made_by = RECIPE, metadata.version("tokenizers"), str(vocab_size)
+    tokenizer_key = content_hash(*made_by, hashes["train"])
+    path = _cached(
+        f"tokenizer-{tokenizer_key}.json",
+        lambda to: TextTokenizer.train(texts["train"], vocab_size).save(to),
+    )
+    tokenizer = TextTokenizer.load(path)
     tokens = {}
-    for split in SPLITS:
-        file_name = f"tokens-{content_hash(tokenizer_key, found[split].sha256)}.bin"
-        path = _cached(file_name, partial(tokenize, split))
+    for split, text in texts.items():
+        file_name = f"tokens-{content_hash(tokenizer_key, hashes[split])}.bin"
+        path = _cached(file_name, lambda to, text=text: tokenizer.encode(text).tofile(to))
         # Mapped from the file, tokens take no memory of their own.
         tokens[split] = torch.from_file(str(path), size=path.stat().st_size // 4, dtype=torch.int32)
-    text_hash = content_hash(*(found[split].sha256 for split in SPLITS))
+    text_hash = content_hash(*hashes.values())
+    if text_hash in KNOWN_TEXTS:  # in any folder
+        name = KNOWN_TEXTS[text_hash]
+    elif name in KNOWN_TEXTS.values() and source.startswith("local"):
+        name += " (another text)"
     return Corpus(
-        sources.recognised(name, source, text_hash),
+        name,
         **tokens,
-        words={split: found[split].words for split in SPLITS},
-        bytes={split: found[split].bytes for split in SPLITS},
+        words={split: _words(text) for split, text in texts.items()},
+        bytes={split: len(text.encode()) for split, text in texts.items()},
         tokenizer=tokenizer,
         fingerprint=_fingerprint(tokens),
         text_hash=text_hash,
@@ -161,10 +149,8 @@ def window_starts(n_tokens: int, length: int, seed: int, epoch: int) -> Tensor:
     """
     count = (n_tokens - length) // length
     if count < 1:
-        raise MusotaError(
-            f"The training text has {n_tokens} tokens, too few for windows of {length}: use more "
-            "text or a shorter max_seq_len."
-        )
+        few = f"The training text has {n_tokens} tokens, too few for windows of {length}"
+        raise MusotaError(f"{few}: use more text or a shorter max_seq_len.")
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     offset = int(torch.randint(length, (1,), generator=generator))
     return offset + length * torch.randperm(count, generator=generator)
@@ -174,42 +160,11 @@ def _cached(name: str, write: Callable[[Path], object]) -> Path:
     """The path of a cache file, which `write(path)` makes if it is missing or damaged."""
     path = cache_folder() / name
     hash_path = path.with_suffix(".sha256")
-    if not (path.exists() and hash_path.exists() and hash_path.read_bytes() == _file_hash(path)):
-        written = []
-
-        def write_and_hash(target: Path) -> None:
-            write(target)
-            written.append(_file_hash(target))
-
-        write_together({path: write_and_hash, hash_path: lambda to: to.write_bytes(written[0])})
+    exist = path.exists() and hash_path.exists()
+    if not exist or hash_path.read_text() != sha256(path.read_bytes()):
+        write_whole(path, write)
+        write_text(hash_path, sha256(path.read_bytes()))
     return path
-
-
-def _file_hash(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest().encode()
-
-
-class _Survey(NamedTuple):
-    """Facts of a text."""
-
-    sha256: str
-    words: int
-    bytes: int
-    long_lines: np.ndarray  # hashes of the lines of at least LONG_LINE characters
-
-
-def _survey(pieces: Iterable[str], what: str) -> _Survey:
-    """Raises MusotaError if the text is all white space."""
-    digest, words, size, blank, long_lines = hashlib.sha256(), 0, 0, True, array("q")
-    for piece in pieces:
-        digest.update(piece.encode())
-        long_lines.extend(hash(line) for line in piece.splitlines() if len(line) >= LONG_LINE)
-        more_words, more_bytes = _count(piece)
-        words, size, blank = words + more_words, size + more_bytes, blank and not piece.strip()
-    if blank:
-        raise MusotaError(f"{what} is empty: put text into it.")
-    return _Survey(digest.hexdigest(), words, size, np.frombuffer(long_lines, np.int64))
 
 
 def _fingerprint(splits: dict[str, Tensor]) -> str:
@@ -221,6 +176,11 @@ def _fingerprint(splits: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _count(text: str) -> tuple[int, int]:
-    """Words (line ends counted as words) and UTF-8 bytes of a text."""
-    return len(text.split()) + text.count("\n"), len(text.encode())
+def _words(text: str) -> int:
+    """The words and line ends of a text; by line, since a list of all words takes much memory."""
+    return sum(len(line.split()) + 1 for line in text.split("\n")) - 1
+
+
+def _long_lines(text: str) -> list[int]:
+    """Hashes of the lines of at least LONG_LINE characters."""
+    return [hash(line) for line in text.splitlines() if len(line) >= LONG_LINE]

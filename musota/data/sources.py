@@ -3,15 +3,14 @@
 import ast
 import hashlib
 import importlib.util
-import io
 import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib import metadata
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,8 +26,8 @@ SHARES = {"train": (0, 0.90), "valid": (0.90, 0.95), "test": (0.95, 1)}  # of on
 HUB_REPOSITORY = "Salesforce/wikitext"
 HUB_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 HUB_TIMEOUT = 5  # seconds
+UNAVAILABLE = "is not on this machine and the Hugging Face hub does not provide it"
 DOCS_PACKAGES = ("numpy", "pandas", "matplotlib", "torch")
-PIECE = 2**20  # characters of text read at once
 LONG_LINE = 60  # characters; python-docs has no line of this length in two splits
 RECIPE = "4"  # raise when the same text should give other tokens or another python-docs
 # Texts that are recognised in any folder, by `Corpus.text_hash`.
@@ -37,25 +36,18 @@ KNOWN_TEXTS = {"db03aa7174452ad8": "wikitext-2"}
 
 def content_hash(*parts: str) -> str:
     """A short hash of the parts, in order."""
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode()
-        digest.update(str(len(data)).encode() + b":" + data)
-    return digest.hexdigest()[:16]
+    data = b"".join(b"%d:%b" % (len(part), part) for part in map(str.encode, parts))
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
-# Yields a text in pieces of about PIECE characters, which end at line ends where there are any.
-Text = Callable[[], Iterator[str]]
-
-
-def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, Text]]:
+def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, str]]:
     """(corpus name, description of its source, text by split)."""
     if name == "auto":
         try:
             return read_texts("wikitext-2", data_dir)
-        except HubUnreachable as error:
+        except HubUnreachable:
             name, source, texts = read_texts("python-docs", data_dir)
-            return name, f"{source}; {str(error).partition('. ')[0]}", texts
+            return name, f"{source}; wikitext-2 {UNAVAILABLE}", texts
     local = as_path(data_dir) / name if data_dir else None
     if name in SOURCES:
         if local and os.path.isdir(local):
@@ -65,85 +57,58 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, Text]]:
         if os.path.isdir(place):
             return place.resolve().name, "local folder", _read_folder(place)
         if os.path.isfile(place):
-            texts = {split: partial(_read_file, place, split) for split in SPLITS}
+            texts = _split_text(read_text(place))
             return place.resolve().stem, f"local file {place.name}, split 90/5/5", texts
     if "/" in name or os.sep in name:
-        raise MusotaError(
-            f"There is no folder {name}: give one with train.txt, valid.txt and test.txt, or the "
-            "path of one text."
-        )
+        wanted = "give one with train.txt, valid.txt and test.txt, or the path of one text"
+        raise MusotaError(f"There is no folder {name}: {wanted}.")
     raise nearest_name("corpus", name, ["auto", *SOURCES])
-
-
-def recognised(name: str, source: str, text_hash: str) -> str:
-    """The name of a text by its content: known texts have their name in any folder, and other
-    texts in a folder named like them do not. The hub's pinned revision is trusted."""
-    if text_hash in KNOWN_TEXTS:
-        return KNOWN_TEXTS[text_hash]
-    posing = name in KNOWN_TEXTS.values() and source.startswith("local")
-    return f"{name} (another text)" if posing else name
 
 
 def read_text(path: str | os.PathLike) -> str:
     """The text of a file, exactly as `load_corpus` reads it. Raises MusotaError."""
-    return "".join(_read_file(as_path(path)))
-
-
-def _read_folder(folder: Path) -> dict[str, Text]:
-    texts = {}
-    for split, names in FILE_NAMES.items():
-        stems = [f"{before}{name}" for before in ("", "wiki.") for name in names]
-        paths = [folder / f"{stem}{ending}" for stem in stems for ending in ENDINGS]
-        found = [path for path in paths if path.exists()]
-        if not found:
-            raise MusotaError(
-                f"The folder {folder} has no {split}.txt: it needs train.txt, valid.txt and "
-                "test.txt. For one text, give the path of the file."
-            )
-        texts[split] = partial(_read_file, found[0])
-    return texts
-
-
-def _read_file(path: Path, split: str | None = None) -> Iterator[str]:
-    """A file, or one split's share of it, in pieces."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            source = io.StringIO(_share(file.read(), split)) if split else file
-            yield from _in_pieces(iter(lambda: source.readline(PIECE), ""))
+        return _clean(as_path(path).read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise MusotaError(f"{path} is not UTF-8: convert it, for example with iconv.") from None
     except OSError as error:
         raise MusotaError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _in_pieces(lines: Iterable[str]) -> Iterator[str]:
-    """Joined lines without white space before line ends, which differs among WikiText copies."""
-    piece, held = [], 0
-    for line in lines:
-        piece.append(line.rstrip() + "\n" if line.endswith("\n") else line)
-        held += len(line)
-        if held >= PIECE:
-            yield "".join(piece)
-            piece, held = [], 0
-    yield "".join(piece)
+def _clean(text: str) -> str:
+    """`text` without white space before line ends, which differs among WikiText copies."""
+    *lines, last = text.split("\n")
+    return "\n".join([*map(str.rstrip, lines), last])
 
 
-def _share(text: str, split: str) -> str:
-    """A split's share of a text. It ends with a paragraph, else a line, if one ends nearby."""
+def _read_folder(folder: Path) -> dict[str, str]:
+    texts = {}
+    for split, names in FILE_NAMES.items():
+        paths = [folder / "".join(parts) for parts in product(("", "wiki."), names, ENDINGS)]
+        found = next((path for path in paths if path.exists()), None)
+        if not found:
+            missing = f"The folder {folder} has no {split}.txt"
+            raise MusotaError(f"{missing}: for one text, give the path of the file.")
+        texts[split] = read_text(found)
+    return texts
+
+
+def _split_text(text: str) -> dict[str, str]:
+    """A text by split. Each split ends with a paragraph, else a line, if one ends nearby."""
 
     def cut(share: float) -> int:
         start, near = round(share * len(text)), len(text) // 100
         ends = [text.find(end, start, start + near) + len(end) for end in ("\n\n", "\n")]
         return next((end for end in ends if end > start > 0), start)
 
-    return text[slice(*map(cut, SHARES[split]))]
+    return {split: text[cut(start) : cut(end)] for split, (start, end) in SHARES.items()}
 
 
 class HubUnreachable(MusotaError):
     """The corpus is neither on this machine nor available from the hub."""
 
 
-def _read_hub(name: str) -> tuple[str, dict[str, Text]]:
+def _read_hub(name: str) -> tuple[str, dict[str, str]]:
     """A corpus from the Hugging Face cache or the hub. Raises HubUnreachable within seconds."""
     import datasets
     from huggingface_hub import HfApi
@@ -158,45 +123,42 @@ def _read_hub(name: str) -> tuple[str, dict[str, Text]]:
         rows = datasets.load_dataset(HUB_REPOSITORY, f"{name}-v1", revision=HUB_REVISION)
     except Exception as error:  # the hub's client raises many types
         raise HubUnreachable(
-            f"{name} is not on this machine and the Hugging Face hub does not provide it "
-            f"({type(failure or error).__name__}). Put train.txt, valid.txt and test.txt into "
-            f"$MUSOTA_DATA_DIR/{name}/, or copy a Hugging Face datasets cache with it to this "
-            "machine, or use the corpus python-docs, which needs no download."
+            f"{name} {UNAVAILABLE} ({type(failure or error).__name__}): put train.txt, valid.txt "
+            f"and test.txt into $MUSOTA_DATA_DIR/{name}/, or copy a Hugging Face datasets cache "
+            "to this machine, or use the corpus python-docs."
         ) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
 
-    def read(split: str) -> Iterator[str]:
-        batches = rows[split].iter(batch_size=10_000)
-        lines = (line.removesuffix("\n") + "\n" for batch in batches for line in batch["text"])
-        return _in_pieces(lines)
+    def text(split: str) -> str:
+        return _clean("".join(line.removesuffix("\n") + "\n" for line in rows[split]["text"]))
 
-    hub_splits = zip(SPLITS, ("train", "validation", "test"), strict=True)
     source = "the Hugging Face cache" if failure else "the Hugging Face hub"
-    return source, {split: partial(read, hub_split) for split, hub_split in hub_splits}
+    hub_splits = {"train": "train", "valid": "validation", "test": "test"}
+    return source, {split: text(hub_split) for split, hub_split in hub_splits.items()}
 
 
-def _python_docs() -> tuple[str, dict[str, Text]]:
+def _python_docs() -> tuple[str, dict[str, str]]:
     """Docstrings of the standard library and four big packages, split 90/5/5."""
     versions = [f"{name} {metadata.version(name)}" for name in DOCS_PACKAGES]
     key = content_hash(RECIPE, sys.version, *versions)
     paths = {split: cache_folder() / f"python-docs-{key}-{split}.txt" for split in SPLITS}
     if not all(path.exists() for path in paths.values()):
-        for split, text in _collect_docs().items():
-            write_text(paths[split], text)
-    texts = {split: partial(_read_file, path) for split, path in paths.items()}
+        roots = [sysconfig.get_paths()["stdlib"]]
+        for name in DOCS_PACKAGES:
+            roots += importlib.util.find_spec(name).submodule_search_locations
+        for split, documents in _split(_documents(roots)).items():
+            write_text(paths[split], "\n\n".join(documents) + "\n")
+    texts = {split: read_text(path) for split, path in paths.items()}
     return "docstrings of the Python libraries installed here", texts
 
 
-def _collect_docs() -> dict[str, str]:
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
-    for name in DOCS_PACKAGES:
-        roots += map(Path, importlib.util.find_spec(name).submodule_search_locations)
+def _documents(roots: list[str]) -> set[str]:
+    """The docstrings of the source files in folders, without tests."""
     left_out = {"site-packages", "test", "tests", "__pycache__"}
-    found = ((root, path) for root in roots for path in sorted(root.rglob("*.py")))
+    found = ((root, path) for root in roots for path in Path(root).rglob("*.py"))
     files = [path for root, path in found if left_out.isdisjoint(path.relative_to(root).parts)]
-    documents = set(chain.from_iterable(map(docstrings, tqdm(files, "reading files", delay=2))))
-    return {split: "\n\n".join(part) + "\n" for split, part in _split(documents).items()}
+    return set(chain.from_iterable(map(docstrings, tqdm(files, "reading files", delay=2))))
 
 
 def _split(documents: set[str]) -> dict[str, list[str]]:
@@ -220,20 +182,19 @@ def _long_lines(document: str) -> set[str]:
 def docstrings(path: Path) -> list[str]:
     """The docstrings of a source file of at least 20 words. The file is parsed, not run."""
     try:
-        tree = ast.parse(path.read_bytes())
+        nodes = ast.walk(ast.parse(path.read_bytes()))
     except (SyntaxError, ValueError, OSError):
         return []  # written for other Python versions, or a template
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = (node for node in ast.walk(tree) if isinstance(node, kinds))
-    found = (ast.get_docstring(node) or "" for node in nodes)
+    found = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
     # Escapes in a docstring can give characters that UTF-8 cannot encode.
-    cleaned = (text.encode(errors="replace").decode().strip() for text in found)
+    cleaned = [text.encode(errors="replace").decode().strip() for text in found]
     return [text for text in cleaned if len(text.split()) >= 20]
 
 
 # A corpus is one row: its reader returns (description of the source, text by split).
 HUB_TEXTS = ("wikitext-2", "wikitext-2-raw", "wikitext-103", "wikitext-103-raw")
-SOURCES: dict[str, Callable[[], tuple[str, dict[str, Text]]]] = {
+SOURCES: dict[str, Callable[[], tuple[str, dict[str, str]]]] = {
     **{name: partial(_read_hub, name) for name in HUB_TEXTS},
     "python-docs": _python_docs,
 }

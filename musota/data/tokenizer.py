@@ -2,10 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterable
+from array import array
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 
 from musota.errors import MusotaError
 
@@ -26,12 +27,11 @@ class TextTokenizer:
         self.unknown = backend.token_to_id(UNKNOWN)
 
     @classmethod
-    def train(cls, pieces: Iterable[str], vocab_size: int) -> "TextTokenizer":
+    def train(cls, text: str, vocab_size: int) -> "TextTokenizer":
         """A tokenizer trained on a text, for a vocabulary of at least SMALLEST_VOCABULARY."""
         backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.ByteLevel(False), pre_tokenizers.FixedLength(LONGEST_WORD)]
-        )
+        steps = [pre_tokenizers.ByteLevel(False), pre_tokenizers.FixedLength(LONGEST_WORD)]
+        backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -39,7 +39,7 @@ class TextTokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        lines = (line for piece in pieces for line in piece.split("\n"))
+        lines = tqdm(text.split("\n"), "learning a tokenizer from train", delay=2, unit="lines")
         backend.train_from_iterator(lines, trainer)
         # The trainer makes both tokens special; `<unk>` must be found in texts, LINE_END not.
         described = json.loads(backend.to_str())
@@ -53,16 +53,16 @@ class TextTokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text, int32. Raises MusotaError for a lone surrogate, which is no text."""
+        """Token ids of a text, int32. Raises MusotaError for text that UTF-8 cannot encode."""
+        lines, ids = text.split("\n"), array("i")
         try:
-            lines = self.backend.encode_batch_fast(text.split("\n"))
+            for start in tqdm(range(0, len(lines), 10_000), "tokenizing", delay=2):
+                for line in self.backend.encode_batch_fast(lines[start : start + 10_000]):
+                    ids.extend([*line.ids, self.line_end])
         except TypeError:
-            raise MusotaError(
-                "The text has a lone surrogate, half of a character, which UTF-8 cannot encode: "
-                'repair it, for example with text.encode(errors="replace").decode().'
-            ) from None
-        ids = [np.array([*line.ids, self.line_end], dtype=np.int32) for line in lines]
-        return np.concatenate(ids)[:-1]
+            repair = 'text.encode(errors="replace").decode()'
+            raise MusotaError(f"The text has a lone surrogate: repair it with {repair}.") from None
+        return np.array(ids, dtype=np.int32)[:-1]
 
     def decode(self, ids) -> str:
         """The text of token ids (any 1-D sequence of whole numbers)."""
@@ -77,5 +77,4 @@ class TextTokenizer:
         return cls(Tokenizer.from_file(str(path)))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write `tokenizer.json`."""
         self.backend.save(str(path))

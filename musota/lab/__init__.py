@@ -10,10 +10,10 @@ _MODULES = {
     "musota.lab.ngrams": "measure_ngrams",
     "musota.lab.plan_rules": "REPORTED plan_applies plan_verdicts",
     "musota.lab.profiles": "GRID_PROFILES PROFILES Profile check_changes find_profile scaled",
-    "musota.lab.root_causes": "Cause Suspect advice data_halving grid judge next_command",
+    "musota.lab.root_causes": "Cause Suspect advice grid judge next_command",
     "musota.lab.stats": "SEED_SPREAD Interval paired_bootstrap pooled_contrast seed_interval",
     "musota.lab.sweep": "best_rate run_sweeps swept tuned",
-    "musota.lab.verdicts": "Verdict against_ngrams compare compare_with_matched sentence",
+    "musota.lab.verdicts": "Verdict against_ngrams compare compare_with_matched",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = list(_MODULE_OF)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from musota.data.corpus import Corpus
 from musota.errors import MusotaError
-from musota.lab.stats import Interval, paired_bootstrap
-from musota.lab.sweep import RELEVANT
+from musota.lab.stats import RELEVANT, Interval, paired_bootstrap
 from musota.lab.verdicts import Verdict, in_nats
 from musota.models.base import CausalLM, score
 from musota.models.diagnostics import evaluating, hooked
@@ -19,8 +18,7 @@ from musota.training.device import autocast_on, find_device
 from musota.training.evaluate import blocks_of
 from musota.training.run import Run
 
-# Modules, and a forward hook that replaces their output.
-Change = tuple[list[nn.Module], Callable]
+Change = tuple[list[nn.Module], Callable]  # modules, and a forward hook on them
 
 
 @torch.no_grad()
@@ -43,10 +41,10 @@ def look_inside(model: CausalLM, ids: Tensor) -> dict[str, Tensor]:
 def ablations(model: CausalLM, tokens: Tensor) -> dict[str, Tensor]:
     """Nats of every token (see `score`) with nothing changed (`none`), and with a part disabled.
 
-    `attention`: a token attends to itself alone; of MU-SOTA `block attention` so, `cross
-    attention` with its contribution left out, and `both attentions` · `gate`: held at its mean over
-    tokens, for each layer and block · `affinity tables`: zeros · and the name of each semantic
-    block: its channels are zero throughout. Raises MusotaError for a model without blocks.
+    `attention` (of MU-SOTA `block attention`): a token attends to itself alone · `cross attention`:
+    its contribution is left out · `gate`: held at its mean over tokens, for each layer and block ·
+    `affinity tables`: zeros · the name of each semantic block: its channels are zero throughout.
+    Raises MusotaError for a model without blocks.
     """
     require_blocks(model)
     nats = {"none": score(model, tokens)[0]}
@@ -110,19 +108,17 @@ def replaced(*changes: Change) -> AbstractContextManager:
 def require_blocks(model: CausalLM) -> None:
     """Raises MusotaError for a model without named blocks."""
     if not getattr(model.config, "layout", None):
-        those = "Only MU-SOTA and its redesign have semantic blocks and gates"
-        raise MusotaError(f"{those}: choose a run of one of them.")
+        raise MusotaError("Only MU-SOTA and its redesign have blocks: choose a run of one of them.")
 
 
 def ablation_effects(measured: Mapping) -> dict[str, Interval]:
     """The cost of disabling each part, from what `measure_ablations` returned."""
-    nats, tokens = measured["nats"], measured["tokens"]
-    parts = [part for part in nats if part != "none"]
-    return {part: paired_bootstrap(nats[part], nats["none"], tokens) for part in parts}
+    whole, tokens = measured["nats"]["none"], measured["tokens"]
+    parts = {part: nats for part, nats in measured["nats"].items() if part != "none"}
+    return {part: paired_bootstrap(nats, whole, tokens) for part, nats in parts.items()}
 
 
 CONTEXT = ("attention", "both attentions")  # without it no token reads another
-NO_CONTEXT = "it is a table of which token follows which, little better than a bigram"
 ADVICE = dict.fromkeys(CONTEXT, "give attention a residual path without a gate, and more width")
 ADVICE |= {  # what to do with a part that is hardly used
     "block attention": "give the blocks more channels, or remove their attention",
@@ -141,24 +137,20 @@ def weak_spots(
     names of the blocks, which get one verdict together."""
     verdicts = []
     for part in (part for part in ADVICE if part in effects):
-        cost, question = effects[part], f"Is the part “{part}” used?"
-        groups = [part]
+        question, groups = f"Is the part “{part}” used?", [part]
+        side = effects[part].beyond(RELEVANT)
         if part in CONTEXT:
             question = "Does the model read the text before the current token?"
             groups = [group for group in ledger if "attention" in group]
         share = sum(ledger.get(group, 0) for group in groups) / sum(ledger.values())
-        decision = DECISIONS[cost.beyond(RELEVANT)]
-        idle = decision == DECISIONS[-1]
         reason = f"cost of disabling {part}, {share:.1%} of the parameters"
-        if idle and part in CONTEXT:
-            reason += f"; {NO_CONTEXT}"
-        step = ADVICE[part] if idle else ""
-        verdicts.append(Verdict(question, decision, **in_nats(cost), reason=reason, next_step=step))
+        if side < 0 and part in CONTEXT:
+            reason += "; it is a table of which token follows which, little better than a bigram"
+        about = {"reason": reason, "next_step": ADVICE[part] if side < 0 else ""}
+        verdicts.append(Verdict(question, DECISIONS[side], **in_nats(effects[part]), **about))
     idle = [block for block in blocks if effects[block].beyond(RELEVANT) < 0]
     most = max(blocks, key=lambda block: effects[block].mean)
-    many = len(idle) > len(blocks) / 2
     reason = f"{len(idle)} of {len(blocks)} hardly used; the largest cost is that of block {most}"
-    about = {"reason": reason, "next_step": "use fewer blocks of more channels" if many else ""}
-    decision = DECISIONS[-1 if many else 1]
-    blocks_used = Verdict("Are the blocks used?", decision, **in_nats(effects[most]), **about)
-    return [*verdicts, blocks_used]
+    step = "use fewer blocks of more channels" if len(idle) > len(blocks) / 2 else ""
+    decision, about = DECISIONS[-1 if step else 1], {"reason": reason, "next_step": step}
+    return [*verdicts, Verdict("Are the blocks used?", decision, **in_nats(effects[most]), **about)]

@@ -96,9 +96,7 @@ class Probe:
     showed: set[str]  # of FAULTS, or "undecided" where even fresh copies differ
 
 
-def audit(
-    module: nn.Module, vocab_size: int, max_seq_len: int, loss: Loss | None = None, *, seed: int = 0
-) -> Audit:
+def audit(module: nn.Module, vocab_size: int, max_seq_len: int, loss: Loss | None = None) -> Audit:
     """The audit of a language model that maps (B, T) token ids to logits (B, T, V): a tensor, a
     tuple that begins with it, or an object with `.logits`.
 
@@ -111,7 +109,7 @@ def audit(
     device = next(module.parameters(), torch.empty(0)).device
     prepare_memory(device)
     with torch.random.fork_rng():
-        draw = Generator().manual_seed(seed)
+        draw = Generator().manual_seed(0)
         ids = torch.randint(vocab_size, (2, max_seq_len), generator=draw).to(device)
         module = _complete(module, ids, vocab_size)
         noisy = _shaken(module, ids, draw)
@@ -316,9 +314,7 @@ def _found(question: str, decision: str, reason: str, **value) -> Verdict:
     return Verdict(question, decision, reason=reason, next_step=FAULTS.get(decision, ""), **value)
 
 
-def _judge(
-    question: str, probes: Sequence[Probe], may_show: dict[str, str], otherwise: tuple[str, str]
-) -> Verdict:
+def _judge(question: str, probes: Sequence[Probe], may_show: dict, otherwise: tuple) -> Verdict:
     """The first decision of `may_show` that a probe shows, with its reason and the mode and weights
     that all these probes share; else `otherwise`."""
     for decision, reason in may_show.items():

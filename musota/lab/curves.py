@@ -2,16 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import signal
 
-from musota.lab.stats import Interval, paired_bootstrap, weights_per_doubling
+from musota.lab.stats import Interval, paired_bootstrap
 from musota.lab.verdicts import PERCENT, Verdict, decide
-
-if TYPE_CHECKING:
-    from musota.training.run import Run
+from musota.training.run import Run
 
 PLATEAU_GAIN, PLATEAU_EPOCHS = 0.01, 3  # the plan's rule: 1 % over three epochs
 STRETCHES, SWING_NATS, SWINGS = 25, 0.05, 3
@@ -27,12 +24,12 @@ SATURATED_GATES = 50  # percent
 LEAST_RANK = 0.5  # of d_model
 
 
-def plateau(run: "Run", window: int = PLATEAU_EPOCHS, least_gain: float = PLATEAU_GAIN) -> Verdict:
-    """Whether validation has stopped improving: yes, no or too early. The value is by how many
-    percent the best valid PPL improved over the last `window` epochs.
+def plateau(run: Run, window: int = PLATEAU_EPOCHS, least_gain: float = PLATEAU_GAIN) -> Verdict:
+    """Whether validation has stopped improving: yes, no or too early.
 
-    A plateau improves by less than `least_gain`, and the slope of the valid loss per doubling of
-    training tokens over the same epochs, bootstrapped over blocks of text, has no interval below 0.
+    On a plateau the best valid PPL improves by less than `least_gain` over the last `window` epochs
+    (the value, in percent), and the slope of the valid loss per doubling of training tokens,
+    bootstrapped over blocks of text, has no interval below 0.
     """
     question = "Has the valid PPL reached a plateau?"
     span = f"{window} epoch{'s' if window > 1 else ''}"
@@ -40,8 +37,8 @@ def plateau(run: "Run", window: int = PLATEAU_EPOCHS, least_gain: float = PLATEA
     if len(run.history) <= window:
         return Verdict(question, "too early", reason=f"{len(run.history)} epochs; {rule}")
     best, gain, slope = _progress(run, window)
-    start = plateau_start(run, window, least_gain)
-    slow = warmup(run)
+    start, slow = plateau_start(run, window, least_gain), warmup(run)
+    since = f"since epoch {start}"
     step = slow.next_step if slow else "measure the learning rate (a sweep) before training on"
     return decide(
         question,
@@ -49,45 +46,42 @@ def plateau(run: "Run", window: int = PLATEAU_EPOCHS, least_gain: float = PLATEA
         f"of tokens {slope}; {rule}",
         (gain >= least_gain, "no", "still improving"),
         (start is None, "no", "improving slowly, but beyond the noise of the text"),
-        (
-            slope.side > 0,
-            "yes",
-            f"since epoch {start}, and the valid loss rises: it overfits",
-            step,
-        ),
-        (True, "yes", f"since epoch {start}", step),
+        (slope.beyond(0) > 0, "yes", f"{since}, and the valid loss rises: it overfits", step),
+        (True, "yes", since, step),
         value=100 * gain,
         unit=PERCENT,
     )
 
 
 def plateau_start(
-    run: "Run", window: int = PLATEAU_EPOCHS, least_gain: float = PLATEAU_GAIN
+    run: Run, window: int = PLATEAU_EPOCHS, least_gain: float = PLATEAU_GAIN
 ) -> int | None:
     """The epoch after which all improvement together stays under `least_gain`; None for a run
     without a plateau (see `plateau`)."""
     if len(run.history) <= window:
         return None
     best, gain, slope = _progress(run, window)
-    if gain >= least_gain or slope.side < 0:
+    if gain >= least_gain or slope.beyond(0) < 0:
         return None
     return int(run.history.epoch.iloc[np.argmax(1 - best[-1] / best < least_gain)])
 
 
-def _progress(run: "Run", window: int) -> tuple[np.ndarray, float, Interval]:
+def _progress(run: Run, window: int) -> tuple[np.ndarray, float, Interval]:
     """The best valid PPL by epoch, the share by which it fell over the last `window` epochs, and
     the slope of the valid loss per doubling of training tokens over them."""
     best = run.history.ppl.cummin().to_numpy()
-    weights = weights_per_doubling(run.history.tail(window + 1).tokens.to_numpy(float))
+    doublings = np.log2(run.history.tokens.to_numpy(float)[-1 - window :])
+    centred = doublings - doublings.mean()
+    weights = centred / (centred**2).sum()  # of a least-squares slope
     per_block = weights @ np.array(run.valid_block_nats[-len(weights) :], float)
     tokens = run.summary["valid_block_tokens"]
     slope = paired_bootstrap(per_block, np.zeros_like(per_block), tokens)
     return best, float(1 - best[-1] / best[-1 - window]), slope
 
 
-def warmup(run: "Run") -> Verdict | None:
-    """Whether warm-up takes too many of the steps: too long, or never ends; None where it does
-    not. A long warm-up looks like a plateau."""
+def warmup(run: Run) -> Verdict | None:
+    """Whether warm-up is too long, or never ends; None where it is neither. A long warm-up looks
+    like a plateau."""
     if run.history.empty:
         return None
     first, training = run.history.iloc[0], run.experiment.training
@@ -104,12 +98,12 @@ def warmup(run: "Run") -> Verdict | None:
     )
 
 
-def oscillation(run: "Run") -> Verdict:
+def oscillation(run: Run) -> Verdict:
     """Whether the training loss is stable: yes, oscillates, diverges or too early.
 
-    The logged losses after warm-up are averaged in equal stretches. A swing is a rise of that curve
-    which is later undone, larger than SWING_NATS and than four standard errors of the difference
-    of two stretches. A last rise of five times that size that is not undone is a divergence.
+    The logged losses after warm-up are averaged in equal stretches. A swing is a rise that is later
+    undone, larger than SWING_NATS and than four standard errors of the difference of two stretches.
+    A last rise of five times that size is a divergence.
     """
     question = "Is the training loss stable?"
     if run.diverged:
@@ -134,13 +128,10 @@ def oscillation(run: "Run") -> Verdict:
     )
 
 
-def health(run: "Run") -> list[Verdict]:
+def health(run: Run) -> list[Verdict]:
     """A verdict for each recorded health statistic of a run: "ok", or what is wrong. Attention,
     gate and rank are known for models of this package only."""
-    if not run.health:
-        return []
-    inner = _inner_health(run) if "effective_rank" in run.health[-1] else ()
-    return [*_training_health(run), *inner]
+    return [*_training_health(run), *_inner_health(run)] if run.health else []
 
 
 def _judge(statistic: str, value: float, seen: str, *cases: tuple, unit: str = "") -> Verdict:
@@ -155,7 +146,7 @@ def _number(value) -> float:
     return float(np.array(value, float).mean())
 
 
-def _training_health(run: "Run") -> Iterator[Verdict]:
+def _training_health(run: Run) -> Iterator[Verdict]:
     epochs, training = run.health, run.experiment.training
     by_epoch = [epoch["update_ratio"] for epoch in epochs]
     ratios = {name: float(np.median([_number(e[name]) for e in by_epoch])) for name in by_epoch[-1]}
@@ -179,8 +170,8 @@ def _training_health(run: "Run") -> Iterator[Verdict]:
             (clipped > CLIPPED_STEPS, "too many", "lower the learning rate"),
             unit=PERCENT,
         )
-    losses = [_number(epoch["valid_loss"]) for epoch in epochs]
-    train, valid = _number(epochs[-1]["clean_train_loss"]), losses[-1]
+    losses = np.array([epoch["valid_loss"] for epoch in epochs], float)
+    train, valid = _number(epochs[-1]["clean_train_loss"]), float(losses[-1])
     rises = valid - np.nanmin(losses) > LOSS_RISE
     yield _judge(
         "Valid loss − training loss without dropout (nats/token)",
@@ -192,8 +183,10 @@ def _training_health(run: "Run") -> Iterator[Verdict]:
     )
 
 
-def _inner_health(run: "Run") -> Iterator[Verdict]:
+def _inner_health(run: Run) -> Iterator[Verdict]:
     last, model = run.health[-1], run.experiment.model
+    if "effective_rank" not in last:
+        return
     before, score = (_number(epoch["largest_score"]) for epoch in (run.health[0], last))
     yield _judge(
         "Largest attention score",

@@ -64,11 +64,10 @@ class Row:
     @classmethod
     def of(cls, run: Run) -> "Row":
         """The row of a run that has ended."""
-        losses = [tuple(run.history.get(key, ())) for key in ("valid_loss", "train_loss")]
-        losses.append(tuple(epoch["clean_train_loss"] for epoch in run.health))
         text = run.fingerprint, run.config["corpus"]["tokens"]["train"]
-        ends = run.valid_loss, run.diverged
-        return cls(run.name, run.seed, run.experiment, *text, *losses, *ends)
+        losses = [tuple(run.history.get(key, ())) for key in ("valid_loss", "train_loss")]
+        losses += [tuple(epoch["clean_train_loss"] for epoch in run.health), run.valid_loss]
+        return cls(run.name, run.seed, run.experiment, *text, *losses, run.diverged)
 
     @classmethod
     def from_csv(cls, text: dict[str, str]) -> "Row":
@@ -114,17 +113,15 @@ def run_many(
     folder: str | os.PathLike,
     *,
     fresh: bool = False,
-    changes: Mapping | None = None,
-    each: Callable[[], object] | None = None,
-    workers: int | None = None,
+    changes: Mapping = {},
+    each: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[int, Row]]:
     """Train every run of a grid with every seed, at the size of `profile` and with `changes`.
     Returns rows by name and seed. Runs in the csv `table` (same experiment, text and seed) count as
     done, unless `fresh`. The rest train in `folder`; each is added to the table as soon as it ends,
-    and its folder removed. On a CPU every core trains a run (`workers`), on a GPU they take turns.
-    `each` is called after every run. Raises MusotaError if a process dies.
+    and its folder removed. On a CPU every core trains a run, on a GPU they take turns. `each` is
+    called after every run. Raises MusotaError if a process dies.
     """
-    changes = dict(changes or {})
     texts = {share: _text(corpus, share) for share in {run.share for run in runs.values()}}
     known = {} if fresh else {row.identity: row for row in read_table(table)}
     wanted, jobs = {}, []
@@ -137,14 +134,13 @@ def run_many(
         if identity not in known:
             jobs.append(how)
     print(f"{len(jobs)} of {len(wanted)} runs are left to train.", flush=True)
-    for done, row in enumerate(_train_all(jobs, workers), start=1):
+    for done, row in enumerate(_train_all(jobs), start=1):
         known[row.identity] = row
         add_row(Path(table), row)
         shutil.rmtree(Path(folder) / f"{row.name}-seed{row.seed}", ignore_errors=True)
         result = "diverged" if row.diverged else f"valid PPL {math.exp(row.best_valid_loss):,.1f}"
         print(f"[{done}/{len(jobs)}] {row.name}, seed {row.seed}: {result}", flush=True)
-        if each:
-            each()
+        each()
     return {name: {seed: known[wanted[name, seed]] for seed in seeds} for name in runs}
 
 
@@ -154,10 +150,10 @@ def _text(corpus: Corpus, share: float) -> Corpus:
     return replace(part, **{split: part.split(split).clone() for split in SPLITS})
 
 
-def _train_all(jobs: list[dict], workers: int | None) -> Iterator[Row]:
+def _train_all(jobs: list[dict]) -> Iterator[Row]:
     """The rows of trained runs, in the order in which they end. Processes are spawned, because
     a fork of a process with threads may hang."""
-    workers = workers or min(os.cpu_count() or 1, len(jobs) // 3)  # starting one takes seconds
+    workers = min(os.cpu_count() or 1, len(jobs) // 3)  # starting one takes seconds
     if workers <= 1 or torch.cuda.is_available():
         yield from map(_train_one, jobs)
         return

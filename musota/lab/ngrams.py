@@ -20,10 +20,6 @@ class _Counts:
     counts: np.ndarray
     vocabulary: int
 
-    @classmethod
-    def of(cls, contexts: np.ndarray, tokens: np.ndarray, vocabulary: int) -> "_Counts":
-        return cls(*np.unique(contexts * vocabulary + tokens, return_counts=True), vocabulary)
-
     def find(self, contexts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Index of each n-gram, −1 where it, or its context, was never seen."""
         wanted = contexts * self.vocabulary + tokens
@@ -31,8 +27,7 @@ class _Counts:
         return np.where((self.keys[rows] == wanted) & (contexts >= 0), rows, -1)
 
     def smoothed(self, counts, contexts, tokens, lower) -> np.ndarray:
-        """Interpolated absolute discounting of `counts` (one per key) over the `lower` order.
-
+        """Interpolated absolute discounting of `counts` (one per key) over the `lower` order:
         p(w|c) = max(count(cw) − D, 0)/count(c·) + D·kinds(c)/count(c·) · lower(w), with
         D = n₁/(n₁ + 2n₂) and kinds(c) the number of different tokens after c (Ney et al. 1994).
         Where n₁ or n₂ is 0, D would be 0 or 1 and is 0.5 instead.
@@ -49,18 +44,17 @@ class _Counts:
 
 
 def ngram_nats(train: np.ndarray, tokens: np.ndarray, vocabulary: int) -> dict[str, np.ndarray]:
-    """Nats of tokens 1 … n−1 under each baseline, (n−1,) each.
-
-    Unigram: one count added to every token of the vocabulary (Laplace). Bigram and trigram:
-    interpolated Kneser–Ney (Chen & Goodman 1999, section 4.1.6), one discount an order.
-    """
+    """Nats of tokens 1 … n−1 under each baseline, (n−1,) each. Unigram: one count added to every
+    token of the vocabulary (Laplace). Bigram and trigram: interpolated Kneser–Ney (Chen & Goodman
+    1999, section 4.1.6), one discount an order."""
     V = vocabulary
     train, tokens = np.asarray(train, np.int64), np.asarray(tokens, np.int64)
     first, second, third, following = tokens[:-2], tokens[1:-1], tokens[2:], tokens[1:]
     unigram = (np.bincount(train, minlength=V) + 1) / (len(train) + V)
 
-    pairs = _Counts.of(train[:-1], train[1:], V)
-    triples = _Counts.of(pairs.find(train[:-2], train[1:-1]), train[2:], V)
+    pairs = _Counts(*np.unique(train[:-1] * V + train[1:], return_counts=True), V)
+    contexts = pairs.find(train[:-2], train[1:-1])
+    triples = _Counts(*np.unique(contexts * V + train[2:], return_counts=True), V)
     # How many different tokens come before w, and before the pair (v, w).
     before_one = np.bincount(pairs.keys % V, minlength=V)
     last_pairs = pairs.find(pairs.keys[triples.keys // V] % V, triples.keys % V)
@@ -74,9 +68,9 @@ def ngram_nats(train: np.ndarray, tokens: np.ndarray, vocabulary: int) -> dict[s
     middle = pairs.smoothed(before_pair, second, third, base[1:])
     top = triples.smoothed(triples.counts, pairs.find(first, second), third, middle)
     trigram = np.concatenate([bigram[:1], top])
-    uniform = np.full(len(following), 1 / V)
-    chances = {"uniform": uniform, "unigram": unigram[following], "bigram": bigram}
-    return {name: -np.log(chance) for name, chance in (chances | {"trigram": trigram}).items()}
+    chances = {"uniform": np.full(len(following), 1 / V), "unigram": unigram[following]}
+    chances |= {"bigram": bigram, "trigram": trigram}
+    return {name: -np.log(chance) for name, chance in chances.items()}
 
 
 def measure_ngrams(corpus: Corpus, split: str = "valid") -> dict[str, float]:

@@ -2,19 +2,15 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from musota.config import MuConfig
 from musota.lab import curves
 from musota.lab.stats import Interval, seed_interval
 from musota.lab.verdicts import PPL, Verdict, as_runs, compare_with_matched, decide
 from musota.registry import experiments
+from musota.training.run import Run
 
-if TYPE_CHECKING:
-    from musota.training.run import Run
-
-REPORTED = {"ppl": 402.17, "accuracy": 0.1725, "epochs": 10, "plateau_after_epoch": 6}
-REPORTED_NGRAMS = {"uniform": 50_000.0, "bigram": 10_000.0}  # the plan's guesses, not measured
+REPORTED = {"ppl": 402.17, "accuracy": 0.1725, "epochs": 10}
 CORPUS, VOCAB_SIZE, PROFILE = "wikitext-2", 50_000, "full"  # what its thresholds are about
 SCENARIOS = (  # up to a PPL: letter, meaning, accuracy from and to, next step
     (250, "A", "success", 0.30, 0.50, "scale to 50 epochs, or switch to WikiText-103"),
@@ -27,31 +23,36 @@ STILL_IMPROVING = 10, 20  # epochs between which the PPL should continue to impr
 STILL_TOO_HIGH = 15  # the epoch after which a plateau means that the learning rate is too high
 
 
-def other_text(run: "Run") -> list[str]:
+def other_text(run: Run) -> list[str]:
     """Why perplexities of a run are not those of the plan's corpus and vocabulary, if so."""
     corpus, vocab_size = run.config["corpus"]["name"], run.experiment.model.vocab_size
-    of_corpus = [] if corpus == CORPUS else [f"the corpus is {corpus}, not {CORPUS}"]
-    if vocab_size == VOCAB_SIZE:
-        return of_corpus
-    return [*of_corpus, f"the vocabulary is {vocab_size:,}, not {VOCAB_SIZE:,}"]
+    reasons = [] if corpus == CORPUS else [f"the corpus is {corpus}, not {CORPUS}"]
+    if vocab_size != VOCAB_SIZE:
+        reasons.append(f"the vocabulary is {vocab_size:,}, not {VOCAB_SIZE:,}")
+    return reasons
 
 
-def plan_applies(run: "Run") -> str:
+def plan_applies(run: Run) -> str:
     """Why the plan's thresholds do not apply to a run; empty where they do."""
-    return "; ".join([*_other_setting(run), *_other_budget(run)])
+    epochs, planned = run.experiment.training.epochs, _planned_epochs(run)
+    reasons = _other_setting(run)
+    if run.diverged:
+        reasons.append(f"the run diverged at step {run.diverged_at}")
+    elif not run.finished:
+        reasons.append("the run has not finished")
+    if epochs < planned:
+        reasons.append(f"it trains {epochs} of the plan's {planned} epochs")
+    return "; ".join(reasons)
 
 
 def plan_verdicts(
-    run: "Run | Sequence[Run]", baseline: "Run | Sequence[Run] | None" = None
+    run: Run | Sequence[Run], baseline: Run | Sequence[Run] | None = None
 ) -> list[Verdict]:
     """What the plan's rules say about a run of MU-SOTA, or the seeds of one model. `baseline`: its
-    parameter-matched transformer.
-
-    Where the thresholds do not apply, one verdict says why. A goal can be reached with less than
-    the plan's budget, only not missed.
+    parameter-matched transformer. Where the thresholds do not apply, one verdict says why. A goal
+    can be reached with less than the plan's budget, only not missed.
     """
-    runs = as_runs(run)
-    others = as_runs(baseline) if baseline else []
+    runs, others = as_runs(run), as_runs(baseline) if baseline else []
     first, reason = runs[0], plan_applies(runs[0])
     if reason:
         question, step = "Do the plan's thresholds apply?", "compare with the n-gram baselines"
@@ -69,30 +70,20 @@ def plan_verdicts(
     return verdicts
 
 
-def _other_setting(run: "Run") -> list[str]:
+def _other_setting(run: Run) -> list[str]:
     reasons = other_text(run)
     if run.profile != PROFILE:
         reasons.append(f"the profile is {run.profile}, not {PROFILE}")
     return reasons if _planned_epochs(run) else [*reasons, "the model is none of the plan's"]
 
 
-def _other_budget(run: "Run") -> list[str]:
-    epochs, planned = run.experiment.training.epochs, _planned_epochs(run)
-    if run.diverged:
-        return [f"the run diverged at step {run.diverged_at}"]
-    reasons = [] if run.finished else ["the run has not finished"]
-    if epochs < planned:
-        reasons.append(f"it trains {epochs} of the plan's {planned} epochs")
-    return reasons
-
-
-def _planned_epochs(run: "Run") -> int:
+def _planned_epochs(run: Run) -> int:
     """The fewest epochs that the plan gives this model; 0 if it is none of the plan's MU-SOTAs."""
     plan = [e for e in experiments.values() if isinstance(e.model, MuConfig)]
     return min((e.training.epochs for e in plan if e.model == run.experiment.model), default=0)
 
 
-def _scenario(run: "Run", baseline: list["Run"]) -> Verdict:
+def _scenario(run: Run, baseline: list[Run]) -> Verdict:
     """Scenario A, B or C. PPL decides; an accuracy that disagrees is reported."""
     ppl, accuracy = run.summary["ppl"], run.summary["accuracy"]
     _, letter, meaning, low, high, step = next(row for row in SCENARIOS if ppl <= row[0])
@@ -108,7 +99,7 @@ def _scenario(run: "Run", baseline: list["Run"]) -> Verdict:
     return Verdict(question, letter, ppl, unit=PPL, reason=seen, next_step=step)
 
 
-def _bottom_line(run: "Run") -> Verdict:
+def _bottom_line(run: Run) -> Verdict:
     """The plan's other scale, which disagrees with the scenarios between 300 and 350."""
     ppl, (low, high) = run.summary["ppl"], BOTTOM_LINE
     return decide(
@@ -122,26 +113,25 @@ def _bottom_line(run: "Run") -> Verdict:
     )
 
 
-def _goal(runs: list["Run"], goal: int) -> Verdict:
+def _goal(runs: list[Run], goal: int) -> Verdict:
     """Whether the best valid PPL is under a goal; with several seeds their interval decides."""
-    losses = [run.valid_loss for run in runs]
-    loss = seed_interval(losses) if len(losses) > 1 else Interval(losses[0], losses[0], losses[0])
+    losses, epochs = [run.valid_loss for run in runs], runs[0].experiment.training.epochs
+    several = len(losses) > 1
+    loss = seed_interval(losses) if several else Interval(losses[0], losses[0], losses[0])
     mean, low, high = (math.exp(min(end, 700)) for end in (loss.mean, loss.low, loss.high))
-    ends = {"low": low, "high": high} if len(losses) > 1 else {}
-    epochs = runs[0].experiment.training.epochs
     return decide(
         f"Is the valid PPL under {goal}?",
-        f"{GOALS[goal]}; {epochs} epochs, {len(runs)} seed{'s' if len(runs) > 1 else ''}",
+        f"{GOALS[goal]}; {epochs} epochs, {len(runs)} seed{'s' if several else ''}",
         (high < goal, "yes", ""),
         (low < goal, "undecided", "the interval over seeds includes it"),
         (True, "no", ""),
         value=mean,
         unit=PPL,
-        **ends,
+        **({"low": low, "high": high} if several else {}),
     )
 
 
-def _monitoring(run: "Run") -> Iterator[Verdict]:
+def _monitoring(run: Run) -> Iterator[Verdict]:
     """What the plan says to watch for while training."""
     ppls = dict(zip(run.history.epoch, run.history.ppl.cummin(), strict=True))
     start, end = STILL_IMPROVING
@@ -152,39 +142,30 @@ def _monitoring(run: "Run") -> Iterator[Verdict]:
         yield Verdict(question, "yes" if improves else "no", reason=seen)
     if len(ppls) > STILL_TOO_HIGH:
         since = curves.plateau_start(run)
+        question = f"Did the PPL stop improving after epoch {STILL_TOO_HIGH}?"
         about = f"a plateau since epoch {since}; the plan: learning rate still too high"
-        yield decide(
-            f"Did the PPL stop improving after epoch {STILL_TOO_HIGH}?",
-            f"{len(ppls)} epochs",
-            (since is None, "no", "no plateau"),
-            (True, "yes", about, curves.LOWER_RATE),
-        )
+        cases = (since is None, "no", "no plateau"), (True, "yes", about, curves.LOWER_RATE)
+        yield decide(question, f"{len(ppls)} epochs", *cases)
     yield curves.oscillation(run)
 
 
-def _own_test(baseline: "Run") -> Verdict:
+def _own_test(baseline: Run) -> Verdict:
     """The plan's test of the architecture, which compares runs of different settings."""
     ppl, reported = baseline.summary["ppl"], REPORTED["ppl"]
-    return decide(
-        "Is the baseline above or below the reported PPL? (the plan's own test, not a verdict)",
-        f"{reported} was reported for ten epochs at another learning rate; the plan would say",
-        (ppl > reported, "above", "the architecture helps"),
-        (True, "below", "the architecture hurts"),
-        value=ppl,
-        unit=PPL,
-    )
+    decision, effect = ("above", "helps") if ppl > reported else ("below", "hurts")
+    reason = f"{reported} was reported for ten epochs at another learning rate; "
+    reason += f"the plan would say that the architecture {effect}"
+    question = "Is the baseline above or below the reported PPL? (the plan's own test, no verdict)"
+    return Verdict(question, decision, ppl, unit=PPL, reason=reason)
 
 
-def _option_three(runs: list["Run"], baseline: list["Run"]) -> Verdict:
+def _option_three(runs: list[Run], baseline: list[Run]) -> Verdict:
     """Whether the plan's condition for simplifying holds."""
     ppl, least = runs[0].summary.get("ppl", math.inf), BOTTOM_LINE[1]
     about, fails = f"the PPL is {'over' if ppl > least else 'at most'} {least}", ppl > least
     if plan_applies(runs[0]):
         about, fails = "the PPL threshold does not apply", False
-    decision = compare_with_matched(runs, baseline).decision if baseline else "not trained"
-    return decide(
-        "Should the architecture be simplified (the plan's option 3)?",
-        f"{about}; against the baseline: {decision}",
-        (fails or decision == "hurts", "yes", ""),
-        (True, "no", ""),
-    )
+    found = compare_with_matched(runs, baseline).decision if baseline else "not trained"
+    decision = "yes" if fails or found == "hurts" else "no"
+    question = "Should the architecture be simplified (the plan's option 3)?"
+    return Verdict(question, decision, reason=f"{about}; against the baseline: {found}")

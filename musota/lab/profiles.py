@@ -3,18 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
-from musota.config import (
-    KINDS,
-    Experiment,
-    ModelConfig,
-    ModuleConfig,
-    RedesignedConfig,
-    TrainConfig,
-    check_field,
-)
+from musota.config import Experiment, RedesignedConfig, check_field
 from musota.errors import MusotaError, nearest_name
 from musota.matching import OWN_SIZES
-from musota.registry import MATCHES, find_experiment, find_row
+from musota.registry import MATCHES, experiments, find_experiment, find_row
 
 # The plan reports 16,733 training sequences of 128 tokens; its share of warm-up follows from that.
 PLAN_TRAIN_TOKENS = 16_733 * 128
@@ -63,8 +55,7 @@ def find_profile(name: str, grid: bool = False) -> Profile:
     if name == "auto":
         import torch
 
-        large = "study" if grid else "full"
-        name = large if torch.cuda.is_available() else "quick"
+        name = ("study" if grid else "full") if torch.cuda.is_available() else "quick"
     if not isinstance(name, str) or name not in PROFILES:
         raise nearest_name("profile", name, ["auto", *PROFILES])
     return (GRID_PROFILES if grid else PROFILES)[name]
@@ -75,8 +66,8 @@ def check_changes(changes: dict) -> dict:
     cannot have."""
     if not isinstance(changes, dict):
         raise MusotaError(f'changes must be like {{"learning_rate": 0.003}}, not {changes!r}.')
-    configs = [config for config in KINDS.values() if config is not ModuleConfig]
-    known = {f.name: f for config in (*configs, TrainConfig) for f in dataclasses.fields(config)}
+    parts = [part for one in experiments.values() for part in (one.model, one.training)]
+    known = {field.name: field for part in parts for field in dataclasses.fields(part)}
     for name, value in changes.items():
         if name not in known:
             raise nearest_name("field", name, sorted(known))
@@ -87,10 +78,9 @@ def check_changes(changes: dict) -> dict:
 def scaled(experiment: str | Experiment, profile: str | Profile, **changes) -> Experiment:
     """An experiment at the size of a profile, with fields changed afterwards.
 
-    A name is a row of the registry: a row that is matched to another is matched once more, to the
-    other as scaled and changed; only a size of its own (`d_model`, `block_size`, `d_ff`) leaves it
-    unmatched. An Experiment is scaled and changed as it is. `full` scales nothing. Raises
-    MusotaError for unknown names and fields.
+    A name is a row of the registry: a row that is matched to another is matched to the other as
+    scaled and changed; only a size of its own (`d_model`, `block_size`, `d_ff`) leaves it
+    unmatched. An Experiment is never matched. Raises MusotaError for unknown names and fields.
     """
     profile = find_profile(profile) if isinstance(profile, str) else profile
     if isinstance(experiment, Experiment):
@@ -98,57 +88,38 @@ def scaled(experiment: str | Experiment, profile: str | Profile, **changes) -> E
     row = find_row(experiment)
     if not row.matched_to:
         return _scale(find_experiment(experiment), profile).with_(**changes)
-    sizes = {name: value for name, value in changes.items() if name in OWN_SIZES}
     shared = {name: value for name, value in changes.items() if name not in OWN_SIZES}
     switches = {}
     if row.match != "transformer":  # a redesign, whose blocks are its own
         switches = {name: shared.pop(name) for name in REDESIGN_SWITCHES if name in shared}
     other = scaled(row.matched_to, profile, **shared)
     training = _scale(find_experiment(experiment), profile).training
-    in_training = {f.name for f in dataclasses.fields(TrainConfig)} & shared.keys()
-    training = dataclasses.replace(training, **{name: shared[name] for name in in_training})
-    return Experiment(MATCHES[row.match](other.model, **switches), training).with_(**sizes)
+    own = {name: changes[name] for name in changes if name in OWN_SIZES or name in vars(training)}
+    return Experiment(MATCHES[row.match](other.model, **switches), training).with_(**own)
 
 
 def _scale(experiment: Experiment, profile: Profile) -> Experiment:
+    """An experiment at the size of a profile: with fewer epochs (not under its fewest), smaller
+    steps, and the same share of warm-up."""
     if profile.name == "full":
         return experiment
-    model = experiment.model
-    sizes = {
-        "vocab_size": profile.vocab_size,
-        "max_seq_len": round(model.max_seq_len * profile.sequence),
-        "n_layer": max(1, round(model.n_layer * profile.layers)),
-    }
-    training = scaled_training(
-        experiment.training, profile, model.max_seq_len, rate_factor(model, profile)
-    )
-    return Experiment(dataclasses.replace(model, **sizes), training)
-
-
-def rate_factor(model: ModelConfig, profile: Profile) -> float:
-    """What a profile multiplies a learning rate by. Small runs need more than the plan's rates;
-    the redesign's rate was found on small runs."""
-    return 1.0 if isinstance(model, RedesignedConfig) else profile.learning_rate
-
-
-def scaled_training(
-    training: TrainConfig, profile: Profile, max_seq_len: int, rate_factor: float
-) -> TrainConfig:
-    """`training` at the size of a profile: fewer epochs (not under its fewest), smaller steps, and
-    the same share of warm-up. `max_seq_len` is that of the full size."""
-    if profile.name == "full":
-        return training
-    small = dataclasses.replace(
-        training,
+    model, training, factor = experiment.model, experiment.training, profile.learning_rate
+    if isinstance(model, RedesignedConfig):  # its rate was found on small runs
+        factor = 1.0
+    small = experiment.with_(
+        vocab_size=profile.vocab_size,
+        max_seq_len=round(model.max_seq_len * profile.sequence),
+        n_layer=max(1, round(model.n_layer * profile.layers)),
         epochs=max(profile.fewest_epochs, round(training.epochs * profile.epochs)),
         accumulation_steps=max(1, round(training.accumulation_steps * profile.accumulation)),
-        learning_rate=training.learning_rate * rate_factor,
+        learning_rate=factor * training.learning_rate,
     )
-    plan_steps = _steps(training, PLAN_TRAIN_TOKENS, max_seq_len)
-    steps = _steps(small, profile.train_tokens, round(max_seq_len * profile.sequence))
-    warmup = round(training.warmup_steps / plan_steps * steps)
-    return dataclasses.replace(small, warmup_steps=warmup)
+    share = training.warmup_steps / _steps(experiment, PLAN_TRAIN_TOKENS)
+    return small.with_(warmup_steps=round(share * _steps(small, profile.train_tokens)))
 
 
-def _steps(training: TrainConfig, tokens: int, length: int) -> float:
-    return training.epochs * tokens / (training.sequences_per_step * length)
+def _steps(experiment: Experiment, tokens: int) -> float:
+    """The number of optimizer steps on a text of so many tokens."""
+    training = experiment.training
+    per_step = training.sequences_per_step * experiment.model.max_seq_len
+    return training.epochs * tokens / per_step

@@ -4,68 +4,59 @@ they say."""
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
 from musota.lab.grid_runs import GridRun, Row
 from musota.lab.profiles import GRID_PROFILES, scaled
-from musota.lab.stats import Interval, pooled_contrast, weights_per_doubling
-from musota.lab.sweep import RELEVANT, lowest
+from musota.lab.stats import RELEVANT, Interval, pooled_contrast
+from musota.lab.sweep import lowest
 from musota.lab.verdicts import Verdict, in_nats
 from musota.registry import experiments
 
 MISSED = "not in the plan"
 FACTORS = (1 / 10, 1 / 3, 1, 3, 10, 30, 100)  # of the learning rate
-DATA_STARVED = 0.1  # nats/token gained per doubling of the text
 Rows = Mapping[str, Mapping[int, Row]]  # by name and seed
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """A suspected cause. The grid runs `before` and `after` differ in the change that would remove
-    it; `advice` says in words what to do if it is a cause."""
+    """A suspected cause: two grid runs, which differ in the change that would remove it."""
 
     name: str
     confidence: str  # the plan's (reported)
     before: str
     after: str
-    advice: str
+    advice: str  # what to do if it is a cause
 
 
 @dataclass(frozen=True)
 class Cause(Suspect):
-    """A suspect with what was measured: the change of the valid loss (None where a run diverged),
-    perplexities before and after, and the decision. `changed` names the fields that differ between
-    the two runs, at the size at which they were trained."""
+    """A suspect with what was measured."""
 
-    effect: Interval | None
+    effect: Interval | None  # change of the valid loss; None where a run diverged
     ppl_before: float
     ppl_after: float
     decision: str  # cause | not a cause | undecided
-    changed: str
+    changed: str  # the fields that differ, at the size at which the two runs were trained
 
 
 # Changes that the plan makes, a grid run each: suspect, the plan's confidence, advice, fields.
 PLANNED = {
-    "epochs": ("too few epochs (10 → 30)", "70 %", "train longer", ("epochs",)),
+    "epochs": ("too few epochs (10 → 30)", "70 %", "train longer", ["epochs"]),
     "learning_rate": (
         "learning rate too high (3e-4 → 1e-4)",
         "60 %",
         "lower the learning rate",
-        ("learning_rate",),
+        ["learning_rate"],
     ),
-    "warmup": (
-        "warm-up too short (500 → 2,000 steps)",
-        "50 %",
-        "lengthen warm-up",
-        ("warmup_steps",),
-    ),
+    "warmup": ("warm-up too short (500 → 2,000 steps)", "50 %", "warm up longer", ["warmup_steps"]),
     "sequence": (
         "sequences too short (128 → 192, batch 24 → 32)",
         "40 %",
         "train on longer sequences",
-        ("max_seq_len", "batch_size", "accumulation_steps"),
+        ["max_seq_len", "batch_size", "accumulation_steps"],
     ),
 }
 # Changes that the plan is unsure of or did not think of: the same, with new values.
@@ -79,6 +70,7 @@ OTHERS = {
 }
 MORE_TEXT, PREFER = "get more text", "prefer the transformer"
 COMPARE = "compare with the transformer, each at its own best rate"
+DATA = "too little data (half → all, same steps)"
 ARCHITECTURE = "architecture (→ parameter-matched transformer)"
 COMMANDS = {  # for advice that changes no field
     MORE_TEXT: "run --only 01,02,03,04 --corpus wikitext-103",
@@ -91,21 +83,17 @@ def grid(profile: str) -> tuple[dict[str, GridRun], list[Suspect], range]:
     """The grid runs of a profile by name, the suspects they decide on, and the seeds.
 
     From `original` one suspect at a time takes its value in `optimized`, or one that the plan did
-    not think of; `study` and `full` also put one value at a time back in `optimized`. `tiny` has
-    two runs.
+    not think of. `tiny` has two runs.
     """
-    original, optimized = experiments["original"], experiments["optimized"]
-    new, old = optimized.fields(), original.fields()
-    runs, suspects, back = {"original": GridRun(original)}, [], []
-    for key, (name, confidence, advice, fields) in PLANNED.items():
-        runs[key] = GridRun(original.with_(**{field: new[field] for field in fields}))
-        suspects.append(Suspect(name, confidence, "original", key, advice))
-        back.append(replace(suspects[-1], before=f"without_{key}", after="optimized"))
-    if profile == "tiny":
-        return {key: runs[key] for key in ("original", "learning_rate")}, suspects[1:2], range(2)
-    for key, (name, confidence, advice, changes) in OTHERS.items():
+    original, planned = experiments["original"], experiments["optimized"].fields()
+    runs, suspects = {"original": GridRun(original)}, []
+    for key, (name, confidence, advice, changes) in (PLANNED | OTHERS).items():
+        if key in PLANNED:
+            changes = {field: planned[field] for field in changes}
         runs[key] = GridRun(original.with_(**changes))
         suspects.append(Suspect(name, confidence, "original", key, advice))
+    if profile == "tiny":
+        return {key: runs[key] for key in ("original", "learning_rate")}, suspects[1:2], range(2)
     for factor in FACTORS:
         changed = original.with_(learning_rate=factor * original.training.learning_rate)
         end = "" if factor == 1 else f"_rate_x{factor:.3g}"
@@ -115,31 +103,11 @@ def grid(profile: str) -> tuple[dict[str, GridRun], list[Suspect], range]:
         if factor > 1:
             name, after = f"learning rate too low (× {factor})", f"original{end}"
             suspects.append(Suspect(name, MISSED, "original", after, "raise the learning rate"))
-    epochs = original.training.epochs
-    for end, parts in (("half", 2), ("quarter", 4)):  # in equally many steps
-        runs[f"original_{end}"] = GridRun(original.with_(epochs=parts * epochs), 1 / parts)
-    suspects += _general("original", "dense")
-    if profile == "quick":
-        return runs, suspects, range(2)
-    runs["optimized"] = GridRun(optimized)
-    runs["optimized_dense"] = GridRun(optimized, matched=True)
-    longer = optimized.with_(epochs=2 * optimized.training.epochs)
-    runs["optimized_half"] = GridRun(longer, 1 / 2)
-    for key, (*_, fields) in PLANNED.items():
-        kept = {field: old[field] for field in fields}
-        runs[f"without_{key}"] = GridRun(optimized.with_(**kept))
-    back += _general("optimized", "optimized_dense")
-    suspects += [replace(one, name=f"from optimized: {one.name}") for one in back]
-    return runs, suspects, range(3)
-
-
-def _general(name: str, transformer: str) -> list[Suspect]:
-    """The suspects that are not a setting: data and architecture."""
-    data = "too little data (half → all, same steps)"
-    return [
-        Suspect(data, "30 %", f"{name}_half", name, MORE_TEXT),
-        Suspect(ARCHITECTURE, "unknown", name, transformer, COMPARE),
-    ]
+    twice = original.with_(epochs=2 * original.training.epochs)
+    runs["original_half"] = GridRun(twice, 1 / 2)  # in equally many steps
+    suspects.append(Suspect(DATA, "30 %", "original_half", "original", MORE_TEXT))
+    suspects.append(Suspect(ARCHITECTURE, "unknown", "original", "dense", COMPARE))
+    return runs, suspects, range(2 if profile == "quick" else 3)
 
 
 def varied_fields(runs: Mapping[str, GridRun]) -> set[str]:
@@ -157,13 +125,13 @@ def by_name(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
 
 
 def valid_losses(rows: Rows) -> dict[str, dict[int, float]]:
-    """Best valid losses of grid runs by name and seed, of those trained with every seed."""
-    known = {name: rows[name] for name in grid("full")[0] if name in rows}
-    seeds = {seed for by_seed in known.values() for seed in by_seed}
+    """Best valid losses of recorded runs by name and seed, of those trained with every seed of the
+    grid. Runs that are no longer part of the grid count too: they share the spread of seeds."""
+    seeds = {seed for name in grid("full")[0] for seed in rows.get(name, ())}
     return {
         name: {seed: by_seed[seed].best_valid_loss for seed in sorted(seeds)}
-        for name, by_seed in known.items()
-        if by_seed.keys() == seeds
+        for name, by_seed in rows.items()
+        if by_seed.keys() >= seeds
     }
 
 
@@ -175,14 +143,13 @@ def sweep_losses(rows: Rows, name: str) -> dict[float, list[float]]:
 
 def _sweep(rows: Rows, name: str) -> dict[float, str]:
     """By learning rate, the grid runs that differ from the run `name` in nothing else."""
-    ones = {run: _first(rows, run) for run in valid_losses(rows)}
-    if name not in ones:
+    firsts, found = {run: _first(rows, run) for run in valid_losses(rows)}, {}
+    if name not in firsts:
         return {}
-    experiment, found = ones[name].experiment, {}
-    for run, row in ones.items():
+    for run, row in firsts.items():
         rate = row.experiment.training.learning_rate
-        same_text = row.fingerprint == ones[name].fingerprint
-        if same_text and row.experiment == experiment.with_(learning_rate=rate):
+        alike = firsts[name].experiment.with_(learning_rate=rate), firsts[name].fingerprint
+        if alike == (row.experiment, row.fingerprint):
             found[rate] = run
     return dict(sorted(found.items()))
 
@@ -191,31 +158,28 @@ def _first(rows: Rows, name: str) -> Row:
     return next(iter(rows[name].values()))
 
 
-def judge(rows: Rows, suspects: Sequence[Suspect] = ()) -> list[Cause]:
-    """The suspects of a grid (those given, or all) as far as it has been trained, the largest gain
-    first.
+def judge(rows: Rows) -> list[Cause]:
+    """The suspects whose runs are recorded, judged, the largest gain first.
 
     A cause lowers the loss by the relevant difference or more, with a 95 % interval below 0; what
     certainly lowers it by less is not a cause. A run that ends above a uniform guess with any seed
     has diverged: it gets no interval, and its suspect is not a cause. The architecture is judged
     once more with both models at their best rates, which stays undecided at the edge of a sweep.
     """
-    losses, suspects = valid_losses(rows), [*(suspects or grid("full")[1])]
+    losses = valid_losses(rows)
+    judged = (_judge_one(one, rows, losses) for one in grid("full")[1])
+    causes = [cause for cause in judged if cause]
     sweeps = {name: sweep_losses(rows, name) for name in ("original", "dense")}
-    fair, at_edge = None, False
     if all(len(sweep) > 1 for sweep in sweeps.values()):
         best = {name: lowest(sweep) for name, sweep in sweeps.items()}
-        at_edge = any(best[name] in (min(sweep), max(sweep)) for name, sweep in sweeps.items())
-        name = f"{ARCHITECTURE}, each at its best rate" + (" (at an edge)" if at_edge else "")
-        fair = Suspect(name, "unknown", *(_sweep(rows, n)[r] for n, r in best.items()), PREFER)
-        if not at_edge:  # the comparison at the best rates has been made
-            suspects = [replace(s, advice="") if s.advice == COMPARE else s for s in suspects]
-        suspects.append(fair)
-    causes = [
-        replace(cause, decision="undecided") if at_edge and cause.name == fair.name else cause
-        for cause in (_judge_one(s, rows, losses) for s in suspects)
-        if cause
-    ]
+        pair = [_sweep(rows, name)[rate] for name, rate in best.items()]
+        name = f"{ARCHITECTURE}, each at its best rate"
+        fair = _judge_one(Suspect(name, "unknown", *pair, PREFER), rows, losses)
+        if any(best[name] in (min(sweep), max(sweep)) for name, sweep in sweeps.items()):
+            fair = replace(fair, name=f"{name} (at an edge)", decision="undecided")
+        else:  # the comparison at the best rates has been made
+            causes = [replace(c, advice="") if c.advice == COMPARE else c for c in causes]
+        causes.append(fair)
     return sorted(causes, key=lambda cause: cause.effect.mean if cause.effect else math.inf)
 
 
@@ -228,20 +192,13 @@ def _judge_one(suspect: Suspect, rows: Rows, losses: Mapping) -> Cause | None:
     usable = {name: of_run for name, of_run in losses.items() if max(of_run.values()) <= guess}
     effect, decision = None, "not a cause"
     if {*pair} <= usable.keys():
-        effect = pooled_contrast(usable, {suspect.before: -1, suspect.after: 1})
+        effect = pooled_contrast(usable, *pair)
         if effect.low <= -RELEVANT:
             certain = effect.high < 0 and effect.mean <= -RELEVANT
             decision = "cause" if certain else "undecided"
-    before, after = (float(np.exp(np.mean([*losses[name].values()]))) for name in pair)
+    ppls = [float(np.exp(np.mean([*losses[name].values()]))) for name in pair]
     changed = _changed(*(_first(rows, name) for name in pair))
-    return Cause(
-        **asdict(suspect),
-        effect=effect,
-        ppl_before=before,
-        ppl_after=after,
-        decision=decision,
-        changed=changed,
-    )
+    return Cause(*astuple(suspect), effect, *ppls, decision, changed)
 
 
 def _changed(before: Row, after: Row) -> str:
@@ -269,12 +226,10 @@ def advice(causes: Sequence[Cause]) -> Verdict:
     if not left:
         reason = "no suspect lowers the loss by enough, and certainly"
         return Verdict(question, "none found", reason=reason)
-    steps = list(dict.fromkeys(cause.advice for cause in left))[:3]
+    most, steps = left[0], list(dict.fromkeys(cause.advice for cause in left))[:3]
     order = f"{', then '.join(steps)}; measure again after each"
-    reason = f"the change of the valid loss without it ({left[0].changed})"
-    return Verdict(
-        question, left[0].name, **in_nats(left[0].effect), reason=reason, next_step=order
-    )
+    reason = f"the change of the valid loss without it ({most.changed})"
+    return Verdict(question, most.name, **in_nats(most.effect), reason=reason, next_step=order)
 
 
 def next_command(causes: Sequence[Cause], profile: str, corpus: str) -> str:
@@ -283,9 +238,8 @@ def next_command(causes: Sequence[Cause], profile: str, corpus: str) -> str:
     left = causes_left(causes)
     if not left:
         return "No change is advised: more seeds, or a larger profile, may decide."
-    step, changes = left[0].advice, {}
-    if step not in COMMANDS:
-        changes = advised_changes(left[0], profile)
+    step = left[0].advice
+    changes = {} if step in COMMANDS else advised_changes(left[0], profile)
     line = f"{COMMANDS.get(step, 'run --only 02,03,04')} --profile {profile}"
     line += "" if "--corpus" in line else f" --corpus {shlex.quote(corpus)}"
     line += "".join(f" --set {name}={value}" for name, value in changes.items())
@@ -309,22 +263,3 @@ def advised_changes(suspect: Suspect, profile: str) -> dict[str, float]:
         if new != before[name] and value != present[name]:
             changes[name] = value
     return changes
-
-
-def data_losses(rows: Rows, name: str = "original") -> dict[int, dict[int, float]]:
-    """Valid losses by number of training tokens and seed, of a quarter, a half and all of the text
-    read in equally many steps."""
-    losses, names = valid_losses(rows), (f"{name}_quarter", f"{name}_half", name)
-    return {_first(rows, run).train_tokens: losses[run] for run in names if run in losses}
-
-
-def data_halving(losses: Mapping[int, Mapping[int, float]]) -> Verdict:
-    """Whether more text would lower the loss by more than 0.1 nats/token per doubling. Argument:
-    `data_losses` of two or more amounts."""
-    weights = weights_per_doubling(np.array([*losses], float))
-    slope = pooled_contrast(losses, dict(zip(losses, weights, strict=True)))
-    decision = {-1: "yes", 0: "undecided", 1: "no"}[slope.beyond(-DATA_STARVED)]
-    reason = f"per doubling of the training text, {len(losses)} amounts in equally many steps"
-    step = MORE_TEXT if decision == "yes" else ""
-    question = "Is the model short of training text?"
-    return Verdict(question, decision, **in_nats(slope), reason=reason, next_step=step)

@@ -8,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 SEED_SPREAD = 0.013  # nats/token: standard deviation over seeds, measured at profile `study`
+RELEVANT = 0.05  # nats/token, 5 % of the perplexity: a smaller effect decides nothing
 MIN_BLOCKS = 10  # fewer blocks say too little about other text
 TAILS = (0.025, 0.975)  # quantiles of a 95 % interval
 
@@ -24,20 +25,9 @@ class Interval:
         """−1 or 1 where the whole interval lies below or above the threshold, else 0."""
         return -1 if self.high < threshold else 1 if self.low > threshold else 0
 
-    @property
-    def side(self) -> int:
-        """−1 or 1 where the whole interval lies below or above 0, else 0."""
-        return self.beyond(0)
-
     def __str__(self) -> str:
         ends = "no interval" if math.isinf(self.low) else f"{self.low:+.3f}, {self.high:+.3f}"
         return f"{self.mean:+.3f} nats/token [{ends}]"
-
-
-def weights_per_doubling(amounts: np.ndarray) -> np.ndarray:
-    """Weights w such that w · y is the least-squares slope of y per doubling of the amounts."""
-    centred = np.log2(amounts) - np.log2(amounts).mean()
-    return centred / (centred**2).sum()
 
 
 def paired_bootstrap(
@@ -50,8 +40,8 @@ def paired_bootstrap(
     """Loss of a minus loss of b per token, by resampling whole blocks of text (Koehn 2004).
 
     Arguments: total nats of both models and the number of tokens, by block of the same text. The
-    interval is about this pair of trained models, not about other seeds. Fewer than ten blocks
-    give no interval. Raises ValueError for unlike blocks.
+    interval is about these two trained models, not other seeds. Fewer than ten blocks give none.
+    Raises ValueError for unlike blocks.
     """
     difference = np.asarray(nats_a, float) - np.asarray(nats_b, float)
     tokens = np.asarray(tokens, float)
@@ -68,10 +58,8 @@ def paired_bootstrap(
 
 
 def seed_interval(differences: Sequence[float]) -> Interval:
-    """Student's t interval of the mean of paired differences, one per seed.
-
-    Raises ValueError for fewer than two.
-    """
+    """Student's t interval of the mean of paired differences, one per seed. Raises ValueError for
+    fewer than two."""
     if len(differences) < 2:
         raise ValueError("An interval over seeds needs at least two of them.")
     error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
@@ -79,20 +67,19 @@ def seed_interval(differences: Sequence[float]) -> Interval:
 
 
 def pooled_contrast(
-    losses: Mapping[Hashable, Mapping[int, float]], weights: Mapping[Hashable, float]
+    losses: Mapping[Hashable, Mapping[int, float]], before: Hashable, after: Hashable
 ) -> Interval:
-    """The weighted sum of mean losses, paired by seed; the weights sum to 0.
+    """The mean loss of the grid run `after` minus that of `before`.
 
-    `losses`: by grid run and seed, the same seeds everywhere. All runs share one spread: the
-    residuals of the table of runs and seeds, with (runs − 1)(seeds − 1) degrees of freedom. One
-    seed gives no interval.
+    `losses`: by grid run and seed, the same seeds everywhere. All runs share the spread of the
+    residuals of this table, with (runs − 1)(seeds − 1) degrees of freedom. One seed gives no
+    interval.
     """
     table = np.array([[row[seed] for seed in sorted(row)] for row in losses.values()])
     means, freedom = table.mean(1, keepdims=True), (table.shape[0] - 1) * (table.shape[1] - 1)
     spread = ((table - means - table.mean(0) + table.mean()) ** 2).sum() / max(freedom, 1)
-    effect = sum(weight * np.mean([*losses[run].values()]) for run, weight in weights.items())
-    squares = sum(weight**2 for weight in weights.values())
-    return _student(float(effect), math.sqrt(squares * spread / table.shape[1]), freedom)
+    old, new = (float(np.mean([*losses[run].values()])) for run in (before, after))
+    return _student(new - old, math.sqrt(2 * spread / table.shape[1]), freedom)
 
 
 def _student(mean: float, error: float, freedom: int) -> Interval:

@@ -1,8 +1,8 @@
 """Learning-rate sweeps of MU-SOTA and its parameter-matched transformer, and their best rates."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -10,12 +10,12 @@ from musota.config import Experiment
 from musota.data.corpus import Corpus
 from musota.errors import MusotaError
 from musota.lab.grid_runs import GridRun, Row, run_many
-from musota.lab.profiles import Profile, rate_factor, scaled
+from musota.lab.profiles import Profile, scaled
+from musota.lab.stats import RELEVANT
 from musota.lab.verdicts import PPL, Verdict
 from musota.registry import find_experiment, find_row
 
-RELEVANT = 0.05  # nats/token, 5 % of the perplexity: a smaller effect is not worth a search
-SWEEP_EPOCHS = 5  # of the plan's 30, with the same share of warm-up
+SWEEP_EPOCHS = 5  # of the plan's 30
 # Rates are about a factor of 3 apart. A sweep starts with six of them and is widened as needed.
 RATES = tuple(float(f"{mantissa}e{power}") for power in range(-6, 1) for mantissa in (1, 3))
 FIRST_RATES = RATES[4:10]  # 1e-4 to 3e-2
@@ -28,27 +28,20 @@ Losses = Mapping[float, Sequence[float]]  # best valid loss of every seed, by le
 
 
 def sweep_runs(name: str, profile: Profile, rates: Iterable[float]) -> dict[str, GridRun]:
-    """Short runs of `optimized` or `baseline`; `rates` are those at the size of the profile."""
+    """Short runs of `optimized` or `baseline`, with the same share of warm-up; `rates` are those at
+    the size of the profile."""
     whole = find_experiment("optimized")
-    share = SWEEP_EPOCHS / whole.training.epochs
-    warmup = round(share * whole.training.warmup_steps)
+    warmup = round(SWEEP_EPOCHS / whole.training.epochs * whole.training.warmup_steps)
     short = whole.with_(epochs=SWEEP_EPOCHS, warmup_steps=warmup)
-    factor = rate_factor(whole.model, profile)
-    return {
-        f"{name}_rate_{rate:g}": GridRun(
-            short.with_(learning_rate=rate / factor), matched=SWEPT[name]
-        )
-        for rate in rates
-    }
+    runs = {}
+    for rate in rates:
+        at_full_size = short.with_(learning_rate=rate / profile.learning_rate)
+        runs[f"{name}_rate_{rate:g}"] = GridRun(at_full_size, matched=SWEPT[name])
+    return runs
 
 
 def run_sweeps(
-    profile: Profile,
-    corpus: Corpus,
-    table: str | os.PathLike,
-    folder: str | os.PathLike,
-    seed: int = 0,
-    **options,
+    profile: Profile, corpus: Corpus, table: Path, folder: Path, seed: int = 0, **options
 ) -> dict[str, Losses]:
     """Train both models at the same rates, and at further rates until the best rate of each lies
     between two others. Returns losses by title and rate; arguments are those of `run_many`."""
@@ -64,24 +57,19 @@ def run_sweeps(
     return losses
 
 
-def by_rate(rows: Iterable[Row], experiment: Experiment) -> dict[float, list[float]]:
-    """Best valid losses, by learning rate, of the rows that differ from an experiment in that
-    alone."""
-    found: dict[float, list[float]] = {}
-    for row in rows:
-        rate = row.experiment.training.learning_rate
-        if experiment.with_(learning_rate=rate) == row.experiment:
-            found.setdefault(rate, []).append(row.best_valid_loss)
-    return dict(sorted(found.items()))
-
-
 def swept(rows: Sequence[Row], profile: Profile) -> dict[str, dict[float, list[float]]]:
     """Losses by title and learning rate, of the models whose sweep is among the rows."""
     found = {}
     for name in SWEPT:
         (run,) = sweep_runs(name, profile, FIRST_RATES[:1]).values()
-        found[find_row(name).title] = by_rate(rows, run.at(profile))
-    return {title: losses for title, losses in found.items() if losses}
+        experiment, losses = run.at(profile), {}
+        for row in rows:
+            rate = row.experiment.training.learning_rate
+            if experiment.with_(learning_rate=rate) == row.experiment:
+                losses.setdefault(rate, []).append(row.best_valid_loss)
+        if losses:
+            found[find_row(name).title] = dict(sorted(losses.items()))
+    return found
 
 
 def lowest(losses: Losses) -> float:
@@ -102,16 +90,15 @@ def best_rate(title: str, losses: Losses, usual: float | None = None) -> Verdict
     step changes the `usual` rate where another is better by the relevant difference."""
     best, (low, high) = lowest(losses), (min(losses), max(losses))
     means = {rate: float(np.mean(of_rate)) for rate, of_rate in losses.items()}
-    reason, next_step = f"best of {len(losses)} rates from {low:g} to {high:g}", ""
+    reason = f"learning rate {best:g} is the best of {len(losses)} rates from {low:g} to {high:g}"
+    decision, next_step = "bracketed", ""
     if usual in means:
         reason += f", {means[best] - means[usual]:+.2f} nats/token against {usual:g}"
         if means[usual] - means[best] >= RELEVANT:
             direction = "raise" if best > usual else "lower"
             next_step = f"{direction} the learning rate to {best:g}"
-    decision = "bracketed"
     if best in (low, high):
         decision, next_step = "at the edge", "widen the sweep on that side"
-    reason = f"learning rate {best:g} is the {reason}"
     question = f"Is the best learning rate of “{title}” bracketed?"
     return Verdict(question, decision, math.exp(means[best]), None, None, PPL, reason, next_step)
 

@@ -3,19 +3,15 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from musota.errors import MusotaError
 from musota.lab.stats import SEED_SPREAD, Interval, seed_interval
-
-if TYPE_CHECKING:
-    from musota.training.run import Run
+from musota.training.run import Run
 
 NATS, PPL, PERCENT = "nats/token", "PPL", "%"  # units of values
 FORMATS = {NATS: "+.3f", PPL: ",.1f", PERCENT: ".1f"}
-YARDSTICK = "the spread of seeds measured at study is the yardstick"
 
 
 @dataclass(frozen=True)
@@ -33,16 +29,12 @@ class Verdict:
     next_step: str = ""
 
     def __str__(self) -> str:
-        return sentence(self)
-
-
-def sentence(verdict: Verdict) -> str:
-    """A verdict in words: question, decision, value with its interval, reason, next step."""
-    because = "; ".join(filter(None, (measured(verdict), verdict.reason)))
-    answer = verdict.decision[:1].upper() + verdict.decision[1:]
-    colon = "" if verdict.question.endswith("?") else ":"  # a statistic is no question
-    step = f" Next: {verdict.next_step}." if verdict.next_step else ""
-    return f"{verdict.question}{colon} {answer}{f' ({because})' if because else ''}.{step}"
+        """The verdict as a sentence."""
+        because = "; ".join(filter(None, (measured(self), self.reason)))
+        answer = self.decision[:1].upper() + self.decision[1:]
+        colon = "" if self.question.endswith("?") else ":"  # a statistic is no question
+        step = f" Next: {self.next_step}." if self.next_step else ""
+        return f"{self.question}{colon} {answer}{f' ({because})' if because else ''}.{step}"
 
 
 def measured(verdict: Verdict) -> str:
@@ -50,10 +42,10 @@ def measured(verdict: Verdict) -> str:
     if verdict.value is None:
         return ""
     style = FORMATS.get(verdict.unit, ".3g" if abs(verdict.value) < 1000 else ",.0f")
-    ends = ""
-    if verdict.low is not None:
-        ends = f" [{verdict.low:{style}}, {verdict.high:{style}}]"
-    return f"{verdict.value:{style}} {verdict.unit}".rstrip() + ends
+    text = f"{verdict.value:{style}} {verdict.unit}".rstrip()
+    if verdict.low is None:
+        return text
+    return f"{text} [{verdict.low:{style}}, {verdict.high:{style}}]"
 
 
 def decide(question: str, seen: str, *cases: tuple, **value) -> Verdict:
@@ -70,43 +62,39 @@ def in_nats(interval: Interval) -> dict:
     return {"value": interval.mean, "unit": NATS, **ends}
 
 
-def compare(a: "Run | Sequence[Run]", b: "Run | Sequence[Run]") -> Verdict:
-    """Whether `a` is better than `b`: better, worse or tie. Either is a run, or the seeds of one
-    model.
+def compare(a: Run | Sequence[Run], b: Run | Sequence[Run]) -> Verdict:
+    """Whether `a`, a run or the seeds of one model, is better than `b`: better, worse or tie.
 
-    The value is the valid loss of a minus that of b, in nats/token, negative where a is better.
-    Two or more common seeds: Student's interval over them decides. Otherwise a difference within
-    twice the spread of seeds measured at `study` is a tie. Raises MusotaError for runs that have
-    not ended an epoch, for runs of several models on one side, and for different valid texts.
+    The value is the valid loss of a minus that of b. Two or more common seeds: Student's interval
+    over them decides. Otherwise a difference within twice the spread of seeds measured at `study`
+    is a tie. Raises MusotaError for runs that have not ended an epoch, for runs of several models
+    on one side, and for different valid texts.
     """
     a, b = as_runs(a), as_runs(b)
     names = _labels(a[0], b[0])
     return _compare(a, b, f"Is “{names[0]}” better than “{names[1]}”?", ("better", "worse"))
 
 
-def compare_with_matched(a: "Run | Sequence[Run]", transformer: "Run | Sequence[Run]") -> Verdict:
+def compare_with_matched(a: Run | Sequence[Run], transformer: Run | Sequence[Run]) -> Verdict:
     """Whether the architecture of `a` helps or hurts (or is a tie) against its parameter-matched
     transformer. Everything else is as in `compare`."""
     a, transformer = as_runs(a), as_runs(transformer)
-    question = f"Does the architecture of “{_labels(a[0], transformer[0])[0]}” help?"
+    label = _labels(a[0], transformer[0])[0]
+    question = f"Does the architecture of “{label}” help or hurt?"
     return _compare(a, transformer, question, ("helps", "hurts"))
 
 
-def against_ngrams(run: "Run", ppls: Mapping[str, float]) -> Verdict:
+def against_ngrams(run: Run, ppls: Mapping[str, float]) -> Verdict:
     """The best n-gram baseline that a run is better than. `ppls`: perplexities measured on the
     same tokens, by name. The decision is a name, or "none"."""
     ppl = _ppl([run])
     best = min((name for name in ppls if ppl < ppls[name]), key=ppls.get, default="none")
-    return Verdict(
-        f"Which n-gram baseline is “{run.title}” better than?",
-        best,
-        ppl,
-        unit=PPL,
-        reason=" · ".join(f"{name} {baseline:,.0f}" for name, baseline in ppls.items()),
-    )
+    reason = " · ".join(f"{name} {baseline:,.0f}" for name, baseline in ppls.items())
+    question = f"Which n-gram baseline is “{run.title}” better than?"
+    return Verdict(question, best, ppl, unit=PPL, reason=reason)
 
 
-def as_runs(side: "Run | Sequence[Run]") -> list["Run"]:
+def as_runs(side: Run | Sequence[Run]) -> list[Run]:
     """A run, or the seeds of one model, as a list. Raises MusotaError for anything else."""
     runs = list(side) if isinstance(side, Iterable) and not isinstance(side, str) else [side]
     if not runs:
@@ -120,13 +108,13 @@ def as_runs(side: "Run | Sequence[Run]") -> list["Run"]:
     return runs
 
 
-def _labels(a: "Run", b: "Run") -> tuple[str, str]:
+def _labels(a: Run, b: Run) -> tuple[str, str]:
     """What to call two runs: their titles, or names or folders where those are equal."""
     labels = [(a.title, b.title), (a.name, b.name), (str(a.path), str(b.path))]
     return next((pair for pair in labels if pair[0] != pair[1]), labels[0])
 
 
-def _compare(a: list["Run"], b: list["Run"], question: str, words: tuple[str, str]) -> Verdict:
+def _compare(a: list[Run], b: list[Run], question: str, words: tuple[str, str]) -> Verdict:
     """The verdict on checked runs; `words` are the decisions for better and for worse."""
     if a[0].valid_text != b[0].valid_text:
         raise MusotaError(
@@ -139,13 +127,13 @@ def _compare(a: list["Run"], b: list["Run"], question: str, words: tuple[str, st
         decision = "tie" if all(diverged) else words[0] if diverged[1] else words[1]
         return Verdict(question, decision, unit=NATS, reason="; ".join(facts))
     interval, about_seeds, next_step = _difference(a, b)
-    decision = {-1: words[0], 0: "tie", 1: words[1]}[interval.side]
+    decision = {-1: words[0], 0: "tie", 1: words[1]}[interval.beyond(0)]
     ppls = "valid PPL {:,.1f} against {:,.1f}".format(*map(_ppl, (a, b)))
     reason = "; ".join([f"{ppls}, {_rates(a[0], b[0])}", about_seeds, *facts])
     return Verdict(question, decision, **in_nats(interval), reason=reason, next_step=next_step)
 
 
-def _difference(a: list["Run"], b: list["Run"]) -> tuple[Interval, str, str]:
+def _difference(a: list[Run], b: list[Run]) -> tuple[Interval, str, str]:
     """The difference in valid loss, what its interval is over, and what to do next."""
     of_a, of_b = ({run.seed: run.valid_loss for run in side} for side in (a, b))
     common = sorted(of_a.keys() & of_b.keys())
@@ -153,15 +141,15 @@ def _difference(a: list["Run"], b: list["Run"]) -> tuple[Interval, str, str]:
         interval = seed_interval([of_a[seed] - of_b[seed] for seed in common])
         return interval, f"95 % interval over {len(common)} seeds", ""
     about, next_step = "no seed in common", "train both with the same seeds"
-    mean = float(np.mean([*of_a.values()]) - np.mean([*of_b.values()]))
     if common:
         about, next_step = "one seed", "train both with more seeds"
-        mean = of_a[common[0]] - of_b[common[0]]
+        of_a, of_b = ({seed: side[seed] for seed in common} for side in (of_a, of_b))
+    mean = float(np.mean([*of_a.values()]) - np.mean([*of_b.values()]))
     interval = Interval(mean, mean - 2 * SEED_SPREAD, mean + 2 * SEED_SPREAD)
-    return interval, f"{about}; {YARDSTICK}", next_step
+    return interval, f"{about}; the spread of seeds measured at study is the yardstick", next_step
 
 
-def _incomplete(side: list["Run"]) -> list[str]:
+def _incomplete(side: list[Run]) -> list[str]:
     """A clause for each run that diverged or has not finished."""
     clauses = []
     for run in side:
@@ -173,11 +161,11 @@ def _incomplete(side: list["Run"]) -> list[str]:
     return clauses
 
 
-def _ppl(side: list["Run"]) -> float:
+def _ppl(side: list[Run]) -> float:
     return math.exp(min(700, np.mean([run.valid_loss for run in side])))  # 1e304 at most
 
 
-def _rates(a: "Run", b: "Run") -> str:
+def _rates(a: Run, b: Run) -> str:
     rates = [run.experiment.training.learning_rate for run in (a, b)]
     if rates[0] == rates[1]:
         return f"both at learning rate {rates[0]:g}"

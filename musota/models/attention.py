@@ -1,7 +1,6 @@
-"""Causal attention of very narrow heads, and its entropy, without holding all weights at once.
+"""Causal attention of very narrow heads (2, 3 or 8 channels), and its entropy.
 
-MU-SOTA's heads have 2, 3 or 8 channels, for which library kernels are not made. On a CPU the
-weights are computed in tiles that fit the cache, and again in the backward pass (as in
+On a CPU the weights are computed in tiles that fit the cache, and again in the backward pass (as in
 FlashAttention, Dao et al. 2022); tiles that lie in the future are skipped.
 """
 
@@ -20,19 +19,16 @@ def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of G heads, (G, T, c) each, and the entropy of its weights in nats, (G, T) or None.
-
-    Scores are q · k: scale q beforehand.
-    """
+    Scores are q · k: scale q beforehand."""
     attend = _TiledAttention.apply if q.device.type == "cpu" else attend_with_library
     return attend(q, k, v, with_entropy)
 
 
 def attend_with_library(q: Tensor, k: Tensor, v: Tensor, with_entropy: bool):
-    """`causal_attention` on a GPU: torch's fused kernel, or all weights for the entropy."""
+    """`causal_attention` with torch's fused kernel, or with all weights for the entropy."""
     if with_entropy:  # recomputed in the backward pass: stored, the weights are half of all memory
-        return checkpoint(
-            _attend_with_weights, q, k, v, use_reentrant=False, preserve_rng_state=False
-        )
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(_attend_with_weights, q, k, v, **options)
     if len(q) > MOST_HEADS:
         some = zip(*(x.split(MOST_HEADS) for x in (q, k, v)), strict=True)
         return torch.cat([attend_with_library(*part, False)[0] for part in some]), None
@@ -42,7 +38,9 @@ def attend_with_library(q: Tensor, k: Tensor, v: Tensor, with_entropy: bool):
 def _attend_with_weights(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
     weights = (q @ k.mT).float().masked_fill(future, float("-inf")).softmax(-1)  # (G, T, T)
-    return weights.to(v.dtype) @ v, entropy(weights)
+    smallest = torch.finfo(weights.dtype).tiny  # for a finite gradient where a weight is 0
+    entropy = -(weights * weights.clamp_min(smallest).log()).sum(-1)
+    return weights.to(v.dtype) @ v, entropy
 
 
 def library_attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
@@ -70,19 +68,14 @@ def merge_heads(y: Tensor, h: int) -> Tensor:
 
 
 def largest_score(q: Tensor, k: Tensor) -> Tensor:
-    """The largest |q · k| of a query and a key not after it; shapes as in `causal_attention`."""
+    """The largest |q · k| of a query and a key not after it; (…, T, c) each."""
     return (q @ k.mT).tril().abs().amax()
 
 
 def mean_entropy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The mean entropy of the attention weights in nats, over all heads and tokens."""
+    """The mean entropy of the attention weights in nats; (…, T, c) each."""
+    q, k, v = (x.flatten(0, -3) for x in (q, k, v))
     return causal_attention(q, k, v, with_entropy=True)[1].mean()
-
-
-def entropy(weights: Tensor) -> Tensor:
-    """−Σ p log p over the last dimension, in nats, with a finite gradient where p = 0."""
-    smallest = torch.finfo(weights.dtype).tiny
-    return -(weights * weights.clamp_min(smallest).log()).sum(-1)
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -134,14 +127,13 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _tiles(q: Tensor, k: Tensor):
-    """Yields (rows of q, rows of k, their scores with the future at −∞) tile by tile. Each tile
-    overwrites the scores of the last."""
+    """Yields (rows of q, rows of k, their scores with the future at −∞) tile by tile."""
     G, T, _ = q.shape
     for start in range(0, T, TILE_ROWS):
         end = min(start + TILE_ROWS, T)
         future = q.new_full((end - start, end), float("-inf")).triu(1 + start)
         heads = max(1, TILE_SIZE // future.numel())
-        buffer = q.new_empty(min(heads, G), *future.shape)
+        buffer = q.new_empty(min(heads, G), *future.shape)  # each tile overwrites the last
         for first in range(0, G, heads):
             some = slice(first, first + heads)
             rows, keys = (some, slice(start, end)), (some, slice(end))
@@ -150,5 +142,4 @@ def _tiles(q: Tensor, k: Tensor):
 
 
 def _widen(x: Tensor) -> Tensor:
-    """`x` with zeros up to a multiple of COLUMNS channels."""
     return F.pad(x, (0, -x.shape[-1] % COLUMNS))

@@ -24,7 +24,8 @@ from musota.models.loss import linear_cross_entropy, score_tokens
 
 class CausalLM(nn.Module, Diagnostics, HubModel):
     """A causal language model. A subclass creates `layers`, and `output` unless it is tied to the
-    embedding, and defines `hidden_states`, `hook_points` and `decayed_groups`."""
+    embedding, and defines `hidden_states`, (B, T) token ids to normalised states (B, T, C) for the
+    output layer, `hook_points` and `decayed_groups`."""
 
     # Module name to its group in the parameter ledger, where the two differ.
     ledger_groups: ClassVar = {
@@ -45,10 +46,6 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
         shape = config.max_seq_len, config.d_model
         self.positions = nn.Embedding(*shape) if learned_positions else None
         self.dropout = Dropout(config.dropout)
-
-    def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """(B, T) token ids to (B, T, C), normalised and ready for the output layer."""
-        raise NotImplementedError
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(B, T) token ids to (B, T, C): embeddings, plus learned positions if there are any."""
@@ -72,15 +69,13 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
     def forward(
         self, input_ids: Tensor, targets: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(B, T) token ids to (logits (B, T, V), None), or with `targets` (B, T), of which
-        targets[:, t] follows input_ids[:, t], to (None, mean loss in nats). Raises MusotaError for
-        a sequence longer than max_seq_len and, on a CPU, for a token id out of range."""
+        """(B, T) token ids to (logits (B, T, V), None), or with `targets` (B, T), the tokens that
+        follow, to (None, mean loss in nats). Raises MusotaError for a sequence longer than
+        max_seq_len and, on a CPU, for a token id out of range."""
         length, longest = input_ids.shape[-1], self.config.max_seq_len
         if not 1 <= length <= longest:
-            raise MusotaError(
-                f"A sequence of {length} tokens does not fit the {longest} positions: "
-                "shorten it or raise max_seq_len."
-            )
+            fit = f"A sequence of {length} tokens does not fit the {longest} positions"
+            raise MusotaError(f"{fit}: shorten it or raise max_seq_len.")
         if input_ids.device.type == "cpu":  # on a GPU it would wait for the values
             self.check_tokens(input_ids)
         hidden = self.hidden_states(input_ids)
@@ -100,11 +95,10 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
     def check_tokens(self, tokens: Tensor) -> None:
         """Raises MusotaError for a token id outside the vocabulary."""
         low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.config.vocab_size:
-            raise MusotaError(
-                f"Token id {low if low < 0 else high} is out of range for a vocabulary of "
-                f"{self.config.vocab_size}: tokenize with the model's own tokenizer."
-            )
+        size, wrong = self.config.vocab_size, low if low < 0 else high
+        if low < 0 or high >= size:
+            reason = f"Token id {wrong} is out of range for a vocabulary of {size}"
+            raise MusotaError(f"{reason}: tokenize with the model's own tokenizer.")
 
     def as_ids(self, text: str | Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """Token ids from a text, or from a list, array or tensor of whole numbers of any type.
@@ -113,26 +107,20 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
             if not self.tokenizer:
                 raise MusotaError("This model came without its tokenizer: give token ids.")
             text = self.tokenizer.encode(text)
-        if isinstance(text, Tensor):
-            real = not (text.is_floating_point() or text.is_complex() or text.dtype == torch.bool)
-            whole, ids = real or not text.numel(), text
-        else:
-            try:
-                array = np.asarray(text)
-            except ValueError:  # lists of different lengths
-                array = np.array(None)
-            whole = array.dtype.kind in "iu" or not array.size
-            ids = torch.from_numpy(array.astype(np.int64)) if whole else None
-        if not whole:
-            raise MusotaError(f"Give a text or whole-numbered token ids, not {text!r:.80}.")
+        try:
+            ids = text if isinstance(text, Tensor) else torch.tensor(np.asarray(text).tolist())
+            if ids.numel():
+                torch.iinfo(ids.dtype)  # raises TypeError for other types than whole numbers
+        except (RuntimeError, TypeError, ValueError):
+            needed = "Give a text or whole-numbered token ids"
+            raise MusotaError(f"{needed}, not {text!r:.80}.") from None
         return ids.long()
 
-    def compile_layers(self, on: bool = True) -> None:
+    def compile_layers(self) -> None:
         """Run the layers of training steps through torch.compile: one graph for all layers.
         Evaluation, whose shapes vary, stays uncompiled."""
         torch.compiler.reset()  # the limit on recompilations counts those of earlier models too
-        kind = type(self.layers[0])
-        compiled = torch.compile(kind.forward, dynamic=False, fullgraph=True) if on else None
+        compiled = torch.compile(type(self.layers[0]).forward, dynamic=False, fullgraph=True)
         for layer in self.layers:
             layer.compiled = compiled
 
@@ -161,9 +149,9 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
         return groups
 
     def score_text(self, text: str) -> pd.DataFrame:
-        """A table of the text's tokens, each with its bits and probability (the first one follows
-        a line end); its `.attrs` hold the text's `ppl` and `bits_per_byte`. Raises MusotaError for
-        a model without its tokenizer, and for anything but a text."""
+        """A table of the text's tokens with bits and probability (the first one follows a line
+        end); its `.attrs` hold the text's `ppl` and `bits_per_byte`. Raises MusotaError for a model
+        without its tokenizer, and for anything but a text."""
         if not isinstance(text, str) or not text:
             raise MusotaError(f"score_text needs a text of a character or more, not {text!r:.40}.")
         tokens = self.as_ids(text).tolist()
@@ -171,8 +159,8 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
         pieces = [self.tokenizer.decode([token]) for token in tokens]
         bits, chance = nats / math.log(2), (-nats).exp()
         scored = pd.DataFrame({"token": pieces, "bits": bits, "probability": chance})
-        size = len(text.encode())
-        scored.attrs = {"ppl": float(nats.mean().exp()), "bits_per_byte": float(bits.sum()) / size}
+        per_byte = float(bits.sum()) / len(text.encode())
+        scored.attrs = {"ppl": float(nats.mean().exp()), "bits_per_byte": per_byte}
         return scored
 
     @torch.no_grad()
@@ -186,12 +174,10 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
         seed: int = 0,
     ) -> Tensor:
         """Tokens (B, T + max_new_tokens) that continue (B, T) prompts, or one prompt, a text or
-        (T,) ids; the model reads the last max_seq_len tokens.
-
-        Temperature 0 takes the likeliest token. `top_k` keeps the k likeliest, `top_p` the fewest
-        whose probability reaches p. The draw depends on `seed` alone. Raises MusotaError for an
-        empty prompt, a token out of range or a setting outside its bounds.
-        """
+        (T,) ids; the model reads the last max_seq_len tokens. Temperature 0 takes the likeliest
+        token. `top_k` keeps the k likeliest, `top_p` the fewest whose probability reaches p. The
+        draw depends on `seed` alone. Raises MusotaError for an empty prompt, a token out of range
+        or a setting outside its bounds."""
         few = (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1)
         if few or not 0 <= temperature < math.inf:
             raise MusotaError("temperature must be at least 0, top_k at least 1, top_p in (0, 1].")
@@ -215,17 +201,15 @@ def _draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor
     if temperature < 1e-6:  # too small a divisor for float32: the likeliest
         return logits.argmax(-1, keepdim=True)
     logits = (logits - logits.max(-1, keepdim=True).values) / temperature
+    ordered, order = logits.sort(descending=True, stable=True)
     if top_k is not None:
-        smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
-    if top_p is not None:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        # A token is dropped when those before it reach top_p; the likeliest always stays.
+        ordered[:, top_k:] = float("-inf")
+    probabilities = ordered.softmax(-1)
+    if top_p is not None:  # drop a token when those before it reach top_p, never the likeliest
         drop = probabilities.cumsum(-1) - probabilities >= top_p
-        drop[:, 0] = False  # even if top_p is too small for float32
-        logits = logits.masked_fill(drop.gather(1, order.argsort(-1)), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        probabilities[:, 1:].masked_fill_(drop[:, 1:], 0)
+    probabilities = probabilities.gather(1, order.argsort(-1))
+    return torch.multinomial(probabilities, 1, generator=generator)
 
 
 class Layer(nn.Module):
@@ -243,21 +227,16 @@ class Layer(nn.Module):
 def score(
     model: CausalLM, tokens: Tensor, stride: int | None = None, batch_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Losses in nats (float32) and top-1 hits (bool) of tokens 1 … n−1, each predicted once;
-    (n−1,) each.
+    """Losses in nats (float32) and top-1 hits (bool) of tokens 1 … n−1, (n−1,) each.
 
     Windows of max_seq_len advance by `stride` (default: their length). With a smaller stride, all
     windows but the first score only tokens that have at least max_seq_len − stride before them.
-    Raises MusotaError for too few tokens, an id out of range or a stride out of bounds.
-    """
+    Raises MusotaError for too few tokens, an id out of range or a stride out of bounds."""
     length = model.config.max_seq_len
     stride = length if stride is None else stride
-    if batch_size is None:
-        batch_size = 16 if model.device.type == "cpu" else 64
-    if not 1 <= stride <= length or batch_size < 1:
-        raise MusotaError(
-            f"stride must lie between 1 and max_seq_len={length}, batch_size be at least 1."
-        )
+    batch_size = batch_size or (16 if model.device.type == "cpu" else 64)
+    if not 1 <= stride <= length:
+        raise MusotaError(f"stride must lie between 1 and max_seq_len={length}, not {stride}.")
     if tokens.dim() != 1 or len(tokens) < 2:
         raise MusotaError("Scoring needs a 1-D tensor of at least two tokens.")
     model.check_tokens(tokens)
@@ -267,20 +246,16 @@ def score(
         end = min(start + length, last)
         windows.append((end - start, end - scored, start))  # inputs, of which the last are scored
         scored = end
-    nats, hits, batches = [], [], []
-    for (width, new), alike in groupby(windows, key=itemgetter(0, 1)):  # may share a batch
-        starts = torch.tensor([start for *_, start in alike], device=tokens.device)
-        span = torch.arange(width + 1, device=tokens.device)
-        batches += [(batch[:, None] + span, new) for batch in starts.split(batch_size)]
+    nats, hits = [], []
     with evaluating(model):
-        for places, new in batches:
-            window = tokens[places]  # (batch, width + 1)
-            hidden = model.hidden_states(window[:, :-1].clone())[
-                :, -new:
-            ]  # not the targets' memory
-            losses, correct = model.score_of(hidden, window[:, -new:])
-            nats.append(losses.flatten())
-            hits.append(correct.flatten())
+        for (width, new), alike in groupby(windows, key=itemgetter(0, 1)):  # may share a batch
+            starts = torch.tensor([start for *_, start in alike], device=tokens.device)
+            for batch in starts.split(batch_size):
+                window = tokens[batch[:, None] + torch.arange(width + 1, device=tokens.device)]
+                hidden = model.hidden_states(window[:, :-1])[:, -new:]
+                losses, correct = model.score_of(hidden, window[:, -new:])
+                nats.append(losses.flatten())
+                hits.append(correct.flatten())
     return torch.cat(nats).cpu(), torch.cat(hits).cpu()
 
 
@@ -299,8 +274,8 @@ class Dropout(nn.Dropout):
     probability is rounded to 1/65,536. (torch's own takes a tenth of a training step.)"""
 
     def forward(self, x: Tensor) -> Tensor:
-        torchs_own = x.device.type != "cpu" or torch.compiler.is_compiling()
-        if not self.training or not self.p or torchs_own:
+        fast = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (fast and self.training and self.p):
             return super().forward(x)
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         dropped = round(self.p * 2**16)

@@ -1,8 +1,4 @@
-"""The baseline: a GPT-2 style transformer (Radford et al. 2019).
-
-Dropout is applied where MU-SOTA applies it: to the embeddings, the output of attention and the
-hidden layer of the feed-forward layer.
-"""
+"""The baseline: a GPT-2 style transformer (Radford et al. 2019), with dropout as in MU-SOTA."""
 
 import math
 from typing import ClassVar

@@ -1,9 +1,8 @@
-"""Diagnostics of a model: values recorded at hook points, and health statistics made of them."""
+"""Values recorded at hook points of a model, and health statistics made of them."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ class Diagnostics:
     """Hook points and health statistics. Mixed into CausalLM."""
 
     def hook_points(self) -> dict[str, tuple[Callable, list[nn.Module]]]:
-        """By name: a function `of(module, inputs, output)` and the modules it applies to, in layer
+        """By name: a function of (module, inputs, output), and the modules it applies to in layer
         order. `largest_score` and `attention_entropy` give scalars; gated models add `gate`, the
         factors (B, T, N), and `gate_open`, the same on a scale from 0 to 1."""
         raise NotImplementedError
@@ -42,24 +41,19 @@ class Diagnostics:
     def record(self, seen: dict[str, list[Tensor]]) -> list:
         """Hooks that append to `seen[name]` the values of each hook point; use with `hooked`."""
 
-        def keep(name: str, of: Callable, *given) -> None:
-            seen[name].append(of(*given))
+        def hook(name: str, of: Callable):
+            return lambda *given: seen[name].append(of(*given))
 
-        return [
-            module.register_forward_hook(partial(keep, name, of))
-            for name, (of, modules) in self.hook_points().items()
-            for module in modules
-        ]
+        points = self.hook_points().items()
+        return [m.register_forward_hook(hook(name, of)) for name, (of, ms) in points for m in ms]
 
     @torch.no_grad()
     def health(self, input_ids: Tensor) -> dict[str, float | list[float]]:
-        """Statistics of the model on (B, T) tokens, without dropout.
-
-        `effective_rank` of the output layer's inputs · `largest_score` of any attention ·
-        `attention_entropy` in nats, by layer (MU-SOTA: across blocks) · of gated models, by block
-        and averaged over layers, the factors' `gate_mean`, `gate_spread` (over tokens) and
-        `gate_saturated`, the share of tokens whose gate is under 5 % or over 95 % open.
-        """
+        """Statistics of the model on (B, T) tokens, without dropout: `effective_rank` of the output
+        layer's inputs · `largest_score` of any attention · `attention_entropy` in nats, by layer
+        (MU-SOTA: across blocks) · of gated models, by block and averaged over layers, the factors'
+        `gate_mean`, `gate_spread` (over tokens) and `gate_saturated`, the share of tokens whose
+        gate is under 5 % or over 95 % open."""
         seen = defaultdict(list)
         with hooked(self.record(seen)), evaluating(self):
             hidden = self.hidden_states(input_ids)
@@ -82,8 +76,7 @@ class Diagnostics:
 def effective_rank(vectors: Tensor) -> float:
     """exp of the entropy of the normalised singular values of centred (n, d) vectors: the number
     of directions they use evenly (Roy and Vetterli 2007), between 1 and d."""
-    vectors = vectors.cpu()  # some devices lack eigvalsh or float64
-    centred = (vectors - vectors.mean(0)).double()
+    centred = (vectors - vectors.mean(0)).cpu().double()
     singular = torch.linalg.eigvalsh(centred.mT @ centred).clamp_min(0).sqrt()
     share = singular / singular.sum().clamp_min(1e-30)
     return float(torch.special.entr(share).sum().exp())

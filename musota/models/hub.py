@@ -28,20 +28,18 @@ from musota.files import as_path, write_bytes, write_json, write_whole
 if TYPE_CHECKING:
     from musota.models.base import CausalLM
 
-# The class of each configuration, as a string: the modules that define them import this one.
+# The class of each configuration, by name: the modules that define them import this one.
 ARCHITECTURES = {
     MuConfig: "musota.models.mu_sota:MuSota",
     DenseConfig: "musota.models.dense:DenseTransformer",
     RedesignedConfig: "musota.models.redesigned:Redesigned",
 }
-CARD = """\
----
+CARD = """---
 {{ card_data }}
 ---
-
-A small causal language model of the MU-SOTA workbook, trained for research: do not rely on the
-text it generates. `model = musota.CausalLM.from_pretrained(folder)` loads it;
-`model.generate("A text", 50)[0]` gives tokens, which `model.tokenizer.decode` turns into text.
+A small causal language model, trained for research: do not rely on the text it generates.
+`model = musota.CausalLM.from_pretrained(folder)` loads it; `model.generate("A text", 50)[0]` gives
+tokens, which `model.tokenizer.decode` turns into text.
 """
 
 
@@ -49,10 +47,8 @@ def build_model(config: ModelConfig) -> "CausalLM":
     """The model a config describes, freshly initialised from torch's random state. Raises
     MusotaError for a ModuleConfig, whose code is not part of this package."""
     if isinstance(config, ModuleConfig):
-        raise MusotaError(
-            f"{config.source} is not a model of this package: build the module with your own "
-            "code, and fill it with Run.load_weights(module)."
-        )
+        advice = "build the module with your own code, and fill it with Run.load_weights(module)"
+        raise MusotaError(f"{config.source} is not a model of this package: {advice}.")
     return pkgutil.resolve_name(ARCHITECTURES[type(config)])(config)
 
 
@@ -72,11 +68,8 @@ def save_model(
 
 
 def load_model(folder: str | os.PathLike, device: str = "cpu") -> "CausalLM":
-    """The model that `save_model` wrote, with its tokenizer.
-
-    Raises MusotaError if a file is missing or damaged, or if the number of weights differs from
-    the config's (found before memory is allocated).
-    """
+    """The model that `save_model` wrote, with its tokenizer. Raises MusotaError if a file is
+    missing or damaged, or, before memory is allocated, if the config has other sizes."""
     folder = as_path(folder)
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -84,10 +77,8 @@ def load_model(folder: str | os.PathLike, device: str = "cpu") -> "CausalLM":
         with safe_open(folder / "model.safetensors", "pt") as file:
             held = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
         if held != config.n_parameters and not isinstance(config, ModuleConfig):
-            raise MusotaError(
-                f"The model in {folder} is refused: its config.json describes "
-                f"{config.n_parameters:,} parameters, but it has {held:,} weights."
-            )
+            sizes = f"{config.n_parameters:,} parameters, but it has {held:,} weights"
+            raise MusotaError(f"{folder} is refused: its config.json describes {sizes}.")
         model = build_model(config)
         model.load_state_dict(load_file(folder / "model.safetensors"))
         if (folder / "tokenizer.json").exists():
@@ -102,18 +93,13 @@ def load_model(folder: str | os.PathLike, device: str = "cpu") -> "CausalLM":
     return model.to(device).eval()
 
 
-class HubModel(
-    ModelHubMixin,
-    library_name="musota",
-    license="mit",
-    pipeline_tag="text-generation",
-    model_card_template=CARD,
-):
-    """`save_pretrained`, `push_to_hub` and `from_pretrained`, on top of huggingface_hub's mixin:
-    model.safetensors, config.json, tokenizer.json (if there is one) and a short model card."""
+ABOUT = {"library_name": "musota", "license": "mit", "pipeline_tag": "text-generation"}
+
+
+class HubModel(ModelHubMixin, **ABOUT, model_card_template=CARD):
+    """`save_pretrained`, `push_to_hub` and `from_pretrained`, on huggingface_hub's mixin."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, **options) -> str | None:
-        """Write the model to a folder; `~` is the home folder."""
         return super().save_pretrained(as_path(save_directory), **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -129,8 +115,6 @@ class HubModel(
         try:
             folder = snapshot_download(str(name), allow_patterns=wanted, etag_timeout=5, **download)
         except Exception as error:  # the hub's client raises many types
-            raise MusotaError(
-                f"There is no model {name}: it is not a folder here, and the Hugging Face hub does "
-                f"not provide it ({type(error).__name__})."
-            ) from None
+            why = f"it is no folder, and the Hugging Face hub has none ({type(error).__name__})"
+            raise MusotaError(f"There is no model {name}: {why}.") from None
         return load_model(folder)

@@ -1,13 +1,10 @@
-"""BlockLayout: the semantic blocks of a token's matrix.
-
-Models compute on the d channels of a token, stored block by block. Pictures show the matrix;
-`to_matrix` converts channels to it.
-"""
+"""BlockLayout: the semantic blocks of a token's matrix. Models compute on channels stored block by
+block; pictures show the matrix."""
 
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import groupby
+from itertools import count, groupby
 
 import numpy as np
 
@@ -66,8 +63,7 @@ class BlockLayout:
     def of_bands(cls, height: int, bands: list[list[int]]) -> "BlockLayout":
         """The layout of horizontal bands of equal height, given the widths of their blocks. Sixteen
         or eight blocks have the plan's names, other numbers B1, B2, …."""
-        total = sum(map(len, bands))
-        names = iter(NAMES.get(total) or [f"B{number}" for number in range(1, total + 1)])
+        names = iter(NAMES.get(sum(map(len, bands))) or map("B{}".format, count(1)))
         blocks = [
             Block(next(names), band * height, sum(widths[:place]), height, width)
             for band, widths in enumerate(bands)
@@ -78,35 +74,28 @@ class BlockLayout:
     @classmethod
     @lru_cache
     def of_equal_blocks(cls, n_block: int, size: int) -> "BlockLayout":
-        """The layout of `n_block` blocks of `size` channels, as nearly square as possible."""
-        height = max(rows for rows in range(1, math.isqrt(size) + 1) if size % rows == 0)
-        width = size // height
-        grids = [(rows, n_block // rows) for rows in range(1, n_block + 1) if n_block % rows == 0]
-        rows, columns = min(grids, key=lambda grid: abs(grid[0] * height - grid[1] * width))
-        return cls.of_bands(height, [[width] * columns] * rows)
+        """The layout of `n_block` blocks of `size` channels in which the matrix, and then a block,
+        is as nearly square as possible; no block is higher than wide."""
+        heights = [each for each in range(math.isqrt(size), 0, -1) if size % each == 0]
+        rows = [each for each in range(1, n_block + 1) if n_block % each == 0]
+        # of the matrix: its height is height × n_row, its width the rest of n_block × size
+        excess = {(h, n): abs(h * n - n_block * size / (h * n)) for h in heights for n in rows}
+        height, n_row = min(excess, key=excess.get)
+        return cls.of_bands(height, [[size // height] * (n_block // n_row)] * n_row)
 
     @classmethod
     @lru_cache
     def standard(cls, matrix_size: int, n_block: int) -> "BlockLayout":
-        """MU-SOTA's layout of `n_block` equal rectangles in the most nearly square grid (the wider
-        blocks where two grids are equally square), or the plan's 6×6 matrix with 8 blocks.
-
-        Raises MusotaError where no grid of equal rectangles exists.
-        """
+        """MU-SOTA's layout of `n_block` equal rectangles, or the plan's 6×6 matrix with 8 blocks.
+        Raises MusotaError where no grid of equal rectangles exists."""
         if (matrix_size, n_block) in UNEVEN:
             return cls.of_bands(2, UNEVEN[matrix_size, n_block])
-        grids = [
-            (rows, n_block // rows)
-            for rows in range(n_block, 0, -1)
-            if n_block % rows == matrix_size % rows == matrix_size % (n_block // rows) == 0
-        ]
-        if not grids:
+        if matrix_size**2 % n_block:
             raise MusotaError(
                 f"{n_block} equal blocks do not tile a {matrix_size}×{matrix_size} matrix: use "
                 "8×8 with 16 or 8 blocks, or 6×6 with 8."
             )
-        rows, columns = min(grids, key=lambda grid: abs(grid[0] - grid[1]))
-        return cls.of_bands(matrix_size // rows, [[matrix_size // columns] * columns] * rows)
+        return cls.of_equal_blocks(n_block, matrix_size**2 // n_block)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -123,10 +112,9 @@ class BlockLayout:
 
     def to_matrix(self, channels):
         """(..., C) channels to (..., height, width), for tensors and arrays."""
-        place = np.arange(self.height * self.width).reshape(self.height, self.width)
-        stored = [
-            place[b.row : b.row + b.height, b.column : b.column + b.width].ravel()
-            for b in self.blocks
-        ]
-        inverse = np.argsort(np.concatenate(stored))
-        return channels[..., inverse].reshape(*channels.shape[:-1], self.height, self.width)
+        index, first = np.empty((self.height, self.width), int), 0
+        for b in self.blocks:
+            own = np.arange(first, first + b.size).reshape(b.height, b.width)
+            index[b.row : b.row + b.height, b.column : b.column + b.width] = own
+            first += b.size
+        return channels[..., index]

@@ -1,45 +1,38 @@
 """Cross-entropy over a large vocabulary without holding all logits at once.
 
-The output layer is applied to a few hundred tokens at a time. In training their gradient is
-computed in the forward pass. Logits become probabilities and then gradients in place: on a CPU
-each pass over them costs as much as a matrix product.
+The output layer is applied to a few hundred tokens at a time, and their gradient computed in the
+forward pass. Logits become probabilities and then gradients in place: on a CPU each pass over them
+costs as much as a matrix product.
 """
 
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}  # at most; 400 MB of logits for a vocabulary of 50,000
+GPU_CHUNK = 2048  # tokens: 400 MB of logits for a vocabulary of 50,000
 CACHED_LOGITS = 10_000_000  # fit a CPU's cache: 200 tokens for a vocabulary of 50,000
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of a linear layer: autocast's where it is on, else the input's."""
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
     """Yields slices of tokens, each with its hidden states in `dtype` and its float32 logits. The
     caller may change the logits; the next chunk overwrites them."""
-    size = CHUNK_TOKENS.get(hidden.device.type, 512)
-    if hidden.device.type == "cpu":
-        size = min(size, max(CACHED_LOGITS // len(weight), 32))
+    size = min(512, max(CACHED_LOGITS // len(weight), 32))
+    size = GPU_CHUNK if hidden.is_cuda else size
     # A GPU sums in float32 anyway; rounded to bf16 the likeliest tokens would often be equal.
     exact = hidden.is_cuda and dtype != torch.float32
     shape = min(size, len(hidden)), len(weight)
     buffer = None if exact else hidden.new_empty(shape, dtype=dtype)
-    rounded = buffer is not None and dtype != torch.float32
-    logits32 = hidden.new_empty(shape, dtype=torch.float32) if rounded else None
     for start in range(0, len(hidden), size):
         x = hidden[start : start + size].to(dtype)
         if exact:
             logits = torch.mm(x, weight.T, out_dtype=torch.float32)
         else:
-            logits = torch.mm(x, weight.T, out=buffer[: len(x)])
-            if rounded:
-                logits = logits32[: len(x)].copy_(logits)
+            logits = torch.mm(x, weight.T, out=buffer[: len(x)]).float()
         if bias is not None:
             logits += bias
         yield slice(start, start + size), x, logits
@@ -48,7 +41,6 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, dtype):
-        n_token = targets.numel()
         cast_weight = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -73,8 +65,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 grad_weight += grad_logits.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.n_token = n_token
-        return total / n_token
+        ctx.n_token = len(targets)
+        return total / len(targets)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -87,11 +79,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> Tensor:
-    """Mean cross-entropy, in nats per token, of `hidden @ weight.T + bias` against `targets`.
-
-    hidden (..., d), weight (V, d), bias (V,) or None, targets (...) of token ids. Equal in value
-    and gradient to `F.cross_entropy(F.linear(hidden, weight, bias), targets)`.
-    """
+    """`F.cross_entropy(F.linear(hidden, weight, bias), targets)`, in nats per token: hidden
+    (..., d), weight (V, d), bias (V,) or None, targets (...) of token ids."""
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     dtype = _matmul_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):

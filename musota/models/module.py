@@ -22,16 +22,13 @@ from musota.models.diagnostics import evaluating
 def logits_of(module: nn.Module, ids: Tensor) -> Tensor:
     """Logits (B, T, V) of (B, T) token ids: the module's output, the first item of a tuple, or
     `.logits`. Ids are passed by position, or as `input_ids` where the module takes no other."""
-    out = module(ids) if _takes_position(module) else module(input_ids=ids)
+    by_name = False
+    if not isinstance(module, torch.jit.ScriptModule):  # which has no Python signature
+        parameters = inspect.signature(module.forward).parameters.values()
+        by_name = all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters)
+    out = module(input_ids=ids) if by_name else module(ids)
     out = out["logits"] if isinstance(out, Mapping) else getattr(out, "logits", out)
     return out[0] if isinstance(out, (tuple, list)) else out
-
-
-def _takes_position(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule):  # has no Python signature
-        return True
-    parameters = inspect.signature(module.forward).parameters.values()
-    return any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters)
 
 
 def checked_logits(module: nn.Module, ids: Tensor, vocab_size: int) -> Tensor:
@@ -39,12 +36,12 @@ def checked_logits(module: nn.Module, ids: Tensor, vocab_size: int) -> Tensor:
     not finite."""
     with blaming(f"The model, given token ids up to {vocab_size - 1} in shape {(*ids.shape,)},"):
         logits = logits_of(module, ids)
-    found, wanted = getattr(logits, "shape", type(logits).__name__), (*ids.shape, vocab_size)
+    wanted = (*ids.shape, vocab_size)
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if found != wanted:
         advice = "logits of every position are needed, (batch, position, vocabulary)"
         if found[:-1] == ids.shape:
             advice = f"use vocab_size={found[-1]}, or build it for {vocab_size}"
-        found = found if isinstance(found, str) else (*found,)
         raise MusotaError(f"The model returned {found} and not {wanted}: {advice}.")
     if not logits.isfinite().all():
         raise MusotaError("Some logits of the model are not finite: correct the model first.")
@@ -54,12 +51,11 @@ def checked_logits(module: nn.Module, ids: Tensor, vocab_size: int) -> Tensor:
 def call_once(module: nn.Module, max_seq_len: int) -> None:
     """Call a module on one sequence, which creates its lazy parameters and buffers. The random
     state stays as it is."""
-    parameter = next(module.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
+    device = next(module.parameters(), torch.empty(0)).device
     ids = torch.zeros(1, max_seq_len, dtype=torch.long, device=device)
-    forked = [device] if device.type == "cuda" else []
     whose = f"The model, given token ids of 0 in shape (1, {max_seq_len}),"
-    with torch.random.fork_rng(forked), torch.no_grad(), evaluating(module), blaming(whose):
+    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with forked, torch.no_grad(), evaluating(module), blaming(whose):
         logits_of(module, ids)
 
 
@@ -75,12 +71,13 @@ def materialized_copy(module: nn.Module, max_seq_len: int) -> nn.Module:
 def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> ModuleConfig:
     """The description of a module, measured on a copy with one sequence of `max_seq_len` tokens.
     Raises MusotaError for a module without parameters, or whose output does not fit."""
+    name = type(module).__name__
     measured = materialized_copy(module, max_seq_len).eval()
     parameters = dict(measured.named_parameters())
     if not parameters:
-        raise MusotaError(f"{type(module).__name__} has no parameters, so nothing can be trained.")
-    ids = torch.linspace(0, vocab_size - 1, max_seq_len).long()  # up to the largest
-    ids = ids.to(next(iter(parameters.values())).device)
+        raise MusotaError(f"{name} has no parameters, so nothing can be trained.")
+    device = next(measured.parameters()).device
+    ids = torch.linspace(0, vocab_size - 1, max_seq_len, device=device).long()
     with (
         warnings.catch_warnings(action="ignore"),
         torch.no_grad(),
@@ -93,7 +90,7 @@ def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> Modul
     n_layer, dropout = _depth_and_dropout(measured)
     path = _defining_file(type(module))
     return ModuleConfig(
-        source=f"{path.name}:{type(module).__name__}" if path else type(module).__name__,
+        source=f"{path.name}:{name}" if path else name,
         file_sha256=sha256(path.read_bytes()) if path else "",
         shapes_sha256=sha256(repr(shapes).encode()),
         vocab_size=vocab_size,
@@ -107,28 +104,29 @@ def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> Modul
 
 def _defining_file(kind: type) -> Path | None:
     """The file that defines a class; None for classes of torch and of a notebook."""
-    functions = [inspect.unwrap(one) for one in vars(kind).values() if inspect.isfunction(one)]
+    functions = map(inspect.unwrap, filter(inspect.isfunction, vars(kind).values()))
     files = [Path(function.__code__.co_filename) for function in functions]
-    found = next((path for path in files if path.is_file()), None)
-    return None if kind.__module__.startswith("torch.") else found
+    of_torch = kind.__module__.startswith("torch.")
+    return None if of_torch else next(filter(Path.is_file, files), None)
 
 
 def _depth_and_dropout(module: nn.Module) -> tuple[int, float]:
     """The length of the longest list of equal layers, and the largest dropout."""
-    parts = list(module.modules())
-    lists = [part for part in parts if isinstance(part, (nn.ModuleList, nn.Sequential))]
-    depths = [len(layers) for layers in lists if len({type(layer) for layer in layers}) == 1]
-    drops = [float(part.p) for part in parts if isinstance(part, nn.Dropout)]
-    for part in parts:
+    depths, dropouts = [1], [0.0]
+    for part in module.modules():
         if isinstance(part, nn.RNNBase):
             depths.append(part.num_layers)
-            drops.append(float(part.dropout))
-    return max(depths, default=1), max(drops, default=0.0)
+            dropouts.append(float(part.dropout))
+        elif isinstance(part, nn.Dropout):
+            dropouts.append(float(part.p))
+        elif isinstance(part, (nn.ModuleList, nn.Sequential)) and len({*map(type, part)}) == 1:
+            depths.append(len(part))
+    return max(depths), max(dropouts)
 
 
 class WrappedModule(CausalLM):
-    """A CausalLM around any module. Its hidden states are the module's logits. Raises MusotaError
-    for a module whose state is not all tensors."""
+    """A CausalLM around any module, whose logits are its hidden states. Raises MusotaError for a
+    module whose state is not all tensors."""
 
     def __init__(self, module: nn.Module, config: ModuleConfig):
         nn.Module.__init__(self)  # without the embeddings of a CausalLM
@@ -137,19 +135,18 @@ class WrappedModule(CausalLM):
         call_once(module, config.max_seq_len)
         for name, value in module.state_dict().items():
             if not isinstance(value, Tensor):
-                raise MusotaError(
-                    f"{name} in the model's state is {type(value).__name__}, which cannot be "
-                    "saved: let get_extra_state return a tensor."
-                )
+                found = f"{name} in the model's state is {type(value).__name__}"
+                advice = "let get_extra_state return a tensor"
+                raise MusotaError(f"{found}, which cannot be saved: {advice}.")
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         compiled = self.compiled if self.training else None
         # A copy: a module may write into its input, which shares memory with the targets.
         return (compiled or logits_of)(self.module, input_ids.clone())  # (B, T, V)
 
-    def compile_layers(self, on: bool = True) -> None:
+    def compile_layers(self) -> None:
         torch.compiler.reset()
-        self.compiled = torch.compile(logits_of, dynamic=False, fullgraph=True) if on else None
+        self.compiled = torch.compile(logits_of, dynamic=False, fullgraph=True)
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -166,8 +163,7 @@ class WrappedModule(CausalLM):
         return {}  # a module has no hook points
 
     def ledger_group(self, name: str) -> str:
-        """The first part of the parameter's name in the module."""
-        return name.split(".")[1].replace("_", " ")
+        return name.split(".")[1].replace("_", " ")  # the first part after "module."
 
     def is_decayed(self, name: str, parameter: nn.Parameter) -> bool:
         tables = [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]

@@ -1,8 +1,5 @@
 """MU-SOTA: a token is a matrix of semantic blocks, with attention inside blocks and across them.
-
-The channels of a token are stored block by block (see `layout`). Blocks of one size are computed
-together.
-"""
+Channels are stored block by block; blocks of one size are computed together."""
 
 from typing import ClassVar
 
@@ -16,13 +13,12 @@ from musota.models.base import CausalLM, Dropout, Layer
 
 
 class BlockAttention(nn.Module):
-    """Causal self-attention inside each of `n_block` blocks of `size` channels. Each block has its
-    own query, key, value and output maps (size × size, with biases)."""
+    """Causal self-attention inside each of `n_block` blocks of `size` channels."""
 
     def __init__(self, n_block: int, size: int):
         super().__init__()
         self.n_block, self.size = n_block, size
-        # As in nn.MultiheadAttention, once a block: rows are outputs, in the order q, k, v.
+        # As in nn.MultiheadAttention, for each block: rows are outputs, in the order q, k, v.
         self.in_weight = nn.Parameter(torch.empty(n_block, 3 * size, size))
         self.in_bias = nn.Parameter(torch.zeros(n_block, 1, 3 * size))
         self.out_weight = nn.Parameter(torch.empty(n_block, size, size))
@@ -40,7 +36,7 @@ class BlockAttention(nn.Module):
         return split_heads(qkv.view(n * B, T, 3 * c), HEADS_PER_BLOCK)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, n·c) to the same; n blocks of c channels, h heads of c/h channels each."""
+        """(B, T, n·c) to the same."""
         B, T, _ = x.shape
         n, c = self.n_block, self.size
         y, _ = causal_attention(*self.heads(x))  # (n·B·h, T, c/h)
@@ -94,7 +90,6 @@ class MuLayer(Layer):
         super().__init__()
         d, layout = config.d_model, config.layout
         self.block_attention = nn.ModuleList(BlockAttention(n, c) for n, c in layout.groups)
-        self.channels_per_group = [n * c for n, c in layout.groups]
         self.cross_attention = CrossAttention(d, config.n_head)
         self.norm_attention = nn.LayerNorm(d)
         self.feed_forward_up = _linear(d, 4 * d)
@@ -109,7 +104,7 @@ class MuLayer(Layer):
 
     def forward(self, x: Tensor, affinity: Tensor) -> Tensor:
         """Channels (B, T, C) and the tokens' affinities (B, T, N) to new channels (B, T, C)."""
-        groups = x.split(self.channels_per_group, -1)
+        groups = x.split([attend.n_block * attend.size for attend in self.block_attention], -1)
         attended = [attend(x) for attend, x in zip(self.block_attention, groups, strict=True)]
         y = self.dropout(torch.cat(attended, -1))
         across, attention_entropy = self.cross_attention(y)
@@ -128,15 +123,13 @@ class MuSota(CausalLM):
 
     def __init__(self, config: MuConfig):
         super().__init__(config)
-        d, L, N = config.d_model, config.n_layer, config.n_block
-        # The tables of all layers side by side: one look-up for all.
-        self.affinity = nn.Embedding(config.vocab_size, L * N)
+        L = config.n_layer
+        self.affinity = nn.Embedding(config.vocab_size, L * config.n_block)  # tables of all layers
         self.layers = nn.ModuleList(MuLayer(config) for _ in range(L))
-        self.norm = nn.LayerNorm(d)
-        self.output = _linear(d, config.vocab_size)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        nn.init.normal_(self.positions.weight, std=0.02)
-        nn.init.normal_(self.affinity.weight, std=0.1)
+        self.norm = nn.LayerNorm(config.d_model)
+        self.output = _linear(config.d_model, config.vocab_size)
+        for table, std in (self.embedding, 0.02), (self.positions, 0.02), (self.affinity, 0.1):
+            nn.init.normal_(table.weight, std=std)
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)  # (B, T, C)

@@ -1,9 +1,8 @@
 """The redesign: MU-SOTA's blocks, affinities and gates on the body of a modern transformer.
 
-A token is split into semantic blocks, with one attention head per block. Queries use all channels
-of a token; keys use the channels of their own block (`config.blocks`). The updates of attention
-and feed-forward layer are scaled block by block by a gate (`config.gate`). With both switches off
-this is the parameter-matched modern transformer.
+Each semantic block has one attention head. Queries use all channels of a token; keys use those of
+their own block (`config.blocks`). A gate scales the updates of each block (`config.gate`). With
+both switches off this is the parameter-matched modern transformer.
 """
 
 from typing import ClassVar
@@ -38,8 +37,7 @@ class Attention(nn.Module):
         return q * (self.sharpness * self.block_size**-0.5), k, self.split(self.value(x))
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:
-        """(B, T, C) to (B, N, T, C/N): equal parts of the channels, each by its own linear map
-        `weight[part]`."""
+        """(B, T, C) to (B, N, T, C/N): equal parts of the channels, each by its `weight[part]`."""
         parts = x.reshape(-1, len(weight), weight.shape[1]).transpose(0, 1)
         return self.split(torch.bmm(parts, weight).transpose(0, 1).reshape(x.shape))
 
@@ -55,7 +53,7 @@ class Attention(nn.Module):
 
 def rotate(x: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021): (…, T, c) with each pair of channels rotated by an angle
-    proportional to the position, so that q · k depends on the distance of two tokens."""
+    proportional to the position."""
     T, c = x.shape[-2:]
     frequency = 10_000.0 ** -(torch.arange(0, c, 2, device=x.device) / c)
     angle = torch.arange(T, device=x.device)[:, None] * frequency  # (T, c/2)
@@ -65,8 +63,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """The factor of each block's updates, 2 × sigmoid of a linear map of the token's affinities.
-    It starts at 1."""
+    """The factor of each block's updates, 1 at first, from the token's affinities."""
 
     def __init__(self, n_block: int):
         super().__init__()
@@ -148,14 +145,11 @@ class Redesigned(CausalLM):
         return self.norm(x)
 
     def hook_points(self) -> dict:
-        def heads(attention: Attention, x: Tensor) -> list[Tensor]:
-            return [part.flatten(0, 1) for part in attention.heads(x)]
-
         attentions = [layer.attention for layer in self.layers]
         gates = [layer.gate for layer in self.layers if layer.gate]
         return {
-            "largest_score": (lambda one, x, _: largest_score(*heads(one, *x)[:2]), attentions),
-            "attention_entropy": (lambda one, x, _: mean_entropy(*heads(one, *x)), attentions),
+            "largest_score": (lambda one, x, _: largest_score(*one.heads(*x)[:2]), attentions),
+            "attention_entropy": (lambda one, x, _: mean_entropy(*one.heads(*x)), attentions),
             "gate": (lambda _, __, factors: factors, gates),
             "gate_open": (lambda _, __, factors: factors / 2, gates),
         }

@@ -1,124 +1,74 @@
-"""The specification in plain torch, which tests and the benchmark compare the fast models with."""
+"""The equations of docs/model.md in plain torch, with which tests and the benchmark compare."""
+
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musota.config import DenseConfig, MuConfig
+from musota.config import HEADS_PER_BLOCK, MuConfig
 from musota.models.base import CausalLM
 
 
-class ReferenceMuLayer(nn.Module):
-    """A layer of MU-SOTA, block by block."""
-
-    def __init__(self, config: MuConfig, attention_dropout: float):
-        super().__init__()
-        d, N = config.d_model, config.n_block
-        self.sizes = list(config.layout.sizes)
-        options = {"dropout": attention_dropout, "batch_first": True}
-        self.blocks = nn.ModuleList(nn.MultiheadAttention(c, 2, **options) for c in self.sizes)
-        self.cross_attention = nn.MultiheadAttention(d, config.n_head, **options)
-        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.linear1, self.linear2 = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
-        self.affinity = nn.Embedding(config.vocab_size, N)
-        self.gate = nn.ModuleDict({"up": nn.Linear(N + 1, 2 * N), "down": nn.Linear(2 * N, N)})
-        self.gate.beta = nn.Parameter(torch.empty(N))
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, input_ids: Tensor, future: Tensor) -> Tensor:
-        options = {"attn_mask": future, "is_causal": True, "need_weights": False}
-        blocks = zip(self.blocks, x.split(self.sizes, -1), strict=True)
-        alone = [attend(block, block, block, **options)[0] for attend, block in blocks]
-        y = self.dropout(torch.cat(alone, -1))
-        options = {"attn_mask": future, "average_attn_weights": False}
-        across, weights = self.cross_attention(y, y, y, **options)  # weights (B, h, T, T)
-        entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1).mean(1, keepdim=True).mT
-        z = self.norm1(y + self.dropout(across))
-        hidden = self.dropout(F.gelu(self.linear1(z)))
-        z = self.norm2(z + self.linear2(hidden))
-        hidden = F.gelu(self.gate.up(torch.cat([self.affinity(input_ids), entropy], -1)))
-        sensitivity = self.gate.beta * torch.sigmoid(self.gate.down(hidden))  # (B, T, N)
-        olds, news = x.split(self.sizes, -1), z.split(self.sizes, -1)
-        moved = [
-            old + sensitivity[..., block, None] * (new - old)
-            for block, (old, new) in enumerate(zip(olds, news, strict=True))
-        ]
-        return torch.cat(moved, -1)
-
-
-class ReferenceDenseLayer(nn.TransformerEncoderLayer):
-    """Torch's pre-norm layer, without dropout on the output of the feed-forward layer."""
-
-    def __init__(self, config: DenseConfig, attention_dropout: float):
-        options = {"activation": "gelu", "batch_first": True, "norm_first": True}
-        d = config.d_model
-        super().__init__(d, config.n_head, 4 * d, config.dropout, **options)
-        self.self_attn.dropout = attention_dropout
-        self.dropout2 = nn.Identity()
-
-    def forward(self, x: Tensor, input_ids: Tensor, future: Tensor) -> Tensor:
-        return super().forward(x, src_mask=future, is_causal=True)
-
-
 class ReferenceModel(nn.Module):
-    """A plain implementation of `model` with the same weights. It returns (None, loss)."""
+    """`model`, with the same weights, computed block by block and with all logits at once. It
+    returns (None, loss)."""
 
-    def __init__(self, model: CausalLM, attention_dropout: float = 0.0):
+    def __init__(self, model: CausalLM):
         super().__init__()
-        self.config = config = model.config
-        d, is_mu = config.d_model, isinstance(config, MuConfig)
-        self.embedding = nn.Embedding(config.vocab_size, d)
-        self.positions = nn.Embedding(config.max_seq_len, d)
-        layer = ReferenceMuLayer if is_mu else ReferenceDenseLayer
-        self.layers = nn.ModuleList(layer(config, attention_dropout) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(d)
-        self.output = nn.Linear(d, config.vocab_size, bias=is_mu)
-        if not is_mu:
-            self.output.weight = self.embedding.weight
-        self.dropout = nn.Dropout(config.dropout)
-        self.load_state_dict(_reference_weights(model))
-        self.to(model.device)
+        self.model = model
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> tuple[None, Tensor]:
-        T = input_ids.shape[1]
-        place = torch.arange(T, device=input_ids.device)
-        x = self.dropout(self.embedding(input_ids) + self.positions(place))
-        future = x.new_full((T, T), float("-inf")).triu(1)
-        for layer in self.layers:
-            x = layer(x, input_ids, future)
-        logits = self.output(self.norm(x))
+        model = self.model
+        x = self.drop(model.embedding(input_ids) + model.positions.weight[: input_ids.shape[1]])
+        if isinstance(model.config, MuConfig):
+            affinities = model.affinity(input_ids).chunk(model.config.n_layer, -1)
+            for layer, affinity in zip(model.layers, affinities, strict=True):
+                x = self.mu_layer(layer, x, affinity)
+        else:
+            for layer in model.layers:
+                x = self.dense_layer(layer, x)
+        logits = F.linear(model.norm(x), model.output_weight, model.output_bias)
         return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.model.config.dropout, self.training)
 
-RENAMED = {  # parts of parameter names, here and in `ReferenceModel`
-    "cross_attention.qkv.": "cross_attention.in_proj_",
-    "cross_attention.out.": "cross_attention.out_proj.",
-    "attention_in.": "self_attn.in_proj_",
-    "attention_out.": "self_attn.out_proj.",
-    "norm_attention": "norm1",
-    "norm_feed_forward": "norm2",
-    "feed_forward_up": "linear1",
-    "feed_forward_down": "linear2",
-}
+    def mu_layer(self, layer: nn.Module, x: Tensor, affinity: Tensor) -> Tensor:
+        sizes = self.model.config.layout.sizes
+        groups = [zip(*group.parameters(), strict=True) for group in layer.block_attention]
+        blocks = zip(x.split(sizes, -1), chain(*groups), strict=True)  # with each block's own maps
+        alone = [attend(block, HEADS_PER_BLOCK, *own)[0] for block, own in blocks]
+        y = self.drop(torch.cat(alone, -1))
+        cross = layer.cross_attention
+        across, weights = attend(y, cross.n_head, *cross.parameters(), need_weights=True)
+        entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1).mean(1)  # (B, T)
+        z = layer.norm_attention(y + self.drop(across))
+        hidden = self.drop(F.gelu(layer.feed_forward_up(z)))
+        z = layer.norm_feed_forward(z + layer.feed_forward_down(hidden))
+        hidden = F.gelu(layer.gate.up(torch.cat([affinity, entropy.unsqueeze(-1)], -1)))
+        sensitivity = layer.gate.beta * torch.sigmoid(layer.gate.down(hidden))  # (B, T, N)
+        parts = zip(sensitivity.unbind(-1), x.split(sizes, -1), z.split(sizes, -1), strict=True)
+        return torch.cat([old + s.unsqueeze(-1) * (new - old) for s, old, new in parts], -1)
+
+    def dense_layer(self, layer: nn.Module, x: Tensor) -> Tensor:
+        maps = *layer.attention_in.parameters(), *layer.attention_out.parameters()
+        x = x + self.drop(attend(layer.norm_attention(x), layer.n_head, *maps)[0])
+        hidden = self.drop(F.gelu(layer.feed_forward_up(layer.norm_feed_forward(x))))
+        return x + layer.feed_forward_down(hidden)
 
 
-def _reference_weights(model: CausalLM) -> dict[str, Tensor]:
-    """The weights of a model under the names of its `ReferenceModel`."""
-    weights, config = {}, model.config
-    for name, value in model.state_dict().items():
-        if name == "affinity.weight":
-            tables = value.chunk(config.n_layer, 1)
-            weights |= {f"layers.{layer}.{name}": table for layer, table in enumerate(tables)}
-        elif ".block_attention." in name:
-            layer, group, part = name.replace(".block_attention", "").rsplit(".", 2)
-            part = part.replace("in_", "in_proj_").replace("out_", "out_proj.")
-            first = sum(n for n, _ in config.layout.groups[: int(group)])
-            blocks = enumerate(value, start=first)
-            weights |= {f"{layer}.blocks.{n}.{part}": one.squeeze(0) for n, one in blocks}
-        else:
-            for ours, theirs in RENAMED.items():
-                name = name.replace(ours, theirs)
-            weights[name] = value
-    if isinstance(config, DenseConfig):
-        weights["output.weight"] = weights["embedding.weight"]
-    return weights
+def attend(x: Tensor, n_head: int, in_weight, in_bias, out_weight, out_bias, need_weights=False):
+    """Torch's causal multi-head attention: (B, T, C) to the same, and its weights (B, h, T, T)."""
+    T, C = x.shape[1:]
+    future = x.new_full((T, T), float("-inf")).triu(1)
+    x = x.transpose(0, 1)
+    y, weights = F.multi_head_attention_forward(
+        *(x, x, x, C, n_head, in_weight, in_bias.flatten(), None, None, False, 0.0),
+        *(out_weight, out_bias.flatten()),
+        attn_mask=future,
+        need_weights=need_weights,
+        average_attn_weights=False,
+        is_causal=not need_weights,
+    )
+    return y.transpose(0, 1), weights

@@ -1,14 +1,13 @@
 """Evaluation: metrics over every token but the first, and what is measured when an epoch ends."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from musota.data.corpus import Corpus
 from musota.models.base import CausalLM, score
-from musota.training.device import is_out_of_memory
 
 BLOCK_TOKENS = 1024  # valid losses are kept by blocks of so many tokens, for the paired bootstrap
 HEALTH_WINDOWS = 8  # of valid, for the health statistics
@@ -24,19 +23,14 @@ def evaluate(
     bytes: int | None = None,
     stride: int | None = None,
 ) -> dict[str, float]:
-    """`loss` (nats/token), `ppl` and `accuracy` over every token but the first (see `score`).
-
-    Given the counts of the same text also `word_ppl` = exp(total nats / words), line ends counted
-    as words, and `bits_per_byte` = total bits / UTF-8 bytes. Both can be compared between
-    tokenizers. `tokens` may be a text.
-    """
-    nats, hits = score(model, model.as_ids(tokens), stride)
-    return metrics_of(nats, hits, words, bytes)
+    """`loss` (nats/token), `ppl` and `accuracy` over every token but the first (see `score`) of
+    token ids or a text. Given the counts of the same text also `word_ppl` = exp(total nats /
+    words), line ends counted as words, and `bits_per_byte` = total bits / UTF-8 bytes. Both can be
+    compared between tokenizers."""
+    return metrics_of(*score(model, model.as_ids(tokens), stride), words, bytes)
 
 
-def metrics_of(
-    nats: Tensor, hits: Tensor, words: int | None = None, bytes: int | None = None
-) -> dict[str, float]:
+def metrics_of(nats: Tensor, hits: Tensor, words: int | None, bytes: int | None) -> dict:
     """The metrics of `evaluate` from nats and hits by token."""
     total = float(nats.double().sum())
     loss = total / len(nats)
@@ -59,29 +53,13 @@ def blocks_of(nats: Tensor) -> tuple[list[float], list[int]]:
     return [round(float(block.sum()), 4) for block in blocks], [len(block) for block in blocks]
 
 
-def score_in_memory(
-    model: CausalLM, tokens: Tensor, report: Callable[[str], None]
-) -> tuple[Tensor, Tensor]:
-    """`score`, one window at a time where its batches do not fit the memory, which is reported."""
-    try:
-        return score(model, tokens)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    # Outside of the handler, which would hold on to the memory.
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
-    report("out of memory in validation: one window at a time")
-    return score(model, tokens, batch_size=1)
-
-
-def health_of(model: CausalLM, corpus: Corpus, report: Callable[[str], None]) -> dict:
+def health_of(model: CausalLM, corpus: Corpus, batch_size: int) -> dict:
     """Health statistics on some of valid, and the loss of some training text without dropout."""
     length = min(model.config.max_seq_len, len(corpus.valid))
     windows = min(HEALTH_WINDOWS, len(corpus.valid) // length)
     ids = corpus.valid[: windows * length].view(windows, length).long()
     some = corpus.train[: max(2, len(corpus.train) // CLEAN_SHARE)]
-    clean = float(score_in_memory(model, some, report)[0].mean())
+    clean = float(score(model, some, batch_size=batch_size)[0].mean())
     return {"clean_train_loss": clean, **model.health(ids.to(model.device))}
 
 
@@ -94,8 +72,5 @@ def samples_of(model: CausalLM, corpus: Corpus) -> list[dict]:
         return []
     prompts = torch.stack([corpus.valid[start : start + PROMPT_TOKENS].long() for start in starts])
     texts = model.generate(prompts, SAMPLE_TOKENS, **SAMPLE_SETTINGS)
-    decode = corpus.tokenizer.decode
-    return [
-        {"prompt": decode(prompt), "text": decode(text[PROMPT_TOKENS:])}
-        for prompt, text in zip(prompts.tolist(), texts.tolist(), strict=True)
-    ]
+    decode, at = corpus.tokenizer.decode, PROMPT_TOKENS
+    return [{"prompt": decode(t[:at]), "text": decode(t[at:])} for t in texts.tolist()]

@@ -1,8 +1,6 @@
-"""Optimizers and learning-rate schedules by name, and optimizer state as tensors."""
+"""Optimizers and learning-rate schedules by name, and how far a step moves the weights."""
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,8 +10,8 @@ from musota.models.base import CausalLM
 
 
 def _adamw(groups: list[dict], loss_scaling: bool) -> torch.optim.Optimizer:
-    """Fused where possible. Fused AdamW knows no complex parameters, and skips overflowing fp16
-    steps inside its kernel, where the schedule cannot see it."""
+    """AdamW, fused where possible. The fused kernel knows no complex parameters, and skips fp16
+    steps that overflow where the schedule cannot see it."""
     has_complex = any(p.is_complex() for group in groups for p in group["params"])
     # fused=False would switch the `foreach` implementation off as well.
     fused = None if loss_scaling or has_complex else True
@@ -31,8 +29,7 @@ SCHEDULES = {"cosine": _cosine}
 
 
 def learning_rate_at(step: int, training: TrainConfig, total_steps: int) -> float:
-    """The learning rate of optimizer step `step` of 1 … total_steps. Linear warm-up reaches the
-    full rate at `warmup_steps`; then the schedule takes over. A cosine ends at 0."""
+    """The learning rate of step 1 … total_steps: linear up to `warmup_steps`, then the schedule."""
     if step < training.warmup_steps:
         return training.learning_rate * step / training.warmup_steps
     after = max(1, total_steps - training.warmup_steps)
@@ -48,24 +45,3 @@ def update_ratios(model: CausalLM, before: list[Tensor]) -> dict[str, float]:
         group = model.ledger_group(name)
         squares[group] = squares.get(group, 0) + torch.stack(norms).cpu().double()
     return {group: float((new / old).sqrt()) for group, (new, old) in squares.items()}
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimizer as named tensors for a checkpoint."""
-    states = optimizer.state_dict()["state"].items()
-    return {
-        f"optimizer.{i}.{name}": value.contiguous()
-        for i, state in states
-        for name, value in state.items()
-    }
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; tensors of other names are ignored."""
-    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, what = name.split(".")
-            state[int(index)][what] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})

@@ -1,13 +1,7 @@
-"""The records of a run, read from its folder.
+"""The records of a run, read from its folder (the files: docs/reliability.md).
 
-config.json    experiment, seed, corpus, choices of the trainer     (written once)
-metrics.jsonl  one JSON a line: kind step | epoch | event           (appended to)
-summary.json   the best epoch, the test score, where and how long   (rewritten whole)
-checkpoints/   step-*.safetensors to resume from, best/ to use      (not committed)
-
-Damage is detected: config and summary carry a hash of themselves, the summary the hashes of
-metrics.jsonl and best/, a checkpoint its own in its name and metrics.jsonl inside. Nothing is
-unpickled.
+Damage is detected: config.json and summary.json carry a hash of themselves, the summary the hashes
+of metrics.jsonl and best/, a checkpoint its own in its name. Nothing is unpickled.
 """
 
 import json
@@ -28,7 +22,6 @@ from musota.models.base import CausalLM
 from musota.models.hub import load_model
 from musota.models.module import call_once
 
-RECORD_KINDS = ("step", "epoch", "event")
 WEIGHTS = "model.safetensors"
 
 
@@ -38,8 +31,6 @@ class Run:
     def __init__(self, path: str | os.PathLike):
         self.path = as_path(path)
         config_path = self.path / "config.json"
-        if (self.path / WEIGHTS).exists():
-            raise MusotaError(f"{self.path} is a saved model, not a run: use musota.load_model.")
         self.config = read_sealed(config_path)
         try:
             self.experiment = Experiment.from_dict(self.config["experiment"])
@@ -84,14 +75,19 @@ class Run:
 
     @cached_property
     def records(self) -> list[dict]:
-        """Every record of metrics.jsonl."""
+        """Every record of metrics.jsonl; a half-written last line is left out."""
         path, expected = self.path / "metrics.jsonl", self.summary.get("metrics_sha256")
         data = path.read_bytes() if path.exists() else b""
         # While a run trains, its summary knows metrics.jsonl as of the last epoch.
         known = data if self.finished else data[: self.summary.get("metrics_bytes", 0)]
-        if expected and expected != sha256(known):
-            raise MusotaError(f"{path} is damaged or was changed by hand: restore it.")
-        return read_metrics(data, path)
+        try:
+            if expected and expected != sha256(known):
+                raise ValueError("its sha256 does not fit")
+            records = [json.loads(line) for line in data.split(b"\n")[:-1]]
+            return [nan_for_null(record) for record in records if record["kind"]]
+        except (ValueError, KeyError, TypeError):
+            restore = "restore it, or train the run again with fresh=True (--fresh)"
+            raise MusotaError(f"{path} is damaged or was changed by hand: {restore}.") from None
 
     def _of_kind(self, kind: str) -> list[dict]:
         return [record for record in self.records if record["kind"] == kind]
@@ -180,18 +176,15 @@ def load_runs(folder: str | os.PathLike) -> list[Run]:
     for path in sorted(as_path(folder).glob("*/config.json")):
         try:
             run = Run(path.parent)
-            if not (run.summary or run.diverged):
+            if not run.records or not (run.summary or run.diverged):
                 raise MusotaError("no epoch has ended yet")
-            _ = run.records  # whether they are damaged
         except MusotaError as error:
             print(f"{path.parent} is left out: {error}")
             continue
         other = found.setdefault((*run.key, run.seed), run)
         if other is not run:
-            raise MusotaError(
-                f"{other.path} and {run.path} are the same run (experiment, corpus and seed): "
-                "remove one of them."
-            )
+            same = "the same run (experiment, corpus and seed): remove one of them"
+            raise MusotaError(f"{other.path} and {run.path} are {same}.")
     return list(found.values())
 
 
@@ -203,21 +196,3 @@ def nan_for_null(value):
     if isinstance(value, list):
         return [nan_for_null(item) for item in value]
     return math.nan if value is None else value
-
-
-def read_metrics(data: bytes, path: Path) -> list[dict]:
-    """The records in the bytes of a metrics.jsonl; a half-written last line is left out.
-
-    Raises MusotaError for damage anywhere else, naming `path`.
-    """
-    records = []
-    for line in data.split(b"\n")[:-1]:  # after the last line end stands half a line
-        try:
-            record = nan_for_null(json.loads(line))
-            if record["kind"] not in RECORD_KINDS:
-                raise ValueError("unknown kind of record")
-            records.append(record)
-        except (ValueError, KeyError, TypeError):
-            where = f"Line {len(records) + 1} of {path}"
-            raise MusotaError(f"{where} is damaged: delete it, or train the run again.") from None
-    return records

@@ -5,7 +5,7 @@ from importlib import import_module
 _MODULE_OF = {
     "Workbook": "musota.workbook.notebook",
     "load_module": "musota.own",
-    "show_verdicts": "musota.workbook.jupyter",
+    "show_verdicts": "musota.workbook.notebook",
 }
 
 

@@ -5,11 +5,9 @@ Commands import what they need when they run, so that help and mistakes are answ
 
 import ast
 import functools
-import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 import click
 
@@ -17,7 +15,7 @@ from musota.errors import MusotaError, nearest_name
 from musota.files import as_path, sentence
 from musota.lab.profiles import PROFILES, check_changes, find_profile
 from musota.registry import REGISTRY, find_row
-from musota.workbook.naming import checkout, is_module, results_root
+from musota.workbook.naming import checkout, find_folders, is_module, results_root
 
 os.environ["MPLBACKEND"] = "Agg"  # one inherited from a notebook would fail in a script
 TEXTS = ("profile", "corpus", "save_to")  # parameters that are text even if they look otherwise
@@ -25,13 +23,6 @@ CORPUS_HELP = (
     "auto, wikitext-2, wikitext-2-raw, wikitext-103, wikitext-103-raw, python-docs, or a folder "
     "with train.txt, valid.txt and test.txt."
 )
-
-
-class Place(click.Path):
-    """A path in which `~` is expanded, which not every shell does."""
-
-    def convert(self, value, parameter, context):
-        return Path(super().convert(as_path(value), parameter, context))
 
 
 def _literal(text: str):
@@ -56,22 +47,6 @@ def _profile(context, parameter, name: str) -> str:
     return name if find_profile(name) else ""  # raises MusotaError for an unknown one
 
 
-def _known_run(context, parameter, names):
-    """Raises MusotaError for a run that is not recorded; reads no more than descriptions."""
-    results, profile = context.params["results"], context.params["profile"]
-    for name in [names] if isinstance(names, str) else names:
-        path = as_path(name)
-        folder, known = results / (path.parent if path.parent.name else profile), set()
-        for config in folder.glob("*/config.json"):
-            described = json.loads(config.read_bytes())
-            known |= {config.parent.name, described.get("name"), described.get("title")}
-        if path.name not in known and not (path / "config.json").exists():
-            if not known:
-                raise MusotaError(f"There is no run {name!r}: {folder} holds none.")
-            raise nearest_name("run", path.name, sorted(filter(None, known)))
-    return names
-
-
 def _together(*options):
     """Several options as one decorator."""
     return lambda command: functools.reduce(lambda made, add: add(made), options[::-1], command)
@@ -89,11 +64,12 @@ experiment_options = _together(
 changes_option = click.option(
     "--set", "changes", multiple=True, callback=_changes, help="FIELD=VALUE, after the profile."
 )
-place_options = _together(  # where recorded runs are looked for; read before the names of runs
-    click.option("--profile", default="quick", is_eager=True, help="The folder of results."),
-    click.option("--save-to", "results", default=results_root, show_default="results",
-                 type=Place(), is_eager=True),
-)  # fmt: skip
+place_options = _together(  # where recorded runs are looked for
+    click.option("--profile", default="quick", help="The folder of results."),
+    click.option(
+        "--save-to", "results", default=results_root, show_default="results", type=as_path
+    ),
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -130,27 +106,23 @@ def run(only, parameters, **values):
 @click.argument("experiment")
 @experiment_options
 @changes_option
-@click.option("--continue-from", help="Another run: start at its best weights.")
 @click.option("--compile/--no-compile", default=None, show_default="in long runs on a GPU")
 @click.option("--device", show_default="the best one here", help="cpu or cuda.")
 @click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]), show_default="what pays")
-def train(experiment, profile, corpus, seed, fresh, save_to, changes, continue_from, **options):
+def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options):
     """Train one EXPERIMENT of the registry, or a module FILE.py:NAME of your own.
 
     EXPERIMENT_twin and FILE.py:NAME_twin are their parameter-matched transformers.
     """
-    row = experiment if experiment in REGISTRY else experiment.removesuffix("_twin")
-    if not is_module(experiment):
-        find_row(row)
+    if not is_module(experiment) and experiment not in REGISTRY:
+        find_row(experiment.removesuffix("_twin"))
     from musota.workbook.notebook import Interrupted, Workbook
 
     if int(os.environ.get("RANK", 0)):  # of several processes one prints
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     book = Workbook(profile, corpus, seed, fresh, save_to, changes)
-    if continue_from and not as_path(continue_from).is_dir():
-        continue_from = book.find_runs(continue_from)[0][0]
     try:
-        click.echo(book.train(experiment, continue_from=continue_from, **options))
+        click.echo(book.train(experiment, **options))
     except Interrupted as interrupted:
         click.echo(interrupted, err=True)
         sys.exit(130)
@@ -158,13 +130,15 @@ def train(experiment, profile, corpus, seed, fresh, save_to, changes, continue_f
 
 @cli.command()
 @place_options
-@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN ...", callback=_known_run)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN ...")
 def compare(runs, profile, results):
     """Compare recorded RUNs, each with the first: differences, table, verdicts, curves.
 
     A RUN is a run's folder, or the name or title of a run in results/PROFILE (optimized,epochs=50,
     with -seed0 for one seed), or of another folder there (study/optimized).
     """
+    for name in runs:  # a wrong one is reported before torch is imported
+        find_folders(name, results, profile)
     from musota.lab.verdicts import compare as compared
     from musota.workbook import plots, tables
     from musota.workbook.results import Results, find_runs, group_runs
@@ -179,19 +153,20 @@ def compare(runs, profile, results):
     for other in others:
         click.echo(f"- {compared(other, first)}")
     there = Results(first[0].path.parent, first[0].fingerprint)
+    (results / "compared").mkdir(parents=True, exist_ok=True)
     path = results / "compared" / "curves.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(plots.curves(chosen, there.ngrams), path, there.footer)
     click.echo(f"Curves: {path}")
 
 
 @cli.command()
 @place_options
-@click.argument("run", callback=_known_run)
-@click.argument("file", type=Place(exists=True, dir_okay=False))
+@click.argument("run")
+@click.argument("file", type=as_path)
 def score(run, file, profile, results):
     """Score a text FILE (UTF-8) with the best weights of a RUN (as in `compare`): perplexity, bits
     per byte, and the most surprising tokens; every token as a table in the run's folder."""
+    find_folders(run, results, profile)
     from musota.data.sources import read_text
     from musota.workbook.results import find_runs
 
@@ -210,7 +185,7 @@ def score(run, file, profile, results):
 @click.option("--vocab-size", default=512, help="Tokens to audit it with.")
 @click.option("--max-seq-len", default=64, help="Tokens a sequence.")
 @click.option("--loss", help="The file's function loss(module, ids), if it has one.")
-@click.option("--picture", type=Place(dir_okay=False), help="Draw what was found here.")
+@click.option("--picture", type=as_path, help="Draw what was found here.")
 def audit(model, vocab_size, max_seq_len, loss, picture):
     """Does a model of your own see the future? Runs FILE.py, and calls NAME to make the model.
 
@@ -245,46 +220,40 @@ def evidence(seeds, only, **parameters):
     from musota.workbook.report import write_report
 
     book = carry_out([part.strip() for part in only.split(",")], seeds, **parameters)
-    page = write_report(book.folder)
+    write_report(book.folder)
     book.save()
-    click.echo(f"The report: {page.with_suffix('.html').name} and {page}")
+    click.echo(f"The report: {book.home / 'report.html'}")
 
 
 @cli.command()
 @click.option("--device", show_default="cuda if there is one", help="cpu or cuda.")
-@click.option("--csv", "file", type=Place(dir_okay=False), help="Write the table here.")
 @click.option("--repeats", default=7, type=click.IntRange(1), help="Rounds.")
-def bench(device, file, repeats):
+def bench(device, repeats):
     """Measure our training step against the reference implementation on this machine.
 
     About five minutes on two CPU cores.
     """
     from musota.workbook.bench import run_bench
 
-    if file:  # a folder that cannot be made fails at once
-        file.parent.mkdir(parents=True, exist_ok=True)
-    table = run_bench(device, repeats=repeats)
-    click.echo(table.T.to_string(float_format="{:,.4g}".format))
-    if file:
-        table.to_csv(file)
+    click.echo(run_bench(device, repeats=repeats).T.to_string(float_format="{:,.4g}".format))
 
 
 @cli.command()
-@click.argument("folders", nargs=-1, type=Place(exists=True, file_okay=False))
+@click.argument("folders", nargs=-1, type=as_path)
 def report(folders):
     """Write README.md, report.html and figures of results FOLDERS [default: all in results].
 
-    Without FOLDERS also the table of the repository's own README.
+    Without FOLDERS also results/redesign/path.png and the table of the repository's own README.
     """
-    from musota.workbook.report import write_front_page, write_report
+    from musota.workbook.report import write_front_page, write_path_figure, write_report
 
     root = results_root()
     found = {config.parents[1] for config in root.glob("*/*/config.json")}
     for folder in folders or sorted(found):
         click.echo(write_report(folder))
     if not folders and (repository := checkout()):
-        write_front_page(repository / "README.md", root)
-        click.echo(repository / "README.md")
+        click.echo(write_path_figure(root / "redesign"))
+        click.echo(write_front_page(repository / "README.md", root))
 
 
 def main() -> None:

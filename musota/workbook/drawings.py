@@ -1,35 +1,16 @@
-"""Figures of a model, a corpus and a text: data -> Figure. Nothing is computed or saved here."""
+"""Figures of a model and a corpus: data -> Figure. Nothing is computed or saved here."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 
 from musota.lab.plan_rules import REPORTED
 from musota.models.layout import BlockLayout
-from musota.workbook.style import (
-    BLUE,
-    GREY,
-    HATCHES,
-    PLAIN,
-    RED,
-    SHADES,
-    literal,
-    new_figure,
-    wrapped,
-)
-
-# Groups of parameters with a fixed look in every figure; other groups follow in their own order.
-GROUPS = (
-    "affinity tables", "output", "embedding", "embedding (also output)", "feed-forward",
-    "cross attention", "block attention", "gate", "positions", "norms", "attention",
-)  # fmt: skip
-DARK = 0.6  # of a colour scale from 0 to 1: from here on text is white
+from musota.workbook.style import BLUE, HATCHES, PLAIN, RED, SHADES, literal, new_figure, wrapped
 
 
 def ledgers(ledgers: Mapping[str, Mapping[str, int]]) -> Figure:
@@ -37,11 +18,9 @@ def ledgers(ledgers: Mapping[str, Mapping[str, int]]) -> Figure:
     figure, axis = new_figure(10, 1.6 + 0.75 * len(ledgers))
     table = pd.DataFrame(ledgers).fillna(0).T  # rows: models, columns: groups
     table = table[table.max().sort_values(ascending=False).index]
-    looks = list(dict.fromkeys([*GROUPS, *table]))
     names, totals, left = table.index.map(wrapped), table.sum(axis=1), 0
     white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-    for group, sizes in table.items():
-        i = looks.index(group)
+    for i, (group, sizes) in enumerate(table.items()):
         look = {"color": SHADES[i % 8], "hatch": HATCHES[(i + i // 8) % 8], "edgecolor": "white"}
         bars = axis.barh(names, sizes, left=left, label=literal(group), linewidth=0.6, **look)
         shares = (sizes / totals).map("{:.0%}".format).where(sizes > 0.07 * totals.max(), "")
@@ -97,14 +76,12 @@ def causality(change: np.ndarray) -> Figure:
     """Which predictions (columns) change when one token (row) is replaced; `change` is the matrix
     of `causality_matrix`."""
     figure, axis = new_figure(6.2, 5.2)
-    ahead = np.tril(np.asarray(change) > 0, -1)
-    colours = ListedColormap(["white", BLUE, RED])
-    axis.imshow((np.asarray(change) > 0) + 1 * ahead, cmap=colours, vmin=0, vmax=2)
+    kind = (np.asarray(change) > 0).astype(int)
+    kind += np.tril(kind, -1)  # 0 unchanged, 1 allowed, 2 ahead
+    axis.imshow(kind, cmap=ListedColormap(["white", BLUE, RED]), vmin=0, vmax=2)
     axis.set(xlabel="position of the prediction", ylabel="position of the replaced token")
-    axis.set_title("Does a prediction depend on later tokens? " + ("Yes" if ahead.any() else "No"))
-    keys = {"depends on this or an earlier token: allowed": BLUE, "depends on a LATER token": RED}
-    handles = [Patch(color=colour, label=text) for text, colour in keys.items()]
-    axis.legend(handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    answer = "Yes" if (kind == 2).any() else "No"
+    axis.set_title(f"Does a prediction depend on later tokens (red)? {answer}")
     return figure
 
 
@@ -127,7 +104,7 @@ def ngrams(measured: Mapping[str, float], at_plan_size: bool) -> Figure:
     figure, axis = new_figure(9, 2.9)
     bars = [(ppl, f"{name} (measured)", BLUE, "") for name, ppl in measured.items()]
     where = "" if at_plan_size else ", WikiText-2 with 50,000 tokens"
-    bars.append((REPORTED["ppl"], f"MU-SOTA, 10 epochs (reported{where})", GREY, ".."))
+    bars.append((REPORTED["ppl"], f"MU-SOTA, 10 epochs (reported{where})", SHADES[-1], ".."))
     ppls, names, colours, hatches = zip(*sorted(bars, reverse=True), strict=True)
     drawn = axis.barh(names, ppls, color=colours, hatch=hatches, edgecolor="white")
     axis.bar_label(drawn, fmt=" {:,.0f}", fontsize=9)
@@ -180,39 +157,3 @@ def _draw_matrices(figure, channels: np.ndarray, tokens: list[str], layout: Bloc
     for index, axis in enumerate(axes):
         axis.set(xticks=[], yticks=[], visible=index <= len(tokens))
     figure.colorbar(image, ax=list(axes), label="channel", shrink=0.8)
-
-
-def surprises(scored: pd.DataFrame, most: int = 600, width: int = 90) -> Figure:
-    """The first `most` tokens of a scored text; the darker the ground, the less expected."""
-    lines = _lines(scored[:most], width)
-    figure, axis = new_figure(10.5, max(2.6, 1.1 + 0.24 * len(lines)))
-    shades, scale = colormaps["Blues"], Normalize(0, 16)
-    for row, line in enumerate(lines):
-        for start, shown, bits in line:
-            dark = scale(min(bits, 16))
-            axis.add_patch(Rectangle((start, row - 0.45), len(shown), 0.9, color=shades(dark)))
-            colour = "white" if dark > DARK else "black"
-            for place, character in enumerate(shown):  # one by one: any font becomes monospaced
-                look = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
-                axis.text(start + place + 0.5, row, literal(character), **look)
-    axis.set(xlim=(0, width), ylim=(len(lines) - 0.4, -0.6), xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
-    cut = f", first {most:,} of {len(scored):,} tokens" if most < len(scored) else ""
-    axis.set_title("PPL {ppl:,.1f}, {bits_per_byte:.3f} bits per byte".format(**scored.attrs) + cut)
-    label = "cost of a token (bits)"
-    figure.colorbar(ScalarMappable(scale, shades), ax=axis, label=label, shrink=0.9, pad=0.01)
-    return figure
-
-
-def _lines(scored: pd.DataFrame, width: int) -> list[list[tuple[int, str, float]]]:
-    """The tokens broken into lines: column, visible text and bits of each token."""
-    lines, used = [[]], 0
-    for piece, bits in scored[["token", "bits"]].itertuples(index=False):
-        shown = piece.replace("\n", "⏎").replace("\t", "→")
-        if used + len(shown) > width:
-            lines, used = [*lines, []], 0
-        lines[-1].append((used, shown, bits))
-        used += len(shown)
-        if "\n" in piece:
-            lines, used = [*lines, []], 0
-    return lines

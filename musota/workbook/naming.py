@@ -1,12 +1,15 @@
-"""Names of runs, their titles and commands, and the folder in which results belong."""
+"""Names of runs, their titles and commands, and the folders in which results belong."""
 
+import os
 import re
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from musota.config import Experiment, RedesignedConfig
-from musota.files import as_path, sha256
+from musota.errors import MusotaError, nearest_name
+from musota.files import as_path, read_sealed, sha256
 from musota.registry import REGISTRY
 
 
@@ -20,6 +23,29 @@ def checkout() -> Path | None:
 def results_root() -> Path:
     """Where results belong by default: `results` of the repository, else of the working folder."""
     return (checkout() or Path.cwd()) / "results"
+
+
+def find_folders(name: str, root: str | os.PathLike, profile: str) -> list[Path]:
+    """The folders of the runs that `name` means, found without importing torch.
+
+    `name` is a run's folder, or the name, title or folder name of runs in `root/profile` (or in
+    another folder of root: `study/optimized`). Raises MusotaError, with the nearest name, where
+    there is none.
+    """
+    path = as_path(name)
+    if (path / "config.json").exists():
+        return [path]
+    folder, known = as_path(root) / (path.parent if path.parent.name else profile), {}
+    for config in sorted(folder.glob("*/config.json")):
+        with suppress(MusotaError):  # damaged
+            recorded = read_sealed(config)
+            for each in {config.parent.name, recorded["name"], recorded.get("title")} - {None}:
+                known.setdefault(each, []).append(config.parent)
+    if not known:
+        raise MusotaError(f"There is no run {name!r}: {folder} holds none.")
+    if path.name not in known:
+        raise nearest_name("run", path.name, sorted(known))
+    return known[path.name]
 
 
 def safe_name(text: str) -> str:
@@ -65,7 +91,7 @@ def train_command(model: str, changed: Mapping, **options) -> str:
     """The command line that repeats a run; `options` without a value (0, empty) are left out."""
     words = ["musota", "train", model]
     for name, value in options.items():
-        words += [f"--{name.replace('_', '-')}", str(value)] if value else []
+        words += [f"--{name}", str(value)] if value else []
     for field, value in changed.items():
-        words += ["--set", f"{field}={value}"] if field != "started_from" else []
+        words += ["--set", f"{field}={value}"]
     return shlex.join(words)

@@ -1,8 +1,7 @@
 """Figures of runs and of what was measured on them: data -> Figure. Nothing is saved here."""
 
-import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -11,14 +10,15 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from musota.lab.curves import plateau_start
 from musota.lab.plan_rules import REPORTED
 from musota.lab.root_causes import MISSED, Cause
 from musota.lab.stats import Interval
-from musota.lab.sweep import RELEVANT
-from musota.lab.verdicts import Verdict
+from musota.lab.stats import RELEVANT
+from musota.lab.verdicts import Verdict, measured
 from musota.training.run import Run
 from musota.workbook import style
-from musota.workbook.results import group_runs, label, progress, titles_of
+from musota.workbook.results import by_title, label
 from musota.workbook.style import PLAIN, draw_intervals, new_figure, note, styles_of, wrapped
 
 DECISIONS = {  # of a root cause: colour, marker, fill
@@ -33,16 +33,23 @@ STEPS = {  # kinds of rows in path.csv: colour, marker, what a row is compared w
     "matched transformer": ("#666666", "^", "parameter-matched transformer"),
     "longer": ("#000080", "P", "trained longer"),
 }
-SIDES = "← the first is better · worse →"
+METRICS = {  # of the explorer: records, column, label, place of an n-gram baseline, if any
+    "valid perplexity": ("history", "ppl", "valid perplexity per token", float),
+    "valid loss": ("history", "valid_loss", "valid loss (nats/token)", math.log),
+    "valid accuracy": ("history", "accuracy", "valid top-1 accuracy", None),
+    "training loss": ("steps", "loss", "training loss (nats/token)", None),
+    "learning rate": ("steps", "learning_rate", "learning rate", None),
+    "gradient norm": ("steps", "grad_norm", "gradient norm before clipping", None),
+}
 SWEEP_NATS = 2.5  # losses worse than the best by more are drawn at the upper edge
 Sweeps = Mapping[str, Mapping[float, Sequence[float]]]  # valid losses by model and learning rate
 
 
 def _series(runs: Iterable[Run]) -> Iterable[tuple[str, list[Run], tuple[str, str, str]]]:
     """Title, seeds and style of each model among the runs that have ended an epoch."""
-    groups = group_runs(run for run in runs if run.summary)
+    groups = by_title(run for run in runs if run.summary)
     styles = styles_of([group[0].name for group in groups.values()])
-    return zip(titles_of(groups).values(), groups.values(), styles, strict=True)
+    return zip(groups.keys(), groups.values(), styles, strict=True)
 
 
 def curves(runs: Sequence[Run], ngrams: Mapping[str, float], reported: bool = False) -> Figure:
@@ -109,21 +116,19 @@ def training_curve(run: Run) -> Figure:
     return figure
 
 
-def difference(verdicts: Mapping[str, Verdict], title: str, sides: str = SIDES) -> Figure:
-    """Differences in loss with their intervals around 0, numbers and decisions on the right;
-    `sides` says which side of 0 is better. Verdicts without a value are left out."""
-    shown = {name: v for name, v in verdicts.items() if v.value is not None}
-    figure, axis = new_figure(10, 1.9 + 0.5 * len(shown), grid="x")
+def difference(verdicts: Mapping[str, Verdict], title: str) -> Figure:
+    """Differences in loss with their intervals around 0, numbers and decisions on the right.
+    Verdicts without a value are left out."""
     rows, notes = {}, []
-    for name, verdict in shown.items():
-        ends = () if verdict.low is None else (verdict.low, verdict.high)
-        rows[wrapped(name, 44)] = Interval(verdict.value, *ends)
-        interval = "".join(f" [{low:+.3f}, {high:+.3f}]" for low, high in [ends] if ends)
-        notes.append(f"{verdict.value:+.3f}{interval}\n{verdict.decision}")
+    for name, verdict in verdicts.items():
+        if verdict.value is not None:
+            ends = () if verdict.low is None else (verdict.low, verdict.high)
+            rows[wrapped(name, 44)] = Interval(verdict.value, *ends)
+            notes.append(f"{measured(verdict)}\n{verdict.decision}")
+    figure, axis = new_figure(10, 1.9 + 0.5 * len(rows), grid="x")
     draw_intervals(axis, rows, notes)
-    ends = [abs(end) for i in rows.values() for end in (i.mean, i.low, i.high)]
-    edge = 1.15 * max(0.001, *filter(np.isfinite, ends))
-    axis.set(xlim=(-edge, edge), xlabel=f"difference in valid loss, nats per token ({sides})")
+    axis.margins(x=0.15)
+    axis.set_xlabel("difference in valid loss, nats per token (← the first is better · worse →)")
     axis.set_title(wrapped(title, 80))
     return figure
 
@@ -143,14 +148,16 @@ def root_causes(causes: Sequence[Cause]) -> Figure:
     axis.axvspan(-RELEVANT, RELEVANT, color="0.93", zorder=0)
     axis.set_xlabel("change of the valid loss, nats per token (← removing it helps · hurts →)")
     axis.set_title("Which suspect holds the model back?")
-    key = {"linestyle": "none", "markerfacecoloralt": "white", "markeredgewidth": 1.5}
-    handles = [
-        Line2D([], [], color=colour, marker=marker, fillstyle=fill, label=decision, **key)
-        for decision, (colour, marker, fill) in DECISIONS.items()
-    ]
+    handles = [_marker(decision, *look) for decision, look in DECISIONS.items()]
     handles.append(Patch(color="0.93", label=f"under {RELEVANT} nats"))
     figure.legend(handles=handles, fontsize=8, ncols=4, loc="outside lower right")
     return figure
+
+
+def _marker(label: str, colour: str, marker: str, fill: str = "full") -> Line2D:
+    """A marker for a legend."""
+    look = {"linestyle": "none", "markerfacecoloralt": "white", "markeredgewidth": 1.5}
+    return Line2D([], [], color=colour, marker=marker, fillstyle=fill, label=label, **look)
 
 
 def rate_sweep(sweeps: Sweeps) -> Figure:
@@ -162,19 +169,15 @@ def rate_sweep(sweeps: Sweeps) -> Figure:
     }
     ceiling = min(mean.min() for mean in means.values()) + SWEEP_NATS
     styles = styles_of(["optimized", "baseline", *sweeps])  # those two are the usual ones
-    for place, (title, mean) in enumerate(means.items()):
-        colour, line, marker = styles[place]
+    for (title, mean), (colour, line, marker) in zip(means.items(), styles, strict=False):
+        best = mean.idxmin()
+        text = f"{wrapped(title, 60)}: best PPL {np.exp(mean[best]):,.0f} at {best:.2g}"
         look = {"color": colour, "linestyle": line, "marker": marker}
-        axis.plot(mean.clip(upper=ceiling), label=wrapped(title, 60), **look)
+        axis.plot(mean.clip(upper=ceiling), label=text, **look)
         for rate, losses in sweeps[title].items():
             dots = np.minimum(losses, ceiling)
             axis.plot([rate] * len(dots), dots, ".", color=colour, markersize=4)
-        best = mean.idxmin()
         axis.plot(best, mean[best], "o", color=colour, markersize=15, fillstyle="none")
-        side = {mean.index[0]: "left", mean.index[-1]: "right"}.get(best, "center")
-        below = (0, -17 - 11 * place)  # the other model's best may be close by
-        text = f"PPL {np.exp(mean[best]):,.0f} at {best:.2g}"
-        note(axis, text, (best, mean[best]), below, ha=side, color=colour)
     for rate in {rate for mean in means.values() for rate in mean.index[mean > ceiling]}:
         note(axis, "off the scale ↑", (rate, ceiling), (0, 6), ha="center")
     axis.set(xscale="log", xlabel="learning rate (log)", ylabel="valid loss (nats/token)")
@@ -204,126 +207,74 @@ def ablations(run: Run, effects: Mapping[str, Interval]) -> Figure:
     return figure
 
 
-def ends(runs: Sequence[Run], ngrams: Mapping[str, float], reported: bool = False) -> Figure:
-    """The best valid perplexity of each model (hollow: seeds), with the n-gram baselines and, if
-    `reported`, the plan's reported result."""
-    ends, styles = {}, []
-    if reported:
-        title = f"MU-SOTA, reported:\n{REPORTED['epochs']} epochs"
-        ends[title], styles = [REPORTED["ppl"]], [("black", "*")]
-    for title, group, (colour, _, marker) in _series(runs):
-        unfinished = "" if group[0].finished else f"\n({progress(group[0])})"
-        ends[wrapped(title) + unfinished] = [run.summary["ppl"] for run in group]
-        styles.append((colour, marker))
-    figure, axis = new_figure(9, max(3, 1.4 + 0.5 * len(ends)))
-    _draw_ends(axis, ends, styles, ngrams)
-    return figure
-
-
-def _draw_ends(axis, ends: Mapping[str, Sequence[float]], styles: Sequence, ngrams) -> None:
-    """Draws the PPLs of the seeds of each row, and their mean."""
-    for row, (ppls, (colour, marker)) in enumerate(zip(ends.values(), styles, strict=True)):
-        mean = float(np.exp(np.mean(np.log(ppls))))
-        look = {"color": colour, "marker": marker, "linestyle": "none"}
-        axis.plot(mean, row, markersize=9, **look)
-        if len(ppls) > 1:
-            axis.plot(ppls, [row + 0.22] * len(ppls), fillstyle="none", markersize=5, **look)
-        note(axis, f"{mean:,.0f}", (mean, row), (0, 7), ha="center", fontsize=9)
-    furthest = max(map(max, ends.values()))
-    for place, (name, ppl) in enumerate(sorted(ngrams.items(), key=lambda found: found[1])):
-        if ppl < 1.5 * furthest:
-            axis.axvline(ppl, **style.DOTTED)
-            above = {"xycoords": ("data", "axes fraction"), "color": "0.3"}
-            side = "left" if place else "right"  # they may be close
-            note(axis, f"{name} {ppl:,.0f}", (ppl, 1.01), ha=side, **above)
-    axis.set_yticks(range(len(ends)), list(ends), fontsize=9)
-    axis.set_ylim(len(ends) - 0.4, -0.6)
-    axis.set_xlabel("best valid perplexity per token (less is better)")
-    axis.xaxis.set_major_formatter(PLAIN)
-    axis.margins(x=0.12)
-    axis.grid(axis="x", color="0.9")
-    seeds = " (hollow: each seed)" if any(len(ppls) > 1 for ppls in ends.values()) else ""
-    axis.set_title(f"Best valid perplexity{seeds}", pad=18)
-
-
 def path(table: pd.DataFrame) -> Figure:
-    """The rows of path.csv: best valid PPL of each step from MU-SOTA to the redesign, and its
-    difference to the row it is compared with. Rows that diverged are left out."""
+    """The rows of path.csv, from MU-SOTA to the redesign: the difference of each to the row it is
+    compared with, and its valid PPL. Rows that diverged are left out."""
     table = table[np.isfinite(table.ppl)]
-    figure, (left, right) = new_figure(12, 1.9 + 0.36 * len(table), columns=2, grid="x")
-    losses = [json.loads(text).values() for text in table.valid_loss_by_seed]
-    titles = [wrapped(title, 60) for title in table.title]
-    ends = {title: np.exp([*by_seed]) for title, by_seed in zip(titles, losses, strict=True)}
-    looks = [STEPS[kind][:2] for kind in table.kind]
-    _draw_ends(left, ends, looks, {})
-    effects = {i: Interval(row.nats, row.low, row.high) for i, row in enumerate(table.itertuples())}
-    draw_intervals(right, effects, table.verdict.fillna(""), [(*look, "full") for look in looks])
-    right.set_yticks(range(len(effects)), [])
-    right.xaxis.set_major_locator(MaxNLocator(6))
-    left.set_xlabel("best valid perplexity per token")
-    right.set_xlabel("nats per token (← better · worse →)")
-    right.set_title("Against the row it is compared with", pad=18)
-    key = [
-        Line2D([], [], color=colour, marker=marker, linestyle="none", label=text)
-        for colour, marker, text in STEPS.values()
-    ]
-    figure.legend(handles=key, fontsize=8, ncols=5, loc="outside upper center")
+    figure, axis = new_figure(11, 1.9 + 0.3 * len(table), grid="x")
+    rows, notes = {}, []
+    for row in table.fillna({"verdict": ""}).itertuples():
+        rows[wrapped(row.title, 70)] = Interval(row.nats, row.low, row.high)
+        notes.append(f"{row.ppl:,.1f}  {row.verdict}")
+    draw_intervals(axis, rows, notes, [(*STEPS[kind][:2], "full") for kind in table.kind])
+    axis.text(1.01, -0.8, "valid PPL", transform=axis.get_yaxis_transform(), fontsize=8)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.set_xlabel(
+        "difference to the row it is compared with, nats per token (← better · worse →)"
+    )
+    axis.set_title("From MU-SOTA to the redesign")
+    handles = [_marker(text, colour, marker) for colour, marker, text in STEPS.values()]
+    figure.legend(handles=handles, fontsize=8, ncols=3, loc="outside lower right")
     return figure
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A line of the explorer: its points, and what is drawn behind and across it."""
-
-    name: str  # of the experiment, for its style
-    label: str
-    y: pd.Series  # its index is x
-    faint: pd.Series | None = None  # before smoothing
-    plateau: tuple[float, float] | None = None
-    marks: Sequence[tuple[float, str]] = ()
 
 
 def explored(
-    curves: Sequence[Curve], ngrams: Mapping[str, float], labels: tuple[str, str], log: str = ""
+    runs: Sequence[Run],
+    ngrams: Mapping[str, float],
+    metric: str = "valid perplexity",
+    smoothing: int = 0,
+    rule: tuple[int, float] = (3, 0.01),
+    log: str = "y",
 ) -> Figure:
-    """Curves with shaded plateaus, marked events and n-gram baselines; `log` names the logarithmic
-    axes: x, y or xy."""
+    """A key of METRICS by epoch, with n-gram baselines, shaded plateaus and marked events.
+
+    `smoothing` by so many points on either side leaves the curve faintly behind; `rule` is the
+    window and the least gain of `plateau_start`; `log` names the logarithmic axes: x, y or xy.
+    """
+    records, column, name, baseline = METRICS[metric]
     figure, axis = new_figure(9, 4.4, grid="both")
-    names = [*dict.fromkeys(curve.name for curve in curves)]
-    styles = dict(zip(names, styles_of(names), strict=True))
-    for place, curve in enumerate(curves):
-        seeds_before = [other.name for other in curves[:place]].count(curve.name)
-        _draw_curve(axis, curve, styles[curve.name], seeds_before, (place, len(curves)))
-    axis.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if "x" in log else "linear")
-    if labels[0] == "epoch":
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    names = [*dict.fromkeys(run.name for run in runs)]
+    looks = dict(zip(names, styles_of(names), strict=True))
+    for place, run in enumerate(runs):
+        (colour, line, marker), text = looks[run.name], style.literal(label(run))
+        per_epoch = run.history.step[0] / run.history.epoch[0]
+        table = getattr(run, records)
+        values = table[column].set_axis(table.step / per_epoch)
+        if smoothing:  # centred, so that a falling curve does not lag
+            axis.plot(values, color=colour, alpha=0.3, linewidth=0.8)
+            values = values.rolling(1 + 2 * smoothing, center=True, min_periods=1).mean()
+        seeds_before = [other.name for other in runs[:place]].count(run.name)
+        look = {"color": colour, "linestyle": line, "linewidth": 1.6 / (1 + seeds_before)}
+        look |= {"fillstyle": ("full", "none", "left")[seeds_before % 3], "label": text}
+        axis.plot(values, marker=marker if len(values) <= 60 else None, **look)
+        if start := plateau_start(run, *rule):
+            band = {"ymin": place / len(runs), "ymax": (place + 1) / len(runs), "alpha": 0.15}
+            band |= {"facecolor": colour, "edgecolor": colour, "label": f"plateau: {text}"}
+            axis.axvspan(start, len(run.history), hatch=style.HATCHES[1 + place % 7], **band)
+        for step, event in run.events:
+            axis.axvline(step / per_epoch, color=colour, linewidth=1, linestyle=":")
+            above = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "right"}
+            place_of_text = step / per_epoch, 0.98
+            note(axis, style.literal(event), place_of_text, (-2, 0), rotation=90, **above)
+    axis.set(xlabel="epoch", ylabel=name, xscale="log" if "x" in log else "linear")
     if "x" in log:
         axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), minor_locator=NullLocator())
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.xaxis.set_major_formatter(PLAIN)
     axis.yaxis.set_major_formatter(PLAIN)
-    if curves:
-        if "y" in log:
-            ys = pd.concat([curve.y for curve in curves])
-            style.logarithmic(axis, ys.min(), ys.max())
-        figure.legend(fontsize=8, ncols=2, loc="outside upper center")
-    style.draw_ngrams(axis, ngrams)
+    if "y" in log:
+        style.logarithmic(axis, *axis.dataLim.intervaly)
+    figure.legend(fontsize=8, ncols=2, loc="outside upper center")
+    style.draw_ngrams(axis, {n: baseline(ppl) for n, ppl in ngrams.items()} if baseline else {})
     return figure
-
-
-def _draw_curve(axis, curve: Curve, look: tuple, seeds_before: int, strip: tuple[int, int]) -> None:
-    """Draws one curve; later seeds of a name are thinner, and `strip` is where its plateau goes."""
-    (colour, line, marker), (place, count) = look, strip
-    text = style.literal(curve.label)
-    if curve.faint is not None:
-        axis.plot(curve.faint, color=colour, alpha=0.3, linewidth=0.8)
-    look = {"color": colour, "linestyle": line, "linewidth": 1.6 / (1 + seeds_before)}
-    look |= {"fillstyle": ("full", "none", "left")[seeds_before % 3], "label": text}
-    axis.plot(curve.y, marker=marker if len(curve.y) <= 60 else None, **look)
-    if curve.plateau:
-        band = {"ymin": place / count, "ymax": (place + 1) / count, "alpha": 0.15}
-        band |= {"hatch": style.HATCHES[1 + place % 7], "label": f"plateau: {text}"}
-        axis.axvspan(*curve.plateau, facecolor=colour, edgecolor=colour, **band)
-    for x, event in curve.marks:
-        axis.axvline(x, color=colour, linewidth=1, linestyle=":")
-        above = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "right"}
-        note(axis, style.literal(event), (x, 0.98), (-2, 0), rotation=90, **above)

@@ -3,8 +3,8 @@
 Functions here collect verdicts, tables and figures; the templates say how a page shows them.
 """
 
-import base64
 import re
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +17,12 @@ from musota.errors import MusotaError
 from musota.files import as_path, write_text
 from musota.lab.ablate import weak_spots
 from musota.lab.plan_rules import REPORTED
-from musota.lab.verdicts import Verdict, measured
-from musota.training.run import Run
+from musota.lab.verdicts import Verdict
 from musota.workbook import drawings, plots, tables
-from musota.workbook.results import QUESTIONS, Results, label, progress
+from musota.workbook.results import QUESTIONS, Results, answer_and_reason, label, progress
 from musota.workbook.style import save_figure
 
 FRONT_MARKS = ("<!-- results -->", "<!-- end of results -->")
-FRONT_PROFILES = ("full", "study")  # the first with results is on the front page
 NUMBERS = re.compile(r"[\d\s.,%+−–×e/\[\]→-]*")  # the cells of a right-aligned column
 
 
@@ -46,7 +44,7 @@ def write_report(folder: str | Path) -> Path:
     """Draws the figures of a results folder and writes its README.md and report.html, from the
     records alone. Returns the path of README.md. Raises MusotaError for a damaged record."""
     results = Results(folder)
-    page = _page(results) | {"name": results.folder.resolve().name}
+    page = _page(results) | {"name": results.folder.resolve().name, "folder": results.folder}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=StrictUndefined,
@@ -55,7 +53,7 @@ def write_report(folder: str | Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"markdown": markdown, "escaped": escaped, "alignments": alignments}
-    environment.filters["data_uri"] = lambda name: data_uri(results.folder / f"{name}.png")
+    environment.filters["base64"] = lambda picture: b64encode(picture.read_bytes()).decode()
     for template, name in (("report.html.j2", "report.html"), ("report.md.j2", "README.md")):
         text = environment.get_template(template).render(page)
         write_text(results.folder / name, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
@@ -91,9 +89,10 @@ def _figures(results: Results) -> dict[str, Figure]:
     if ledgers:
         found["curves"] = plots.curves(results.runs, results.ngrams, results.at_plan_size)
         found["parameters"] = drawings.ledgers(ledgers)
-    if any(verdict.value is not None for verdict in results.architecture().values()):
+    against = results.architecture()
+    if any(verdict.value is not None for verdict in against.values()):
         title = "Each model minus its parameter-matched transformer"
-        found["architecture"] = plots.difference(results.architecture(), title)
+        found["architecture"] = plots.difference(against, title)
     if results.grid:
         found["root_causes"] = plots.root_causes(results.grid)
     if results.sweeps:
@@ -112,17 +111,20 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
         parts[label(run)] = tables.verdict_table(weak_spots(effects, ledger, names))
     judged = {name: {"": tables.verdict_table(found)} for name, found in verdicts.items()}
     judged["causes"]["Suspects"] = tables.causes_table(results.grid)
+    last = {label(r): r.samples.drop_duplicates("prompt", keep="last") for r in shown}
+    written = {title: samples[["prompt", "text"]] for title, samples in last.items()}
+    grid_note = _grid_note(results) if results.grid_rows else ""
 
     def drawn(*starts: str) -> list[str]:
         return [name for name in figures if name.startswith(starts)]
 
     return [
         Section(QUESTIONS["architecture"], "", drawn("architecture"), judged["architecture"]),
-        Section(QUESTIONS["causes"], _grid_note(results), drawn("root"), judged["causes"]),
+        Section(QUESTIONS["causes"], grid_note, drawn("root"), judged["causes"]),
         Section(QUESTIONS["rate"], "", drawn("rate"), judged["rate"]),
         Section(QUESTIONS["parts"], "", drawn("parameters", "ablations"), parts),
         Section("Was training healthy?", tables={label(r): tables.health_table(r) for r in shown}),
-        Section("What do the models write?", tables={label(r): _samples(r) for r in shown}),
+        Section("What do the models write?", tables=written),
         Section(QUESTIONS["plan"], tables=judged["plan"]),
         Section(
             "How can this be repeated?",
@@ -133,16 +135,16 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
 
 
 def _grid_note(results: Results) -> str:
-    """The size of the runs of the root-cause grid; empty where none was trained."""
-    for by_seed in results.grid_rows.values():
-        row = next(iter(by_seed.values()))
-        model, epochs = row.experiment.model, row.experiment.training.epochs
-        return (
-            f"One change at a time, in smaller runs than above: {model.n_layer} layers, sequences "
-            f"of {model.max_seq_len} tokens, {row.train_tokens:,} training tokens, epochs: "
-            f"{epochs}, seeds: {len(by_seed)}. Intervals are 95 %, pooled over all runs."
-        )
-    return ""
+    """The size of the runs of the root-cause grid."""
+    by_seed = next(iter(results.grid_rows.values()))
+    row = next(iter(by_seed.values()))
+    model = row.experiment.model
+    return (
+        f"One change at a time, in smaller runs than above: {model.n_layer} layers, sequences of "
+        f"{model.max_seq_len} tokens, {row.train_tokens:,} training tokens, epochs: "
+        f"{row.experiment.training.epochs}, seeds: {len(by_seed)}. Intervals are 95 %, pooled over "
+        "all runs."
+    )
 
 
 def _answer(results: Results, verdicts: dict[str, list[Verdict]]) -> list[tuple[str, str]]:
@@ -155,11 +157,7 @@ def _answer(results: Results, verdicts: dict[str, list[Verdict]]) -> list[tuple[
             reported += f"; the same settings reach {original[0].summary['ppl']:,.1f} here"
         lines.append((f"{reported}.", ""))
     for name in ("best", "architecture", "causes"):
-        for v in verdicts[name]:
-            decision = v.decision[:1].upper() + v.decision[1:]
-            step = f"next: {v.next_step}" if name == "causes" and v.next_step else ""
-            rest = "; ".join(filter(None, (measured(v), v.reason, step)))
-            lines.append((f"{v.question} {decision}.", f"{rest}." if rest else ""))
+        lines += map(answer_and_reason, verdicts[name])
     if {"bigram", "trigram"} <= ngrams.keys():
         counting = f"{ngrams['bigram']:,.0f} with pairs, {ngrams['trigram']:,.0f} with triples"
         lines.append((f"Counting tokens (n-gram baselines) reaches PPL {counting}.", ""))
@@ -172,26 +170,17 @@ def _answer(results: Results, verdicts: dict[str, list[Verdict]]) -> list[tuple[
     return lines
 
 
-def _samples(run: Run) -> pd.DataFrame:
-    """Prompts and continuations of a run's last epoch."""
-    last = run.samples[run.samples.epoch == run.samples.epoch.max()]
-    return last.rename(columns={"text": "continuation"})[["prompt", "continuation"]]
-
-
-def write_front_page(readme: str | Path, results_root: str | Path) -> None:
-    """Puts a table of the best recorded results between the two marks in a README. Raises
+def write_front_page(readme: str | Path, results_root: str | Path) -> Path:
+    """Puts a table of the results at full size between the two marks in a README. Raises
     MusotaError where the README does not have each mark once."""
     readme = as_path(readme)
     text, (begin, end) = readme.read_text(encoding="utf-8"), FRONT_MARKS
     if text.count(begin) != 1 or text.count(end) != 1:
         raise MusotaError(f"{readme} needs the lines {begin} and {end}, each once.")
-    for profile in FRONT_PROFILES:
-        results = Results(as_path(results_root) / profile)
-        if results.measured:
-            table = markdown(tables.front_table(results))
-            before, after = text.split(begin)[0], text.split(end)[1]
-            write_text(readme, f"{before}{begin}\n\n{table}\n\n{end}{after}")
-            return
+    table = markdown(tables.front_table(Results(as_path(results_root) / "full")))
+    before, after = text.split(begin)[0], text.split(end)[1]
+    write_text(readme, f"{before}{begin}\n\n{table}\n\n{end}{after}")
+    return readme
 
 
 def write_path_figure(folder: str | Path) -> Path:
@@ -222,8 +211,3 @@ def escaped(text: str) -> str:
     """Text on one line that Markdown shows as it is."""
     text = re.sub(r"[\\|*$`~]|\b_|_\b|\](?=\()", r"\\\g<0>", " ".join(text.split()))
     return text.replace("<", "&lt;")
-
-
-def data_uri(path: Path) -> str:
-    """A PNG file as a URI that holds all of it."""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

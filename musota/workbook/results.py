@@ -3,12 +3,12 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from musota.config import Experiment, MuConfig, RedesignedConfig
-from musota.errors import MusotaError, nearest_name
+from musota.errors import MusotaError
 from musota.files import as_path
 from musota.lab.ablate import ablation_effects
 from musota.lab.grid_runs import Row, read_table
@@ -21,12 +21,13 @@ from musota.lab.verdicts import Verdict, compare, compare_with_matched
 from musota.matching import is_match
 from musota.registry import REGISTRY
 from musota.training.run import Run, load_runs
+from musota.workbook.naming import find_folders
 
 Key = tuple[Experiment, str]  # of a model: experiment and corpus fingerprint
 JUDGED = ("optimized", "original")  # the first that has ended is judged by the plan's rules
 QUESTIONS = {
     "best": "Is the redesign better?",
-    "architecture": "Does the architecture help?",
+    "architecture": "Does the architecture help or hurt?",
     "causes": "Which causes hold the model back?",
     "rate": "Is the learning rate right?",
     "parts": "Which parts of the model are used?",
@@ -48,12 +49,14 @@ def mean_loss(group: Sequence[Run]) -> float:
     return sum(run.valid_loss for run in group) / len(group)
 
 
-def titles_of(groups: Mapping[Key, Sequence[Run]]) -> dict[Key, str]:
-    """The title of each model; models of equal title are told apart by a run's folder."""
-    counts = Counter(group[0].title for group in groups.values())
+def by_title(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """The seeds of each model by its title; equal titles are told apart by a run's folder."""
+    groups = [*group_runs(runs).values()]
+    counts = Counter(group[0].title for group in groups)
     return {
-        key: first.title if counts[first.title] == 1 else f"{first.title} ({first.path.name})"
-        for key, (first, *_) in groups.items()
+        run.title if counts[run.title] == 1 else f"{run.title} ({run.path.name})": group
+        for group in groups
+        for run in group[:1]
     }
 
 
@@ -68,6 +71,15 @@ def progress(run: Run) -> str:
         return f"diverged at step {run.diverged_at}"
     planned = run.experiment.training.epochs
     return str(planned) if run.finished else f"{len(run.history)} of {planned}"
+
+
+def answer_and_reason(verdict: Verdict) -> tuple[str, str]:
+    """The sentence of a verdict in two parts: question and decision, for bold print; the rest."""
+    text = str(verdict)
+    answer = verdict.decision.lower()
+    end = text.lower().index(answer, len(verdict.question)) + len(answer)
+    end += text[end] == "."
+    return text[:end], text[end:].strip()
 
 
 def footer(corpus: str, vocabulary: int, profile: str | None) -> str:
@@ -94,7 +106,7 @@ class Results:
             key=lambda run: (place.get(run.name, len(place)), run.title, run.name, run.seed),
         )
         self.groups = group_runs(self.runs)
-        self.titles = titles_of(self.groups)
+        self.titles = {group[0].key: title for title, group in by_title(self.runs).items()}
         # Models all of whose seeds have ended an epoch, and those of them that verdicts are on.
         self.measured = [g for g in self.groups.values() if all(run.summary for run in g)]
         self.ended = [g for g in self.measured if all(run.ended for run in g)]
@@ -134,17 +146,10 @@ class Results:
         same = [other for other in found if other[0].experiment.training.learning_rate == rate]
         return min(same or found, key=mean_loss, default=None)
 
-    def ablations(self, run: Run) -> dict[str, Interval]:
-        """The loss in nats from disabling each part of a run's model; empty if not measured."""
-        found = _read_json(run.path / "ablations.json")
-        if "nats" not in found or found.get("weights") != run.summary.get("weights_sha256"):
-            return {}
-        return ablation_effects(found)
-
     @cached_property
     def ablated(self) -> dict[Run, dict[str, Interval]]:
-        """`ablations` of the runs for which they are recorded."""
-        found = {run: self.ablations(run) for run in self.runs if run.finished}
+        """`read_ablations` of the runs for which they are recorded."""
+        found = {run: read_ablations(run) for run in self.runs if run.finished}
         return {run: effects for run, effects in found.items() if effects}
 
     @cached_property
@@ -175,12 +180,11 @@ class Results:
         """The verdicts on runs that have ended, by key of QUESTIONS."""
         found: dict[str, list[Verdict]] = {name: [] for name in QUESTIONS}
         found["architecture"] = [*self.architecture().values()]
-        mu = [group for group in self.ended if isinstance(group[0].experiment.model, MuConfig)]
-        redesigned = [
-            group
-            for group in self.ended
-            if isinstance(model := group[0].experiment.model, RedesignedConfig) and model.layout
-        ]
+        with_blocks = [g for g in self.ended if getattr(g[0].experiment.model, "layout", None)]
+        redesigned, mu = (
+            [group for group in with_blocks if isinstance(group[0].experiment.model, kind)]
+            for kind in (RedesignedConfig, MuConfig)
+        )
         if mu and redesigned:
             found["best"] = [compare(min(redesigned, key=mean_loss), min(mu, key=mean_loss))]
         if self.grid:
@@ -189,8 +193,8 @@ class Results:
         for title, losses in self.sweeps.items():
             found["rate"].append(best_rate(title, losses, usual.get(title)))
         judged = [g for name in JUDGED if (g := self.group(name)) in self.ended]
-        for group in judged[:1]:
-            found["plan"] = plan_verdicts(group, self.matched_to(group))
+        if judged:
+            found["plan"] = plan_verdicts(judged[0], self.matched_to(judged[0]))
         return found
 
 
@@ -203,6 +207,14 @@ def read_ngrams(path: Path, fingerprint: str) -> dict[str, float]:
     return {name: float(ppl) for name, ppl in found["ppl"].items()}
 
 
+def read_ablations(run: Run) -> dict[str, Interval]:
+    """The loss in nats from disabling each part of a run's model; empty if not measured."""
+    found = _read_json(run.path / "ablations.json")
+    if "nats" not in found or found.get("weights") != run.summary.get("weights_sha256"):
+        return {}
+    return ablation_effects(found)
+
+
 def _read_json(path: Path) -> dict:
     """What a JSON file holds; empty where there is none. Raises MusotaError for damage."""
     try:
@@ -211,26 +223,10 @@ def _read_json(path: Path) -> dict:
         raise MusotaError(f"{path} is damaged: delete it, and it is measured again.") from None
 
 
-def find_runs(name: str, results_root: str | os.PathLike, profile: str) -> list[Run]:
-    """The seeds of a recorded model, or one run.
-
-    `name` is a run's folder, or the name, title or folder name of a run in `results_root/profile`
-    (or in another folder of results_root: `study/optimized`). Raises MusotaError, with the nearest
-    name, where there is none.
-    """
-    path = as_path(name)
-    if (path / "config.json").exists():
-        return [Run(path)]
-    folder, known = as_path(results_root) / (path.parent if path.parent.name else profile), {}
-    for group in group_runs(load_runs(folder) if folder.is_dir() else ()).values():
-        known |= {run.path.name: [run] for run in group}
-        for each in (group[0].name, group[0].title):
-            known.setdefault(each, group)
-    if not known:
-        raise MusotaError(f"There is no run {name!r}: {folder} holds none.")
-    if path.name not in known:
-        raise nearest_name("run", path.name, sorted(known))
-    return known[path.name]
+def find_runs(name: str, root: str | os.PathLike, profile: str) -> list[Run]:
+    """The seeds of a recorded model, or one run; arguments and errors as in `find_folders`."""
+    groups = group_runs(map(Run, find_folders(name, root, profile)))
+    return next(iter(groups.values()))
 
 
 def find_results(
@@ -240,13 +236,12 @@ def find_results(
     is not the first folder, or what is missing. `fingerprint` is for the first folder only."""
     first = Results(folders[0], fingerprint)
     missing = [name for name in names if not first.group(name)]
-    if not missing:
-        return first
-    first.note = f"{', '.join(missing)}: not trained yet in {folders[0]}"
-    for folder in folders[1:]:
-        found = Results(folder)
-        if all(map(found.group, names)):
-            found.note = f"{first.note}; shown are the results in {folder}."
-            return found
-    first.note += "; run the notebook that trains it first."
+    if missing:
+        first.note = f"{', '.join(missing)}: not trained yet in {folders[0]}"
+        for folder in folders[1:]:
+            found = Results(folder)
+            if all(map(found.group, names)):
+                found.note = f"{first.note}; shown are the results in {folder}."
+                return found
+        first.note += "; run the notebook that trains it first."
     return first

@@ -16,14 +16,12 @@ COMPARES_RUNS, OWN_MODULE = "04_compare", "08_your_model"
 
 def chosen_notebooks(repository: Path | None, only: str | None) -> list[Path]:
     """The notebooks of a repository, or those with the numbers `only`, such as "02,04"."""
-    found = {}
-    if repository:
-        found = {path.name[:2]: path for path in sorted(repository.glob("notebooks/[0-9]*.ipynb"))}
-    if not found:
+    if not repository:
         raise MusotaError(
             "There are no notebooks here: clone the repository and run this inside it, or use "
             "`musota train`, which needs none."
         )
+    found = {path.name[:2]: path for path in sorted(repository.glob("notebooks/[0-9]*.ipynb"))}
     wanted = [part.strip().zfill(2) for part in only.split(",")] if only else [*found]
     for number in wanted:
         if number not in found:
@@ -49,17 +47,17 @@ def run_notebooks(notebooks: Sequence[Path], values: dict, runs: Sequence[str]) 
         if notebook.stem == OWN_MODULE:  # which has sizes of its own
             given["changes"] = {f: v for f, v in book.changes.items() if f in MODULE_FIELDS}
         execute(notebook, executed / notebook.name, given, f"[{place}/{len(notebooks)}]")
-    results = book.results
     write_report(book.folder)
     book.save()
+    results = book.results
     for verdict in list(chain(*results.verdicts().values()))[:1]:
         click.echo(f"\n{verdict}")
     new = [run for run in results.runs if (run.path / "metrics.jsonl").stat().st_mtime >= started]
     columns = ["model", "epochs", "minutes", "valid PPL", "accuracy (%)"]
     table = runs_table(new)[columns].to_string(index=False)
     click.echo(f"\n{table if new else 'Nothing was left to train.'}")
-    minutes = (time.time() - started) / 60
-    click.echo(f"\nDone in {minutes:.1f} minutes. The report: {book.home / 'report.html'}")
+    minutes = f"{(time.time() - started) / 60:.1f}"
+    click.echo(f"\nDone in {minutes} minutes. The report: {book.home / 'report.html'}")
 
 
 def execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None:
@@ -68,37 +66,20 @@ def execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None
     import papermill
 
     os.environ["MUSOTA_HEADLESS"] = "1"  # inherited by the kernel
-    started = time.perf_counter()
+    started, relay = time.perf_counter(), _Relay()
     click.echo(f"{prefix} {notebook.stem} …")
-    relay = _Relay()
-    again = "The same command goes on from here."
+    how = {"kernel_name": "python3", "kernel_manager_class": _this_python(), "cwd": os.getcwd()}
+    how |= {"stdout_file": relay, "stderr_file": relay, "log_output": False, "progress_bar": False}
+    how |= {"extra_arguments": ["--log-level=ERROR"], "iopub_timeout": 60, "start_timeout": 120}
     try:
-        papermill.execute_notebook(
-            notebook,
-            output,
-            parameters,
-            kernel_name="python3",
-            kernel_manager_class=_this_python(),
-            cwd=os.getcwd(),
-            progress_bar=False,
-            log_output=False,
-            stdout_file=relay,
-            stderr_file=relay,
-            iopub_timeout=60,
-            extra_arguments=["--log-level=ERROR"],
-            start_timeout=120,
-        )
+        papermill.execute_notebook(notebook, output, parameters, **how)
+        return click.echo(f"{prefix} {notebook.stem} done in {time.perf_counter() - started:.0f} s")
     except papermill.PapermillExecutionError as error:
-        raise MusotaError(
-            f"{notebook.stem} stopped in cell {error.cell_index}: {error.ename}: {error.evalue}\n"
-            f"The executed notebook is {output}. {again}"
-        ) from None
+        stopped = f"stopped in cell {error.cell_index}: {error.ename}: {error.evalue}\n"
+        stopped += f"The executed notebook is {output}."
     except (RuntimeError, TimeoutError) as error:
-        raise MusotaError(
-            f"{notebook.stem}: its kernel died or does not answer, perhaps for lack of memory "
-            f"({error}). {again}"
-        ) from None
-    click.echo(f"{prefix} {notebook.stem} done in {time.perf_counter() - started:.0f} s")
+        stopped = f"stopped: its kernel died or does not answer ({error}), out of memory?"
+    raise MusotaError(f"{notebook.stem} {stopped} The same command goes on from here.")
 
 
 def _this_python():

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from musota.errors import MusotaError
-from musota.files import cache_folder, sha256, system_error, write_whole
+from musota.files import cache_folder, sha256, write_whole
 
 
 def make_folder(path: Path) -> None:
@@ -14,9 +14,8 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a null character
-        error = error if isinstance(error, OSError) else OSError(0, str(error))
-        instead = "set save_to to another"
-        raise system_error(f"The results folder {path}", error, instead) from None
+        wrong = f"The results folder {str(path)!r} cannot be made ({error})"
+        raise MusotaError(f"{wrong}: set save_to to another.") from None
 
 
 class SavedCopy:

@@ -21,7 +21,6 @@ SHADES = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", RED, "#F0E442", GREY)
 LINES = (*SHADES[:6], "#882255", "#444444")  # for lines, which yellow makes hard to see
 HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
 PLAIN = FuncFormatter(lambda value, _: f"{value:,.10g}")
-DOTTED = {"color": "0.45", "linewidth": 0.9, "linestyle": (0, (1, 2))}  # an n-gram baseline
 
 
 def new_figure(width: float, height: float, columns: int = 1, grid: str = ""):
@@ -38,16 +37,11 @@ def new_figure(width: float, height: float, columns: int = 1, grid: str = ""):
 def styles_of(names: Sequence[str]) -> list[tuple[str, str, str]]:
     """Colour, line style and marker of each: the first of a name that is in the registry has the
     style of its row, others the next ones not in use."""
-    rows = [name in REGISTRY and name not in names[:i] for i, name in enumerate(names)]
-    used = {
-        p for name, is_row in zip(names, rows, strict=True) if is_row for p in REGISTRY[name].style
-    }
+    fixed = {name: REGISTRY[name].style for name in names if name in REGISTRY}
+    used = {part for look in fixed.values() for part in look}
     colours, markers = ([p for p in of if p not in used] or of for of in (LINES, "X*dph<>P"))
     free = zip(itertools.cycle(colours), itertools.repeat(":"), itertools.cycle(markers))
-    return [
-        REGISTRY[name].style if is_row else next(free)
-        for name, is_row in zip(names, rows, strict=True)
-    ]
+    return [fixed.pop(name, None) or next(free) for name in names]
 
 
 def literal(text: str) -> str:
@@ -85,7 +79,7 @@ def draw_ngrams(axis, ngrams: Mapping[str, float], between: str = " ") -> None:
     highest = 2 * axis.dataLim.y1
     ngrams = {name: level for name, level in ngrams.items() if level <= highest}
     for level in ngrams.values():
-        axis.axhline(level, **DOTTED)
+        axis.axhline(level, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)))
     axis.figure.draw_without_rendering()  # for the positions of the lines
     points, last = 72 / axis.figure.dpi, -np.inf
     for name, level in sorted(ngrams.items(), key=lambda baseline: baseline[1]):

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
@@ -16,15 +16,15 @@ from musota.lab.stats import seed_interval
 from musota.lab.verdicts import Verdict, measured
 from musota.training.evaluate import exp_nats
 from musota.training.run import Run
-from musota.workbook.results import Results, group_runs, mean_loss, progress, titles_of
+from musota.workbook.results import Results, by_title, mean_loss, progress
 
 MEANINGLESS = 1e12  # a word perplexity above this is of a text without words
-METRICS = {  # columns of the model table: key in a summary, and which value is the best
-    "valid PPL": ("ppl", min),
-    "accuracy": ("accuracy", max),
-    "test PPL": ("test_ppl", min),
-    "test word PPL": ("test_word_ppl", min),
-    "bits/byte": ("bits_per_byte", min),
+METRICS = {  # columns of the model table: key in a summary, and where the best value is
+    "valid PPL": ("ppl", "idxmin"),
+    "accuracy": ("accuracy", "idxmax"),
+    "test PPL": ("test_ppl", "idxmin"),
+    "test word PPL": ("test_word_ppl", "idxmin"),
+    "bits/byte": ("bits_per_byte", "idxmin"),
 }
 # On the whole of WikiText-2, test split, without dynamic evaluation; hundreds of epochs each.
 PUBLISHED = (
@@ -39,13 +39,6 @@ def number(value: float | None, style: str = ",.1f") -> str:
     """A number as text; "–" where it is missing, not finite or meaningless."""
     known = value is not None and abs(value) < MEANINGLESS  # which NaN is not, either
     return format(value, style) if known else "–"
-
-
-def settings(run: Run) -> str:
-    """Size, sequence length and learning rate of a model."""
-    model, training = run.experiment.model, run.experiment.training
-    size = f"{model.n_parameters / 1e6:.1f} M parameters, {model.n_layer} layers"
-    return f"{size}, {model.max_seq_len} tokens, rate {training.learning_rate:g}"
 
 
 def _mean(group: Sequence[Run], key: str) -> float:
@@ -66,37 +59,31 @@ def _ppl(group: Sequence[Run]) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def _best(groups: Sequence[Sequence[Run]], key: str, choose: Callable) -> list[int]:
-    """The place of the group with the best value, in a list; empty for fewer than two groups."""
-    values = {place: _mean(group, key) for place, group in enumerate(groups)}
-    values = {place: value for place, value in values.items() if math.isfinite(value)}
-    return [choose(values, key=values.get)] if len(values) > 1 else []
-
-
 def model_table(results: Results) -> pd.DataFrame:
     """One row a model, means over seeds: the reported result first, where it can be compared, then
     the models, the n-gram baselines and published models."""
-    groups, rows = results.measured, []
-    has_words = any(_mean(group, "word_ppl") < MEANINGLESS for group in groups)
+    rows, values = [], {}  # values: numbers by row and column
+    has_words = any(_mean(group, "word_ppl") < MEANINGLESS for group in results.measured)
     last, style = ("test word PPL", ",.1f") if has_words else ("bits/byte", ".3f")
     if results.at_plan_size:
         reported = {"valid PPL": number(REPORTED["ppl"]), "epochs": str(REPORTED["epochs"])}
         accuracy = f"{REPORTED['accuracy']:.2%}"
         rows.append({"model": "MU-SOTA, reported", **reported, "accuracy": accuracy})
-    first = len(rows)
-    rows += [
-        {
+    for group in results.measured:
+        model, training = group[0].experiment.model, group[0].experiment.training
+        size = f"{model.n_parameters / 1e6:.1f} M parameters, {model.n_layer} layers"
+        values[len(rows)] = mean = {name: _mean(group, key) for name, (key, _) in METRICS.items()}
+        row = {
             "model": results.titles[group[0].key],
-            "settings": settings(group[0]),
+            "settings": f"{size}, {model.max_seq_len} tokens, rate {training.learning_rate:g}",
             "seeds": str(len(group)),
             "epochs": progress(group[0]),
             "valid PPL": _ppl(group),
-            "accuracy": f"{_mean(group, 'accuracy'):.1%}",
-            "test PPL": number(_mean(group, "test_ppl")),
-            last: number(_mean(group, METRICS[last][0]), style),
+            "accuracy": f"{mean['accuracy']:.1%}",
+            "test PPL": number(mean["test PPL"]),
+            last: number(mean[last], style),
         }
-        for group in groups
-    ]
+        rows.append(row)
     for name in (name for name in COUNTED if name in results.ngrams):
         row = {"model": f"N-gram baseline: {name}", "settings": f"counts {COUNTED[name]}"}
         rows.append(row | {"valid PPL": number(results.ngrams[name])})
@@ -104,12 +91,10 @@ def model_table(results: Results) -> pd.DataFrame:
         rows.append({"model": name, "settings": f"{size} parameters, reported", last: f"{ppl}"})
     columns = ["model", "settings", "seeds", "epochs", "valid PPL", "accuracy", "test PPL", last]
     table = pd.DataFrame(rows, columns=columns).fillna("–")
-    table.attrs["best"] = [
-        (first + place, columns.index(column))
-        for column, (key, choose) in METRICS.items()
-        if column in columns
-        for place in _best(groups, key, choose)
-    ]
+    means = pd.DataFrame(values).T.dropna(axis=1, how="all")
+    compared = [name for name in columns if name in means and len(means) > 1]
+    places = {name: getattr(means[name], METRICS[name][1])() for name in compared}
+    table.attrs["best"] = [(place, columns.index(name)) for name, place in places.items()]
     return table
 
 
@@ -125,16 +110,16 @@ def front_table(results: Results) -> pd.DataFrame:
 
 def runs_table(runs: Iterable[Run]) -> pd.DataFrame:
     """One row a run: what it took, and its best valid epoch; test was scored once."""
-    columns = ["model", "seed", "epochs", "minutes", "tokens/s", "valid PPL", "accuracy"]
+    columns = ["model", "seed", "epochs", "minutes", "tokens/s", "valid PPL", "accuracy (%)"]
     rows = []
     for run in runs:
         found = run.summary
-        seconds = found["seconds"] if run.finished else math.nan
-        values = [seconds / 60, found.get("tokens_per_second"), found.get("ppl")]
+        minutes = found["seconds"] / 60 if run.finished else math.nan
+        values = [minutes, found.get("tokens_per_second"), found.get("ppl")]
         values += [100 * found.get("accuracy", math.nan), found.get("test_ppl")]
         shown = map(number, values, [",.1f", ",.0f", ",.1f", ".1f", ",.1f"])
         rows.append([run.title, str(run.seed), progress(run), *shown])
-    return pd.DataFrame(rows, columns=[*columns[:-1], "accuracy (%)", "test PPL"])
+    return pd.DataFrame(rows, columns=[*columns, "test PPL"])
 
 
 def ledger_table(runs: Iterable[Run]) -> pd.DataFrame:
@@ -153,11 +138,10 @@ def fields_table(columns: Mapping[tuple[str, str], Experiment]) -> pd.DataFrame:
 
 def differences_table(runs: Iterable[Run]) -> pd.DataFrame:
     """Where models differ, one column each: fields, corpus, epochs, machine, versions."""
-    groups, columns = group_runs(runs), {}
-    titles = titles_of(groups)
-    for key, group in groups.items():
-        run, corpus = group[0], group[0].config["corpus"]
-        columns[titles[key]] = {
+    columns = {}
+    for title, (run, *others) in by_title(runs).items():
+        corpus = run.config["corpus"]
+        columns[title] = {
             "architecture": type(run.experiment.model).__name__.removesuffix("Config"),
             **run.experiment.fields(),
             "parameters": run.experiment.model.n_parameters,
@@ -165,7 +149,7 @@ def differences_table(runs: Iterable[Run]) -> pd.DataFrame:
             "training tokens": corpus["tokens"]["train"],
             "vocabulary in use": corpus["vocabulary_in_use"],
             "profile": run.profile,
-            "seeds": ", ".join(str(run.seed) for run in group),
+            "seeds": ", ".join(str(each.seed) for each in (run, *others)),
             "epochs trained": progress(run),
             "device": run.summary.get("device"),
             **{f"{name} version": v for name, v in run.summary.get("versions", {}).items()},
@@ -207,9 +191,6 @@ def verdict_table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
 def health_table(run: Run) -> pd.DataFrame:
     """The health statistics of a run; ⚠ marks what is out of its usual band. Empty where none were
     recorded."""
-    columns = ["statistic", "value", "decision", "reason"]
-    rows = [
-        (v.question, measured(v) or "–", "⚠ " * (v.decision != "ok") + v.decision, v.reason)
-        for v in health(run)
-    ]
-    return pd.DataFrame(rows, columns=columns)
+    table = verdict_table(health(run))
+    table["decision"] = table.decision.where(table.decision == "ok", "⚠ " + table.decision)
+    return table.rename(columns={"question": "statistic"})
