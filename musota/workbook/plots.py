@@ -13,8 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from musota.lab.curves import plateau_start
 from musota.lab.plan_rules import REPORTED
 from musota.lab.root_causes import MISSED, Cause
-from musota.lab.stats import Interval
-from musota.lab.stats import RELEVANT
+from musota.lab.stats import RELEVANT, Interval
 from musota.lab.verdicts import Verdict, measured
 from musota.training.run import Run
 from musota.workbook import style
