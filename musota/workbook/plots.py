@@ -17,7 +17,7 @@ from musota.lab.stats import RELEVANT, Interval
 from musota.lab.verdicts import Verdict, measured
 from musota.training.run import Run
 from musota.workbook import style
-from musota.workbook.results import by_title, label
+from musota.workbook.results import by_title, label, progress
 from musota.workbook.style import PLAIN, draw_intervals, new_figure, note, styles_of, wrapped
 
 DECISIONS = {  # of a root cause: colour, marker, fill
@@ -66,6 +66,7 @@ def curves(runs: Sequence[Run], ngrams: Mapping[str, float], reported: bool = Fa
         tables = [run.history.set_index("epoch")[[measured, "accuracy"]] for run in group]
         mean = (sum(tables) / len(tables)).dropna()  # epochs that every seed has reached
         seeds = f"{len(group)} seeds" if len(group) > 1 else f"seed {group[0].seed}"
+        seeds += "" if group[0].finished else f", {progress(group[0])} epochs"
         look = {"color": colour, "linestyle": line, "marker": marker}
         look |= {"markersize": size, "linewidth": size / 3.5}
         for table in tables if len(group) > 1 else []:
@@ -80,7 +81,10 @@ def curves(runs: Sequence[Run], ngrams: Mapping[str, float], reported: bool = Fa
         left.plot(epochs, ppl, label=f"reported: {ppl:.0f} after {epochs} epochs", **star)
         right.plot(epochs, 100 * REPORTED["accuracy"], **star)
         last = max(last, epochs)
-    style.logarithmic(left, *left.dataLim.intervaly)
+    lowest, highest = left.dataLim.intervaly
+    top = 1.3 * ngrams.get("unigram", math.inf)  # above it a model has learned next to nothing
+    style.logarithmic(left, lowest, min(highest, top))
+    left.set_ylim(top=top if highest > top else None)
     left.set(ylabel=f"valid {unit} (log)", title=unit.split(" per ")[0].capitalize())
     right.set(ylabel="valid top-1 accuracy (%)", title="Accuracy")
     for axis in (left, right):
