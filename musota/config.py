@@ -4,6 +4,7 @@ Parameter and FLOP counts are formulas here; tests hold them to the built models
 """
 
 import dataclasses
+import numbers
 import sys
 from dataclasses import dataclass
 
@@ -24,20 +25,25 @@ BOUNDS = {
 }
 
 
-def check_field(field: dataclasses.Field, value) -> None:
-    """Raises MusotaError if a configuration field cannot have this value."""
+def check_field(field: dataclasses.Field, value):
+    """`value`, numpy's numbers as Python's. Raises MusotaError if a configuration field cannot have
+    this value."""
     name, kind = field.name, field.type
     if kind in (bool, str):
         fits, allowed = isinstance(value, kind), "True or False" if kind is bool else "a name"
     else:
         low, high = BOUNDS.get(name, (int(kind is int), HUGE))
-        fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        fits = isinstance(value, numbers.Integral if kind is int else numbers.Real)
+        fits = fits and not isinstance(value, bool)
+        if fits and not isinstance(value, (int, float)):
+            value = kind(value)
         fits = fits and low <= value <= high
         allowed = f"a {'whole' if kind is int else 'finite'} number "
         allowed += "above 0" if low == TINY else f"of at least {low}"
         allowed += f", at most {high}" if high < HUGE else ""
     if not fits:
         raise MusotaError(f"{name} must be {allowed}, not {value!r}.")
+    return value
 
 
 class Checked:
@@ -45,7 +51,7 @@ class Checked:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            check_field(field, getattr(self, field.name))
+            object.__setattr__(self, field.name, check_field(field, getattr(self, field.name)))
 
 
 @dataclass(frozen=True)

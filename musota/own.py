@@ -11,6 +11,8 @@ import itertools
 import sys
 import types
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 from musota.errors import MusotaError, blaming
 from musota.files import as_path
@@ -32,7 +34,8 @@ class _Source:
         title = f"musota_file_{next(_numbers)}_{path.stem}"
         module = sys.modules[title] = types.ModuleType(title)  # dataclasses look for it there
         module.__file__ = str(path)
-        module.__builtins__ = {**vars(builtins), "__import__": self.imports}
+        self.builtins = {**vars(builtins), "__import__": self.imports}
+        module.__builtins__ = self.builtins
         with blaming(path.name), self.importable():
             exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
         if not hasattr(module, name):
@@ -44,6 +47,20 @@ class _Source:
         with self.importable():
             return builtins.__import__(*arguments)
 
+    def find_spec(self, name, path=None, target=None):
+        """As a finder of sys.meta_path: modules in the folder import as the file does, also later,
+        when one of their functions is called."""
+        spec = PathFinder.find_spec(name, path, target)
+        inside = spec and spec.origin and self.folder in Path(spec.origin).parents
+        if inside and "-packages" not in spec.origin and not name.startswith("musota"):
+            execute = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: execute(self._own(module))
+        return spec
+
+    def _own(self, module: types.ModuleType) -> types.ModuleType:
+        module.__builtins__ = self.builtins
+        return module
+
     @contextmanager
     def importable(self):
         """A context in which imports find the modules in the folder first, as this file's own."""
@@ -53,6 +70,7 @@ class _Source:
         others = self._take_out()
         sys.modules.update(self.siblings)
         sys.path.insert(0, str(self.folder))
+        sys.meta_path.insert(0, self)
         importlib.invalidate_caches()
         self.active = True
         try:
@@ -60,6 +78,7 @@ class _Source:
         finally:
             self.active = False
             sys.path.remove(str(self.folder))
+            sys.meta_path.remove(self)
             self.siblings = self._take_out()
             sys.modules.update(others)
 
@@ -80,9 +99,9 @@ def load_object(source: str) -> object:
 def load_module(source: str, vocab_size: int, max_seq_len: int):
     """The torch module that NAME returns when called, with `vocab_size` and `max_seq_len` if it
     takes them. Raises MusotaError as `load_object` does, and if NAME raises."""
-    from torch import nn
-
     loaded = _Source(source)
+    from torch import nn  # after the file is found: a wrong name is reported at once
+
     if isinstance(loaded.object, nn.Module) or not callable(loaded.object):
         kind = type(loaded.object).__name__
         raise MusotaError(f"{source} is {kind}: name the function or class that makes the model.")

@@ -1,9 +1,11 @@
 """Configurations, the registry, matching and profiles."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -85,6 +87,14 @@ def test_profiles_keep_the_plans_proportions(profile):
 def test_bad_values_get_one_sentence(make, message):
     with pytest.raises(MusotaError, match=message):
         make()
+
+
+def test_numbers_of_numpy_become_pythons():
+    changes = check_changes({"epochs": np.int64(2), "learning_rate": np.float32(0.5)})
+    experiment = musota.experiments["baseline"].with_(n_layer=np.uint8(3), **changes)
+    training = experiment.training
+    assert (experiment.model.n_layer, training.epochs, training.learning_rate) == (3, 2, 0.5)
+    assert json.loads(json.dumps(experiment.to_dict())) == experiment.to_dict()
 
 
 LIGHT = """

@@ -315,6 +315,11 @@ class Complex(torch.nn.Module):
         return (self.table[ids] @ self.table.mH).real
 
 
+class Sparse(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Embedding(512, 8, sparse=True), torch.nn.Linear(8, 512))
+
+
 TRAINING = TrainConfig(2, 3e-3, 10, 8, 1)
 
 
@@ -323,7 +328,7 @@ def _module(kind, seed=0):
     return kind()
 
 
-@pytest.mark.parametrize("kind", [Recurrent, Complex])
+@pytest.mark.parametrize("kind", [Recurrent, Complex, Sparse])
 def test_a_module_trains_resumes_and_gets_its_weights(kind, corpus, tmp_path):
     train = functools.partial(musota.train, training=TRAINING, max_seq_len=24)
     module = _module(kind)
@@ -339,6 +344,20 @@ def test_a_module_trains_resumes_and_gets_its_weights(kind, corpus, tmp_path):
     whole.load_weights(fresh)
     measured = musota.evaluate(WrappedModule(fresh, whole.experiment.model), corpus.valid)
     assert measured["ppl"] == pytest.approx(whole.summary["ppl"], rel=1e-5)
+
+
+def test_a_scripted_module_trains(corpus, tmp_path):
+    module = torch.jit.script(Sparse())
+    run = musota.train(module, corpus, tmp_path, training=TRAINING, max_seq_len=np.int64(24))
+    run.load_weights(module)
+    assert run.finished and run.summary["ppl"] < 512
+
+
+def test_a_module_may_start_far_above_a_uniform_guess(corpus, tmp_path):
+    module = torch.nn.Sequential(torch.nn.Embedding(512, 16), torch.nn.Linear(16, 512))
+    module[1].weight.data *= 60
+    run = musota.train(module, corpus, tmp_path, training=TRAINING, max_seq_len=24)
+    assert run.finished and run.steps.loss[0] > math.log(512) + 2
 
 
 def test_a_module_that_cannot_be_trained_gets_one_sentence(corpus, tmp_path):

@@ -5,6 +5,7 @@ hashes of what they were made from: a changed text is never read from the cache.
 """
 
 import hashlib
+import numbers
 import os
 import re
 from collections.abc import Callable
@@ -93,7 +94,7 @@ def load_corpus(
     90/5/5, or `auto`: wikitext-2 where it is available, else python-docs. `data_dir` (default
     `$MUSOTA_DATA_DIR`) may hold local copies in folders named like the corpora. Raises MusotaError.
     """
-    if not isinstance(vocab_size, int) or vocab_size < SMALLEST_VOCABULARY:
+    if not isinstance(vocab_size, numbers.Integral) or vocab_size < SMALLEST_VOCABULARY:
         least = f"a whole number of at least {SMALLEST_VOCABULARY}, every byte and two more"
         raise MusotaError(f"vocab_size must be {least}, not {vocab_size!r}.")
     data_dir = data_dir or os.environ.get("MUSOTA_DATA_DIR")

@@ -68,11 +68,10 @@ def check_changes(changes: dict) -> dict:
         raise MusotaError(f'changes must be like {{"learning_rate": 0.003}}, not {changes!r}.')
     parts = [part for one in experiments.values() for part in (one.model, one.training)]
     known = {field.name: field for part in parts for field in dataclasses.fields(part)}
-    for name, value in changes.items():
+    for name in changes:
         if name not in known:
             raise nearest_name("field", name, sorted(known))
-        check_field(known[name], value)
-    return changes
+    return {name: check_field(known[name], value) for name, value in changes.items()}
 
 
 def scaled(experiment: str | Experiment, profile: str | Profile, **changes) -> Experiment:

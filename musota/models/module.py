@@ -62,16 +62,18 @@ def call_once(module: nn.Module, max_seq_len: int) -> None:
 def materialized_copy(module: nn.Module, max_seq_len: int) -> nn.Module:
     """A copy of a module with its lazy parameters created. Raises MusotaError for a module that
     cannot be copied or called."""
-    with blaming("The model, when copied,"):
-        module = copy.deepcopy(module)
-    call_once(module, max_seq_len)
-    return module
+    with blaming("The model, when copied,"), torch.no_grad():
+        copied = copy.deepcopy(module)  # parameters of scripted modules would get a history
+    for weight, original in zip(copied.parameters(), module.parameters(), strict=True):
+        weight.requires_grad = original.requires_grad
+    call_once(copied, max_seq_len)
+    return copied
 
 
 def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> ModuleConfig:
     """The description of a module, measured on a copy with one sequence of `max_seq_len` tokens.
     Raises MusotaError for a module without parameters, or whose output does not fit."""
-    name = type(module).__name__
+    name, vocab_size, max_seq_len = type(module).__name__, int(vocab_size), int(max_seq_len)
     measured = materialized_copy(module, max_seq_len).eval()
     parameters = dict(measured.named_parameters())
     if not parameters:

@@ -17,8 +17,9 @@ from musota.training.device import is_out_of_memory
 from musota.training.optim import OPTIMIZERS, learning_rate_at, update_ratios
 
 COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
-RESTORED = ("step", "applied", "update_ratio", "summary")  # fields kept as JSON, besides tensors
-CHOSEN = ("micro_batch", "compile")  # likewise, but a resumed run may choose them anew
+# Fields kept as JSON, besides tensors. A resumed run may choose the last two anew.
+RESTORED = ("step", "applied", "first_loss", "update_ratio", "summary")
+CHOSEN = ("micro_batch", "compile")
 
 
 @dataclass
@@ -34,6 +35,7 @@ class TrainState:
     epoch_nats: Tensor  # training loss of this epoch, summed over its windows
     step: int = 0  # steps done
     applied: int = 0  # of these, steps that fp16 loss scaling did not skip
+    first_loss: float = 0.0  # training loss of the first step, in nats/token
     update_ratio: dict[str, float] = field(default_factory=dict)  # of this epoch, by group
     summary: dict = field(default_factory=dict)  # of the best epoch so far
     unsaved_best: dict[str, Tensor] | None = None  # weights of the best epoch, not yet in best/
@@ -175,6 +177,9 @@ def _backward(state: TrainState, batches: Batches, starts: Tensor) -> Tensor:
             loss = loss * (len(micro) * bool(len(mine)) / len(starts))
             accelerator.backward(loss * processes)  # gradients are averaged over processes
         total += loss.detach()
+    for parameter in state.model.parameters():  # the optimizers take no sparse gradients
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
     return accelerator.reduce(total)
 
 

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,11 @@ COMPILE_STEPS = 2000  # a run of so many on a GPU regains the time that compilin
 CPU_TOKENS = 1536  # computed at a time on a CPU
 COPY_SECONDS = 600  # between copies; a run ends with one, however it ends
 LOG_LINES = 250  # about so many step records a run
-EXPLODED_NATS = 2.0  # a training loss so far above that of a uniform guess has exploded
+EXPLODED_NATS = 2.0  # a training loss so far above a uniform guess, and the first, has exploded
 
 
 class Diverged(MusotaError):
-    """A loss that is not finite, or far above that of a uniform guess."""
+    """A loss that is not finite, or far above that of a uniform guess and of the first step."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ class RunOptions:
 
     def __post_init__(self):
         size, share = self.micro_batch, self.stop_at
-        if size is not None and not (isinstance(size, int) and size >= 1):
+        if size is not None and not (isinstance(size, Integral) and size >= 1):
             raise MusotaError(f"micro_batch must be a whole number of at least 1, not {size!r}.")
+        object.__setattr__(self, "micro_batch", size and int(size))
         if not isinstance(share, Real) or not 0 < share <= 1:
             raise MusotaError(f"stop_at must lie in (0, 1], not {share!r}.")
 
@@ -222,6 +223,8 @@ class Trainer:
         interval = max(1, batches.total_steps // LOG_LINES)
         if state.step % interval == 0 or state.step in (1, batches.total_steps):
             loss, norm = map(float, done)  # the only wait for the device, but for fp16's scaler
+            if state.step == 1:
+                state.first_loss = loss
             self.check_loss(loss)
             rate = state.optimizer.param_groups[0]["lr"]
             self.record("step", loss=loss, learning_rate=rate, grad_norm=norm)
@@ -236,7 +239,8 @@ class Trainer:
 
     def check_loss(self, loss: float) -> None:
         """Raises Diverged for a training loss that is not finite or has exploded."""
-        limit = math.log(self.experiment.model.vocab_size) + EXPLODED_NATS
+        limit = max(math.log(self.experiment.model.vocab_size), self.state.first_loss)
+        limit += EXPLODED_NATS
         if not math.isfinite(loss) or loss > limit:
             half = self.experiment.training.learning_rate / 2
             found = f"The training loss is {loss:.4g} at step {self.state.step}"
@@ -244,8 +248,8 @@ class Trainer:
 
     def diverge(self, found: str, advice: str) -> None:
         self.record("event", event="diverged")
-        kept = f"The last good checkpoint stays in {self.folder.checkpoints}"
-        raise Diverged(f"{found}: {advice}. {kept}.")
+        kept = f" The last good checkpoint stays in {self.folder.checkpoints}."
+        raise Diverged(f"{found}: {advice}.{kept if self.folder.last else ''}")
 
     def score(self, split: str) -> tuple[Tensor, dict]:
         """The nats of each token of a split, and its metrics."""

@@ -169,12 +169,12 @@ def score(run, file, profile, results):
     find_folders(run, results, profile)
     from musota.data.sources import read_text
     from musota.workbook.results import find_runs
+    from musota.workbook.tables import number
 
     found = find_runs(run, results, profile)[0]
     scored = found.load_model().score_text(read_text(file))
-    click.echo(
-        "{}\nPPL {ppl:,.1f}, {bits_per_byte:.3f} bits per byte".format(found, **scored.attrs)
-    )
+    ppl, per_byte = number(scored.attrs["ppl"]), scored.attrs["bits_per_byte"]
+    click.echo(f"{found}\nPPL {ppl}, {per_byte:.3f} bits per byte")
     click.echo(f"\n{scored.nlargest(15, 'bits').to_string(float_format='%.4g')}")
     scored.to_csv(path := found.path / f"score-{file.stem}.csv", index_label="place")
     click.echo(f"\nEvery token: {path}")
@@ -192,11 +192,12 @@ def audit(model, vocab_size, max_seq_len, loss, picture):
     Ends with status 1 where it is not honest. NAME is called with vocab_size and max_seq_len,
     where it takes them.
     """
-    from musota.lab.audit import audit as audited
     from musota.own import load_module, load_object
+
+    module = load_module(model, vocab_size, max_seq_len)  # a wrong name is reported at once
+    from musota.lab.audit import audit as audited
     from musota.workbook.style import save_figure
 
-    module = load_module(model, vocab_size, max_seq_len)
     given = load_object(f"{model.rpartition(':')[0]}:{loss}") if loss else None
     found = audited(module, vocab_size, max_seq_len, given)
     click.echo(f"{found}")

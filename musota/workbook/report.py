@@ -43,6 +43,8 @@ class Section:
 def write_report(folder: str | Path) -> Path:
     """Draws the figures of a results folder and writes its README.md and report.html, from the
     records alone. Returns the path of README.md. Raises MusotaError for a damaged record."""
+    if not as_path(folder).is_dir():
+        raise MusotaError(f"There is no results folder {folder}.")
     results = Results(folder)
     page = _page(results) | {"name": results.folder.resolve().name, "folder": results.folder}
     environment = Environment(
