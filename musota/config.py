@@ -1,6 +1,6 @@
 """Configurations of models and training, as frozen dataclasses, and experiments made of both.
 
-Parameter and FLOP counts are formulas here; tests hold them to the built models.
+Parameter and FLOP counts are formulas here; tests compare them with the built models.
 """
 
 import dataclasses
@@ -193,7 +193,7 @@ class RedesignedConfig(Sizes):
 
 @dataclass(frozen=True)
 class ModuleConfig:
-    """A module of the user's own, as a record describes it: measurements and hashes, no code."""
+    """A user's own module as recorded: measurements and hashes, no code."""
 
     source: str  # FILE.py:NAME
     file_sha256: str  # of the file that defines the class

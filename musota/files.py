@@ -12,6 +12,7 @@ from pathlib import Path
 from musota.errors import MusotaError
 
 SEAL = "sha256"
+START_OVER = "--fresh (in a notebook fresh = True, in musota.train resume=False)"
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -65,7 +66,7 @@ def read_sealed(path: Path) -> dict:
     except (ValueError, AttributeError, TypeError):
         pass  # no JSON, or no object
     damaged = f"{path} is damaged or was changed by hand"
-    raise MusotaError(f"{damaged}: restore it, or train again with fresh=True (--fresh).")
+    raise MusotaError(f"{damaged}: restore it, or train again with {START_OVER}.")
 
 
 def sha256(data: bytes) -> str:

@@ -72,7 +72,7 @@ def test_a_finished_run_counts_whatever_its_folder_is_called(made, results, caps
     renamed = shutil.move(results / f"{NAME}-seed0", results / "my best-seed0")
     found = made().train("optimized").path
     shutil.move(renamed, results / f"{NAME}-seed0")
-    assert found == renamed and "finished before" in capsys.readouterr().out
+    assert found == renamed and "already finished" in capsys.readouterr().out
 
 
 def test_a_module_is_trained_and_its_matched_transformer(made, tmp_path):
@@ -98,7 +98,7 @@ def test_a_stopped_run_ends_the_cell_and_goes_on(made):
         if state.step == 19:  # in the second epoch
             os.kill(os.getpid(), signal.SIGINT)
 
-    with each_step(before=end), pytest.raises(Interrupted, match="run this again, and it goes on"):
+    with each_step(before=end), pytest.raises(Interrupted, match="run this again to continue"):
         made(dropout=0.2).train("optimized")
     assert made(dropout=0.2).train("optimized").finished
 

@@ -95,7 +95,7 @@ def test_the_kernel_is_this_python_and_its_death_is_a_sentence(tmp_path, monkeyp
         return _cells(tmp_path / "out.ipynb")[0].outputs[0].text.strip()
 
     assert run("import sys\nprint(sys.executable)") == sys.executable
-    with pytest.raises(MusotaError, match="its kernel died or does not answer.*goes on from here"):
+    with pytest.raises(MusotaError, match="its kernel died or does not answer.*to continue"):
         run("import os\nos._exit(1)")
 
 

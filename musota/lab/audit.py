@@ -1,4 +1,4 @@
-"""Audit of any torch language model: does it read what it must not, and is its loss a loss?"""
+"""Audit of any torch language model: leaks between tokens or sequences, and errors in the loss."""
 
 import copy
 import math
@@ -58,7 +58,7 @@ class Audit:
 
     @property
     def honest(self) -> bool:
-        """Whether the perplexity may be believed: no finding is a fault."""
+        """Whether the perplexity can be trusted: no finding is a fault."""
         return not any(finding.decision in FAULTS for finding in self.findings)
 
     def figure(self) -> Figure:
@@ -186,7 +186,7 @@ def _copy(module: nn.Module, training: bool) -> nn.Module:
 
 
 def _shaken(module: nn.Module, ids: Tensor, draw: Generator) -> nn.Module:
-    """A copy with noise on every weight: an output that begins at zero hides whatever leaks."""
+    """A copy with noise on every weight: an output layer initialised at zero would hide a leak."""
     for strength in (0.5, 0.05, 0.005):
         shaken = _copy(module, False)
         for weight in (w for w in shaken.parameters() if w.is_floating_point() or w.is_complex()):
@@ -258,7 +258,7 @@ def _shifted_loss(net: nn.Module, ids: Tensor) -> Tensor:
 def _on_random_tokens(
     module: nn.Module, like: Tensor, vocab_size: int, loss: Loss | None, draw: Generator
 ) -> list[float]:
-    """The training loss of each step on tokens drawn evenly, and never twice, from a few."""
+    """The training loss of each step, on new tokens drawn uniformly from SYMBOLS of them."""
     net = _copy(module, True)
     weights = [weight for weight in net.parameters() if weight.requires_grad]
     fused = not any(weight.is_complex() for weight in weights)
@@ -348,7 +348,7 @@ def _random_floor(losses: Sequence[float], symbols: int) -> Verdict:
 
 
 def _size(module: nn.Module, vocab_size: int, max_seq_len: int) -> Verdict:
-    """Parameters by part, arithmetic, memory, and the parameter-matched transformer."""
+    """Parameters by part, FLOPs, memory, and the parameter-matched transformer."""
     question, parts = "How large is it?", Counter()
     for name, weight in module.named_parameters():
         parts[name.partition(".")[0]] += weight.numel()

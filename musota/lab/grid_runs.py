@@ -162,7 +162,7 @@ def _train_all(jobs: list[dict]) -> Iterator[Row]:
         for ended in as_completed([pool.submit(_train_one, job, True) for job in jobs]):
             yield ended.result()
     except BrokenExecutor:
-        raise MusotaError("A training process was killed: run this again to go on.") from None
+        raise MusotaError("A training process was killed: run this again to continue.") from None
     finally:
         for worker in multiprocessing.active_children():
             worker.terminate()  # a training saves its state first

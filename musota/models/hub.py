@@ -115,6 +115,6 @@ class HubModel(ModelHubMixin, **ABOUT, model_card_template=CARD):
         try:
             folder = snapshot_download(str(name), allow_patterns=wanted, etag_timeout=5, **download)
         except Exception as error:  # the hub's client raises many types
-            why = f"it is no folder, and the Hugging Face hub has none ({type(error).__name__})"
+            why = f"it is not a folder, and not on the Hugging Face hub ({type(error).__name__})"
             raise MusotaError(f"There is no model {name}: {why}.") from None
         return load_model(folder)

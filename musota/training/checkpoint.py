@@ -15,7 +15,15 @@ from torch import Tensor
 from musota.config import Experiment
 from musota.data.corpus import Corpus
 from musota.errors import MusotaError
-from musota.files import as_path, jsonable, sha256, system_error, write_bytes, write_sealed
+from musota.files import (
+    START_OVER,
+    as_path,
+    jsonable,
+    sha256,
+    system_error,
+    write_bytes,
+    write_sealed,
+)
 from musota.models.hub import save_model
 from musota.training.run import Run, nan_for_null
 from musota.training.state import TrainState
@@ -44,7 +52,7 @@ class RunDir:
 
     @property
     def finished(self) -> bool:
-        """Whether the folder holds this very run, finished. Raises MusotaError for another run."""
+        """Whether the folder holds this run, finished. Raises MusotaError for another run."""
         if not self.config_path.exists():
             return False
         run = Run(self.path)
@@ -190,7 +198,7 @@ class RunDir:
             return load(data), nan_for_null(numbers)
         if found or self.summary_path.exists():
             none = f"{self.path} has measurements, but no checkpoint that can be read"
-            raise MusotaError(f"{none}: start over with fresh=True (--fresh).")
+            raise MusotaError(f"{none}: start over with {START_OVER}.")
         self.attempt(lambda: self.metrics_path.unlink(missing_ok=True))
         return None
 
@@ -200,7 +208,7 @@ class RunDir:
         for key in wanted | present:  # the kind of model first
             if wanted.get(key) != present.get(key):
                 differs = f"its {key} is {present.get(key)!r}, not {wanted.get(key)!r}"
-                instead = "use another folder, or start over with fresh=True (--fresh)"
+                instead = f"use another folder, or start over with {START_OVER}"
                 raise MusotaError(f"The {where} belongs to another run: {differs}; {instead}.")
 
 

@@ -1,7 +1,7 @@
 """The records of a run, read from its folder (the files: docs/reliability.md).
 
-Damage is detected: config.json and summary.json carry a hash of themselves, the summary the hashes
-of metrics.jsonl and best/, a checkpoint its own in its name. Nothing is unpickled.
+Hashes detect damage: config.json and summary.json contain their own, the summary those of
+metrics.jsonl and best/, and a checkpoint has its own in its name. Nothing is unpickled.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import nn
 
 from musota.config import Experiment
 from musota.errors import MusotaError
-from musota.files import as_path, read_sealed, sha256
+from musota.files import START_OVER, as_path, read_sealed, sha256
 from musota.models.base import CausalLM
 from musota.models.hub import load_model
 from musota.models.module import call_once
@@ -82,11 +82,11 @@ class Run:
         known = data if self.finished else data[: self.summary.get("metrics_bytes", 0)]
         try:
             if expected and expected != sha256(known):
-                raise ValueError("its sha256 does not fit")
+                raise ValueError("its sha256 does not match")
             records = [json.loads(line) for line in data.split(b"\n")[:-1]]
             return [nan_for_null(record) for record in records if record["kind"]]
         except (ValueError, KeyError, TypeError):
-            restore = "restore it, or train the run again with fresh=True (--fresh)"
+            restore = f"restore it, or train the run again with {START_OVER}"
             raise MusotaError(f"{path} is damaged or was changed by hand: {restore}.") from None
 
     def _of_kind(self, kind: str) -> list[dict]:
@@ -137,7 +137,7 @@ class Run:
         for name, expected in self.summary.get("best_files", {}).items():
             path = folder / name
             if path.exists() and sha256(path.read_bytes()) != expected:
-                raise MusotaError(f"{path} is damaged: train the run again with fresh=True.")
+                raise MusotaError(f"{path} is damaged: train the run again with {START_OVER}.")
         return folder
 
     def load_model(self, device: str | torch.device = "cpu") -> CausalLM:
@@ -150,7 +150,7 @@ class Run:
         kept, are damaged or do not fit."""
         path = self._best() / WEIGHTS
         if not self.has_model:
-            raise MusotaError(f"There is no {path}: train the run again with fresh=True.")
+            raise MusotaError(f"There is no {path}: train the run again with {START_OVER}.")
         weights = load(path.read_bytes())
         if weights.keys() - module.state_dict().keys():  # some are created in the first call
             call_once(module, self.experiment.model.max_seq_len)

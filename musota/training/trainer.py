@@ -1,7 +1,7 @@
 """The training loop, for any architecture.
 
 A step depends on (seed, step) alone: its windows come from `window_starts`, and the random state is
-seeded before each step. So a run that was resumed ends with the same weights as one that was not.
+seeded before each step. So a resumed run ends with the same weights as an uninterrupted one.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from musota.training.optim import OPTIMIZERS, SCHEDULES
 from musota.training.run import Run
 from musota.training.state import Batches, TrainState, halve_micro_batch, train_step
 
-COMPILE_STEPS = 2000  # a run of so many on a GPU regains the time that compiling takes
-CPU_TOKENS = 1536  # computed at a time on a CPU
+COMPILE_STEPS = 2000  # GPU runs of at least this many steps regain the compile time
+CPU_TOKENS = 1536  # tokens of a micro-batch on a CPU
 COPY_SECONDS = 600  # between copies; a run ends with one, however it ends
-LOG_LINES = 250  # about so many step records a run
-EXPLODED_NATS = 2.0  # a training loss so far above a uniform guess, and the first, has exploded
+LOG_LINES = 250  # about this many step records per run
+EXPLODED_NATS = 2.0  # allowed rise of the training loss above a uniform guess and the first loss
 
 
 class Diverged(MusotaError):
@@ -42,7 +42,7 @@ class Diverged(MusotaError):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is executed. None of it is part of what the run is."""
+    """How a run is executed. These options are not part of the run's identity."""
 
     device: str | torch.device | None = None  # cpu or cuda; default: the best one here
     precision: str | None = None  # no, bf16 or fp16; default: the fastest that is safe here
@@ -76,11 +76,11 @@ def train(
 ) -> Run:
     """Train an experiment, or a copy of a module, into `run_dir` and return the run.
 
-    A finished run of the same experiment, corpus and seed is returned as it is; an unfinished one
-    goes on from its last checkpoint; `resume=False` starts over. Ctrl-C or SIGTERM finishes the
-    step, saves it and returns what has been measured. The best epoch is chosen on valid. Started
-    by `accelerate launch` or torchrun, every process computes a share of a step.
-    `training`, `max_seq_len`: of a module (default: the plan's training); an Experiment has both.
+    A finished run of the same experiment, corpus and seed is loaded; an unfinished one continues
+    from its last checkpoint; `resume=False` starts over. After Ctrl-C or SIGTERM the run finishes
+    the step, saves it and returns what has been measured. The best epoch is chosen on valid. With
+    `accelerate launch` or torchrun, every process computes a share of each step.
+    `training`, `max_seq_len`: only for a module (default: the plan's training).
     Raises MusotaError for what cannot be trained or saved; Diverged for a loss that is not finite
     or explodes.
     """
@@ -90,7 +90,7 @@ def train(
     identity = {"name": name, **options.about, "experiment": experiment.to_dict(), "seed": seed}
     folder = RunDir(run_dir, identity, corpus, accelerator.is_main_process, options.copy)
     if resume and folder.finished:  # the folder may be read-only: nothing is written
-        accelerator.print(f"{folder.path}: finished before, loaded as it is.")
+        accelerator.print(f"{folder.path}: already finished, loaded.")
         folder.copy_out()
         folder.refuse_unsaved()
         return Run(folder.path)
@@ -120,7 +120,7 @@ def _checked(experiment, corpus, training, max_seq_len) -> tuple[Experiment, nn.
         module, model = _prepare_module(experiment, corpus, max_seq_len)
         experiment = Experiment(model, training or TrainConfig())
     elif training or max_seq_len:
-        raise MusotaError("training and max_seq_len belong to a module: use experiment.with_(…).")
+        raise MusotaError("training and max_seq_len are for modules: use experiment.with_(…).")
     for kind, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         name = getattr(experiment.training, kind)
         if name not in table:
@@ -131,7 +131,7 @@ def _checked(experiment, corpus, training, max_seq_len) -> tuple[Experiment, nn.
         raise MusotaError(f"{large} {size}: load the corpus with that vocab_size.")
     for split in ("valid", "test"):
         if len(corpus.split(split)) < 2:
-            raise MusotaError(f"The {split} text has under two tokens: use more text.")
+            raise MusotaError(f"The {split} text has fewer than two tokens: use more text.")
     return experiment, module
 
 
@@ -164,7 +164,7 @@ def choose(options: RunOptions, batches: Batches, device: torch.device, saved) -
 
 @dataclass
 class Trainer:
-    """The loop of one run, and what is due after a step. `state` is what changes."""
+    """The training loop of one run: steps, checkpoints, evaluation. Only `state` changes."""
 
     state: TrainState
     batches: Batches
@@ -180,7 +180,7 @@ class Trainer:
         total, processes = batches.total_steps, state.accelerator.num_processes
         stop = math.ceil(self.options.stop_at * total)
         if state.step:
-            state.accelerator.print(f"{folder.path}: going on after step {state.step} of {total}.")
+            state.accelerator.print(f"{folder.path}: continues after step {state.step} of {total}.")
             folder.write_summary(state.summary)
         self.watch()  # first, so that what it shows stands above the progress bar
         tokens, done = batches.tokens_seen(total), batches.tokens_seen(state.step)
@@ -205,7 +205,7 @@ class Trainer:
             folder.copy_out()
         folder.refuse_unsaved()
         if state.step < stop:
-            print(f"\nInterrupted after step {state.step} of {total}: the same call goes on.")
+            print(f"\nInterrupted after step {state.step} of {total}: repeat the call to continue.")
             if not state.summary:  # nothing was measured that could be returned
                 raise KeyboardInterrupt
         state.accelerator.wait_for_everyone()
@@ -248,7 +248,7 @@ class Trainer:
 
     def diverge(self, found: str, advice: str) -> None:
         self.record("event", event="diverged")
-        kept = f" The last good checkpoint stays in {self.folder.checkpoints}."
+        kept = f" The last good checkpoint is kept in {self.folder.checkpoints}."
         raise Diverged(f"{found}: {advice}.{kept if self.folder.last else ''}")
 
     def score(self, split: str) -> tuple[Tensor, dict]:
@@ -265,7 +265,7 @@ class Trainer:
             nats, metrics = self.score("valid")
             if bad := (~nats.isfinite()).nonzero().flatten().tolist():
                 found = f"{len(bad):,} tokens of valid have no finite loss after epoch {epoch}"
-                self.diverge(found, f"look at the first, token {bad[0] + 1}")
+                self.diverge(found, f"inspect the first, token {bad[0] + 1}")
             about = {"samples": samples_of(state.model, corpus)}
             health = health_of(state.model, corpus, state.micro_batch)
         about["health"] = {"update_ratio": state.update_ratio, **health}

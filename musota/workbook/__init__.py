@@ -1,4 +1,4 @@
-"""What people see: notebooks, figures, tables, pages, widgets, the command line."""
+"""The user interface: notebooks, figures, tables, pages, widgets, the command line."""
 
 from importlib import import_module
 
@@ -10,7 +10,7 @@ _MODULE_OF = {
 
 
 def __getattr__(name: str):
-    """What notebooks import; the command line, which needs less, does not wait for it."""
+    """Names for notebooks, imported on first use so that the command line starts fast."""
     if name in _MODULE_OF:
         return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module 'musota.workbook' has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """Measures our training step against the reference implementation, on the machine at hand.
 
-The reference (`musota/models/reference.py`) is docs/model.md word by word: a loop over the blocks
-with torch's own attention, every logit at once, float32. Tests hold the fast models to it.
+The reference (`musota/models/reference.py`) follows docs/model.md literally: a loop over the blocks
+with torch's own attention, all logits at once, float32. Tests compare the fast models with it.
 """
 
 from collections.abc import Mapping
@@ -67,7 +67,7 @@ def run_bench(
                 try:
                     measured.append(pool.submit(measure_step, config, fast, *how).result())
                 except RuntimeError as error:  # torch's for too little memory, or it is gone
-                    ended = f"A process of the bench ended, out of memory? ({error})"
+                    ended = f"A process of the bench ended, possibly out of memory ({error})"
                     raise MusotaError(ended) from None
         (seconds, peak), (reference_seconds, reference_peak) = measured
         tokens = batch * config.max_seq_len

@@ -1,6 +1,6 @@
 """The command line: musota run | train | compare | score | audit | evidence | bench | report.
 
-Commands import what they need when they run, so that help and mistakes are answered at once.
+Commands import what they need when they run, so that help and error messages appear at once.
 """
 
 import ast
@@ -85,8 +85,8 @@ def cli():
 def run(only, parameters, **values):
     """Run the notebooks in order; then print what they trained and where the report is.
 
-    Stops at the first failure. The same command goes on from there: finished runs are loaded,
-    unfinished ones continued.
+    Stops at the first failure. Repeat the command to continue: finished runs are loaded, unfinished
+    ones resumed.
     """
     from musota.workbook.run_notebooks import chosen_notebooks, run_notebooks
 
@@ -108,7 +108,7 @@ def run(only, parameters, **values):
 @changes_option
 @click.option("--compile/--no-compile", default=None, show_default="in long runs on a GPU")
 @click.option("--device", show_default="the best one here", help="cpu or cuda.")
-@click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]), show_default="what pays")
+@click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]), show_default="the fastest")
 def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options):
     """Train one EXPERIMENT of the registry, or a module FILE.py:NAME of your own.
 
@@ -182,15 +182,15 @@ def score(run, file, profile, results):
 
 @cli.command()
 @click.argument("model", metavar="FILE.py:NAME")
-@click.option("--vocab-size", default=512, help="Tokens to audit it with.")
-@click.option("--max-seq-len", default=64, help="Tokens a sequence.")
-@click.option("--loss", help="The file's function loss(module, ids), if it has one.")
-@click.option("--picture", type=as_path, help="Draw what was found here.")
+@click.option("--vocab-size", default=512, help="Vocabulary size of the audit.")
+@click.option("--max-seq-len", default=64, help="Tokens per sequence.")
+@click.option("--loss", help="Name of a function loss(module, ids) in FILE.py.")
+@click.option("--picture", type=as_path, help="Save a figure of the findings here.")
 def audit(model, vocab_size, max_seq_len, loss, picture):
-    """Does a model of your own see the future? Runs FILE.py, and calls NAME to make the model.
+    """Check that your own model uses no later tokens. Runs FILE.py, calls NAME to make the model.
 
-    Ends with status 1 where it is not honest. NAME is called with vocab_size and max_seq_len,
-    where it takes them.
+    The exit status is 1 if the model is not honest. NAME is called with vocab_size and max_seq_len
+    if it takes them.
     """
     from musota.own import load_module, load_object
 
@@ -202,20 +202,20 @@ def audit(model, vocab_size, max_seq_len, loss, picture):
     found = audited(module, vocab_size, max_seq_len, given)
     click.echo(f"{found}")
     if picture:
-        save_figure(found.figure(), picture, f"measured: {model}, freshly made")
-        click.echo(f"The picture: {picture}")
+        save_figure(found.figure(), picture, f"measured: {model}, not trained")
+        click.echo(f"Figure: {picture}")
     sys.exit(not found.honest)
 
 
 @cli.command()
 @experiment_options
-@click.option("--seeds", default=3, type=click.IntRange(1, 100), help="How many.")
-@click.option("--only", default="models,sweep,tuned,grid", help="Parts to do.")
+@click.option("--seeds", default=3, type=click.IntRange(1, 100), help="Number of seeds.")
+@click.option("--only", default="models,sweep,tuned,grid", help="Parts to run.")
 def evidence(seeds, only, **parameters):
-    """Carry the plan out with several seeds, then write the report.
+    """Run the plan's experiments with several seeds, then write the report.
 
     models: every experiment · sweep: learning rates of MU-SOTA and its matched transformer · tuned:
-    both at their best rate · grid: the root causes. The same command goes on where it stopped.
+    both at their best rate · grid: the root causes. Repeat the command to continue.
     """
     from musota.workbook.evidence import carry_out
     from musota.workbook.report import write_report
@@ -228,7 +228,7 @@ def evidence(seeds, only, **parameters):
 
 @cli.command()
 @click.option("--device", show_default="cuda if there is one", help="cpu or cuda.")
-@click.option("--repeats", default=7, type=click.IntRange(1), help="Rounds.")
+@click.option("--repeats", default=7, type=click.IntRange(1), help="Number of rounds.")
 def bench(device, repeats):
     """Measure our training step against the reference implementation on this machine.
 

@@ -159,7 +159,7 @@ class Workbook:
         return results.read_ablations(run)
 
     def train(self, model: str, name="", title="", **options) -> Run:
-        """Train an experiment, go on with it, or load it if it has finished.
+        """Train an experiment, continue it, or load it if it has finished.
 
         `name` and `title` are by default made of `model` and the changes; `options` are fields of
         RunOptions. Raises Interrupted if the run was stopped before its end.
@@ -172,7 +172,7 @@ class Workbook:
         folder = self.folder / f"{naming.safe_name(name)}-seed{self.seed}"
         for done in () if self.fresh or folder.exists() else self.results.runs:
             if done.finished and (done.experiment, done.seed) == (experiment, self.seed):
-                print(f"{done.path}: finished before, loaded as it is.")
+                print(f"{done.path}: already finished, loaded.")
                 return done
         where = {"profile": self.profile.name, "corpus": self.corpus_name, "seed": self.seed}
         where["precision"] = options.get("precision")
@@ -195,7 +195,7 @@ class Workbook:
         with suppress(KeyboardInterrupt):
             run = train(experiment, self.corpus, folder, **how)
         if not (run and run.finished) and options.get("stop_at", 1) == 1:
-            raise Interrupted(f"{name} was stopped: run this again, and it goes on from there.")
+            raise Interrupted(f"{name} was stopped: run this again to continue.")
         self.save()
         return run
 
@@ -232,7 +232,7 @@ class Workbook:
         if run.has_model:
             self.show(blocks_figure(run.load_model(), self.corpus.tokenizer, text), "blocks", run)
         else:
-            print("This run is recorded without its checkpoint: train it here to look inside.")
+            print("This run is recorded without its checkpoint: train it here to inspect it.")
 
 
 def blocks_figure(model: CausalLM, tokenizer: TextTokenizer, text: str, most: int = 12) -> Figure:

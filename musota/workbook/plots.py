@@ -84,7 +84,8 @@ def curves(runs: Sequence[Run], ngrams: Mapping[str, float], reported: bool = Fa
     lowest, highest = left.dataLim.intervaly
     top = 1.3 * ngrams.get("unigram", math.inf)  # above it a model has learned next to nothing
     style.logarithmic(left, lowest, min(highest, top))
-    left.set_ylim(top=top if highest > top else None)
+    if highest > top:
+        left.set_ylim(0.95 * min(lowest, *ngrams.values()), top)
     left.set(ylabel=f"valid {unit} (log)", title=unit.split(" per ")[0].capitalize())
     right.set(ylabel="valid top-1 accuracy (%)", title="Accuracy")
     for axis in (left, right):

@@ -78,8 +78,8 @@ def execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None
         stopped = f"stopped in cell {error.cell_index}: {error.ename}: {error.evalue}\n"
         stopped += f"The executed notebook is {output}."
     except (RuntimeError, TimeoutError) as error:
-        stopped = f"stopped: its kernel died or does not answer ({error}), out of memory?"
-    raise MusotaError(f"{notebook.stem} {stopped} The same command goes on from here.")
+        stopped = f"stopped: its kernel died or does not answer ({error}), possibly out of memory."
+    raise MusotaError(f"{notebook.stem} {stopped} Repeat the command to continue.")
 
 
 def _this_python():

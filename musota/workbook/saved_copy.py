@@ -1,4 +1,4 @@
-"""A second copy of a results folder, on a disk that may be slow or vanish, such as a Drive."""
+"""A second copy of a results folder, on a disk that may be slow or disappear, like Google Drive."""
 
 import os
 import shutil
