@@ -366,7 +366,7 @@ def test_a_module_that_cannot_be_trained_gets_one_sentence(corpus, tmp_path):
         (_module(Recurrent).requires_grad_(False), size, "Recurrent has no parameters to train"),
         (_module(Recurrent), {}, "A module needs max_seq_len"),
         (Recurrent(300), size, "the model's vocab_size is 300"),
-        (EXPERIMENT, size, "belong to a module"),
+        (EXPERIMENT, size, "are for modules"),
     ]:
         with pytest.raises(MusotaError, match=message):
             musota.train(module, corpus, tmp_path / "run", **sizes)

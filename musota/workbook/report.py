@@ -23,7 +23,7 @@ from musota.workbook.results import QUESTIONS, Results, answer_and_reason, label
 from musota.workbook.style import save_figure
 
 FRONT_MARKS = ("<!-- results -->", "<!-- end of results -->")
-NUMBERS = re.compile(r"[\d\s.,%+−–×e/\[\]→-]*")  # the cells of a right-aligned column
+NUMBERS = re.compile(r"(?:[\d\s.,%+−–×e/\[\]→-]|of)*")  # the cells of a right-aligned column
 
 
 @dataclass
