@@ -35,7 +35,7 @@ def check_field(field: dataclasses.Field, value):
         low, high = BOUNDS.get(name, (int(kind is int), HUGE))
         fits = isinstance(value, numbers.Integral if kind is int else numbers.Real)
         fits = fits and not isinstance(value, bool)
-        if fits and not isinstance(value, (int, float)):
+        if fits and type(value) not in (int, float):
             value = kind(value)
         fits = fits and low <= value <= high
         allowed = f"a {'whole' if kind is int else 'finite'} number "
@@ -208,8 +208,12 @@ class ModuleConfig:
 
 ModelConfig = MuConfig | DenseConfig | RedesignedConfig | ModuleConfig
 # Names of the classes in records.
-KINDS = {"mu": MuConfig, "dense": DenseConfig, "redesigned": RedesignedConfig}
-KINDS["module"] = ModuleConfig
+KINDS = {
+    "mu": MuConfig,
+    "dense": DenseConfig,
+    "redesigned": RedesignedConfig,
+    "module": ModuleConfig,
+}
 
 
 def describe(model: ModelConfig) -> dict:

@@ -28,7 +28,7 @@ def check_seed(seed) -> int:
 
 
 # Code of this package, the standard library and no file: never the place of a user's mistake.
-_NOT_THE_USERS = (os.path.dirname(__file__), os.path.dirname(os.__file__), "<")
+_NOT_THE_USERS = (*(os.path.dirname(file) + os.sep for file in (__file__, os.__file__)), "<")
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def system_error(what: str, error: OSError, instead: str) -> MusotaError:
 def sentence(error: Exception) -> str:
     """The message of an error, with advice where it is one of the operating system."""
     if isinstance(error, OSError) and error.filename:
-        error = system_error(error.filename, error, "choose another folder (save_to)")
+        error = system_error(error.filename, error, "choose another folder")
     return str(error)
 
 

@@ -28,22 +28,19 @@ def match_width(target: int, config: DenseConfig) -> DenseConfig:
     return min(at(max(2, width - 2)), at(width), key=lambda c: abs(c.n_parameters - target))
 
 
-def match_redesign(
-    model: ModelConfig, n_block: int = 8, blocks: bool = True, gate: bool = True
-) -> RedesignedConfig:
+def match_redesign(model: ModelConfig, **switches) -> RedesignedConfig:
     """The redesign at the parameter count of `model`, with the widest blocks for which the
-    feed-forward layer is still three times as wide as the model."""
-    switches = {"blocks": blocks, "gate": gate}
+    feed-forward layer is still three times as wide as the model. `switches`: n_block, blocks, gate.
+    """
 
     def at(block_size: int) -> RedesignedConfig:
         """With the feed-forward width whose parameter count is nearest."""
-        sizes = {"n_block": n_block, "block_size": block_size}
-        least = RedesignedConfig(**_shared(model), **sizes, **switches, d_ff=1)
+        least = RedesignedConfig(**_shared(model), block_size=block_size, d_ff=1, **switches)
         more = (model.n_parameters - least.n_parameters) / (2 * least.n_layer * least.d_model)
         return dataclasses.replace(least, d_ff=1 + max(0, round(more)))
 
     block_size = 2
-    while at(block_size + 2).d_ff >= 3 * at(block_size + 2).d_model:
+    while (wider := at(block_size + 2)).d_ff >= 3 * wider.d_model:
         block_size += 2
     return at(block_size)
 
@@ -52,7 +49,7 @@ def match_transformer(model: ModelConfig) -> DenseConfig | RedesignedConfig:
     """The plain transformer of the same parameter count: for the redesign a modern one (the
     redesign without blocks and gate), otherwise GPT-2 style."""
     if isinstance(model, RedesignedConfig):
-        return match_redesign(model, model.n_block, blocks=False, gate=False)
+        return match_redesign(model, n_block=model.n_block, blocks=False, gate=False)
     return match_width(model.n_parameters, DenseConfig(**_shared(model)))
 
 

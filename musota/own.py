@@ -42,17 +42,17 @@ class _Source:
             raise MusotaError(f"{path} defines no {name!r}.")
         self.object = getattr(module, name)
 
-    def imports(self, *arguments):
+    def imports(self, *arguments, **named):
         """The file's `__import__`."""
         with self.importable():
-            return builtins.__import__(*arguments)
+            return builtins.__import__(*arguments, **named)
 
     def find_spec(self, name, path=None, target=None):
         """As a finder of sys.meta_path: modules in the folder import as the file does, also later,
         when one of their functions is called."""
         spec = PathFinder.find_spec(name, path, target)
         inside = spec and spec.origin and self.folder in Path(spec.origin).parents
-        if inside and "-packages" not in spec.origin and not name.startswith("musota"):
+        if inside and "-packages" not in spec.origin and name.partition(".")[0] != "musota":
             execute = spec.loader.exec_module
             spec.loader.exec_module = lambda module: execute(self._own(module))
         return spec

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,7 +119,8 @@ def test_weak_spots_name_the_parts_that_are_used_and_those_that_are_not():
     }  # fmt: skip
     effects = {part: Interval(*span) for part, span in spans.items()}
     ledger = {"block attention": 5, "cross attention": 20, "affinity tables": 75}
-    found = ablate.weak_spots(effects, ledger, ("A", "B", "C"))
+    run = _recorded(ledger, ("A", "B", "C"))
+    found = ablate.weak_spots(run, effects)
     context, block, cross, gate, tables, blocks = found
     decisions = ["used", "hardly used", "used", "undecided", "hardly used", "hardly used"]
     assert [verdict.decision for verdict in found] == decisions
@@ -127,4 +129,14 @@ def test_weak_spots_name_the_parts_that_are_used_and_those_that_are_not():
     assert " 0.0% of the parameters" in gate.reason  # a gate without a map has no parameters
     assert blocks.value == 0.3 and "2 of 3" in blocks.reason and "block B" in blocks.reason
     effects["both attentions"] = Interval(0.01, 0.0, 0.02)
-    assert "little better than a bigram" in ablate.weak_spots(effects, ledger, ("A", "B"))[0].reason
+    assert "little better than a bigram" in ablate.weak_spots(run, effects)[0].reason
+    unsure = dict.fromkeys("AB", Interval(0.001, -math.inf, math.inf))  # too little text
+    (blocks,) = ablate.weak_spots(_recorded(ledger, ("A", "B")), unsure)
+    assert blocks.decision == "undecided"
+
+
+def _recorded(ledger, blocks):
+    """A run as far as `weak_spots` reads it."""
+    model = SimpleNamespace(layout=SimpleNamespace(names=blocks))
+    experiment = SimpleNamespace(model=model)
+    return SimpleNamespace(summary={"parameter_ledger": ledger}, experiment=experiment)

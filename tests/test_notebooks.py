@@ -73,12 +73,12 @@ def test_parameters_are_known_however_they_are_assigned(monkeypatch):
     ):
         shell = type("Shell", (), {"user_ns": {"In": ["", "import sys", own, ""]}})()
         monkeypatch.setattr("musota.workbook.notebook.get_ipython", lambda shell=shell: shell)
-        refuse_unknown_parameters(PARAMETERS)
+        refuse_unknown_parameters()
         shell.user_ns["In"][3] = "# Parameters\nprofile = 'b'\nseed = 1\n"
-        refuse_unknown_parameters(PARAMETERS)
+        refuse_unknown_parameters()
         shell.user_ns["In"][3] = "# Parameters\nprofil = 'b'\n"
         with pytest.raises(MusotaError, match="parameter 'profil': did you mean 'profile'"):
-            refuse_unknown_parameters(PARAMETERS)
+            refuse_unknown_parameters()
 
 
 def test_the_kernel_is_this_python_and_its_death_is_a_sentence(tmp_path, monkeypatch):

@@ -78,16 +78,16 @@ def test_a_module_is_built_with_the_sizes_that_its_maker_takes(source):
 def test_two_files_do_not_share_the_modules_beside_them(tmp_path):
     for folder, flipped in (("a", "ids"), ("b", "ids.flip(1)")):
         (tmp_path / folder).mkdir()
-        later = "def flip(ids):\n    from deeper import flip as other\n    return other(ids)"
+        later = "def flip(ids):\n    from musota_deeper import flip as other\n    return other(ids)"
         (tmp_path / folder / "layers.py").write_text(later)  # imports when it is called
-        (tmp_path / folder / "deeper.py").write_text(f"def flip(ids):\n    return {flipped}")
+        (tmp_path / folder / "musota_deeper.py").write_text(f"def flip(ids):\n    return {flipped}")
         (tmp_path / folder / "names.py").write_text(f"NAME = {folder!r}")
         (tmp_path / folder / "model.py").write_text(WITH_LAYERS)
     a, b = (load_module(f"{tmp_path}/{folder}/model.py:build", 30, 8) for folder in "ab")
     b.load_state_dict(a.state_dict())
     ids = torch.arange(8)[None]
     assert torch.equal(a(ids), b(ids).flip(1)) and (a.name, b.name) == ("a", "b")
-    assert not {"layers", "names", "deeper"} & set(sys.modules)
+    assert not {"layers", "names", "musota_deeper"} & set(sys.modules)
     assert str(tmp_path / "a") not in sys.path
 
 

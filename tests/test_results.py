@@ -10,7 +10,7 @@ from conftest import EXPERIMENT, ROOT
 import musota
 from musota.errors import MusotaError
 from musota.workbook import tables
-from musota.workbook.results import Results, find_results, find_runs, progress
+from musota.workbook.results import Results, by_title, find_results, find_runs, progress
 
 FROZEN = json.loads((ROOT / "tests" / "data" / "frozen_results.json").read_text("utf-8"))
 TWIN = musota.twin(EXPERIMENT)
@@ -38,6 +38,14 @@ def test_seeds_are_one_model_and_nothing_else_is_pooled(folder):
     (row,) = (row for row in tables.model_table(results).to_dict("records") if row["seeds"] == "2")
     losses = [run.valid_loss for run in results.group("optimized")]
     assert row["valid PPL"].startswith(f"{math.exp(sum(losses) / 2):,.1f} [")
+
+
+def test_models_of_equal_titles_and_folders_stay_apart(folder, tmp_path):
+    here, there = (
+        musota.Run(root / "b") for root in (folder, shutil.copytree(folder, tmp_path / "x"))
+    )
+    there.key = "another model"
+    assert len(by_title([here, there])) == 2
 
 
 def test_a_model_is_compared_with_its_transformer_at_the_same_rate_first(folder, short):

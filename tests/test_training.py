@@ -365,6 +365,7 @@ def test_a_module_that_cannot_be_trained_gets_one_sentence(corpus, tmp_path):
     for module, sizes, message in [
         (_module(Recurrent).requires_grad_(False), size, "Recurrent has no parameters to train"),
         (_module(Recurrent), {}, "A module needs max_seq_len"),
+        (_module(Recurrent), {"max_seq_len": -1}, "max_seq_len must be a whole number"),
         (Recurrent(300), size, "the model's vocab_size is 300"),
         (EXPERIMENT, size, "are for modules"),
     ]:

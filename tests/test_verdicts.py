@@ -32,6 +32,7 @@ def make_run(loss=5.0, seed=0, title="a", losses=None, noise=0.0, diverged_at=No
         "steps": pd.DataFrame({"step": [5, 20, 30, 40], "loss": 6, "grad_norm": [9, 0.5, 2, 0.5]}),
         "finished": not diverged_at and len(losses) >= 10,
         "diverged": bool(diverged_at), "diverged_at": diverged_at,
+        "ended": bool(diverged_at) or len(losses) >= 10,
     }  # fmt: skip
     return SimpleNamespace(**{**run, **changes})
 
@@ -153,6 +154,9 @@ def test_in_scenario_b_the_baseline_decides_what_comes_next():
         assert step in plan("scenarios", make_run(5.7), other).next_step
         simplify = plan("option 3", make_run(5.7), other).decision
         assert simplify == ("yes" if baseline == 5.6 else "no")
+    unfinished = make_run(losses=[6.0] * 3, title="b", experiment=experiments["baseline"])
+    assert "train the" in plan("scenarios", make_run(5.7), unfinished).next_step
+    assert "not trained to its end" in plan("option 3", make_run(5.7), unfinished).reason
 
 
 def test_the_plans_thresholds_apply_to_its_own_setting_only():

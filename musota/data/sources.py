@@ -168,14 +168,15 @@ def _split(documents: set[str]) -> dict[str, list[str]]:
     parts, known = {}, set()
     for split, shares in SHARES.items():
         start, end = (round(share * len(ordered)) for share in shares)
-        parts[split] = [one for one in ordered[start:end] if known.isdisjoint(_long_lines(one))]
-        known.update(*map(_long_lines, parts[split]))
+        parts[split] = [one for one in ordered[start:end] if known.isdisjoint(_content_lines(one))]
+        known.update(*map(_content_lines, parts[split]))
     return parts
 
 
-def _long_lines(document: str) -> set[str]:
+def _content_lines(document: str) -> set[str]:
     """The long lines of a document, without case, punctuation and indentation."""
-    lines = [line for line in document.splitlines() if len(line) >= LONG_LINE * 2 // 3]
+    shortest = LONG_LINE * 2 // 3  # spacing may differ between copies
+    lines = [line for line in document.splitlines() if len(line) >= shortest]
     return {" ".join(re.findall(r"\w+", line.lower())) or line.strip() for line in lines}
 
 

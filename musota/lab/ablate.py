@@ -1,7 +1,7 @@
 """Ablations of a trained model with semantic blocks: what disabling each of its parts costs."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -129,12 +129,10 @@ ADVICE |= {  # what to do with a part that is hardly used
 DECISIONS = {-1: "hardly used", 0: "undecided", 1: "used"}
 
 
-def weak_spots(
-    effects: Mapping[str, Interval], ledger: Mapping[str, int], blocks: Sequence[str]
-) -> list[Verdict]:
-    """Whether the parts of a trained model are used, hardly used (disabling one costs less than the
-    relevant difference) or undecided. Arguments: `ablation_effects`, the parameter ledger, and the
-    names of the blocks, which get one verdict together."""
+def weak_spots(run: Run, effects: Mapping[str, Interval]) -> list[Verdict]:
+    """Whether the parts of a run's model are used, hardly used (disabling one costs less than the
+    relevant difference) or undecided, given its `ablation_effects`. Blocks get one verdict."""
+    ledger, blocks = run.summary["parameter_ledger"], run.experiment.model.layout.names
     verdicts = []
     for part in (part for part in ADVICE if part in effects):
         question, groups = f"Is the part “{part}” used?", [part]
@@ -152,5 +150,6 @@ def weak_spots(
     most = max(blocks, key=lambda block: effects[block].mean)
     reason = f"{len(idle)} of {len(blocks)} hardly used; the largest cost is that of block {most}"
     step = "use fewer blocks of more channels" if len(idle) > len(blocks) / 2 else ""
-    decision, about = DECISIONS[-1 if step else 1], {"reason": reason, "next_step": step}
+    decision = DECISIONS[-1 if step else max(0, effects[most].beyond(RELEVANT))]
+    about = {"reason": reason, "next_step": step}
     return [*verdicts, Verdict("Are the blocks used?", decision, **in_nats(effects[most]), **about)]

@@ -160,7 +160,7 @@ def _training_health(run: Run) -> Iterator[Verdict]:
         (middle < low, "too low", "the weights hardly move: the learning rate is too low"),
         (middle > high, "too high", "the learning rate is too high"),
     )
-    norms = run.steps.grad_norm[run.steps.step > training.warmup_steps].dropna()  # fp16 skips
+    norms = run.steps.grad_norm[run.steps.step > training.warmup_steps].dropna()  # fp16 skips steps
     if len(norms):
         clipped = 100 * float(np.mean(norms > training.grad_clip))
         yield _judge(

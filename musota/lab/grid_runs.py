@@ -28,10 +28,10 @@ from musota.training.trainer import Diverged, train
 
 @dataclass(frozen=True)
 class GridRun:
-    """One run of a grid: an experiment at full size or the name of one, the share of the training
-    text it reads, and whether its parameter-matched transformer is trained in its place."""
+    """One run of a grid: an experiment at full size, the share of the training text it reads, and
+    whether its parameter-matched transformer is trained in its place."""
 
-    experiment: Experiment | str
+    experiment: Experiment
     share: float = 1.0
     matched: bool = False
 

@@ -73,9 +73,9 @@ def ngram_nats(train: np.ndarray, tokens: np.ndarray, vocabulary: int) -> dict[s
     return {name: -np.log(chance) for name, chance in chances.items()}
 
 
-def measure_ngrams(corpus: Corpus, split: str = "valid") -> dict[str, float]:
-    """Perplexity of each baseline on a split of the corpus, over the tokens its tokenizer has. A
-    baseline that is not finite is left out."""
-    nats = ngram_nats(corpus.train.numpy(), corpus.split(split).numpy(), corpus.tokenizer.size)
+def measure_ngrams(corpus: Corpus) -> dict[str, float]:
+    """Perplexity of each baseline on valid, over the tokens its tokenizer has. A baseline that is
+    not finite is left out."""
+    nats = ngram_nats(corpus.train.numpy(), corpus.valid.numpy(), corpus.tokenizer.size)
     means = {name: float(values.mean()) for name, values in nats.items()}
     return {name: math.exp(mean) for name, mean in means.items() if math.isfinite(mean)}

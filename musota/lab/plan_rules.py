@@ -8,6 +8,7 @@ from musota.lab import curves
 from musota.lab.stats import Interval, seed_interval
 from musota.lab.verdicts import PPL, Verdict, as_runs, compare_with_matched, decide
 from musota.registry import experiments
+from musota.training.evaluate import exp_nats
 from musota.training.run import Run
 
 REPORTED = {"ppl": 402.17, "accuracy": 0.1725, "epochs": 10}
@@ -49,10 +50,11 @@ def plan_verdicts(
     run: Run | Sequence[Run], baseline: Run | Sequence[Run] | None = None
 ) -> list[Verdict]:
     """What the plan's rules say about a run of MU-SOTA, or the seeds of one model. `baseline`: its
-    parameter-matched transformer. Where the thresholds do not apply, one verdict says why. A goal
-    can be reached with less than the plan's budget, only not missed.
-    """
-    runs, others = as_runs(run), as_runs(baseline) if baseline else []
+    parameter-matched transformer, of which only seeds that have ended count. Where the thresholds
+    do not apply, one verdict says why. A goal can be reached with less than the plan's budget, but
+    not missed."""
+    runs = as_runs(run)
+    others = [other for other in as_runs(baseline) if other.ended] if baseline else []
     first, reason = runs[0], plan_applies(runs[0])
     if reason:
         question, step = "Do the plan's thresholds apply?", "compare with the n-gram baselines"
@@ -88,7 +90,7 @@ def _scenario(run: Run, baseline: list[Run]) -> Verdict:
     ppl, accuracy = run.summary["ppl"], run.summary["accuracy"]
     _, letter, meaning, low, high, step = next(row for row in SCENARIOS if ppl <= row[0])
     if letter == "B" and baseline:
-        worse = baseline[0].summary["ppl"] > ppl
+        worse = baseline[0].valid_loss > run.valid_loss
         found = "worse: train 50 epochs or more" if worse else "better: simplify (notebook 05)"
         step = f"the baseline is {found}"
     seen = f"{meaning}; accuracy {accuracy:.1%}"
@@ -118,7 +120,7 @@ def _goal(runs: list[Run], goal: int) -> Verdict:
     losses, epochs = [run.valid_loss for run in runs], runs[0].experiment.training.epochs
     several = len(losses) > 1
     loss = seed_interval(losses) if several else Interval(losses[0], losses[0], losses[0])
-    mean, low, high = (math.exp(min(end, 700)) for end in (loss.mean, loss.low, loss.high))
+    mean, low, high = map(exp_nats, (loss.mean, loss.low, loss.high))
     return decide(
         f"Is the valid PPL under {goal}?",
         f"{GOALS[goal]}; {epochs} epochs, {len(runs)} seed{'s' if several else ''}",
@@ -165,7 +167,7 @@ def _option_three(runs: list[Run], baseline: list[Run]) -> Verdict:
     about, fails = f"the PPL is {'over' if ppl > least else 'at most'} {least}", ppl > least
     if plan_applies(runs[0]):
         about, fails = "the PPL threshold does not apply", False
-    found = compare_with_matched(runs, baseline).decision if baseline else "not trained"
+    found = compare_with_matched(runs, baseline).decision if baseline else "not trained to its end"
     decision = "yes" if fails or found == "hurts" else "no"
     question = "Should the architecture be simplified (the plan's option 3)?"
     return Verdict(question, decision, reason=f"{about}; against the baseline: {found}")

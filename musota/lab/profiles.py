@@ -62,8 +62,8 @@ def find_profile(name: str, grid: bool = False) -> Profile:
 
 
 def check_changes(changes: dict) -> dict:
-    """`changes` as given. Raises MusotaError for a field that no experiment has, or a value that it
-    cannot have."""
+    """Checked changes, numpy's numbers as Python's. Raises MusotaError for a field that no
+    experiment has, or a value that it cannot have."""
     if not isinstance(changes, dict):
         raise MusotaError(f'changes must be like {{"learning_rate": 0.003}}, not {changes!r}.')
     parts = [part for one in experiments.values() for part in (one.model, one.training)]

@@ -8,6 +8,7 @@ import numpy as np
 
 from musota.errors import MusotaError
 from musota.lab.stats import SEED_SPREAD, Interval, seed_interval
+from musota.training.evaluate import exp_nats
 from musota.training.run import Run
 
 NATS, PPL, PERCENT = "nats/token", "PPL", "%"  # units of values
@@ -162,7 +163,7 @@ def _incomplete(side: list[Run]) -> list[str]:
 
 
 def _ppl(side: list[Run]) -> float:
-    return math.exp(min(700, np.mean([run.valid_loss for run in side])))  # 1e304 at most
+    return exp_nats(float(np.mean([run.valid_loss for run in side])))
 
 
 def _rates(a: Run, b: Run) -> str:

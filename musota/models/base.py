@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
+from numbers import Integral
 from operator import itemgetter
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from musota.config import ModelConfig
 from musota.data.tokenizer import TextTokenizer
-from musota.errors import MusotaError
+from musota.errors import MusotaError, check_seed
 from musota.models.diagnostics import Diagnostics, evaluating
 from musota.models.hub import HubModel
 from musota.models.loss import linear_cross_entropy, score_tokens
@@ -178,14 +179,16 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
         token. `top_k` keeps the k likeliest, `top_p` the fewest whose probability reaches p. The
         draw depends on `seed` alone. Raises MusotaError for an empty prompt, a token out of range
         or a setting outside its bounds."""
-        few = (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1)
+        few = top_k is not None and not (isinstance(top_k, Integral) and top_k >= 1)
+        few = few or (top_p is not None and not 0 < top_p <= 1)
         if few or not 0 <= temperature < math.inf:
             raise MusotaError("temperature must be at least 0, top_k at least 1, top_p in (0, 1].")
         ids = torch.atleast_2d(self.as_ids(input_ids))
         if ids.dim() != 2 or not ids.numel():
             raise MusotaError("generate needs token ids of shape (B, T) with at least one token.")
         self.check_tokens(ids)
-        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draw on any device
+        # On the CPU: the same draw on any device.
+        generator = torch.Generator().manual_seed(check_seed(seed))
         ids = ids.to(self.device)
         with evaluating(self):
             for _ in range(max_new_tokens):
@@ -235,8 +238,8 @@ def score(
     length = model.config.max_seq_len
     stride = length if stride is None else stride
     batch_size = batch_size or (16 if model.device.type == "cpu" else 64)
-    if not 1 <= stride <= length:
-        raise MusotaError(f"stride must lie between 1 and max_seq_len={length}, not {stride}.")
+    if not isinstance(stride, Integral) or not 1 <= stride <= length:
+        raise MusotaError(f"stride must lie between 1 and max_seq_len={length}, not {stride!r}.")
     if tokens.dim() != 1 or len(tokens) < 2:
         raise MusotaError("Scoring needs a 1-D tensor of at least two tokens.")
     model.check_tokens(tokens)

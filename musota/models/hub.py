@@ -7,6 +7,7 @@ import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -67,7 +68,7 @@ def save_model(
         write_whole(folder / "tokenizer.json", tokenizer.save)
 
 
-def load_model(folder: str | os.PathLike, device: str = "cpu") -> "CausalLM":
+def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") -> "CausalLM":
     """The model that `save_model` wrote, with its tokenizer. Raises MusotaError if a file is
     missing or damaged, or, before memory is allocated, if the config has other sizes."""
     folder = as_path(folder)

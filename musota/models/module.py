@@ -4,6 +4,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -48,15 +49,17 @@ def checked_logits(module: nn.Module, ids: Tensor, vocab_size: int) -> Tensor:
     return logits
 
 
-def call_once(module: nn.Module, max_seq_len: int) -> None:
-    """Call a module on one sequence, which creates its lazy parameters and buffers. The random
-    state stays as it is."""
+def call_once(module: nn.Module, max_seq_len: int) -> Tensor:
+    """The logits of one sequence of zeros; the call creates lazy parameters and buffers. The random
+    state stays as it is. Raises MusotaError for another length, and if the module fails."""
+    if not isinstance(max_seq_len, Integral) or max_seq_len < 1:
+        raise MusotaError(f"max_seq_len must be a whole number of at least 1, not {max_seq_len!r}.")
     device = next(module.parameters(), torch.empty(0)).device
     ids = torch.zeros(1, max_seq_len, dtype=torch.long, device=device)
     whose = f"The model, given token ids of 0 in shape (1, {max_seq_len}),"
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with forked, torch.no_grad(), evaluating(module), blaming(whose):
-        logits_of(module, ids)
+        return logits_of(module, ids)
 
 
 def materialized_copy(module: nn.Module, max_seq_len: int) -> nn.Module:

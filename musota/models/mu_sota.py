@@ -98,8 +98,7 @@ class MuLayer(Layer):
         self.gate = Gate(config.n_block)
         self.dropout = Dropout(config.dropout)
         # Row n marks the channels of block n: it repeats a block's sensitivity for its channels.
-        block_of_channel = [block for block, size in enumerate(layout.sizes) for _ in range(size)]
-        spread = torch.eye(config.n_block)[:, block_of_channel]
+        spread = torch.eye(config.n_block).repeat_interleave(torch.tensor(layout.sizes), 1)
         self.register_buffer("spread", spread, persistent=False)  # (N, C)
 
     def forward(self, x: Tensor, affinity: Tensor) -> Tensor:

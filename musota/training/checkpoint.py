@@ -76,7 +76,8 @@ class RunDir:
 
     def _clear(self, fresh: bool) -> None:
         """Remove what a killed process left half-written, and with `fresh` an earlier run."""
-        for path in self.checkpoints.glob("*step-*" if fresh else ".step-*"):
+        left = [*self.path.rglob(".*-" + 12 * "[0-9a-f]")]  # of `write_whole`
+        for path in left + [*self.checkpoints.glob("step-*")] * fresh:
             path.unlink(missing_ok=True)
         if fresh:
             shutil.rmtree(self.checkpoints / "best", ignore_errors=True)

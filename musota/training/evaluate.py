@@ -11,7 +11,7 @@ from musota.models.base import CausalLM, score
 
 BLOCK_TOKENS = 1024  # valid losses are kept by blocks of so many tokens, for the paired bootstrap
 HEALTH_WINDOWS = 8  # of valid, for the health statistics
-CLEAN_SHARE = 32  # one training token in so many is scored without dropout after each epoch
+CLEAN_SHARE = 32  # this share of the training text, its start, is scored without dropout
 SAMPLE_PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 32
 SAMPLE_SETTINGS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0}
 

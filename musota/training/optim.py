@@ -22,7 +22,8 @@ def _cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# Parameter groups with their weight decay -> optimizer. The learning rate is set before every step.
+# (parameter groups with weight decay, whether fp16 scales the loss) -> optimizer. The learning rate
+# is set before every step.
 OPTIMIZERS = {"adamw": _adamw}
 # Share of the steps after warm-up -> share of the full learning rate.
 SCHEDULES = {"cosine": _cosine}

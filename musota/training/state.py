@@ -17,9 +17,9 @@ from musota.training.device import is_out_of_memory
 from musota.training.optim import OPTIMIZERS, learning_rate_at, update_ratios
 
 COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
-# Fields kept as JSON, besides tensors. A resumed run may choose the last two anew.
+# Fields kept as JSON, besides tensors.
 RESTORED = ("step", "applied", "first_loss", "update_ratio", "summary")
-CHOSEN = ("micro_batch", "compile")
+CHOSEN = ("micro_batch", "compile")  # kept too, but a resumed run may choose anew
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Batches:
 
 def train_step(state: TrainState, batches: Batches) -> tuple[Tensor, Tensor] | None:
     """One step. Returns its mean loss and the norm of its gradient, still on the device; None where
-    memory ran out and nothing was changed. Raises MusotaError if torch.compile fails."""
+    memory ran out and no step was done. Raises MusotaError if torch.compile fails."""
     training, place = batches.training, state.step % batches.steps_per_epoch
     if place == 0:
         state.epoch_nats.zero_()
@@ -191,8 +191,9 @@ def halve_micro_batch(state: TrainState) -> str:
     if state.accelerator.num_processes > 1:
         raise MusotaError("Out of memory: start again with a smaller micro_batch.")
     if before == 1:
-        other = "the plan's remedy is max_seq_len=160, which is another experiment"
-        raise MusotaError(f"Out of memory with a single sequence: {other}.")
+        length = state.model.config.max_seq_len
+        shorter = "train a shorter one (the plan's remedy is max_seq_len=160)"
+        raise MusotaError(f"Out of memory with a single sequence of {length} tokens: {shorter}.")
     if scaler:  # memory may have run out between unscaling and the step
         scaler._per_optimizer_states.clear()
     if state.device.type == "cuda":

@@ -21,7 +21,7 @@ from musota.errors import MusotaError, check_seed, nearest_name
 from musota.models.base import score, weights_sha256
 from musota.models.diagnostics import evaluating
 from musota.models.hub import build_model
-from musota.models.module import WrappedModule, logits_of, materialized_copy, module_config
+from musota.models.module import WrappedModule, call_once, materialized_copy, module_config
 from musota.training import device as machine
 from musota.training.checkpoint import RunDir
 from musota.training.evaluate import blocks_of, exp_nats, health_of, metrics_of, samples_of
@@ -140,13 +140,10 @@ def _prepare_module(module, corpus, max_seq_len) -> tuple[nn.Module, ModuleConfi
     if not max_seq_len:
         raise MusotaError("A module needs max_seq_len, the tokens of a training sequence.")
     module = materialized_copy(module, max_seq_len)
-    device = next((p.device for p in module.parameters() if p.requires_grad), None)
-    if device is None:
+    if not any(parameter.requires_grad for parameter in module.parameters()):
         kind = type(module).__name__
         raise MusotaError(f"{kind} has no parameters to train: set requires_grad of some to True.")
-    with torch.random.fork_rng([]), torch.no_grad(), evaluating(module):
-        logits = logits_of(module, torch.zeros(1, max_seq_len, dtype=torch.long, device=device))
-    shape = getattr(logits, "shape", None) or (corpus.tokenizer.size,)
+    shape = getattr(call_once(module, max_seq_len), "shape", None) or (corpus.tokenizer.size,)
     return module, module_config(module, shape[-1], max_seq_len)
 
 
@@ -164,7 +161,7 @@ def choose(options: RunOptions, batches: Batches, device: torch.device, saved) -
 
 @dataclass
 class Trainer:
-    """The training loop of one run: steps, checkpoints, evaluation. Only `state` changes."""
+    """The training loop of one run: steps, checkpoints, evaluation."""
 
     state: TrainState
     batches: Batches

@@ -44,7 +44,8 @@ def _changes(context, parameter, assignments: tuple[str, ...]) -> dict:
 
 
 def _profile(context, parameter, name: str) -> str:
-    return name if find_profile(name) else ""  # raises MusotaError for an unknown one
+    find_profile(name)  # raises MusotaError for an unknown one
+    return name
 
 
 def _together(*options):

@@ -19,7 +19,7 @@ from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError, check_seed, nearest_name
 from musota.files import as_path, sentence, write_json
 from musota.lab import root_causes
-from musota.lab.ablate import look_inside, measure_ablations
+from musota.lab.ablate import look_inside, measure_ablations, weak_spots
 from musota.lab.grid_runs import Row, read_table, run_many
 from musota.lab.ngrams import measure_ngrams
 from musota.lab.plan_rules import CORPUS, VOCAB_SIZE
@@ -59,13 +59,13 @@ class Workbook:
         grid: bool = False,
     ):
         show_errors_as_sentences()
-        refuse_unknown_parameters(PARAMETERS)
+        refuse_unknown_parameters()
         self.profile, self.is_grid = find_profile(profile, grid), grid
         check_seed(seed)
         if not isinstance(fresh, bool):
             raise MusotaError(f"fresh must be True or False, not {fresh!r}.")
         self.seed, self.fresh, self.corpus_name = int(seed), fresh, str(corpus)
-        self.changes = dict(check_changes(changes))
+        self.changes = check_changes(changes)
         if grid and (varied := root_causes.varied_fields(root_causes.grid(self.profile.name)[0])):
             self.changes = {f: value for f, value in self.changes.items() if f not in varied}
         vocab_size = self.changes.get("vocab_size", self.profile.vocab_size or VOCAB_SIZE)
@@ -227,6 +227,14 @@ class Workbook:
         """Curves of runs that have ended an epoch, with controls."""
         self.save(Explorer(runs, ngrams, self.folder / "explorer.png", self.footer).path)
 
+    def show_ablations(self, run: Run, name: str, about: str | None = None) -> None:
+        """The cost of disabling each part of a run's model, as a figure and as verdicts."""
+        if effects := self.ablations(run):
+            self.show(plots.ablations(run, effects), name, about=about)
+            show_verdicts(weak_spots(run, effects))
+        else:
+            print("This run is recorded without its checkpoint: train it here to inspect it.")
+
     def show_blocks(self, run: Run, text: str) -> None:
         """The matrices and gates of the first tokens of a text."""
         if run.has_model:
@@ -263,13 +271,13 @@ def show_errors_as_sentences() -> None:
         shell.set_custom_exc((MusotaError, OSError), show)
 
 
-def refuse_unknown_parameters(parameters: Iterable[str]) -> None:
+def refuse_unknown_parameters() -> None:
     """Raises MusotaError for a parameter that papermill injected and the notebook does not have;
-    papermill only warns. `parameters`: some that every notebook has."""
+    papermill only warns."""
     shell = get_ipython()
     for own, injected in pairwise(shell.user_ns["In"] if shell else ()):
         known = _assigned(own) if injected.startswith("# Parameters\n") else set()
-        if known & {*parameters}:  # the parameters cell, after which papermill adds its own
+        if known & {*PARAMETERS}:  # the parameters cell, after which papermill adds its own
             for name in _assigned(injected) - known:
                 raise nearest_name("notebook parameter", name, sorted(known))
 

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from musota.lab.curves import plateau_start
+from musota.lab.curves import PLATEAU_EPOCHS, PLATEAU_GAIN, plateau_start
 from musota.lab.plan_rules import REPORTED
 from musota.lab.root_causes import MISSED, Cause
 from musota.lab.stats import RELEVANT, Interval
@@ -237,7 +237,7 @@ def explored(
     ngrams: Mapping[str, float],
     metric: str = "valid perplexity",
     smoothing: int = 0,
-    rule: tuple[int, float] = (3, 0.01),
+    rule: tuple[int, float] = (PLATEAU_EPOCHS, PLATEAU_GAIN),
     log: str = "y",
 ) -> Figure:
     """A key of METRICS by epoch, with n-gram baselines, shaded plateaus and marked events.

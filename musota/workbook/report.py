@@ -107,10 +107,10 @@ def _figures(results: Results) -> dict[str, Figure]:
 def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Section]:
     """The folded questions, some of them empty."""
     shown = [group[0] for group in results.measured]
-    parts = {}
-    for run, effects in results.ablated.items():
-        ledger, names = run.summary["parameter_ledger"], run.experiment.model.layout.names
-        parts[label(run)] = tables.verdict_table(weak_spots(effects, ledger, names))
+    parts = {
+        label(run): tables.verdict_table(weak_spots(run, effects))
+        for run, effects in results.ablated.items()
+    }
     judged = {name: {"": tables.verdict_table(found)} for name, found in verdicts.items()}
     judged["causes"]["Suspects"] = tables.causes_table(results.grid)
     last = {label(r): r.samples.drop_duplicates("prompt", keep="last") for r in shown}

@@ -50,11 +50,13 @@ def mean_loss(group: Sequence[Run]) -> float:
 
 
 def by_title(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The seeds of each model by its title; equal titles are told apart by a run's folder."""
+    """The seeds of each model by its title; equal titles are followed by a run's folder."""
     groups = [*group_runs(runs).values()]
     counts = Counter(group[0].title for group in groups)
     return {
-        run.title if counts[run.title] == 1 else f"{run.title} ({run.path.name})": group
+        run.title
+        if counts[run.title] == 1
+        else f"{run.title} ({run.path.parent.name}/{run.path.name})": group
         for group in groups
         for run in group[:1]
     }

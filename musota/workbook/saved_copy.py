@@ -34,7 +34,7 @@ class SavedCopy:
                 _copy(path, here)
 
     def push(self) -> None:
-        """Copy what is new of the runs trained here and of all files beside them, and remove
+        """Copy what is new of the runs trained here and of all files next to them, and remove
         checkpoints at `remote` that are gone here. Raises OSError."""
         files = [path for path in _files(self.local) if self._is_own(path)]
         self._copy_out(path for path in files if not _same(path, self._there(path)))

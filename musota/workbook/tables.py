@@ -124,7 +124,8 @@ def runs_table(runs: Iterable[Run]) -> pd.DataFrame:
 
 def ledger_table(runs: Iterable[Run]) -> pd.DataFrame:
     """Parameters by group, one column a model."""
-    counts = pd.DataFrame({run.title: run.summary["parameter_ledger"] for run in runs})
+    models = by_title(run for run in runs if run.summary)
+    counts = pd.DataFrame({t: group[0].summary["parameter_ledger"] for t, group in models.items()})
     counts.loc["total"] = counts.sum()
     return counts.map(lambda count: number(count or None, ",.0f")).rename_axis("group")
 

@@ -13,7 +13,7 @@ import ipywidgets as w
 from IPython.display import HTML, Image, display
 
 from musota.files import write_bytes
-from musota.lab.curves import plateau
+from musota.lab.curves import PLATEAU_EPOCHS, PLATEAU_GAIN, plateau
 from musota.lab.verdicts import compare
 from musota.training.device import has_front_end
 from musota.training.run import Run
@@ -45,14 +45,18 @@ class Explorer:
         self.models = by_title(run for run in runs if run.summary)
         self.ngrams = {name: ppl for name, ppl in ngrams.items() if name != "uniform"}
         self.path, self.about, self.picture, self.text = path, about, Output(), Output()
-        longest = max([3, *(len(run.history) - 1 for run in runs)])
+        longest = max([PLATEAU_EPOCHS, *(len(run.history) - 1 for run in runs)])
         slider, tick = {"continuous_update": False, **WIDE}, {"indent": False}
         names = [*self.models]
         self.chosen = w.SelectMultiple(options=names, value=names[:6], description="models", **WIDE)
         self.metric = w.Dropdown(options=[*METRICS], description="metric", **WIDE)
         self.smoothing = w.IntSlider(0, 0, 30, description="smoothing", **slider)
-        self.window = w.IntSlider(3, 1, longest, description="plateau: epochs", **slider)
-        self.least_gain = w.FloatSlider(1, min=0.1, max=10, description="… gain under %", **slider)
+        self.window = w.IntSlider(
+            PLATEAU_EPOCHS, 1, longest, description="plateau: epochs", **slider
+        )
+        self.least_gain = w.FloatSlider(
+            100 * PLATEAU_GAIN, min=0.1, max=10, description="… gain under %", **slider
+        )
         self.log_x = w.Checkbox(False, description="x logarithmic", **tick)
         self.log_y = w.Checkbox(True, description="y logarithmic", **tick)
         button = w.Button(description="Save as PNG", icon="download")
