@@ -2,7 +2,8 @@
 
 import contextlib
 import sys
-from importlib import import_module
+
+from musota.exports import lazy
 
 with contextlib.suppress(AttributeError):  # notebooks replace sys.stdout
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks "→" prints "?"
@@ -22,16 +23,5 @@ _MODULES = {
     "musota.training.run": "Run load_runs",
     "musota.training.trainer": "RunOptions train",
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+_MODULE_OF, __getattr__, __dir__ = lazy(__name__, _MODULES)
 __all__ = list(_MODULE_OF)
-
-
-def __getattr__(name: str):
-    """Public names are imported on first use, so that `musota --help` does not wait for torch."""
-    if name in _MODULE_OF:
-        return getattr(import_module(_MODULE_OF[name]), name)
-    raise AttributeError(f"module 'musota' has no attribute {name!r}")
-
-
-def __dir__():
-    return __all__

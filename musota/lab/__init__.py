@@ -1,6 +1,6 @@
 """Experiments on models: profiles, sweeps, root causes, ablations, audit, statistics, verdicts."""
 
-from importlib import import_module
+from musota.exports import lazy
 
 _MODULES = {
     "musota.lab.ablate": "ablation_effects ablations look_inside measure_ablations weak_spots",
@@ -15,16 +15,5 @@ _MODULES = {
     "musota.lab.sweep": "best_rate run_sweeps swept tuned",
     "musota.lab.verdicts": "Verdict against_ngrams compare compare_with_matched",
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+_MODULE_OF, __getattr__, __dir__ = lazy(__name__, _MODULES)
 __all__ = list(_MODULE_OF)
-
-
-def __getattr__(name: str):
-    """Public names are imported on first use: profiles are known without importing torch."""
-    if name in _MODULE_OF:
-        return getattr(import_module(_MODULE_OF[name]), name)
-    raise AttributeError(f"module 'musota.lab' has no attribute {name!r}")
-
-
-def __dir__():
-    return __all__

@@ -1,16 +1,6 @@
 """The user interface: notebooks, figures, tables, pages, widgets, the command line."""
 
-from importlib import import_module
+from musota.exports import lazy
 
-_MODULE_OF = {
-    "Workbook": "musota.workbook.notebook",
-    "load_module": "musota.own",
-    "show_verdicts": "musota.workbook.notebook",
-}
-
-
-def __getattr__(name: str):
-    """Names for notebooks, imported on first use so that the command line starts fast."""
-    if name in _MODULE_OF:
-        return getattr(import_module(_MODULE_OF[name]), name)
-    raise AttributeError(f"module 'musota.workbook' has no attribute {name!r}")
+_MODULES = {"musota.own": "load_module", "musota.workbook.notebook": "Workbook show_verdicts"}
+_MODULE_OF, __getattr__, __dir__ = lazy(__name__, _MODULES)
