@@ -98,7 +98,7 @@ class MuLayer(Layer):
         self.gate = Gate(config.n_block)
         self.dropout = Dropout(config.dropout)
         # Row n marks the channels of block n: it repeats a block's sensitivity for its channels.
-        spread = torch.eye(config.n_block).repeat_interleave(torch.tensor(layout.sizes), 1)
+        spread = torch.block_diag(*(torch.ones(1, size) for size in layout.sizes))
         self.register_buffer("spread", spread, persistent=False)  # (N, C)
 
     def forward(self, x: Tensor, affinity: Tensor) -> Tensor:
