@@ -5,7 +5,6 @@ Parameter and FLOP counts are formulas here; tests compare them with the built m
 
 import dataclasses
 import numbers
-import sys
 from dataclasses import dataclass
 
 from musota.errors import MusotaError, nearest_name
@@ -13,13 +12,13 @@ from musota.models.layout import BlockLayout
 
 HEADS_PER_BLOCK = 2  # of MU-SOTA's attention inside a block
 LARGEST_MODEL = 20_000_000_000  # parameters; a larger number is taken for a typing error
-TINY, HUGE = sys.float_info.min, sys.float_info.max
-# Allowed ranges of fields, where they are not "an integer from 1" or "a number from 0".
+MOST = 10**15  # of any field
+# Allowed ranges of fields, where they are not 1 to MOST (whole numbers) or 0 to MOST.
 BOUNDS = {
     "dropout": (0, 0.99),
-    "warmup_steps": (0, HUGE),
-    "learning_rate": (TINY, HUGE),
-    "grad_clip": (TINY, HUGE),
+    "warmup_steps": (0, MOST),
+    "learning_rate": (1e-15, MOST),
+    "grad_clip": (1e-15, MOST),
     "matrix_size": (1, 64),
     "n_block": (1, 4096),
 }
@@ -32,18 +31,13 @@ def check_field(field: dataclasses.Field, value):
     if kind in (bool, str):
         fits, allowed = isinstance(value, kind), "True or False" if kind is bool else "a name"
     else:
-        low, high = BOUNDS.get(name, (int(kind is int), HUGE))
-        fits = isinstance(value, numbers.Integral if kind is int else numbers.Real)
-        fits = fits and not isinstance(value, bool)
-        if fits and type(value) not in (int, float):
-            value = kind(value)
-        fits = fits and low <= value <= high
-        allowed = f"a {'whole' if kind is int else 'finite'} number "
-        allowed += "above 0" if low == TINY else f"of at least {low}"
-        allowed += f", at most {high}" if high < HUGE else ""
+        low, high = BOUNDS.get(name, (int(kind is int), MOST))
+        number = numbers.Integral if kind is int else numbers.Real
+        fits = isinstance(value, number) and not isinstance(value, bool) and low <= value <= high
+        allowed = f"a {'whole ' if kind is int else ''}number from {low} to {high:,}"
     if not fits:
         raise MusotaError(f"{name} must be {allowed}, not {value!r}.")
-    return value
+    return value if type(value) in (int, float, bool, str) else kind(value)
 
 
 class Checked:
@@ -57,17 +51,17 @@ class Checked:
 @dataclass(frozen=True)
 class Sizes(Checked):
     """Fields and checks common to the models. A subclass adds `d_model`, `n_head`, `n_parameters`
-    and `layer_products`, the multiply-adds of one layer for one token."""
+    and `layer_products`, the multiply-adds of one layer's linear maps for one token."""
 
     vocab_size: int = 50_000
     max_seq_len: int = 192
     n_layer: int = 12
+    attentions_per_layer = 1
 
     def __post_init__(self):
         super().__post_init__()
         if self.d_model % self.n_head:
-            wrong = f"n_head={self.n_head} does not divide d_model={self.d_model}"
-            raise MusotaError(f"{wrong}: choose a divisor.")
+            raise MusotaError(f"n_head={self.n_head} must divide d_model={self.d_model}.")
         if self.n_parameters > LARGEST_MODEL:
             large = f"A model of {self.n_parameters:,} parameters is over the limit"
             raise MusotaError(f"{large} of {LARGEST_MODEL:,}: choose smaller sizes.")
@@ -76,8 +70,9 @@ class Sizes(Checked):
     def flops_per_token(self) -> int:
         """Floating-point operations of a training step per token: matrix products only, two per
         multiply-add, the backward pass twice the forward pass, attention as full squares."""
-        products = self.n_layer * self.layer_products + self.d_model * self.vocab_size
-        return 3 * 2 * products
+        scores_and_averages = 2 * self.d_model * self.max_seq_len
+        layer = self.layer_products + self.attentions_per_layer * scores_and_averages
+        return 3 * 2 * (self.n_layer * layer + self.d_model * self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -89,12 +84,12 @@ class MuConfig(Sizes):
     dropout: float = 0.1
     matrix_size: int = 8
     n_block: int = 16
+    attentions_per_layer = 2
 
     def __post_init__(self):
         super().__post_init__()
         if any(size % HEADS_PER_BLOCK for size in self.layout.sizes):
-            odd = f"n_block={self.n_block} makes blocks with an odd number of channels"
-            raise MusotaError(f"{odd}: choose another number.")
+            raise MusotaError(f"n_block={self.n_block} must make blocks of an even size.")
 
     @property
     def layout(self) -> BlockLayout:
@@ -107,17 +102,13 @@ class MuConfig(Sizes):
     @property
     def n_parameters(self) -> int:
         V, d, N = self.vocab_size, self.d_model, self.n_block
-        attention = sum(4 * (c * c + c) for c in self.layout.sizes) + 4 * (d * d + d)
-        feed_forward_and_norms = 8 * d * d + 5 * d + 4 * d
-        gate = 4 * N * N + 6 * N + V * N
-        layers = self.n_layer * (attention + feed_forward_and_norms + gate)
-        return (2 * V + self.max_seq_len + 2) * d + layers + V
+        layer = self.layer_products + 17 * d + 4 * N + V * N  # maps, biases, norms, β, affinities
+        return (2 * V + self.max_seq_len + 2) * d + self.n_layer * layer + V
 
     @property
     def layer_products(self) -> int:
         d, N = self.d_model, self.n_block
-        maps = sum(4 * c * c for c in self.layout.sizes) + 12 * d * d + 4 * N * N + 2 * N
-        return maps + 2 * (2 * d * self.max_seq_len)  # scores and averages of both attentions
+        return sum(4 * c * c for c in self.layout.sizes) + 12 * d * d + 4 * N * N + 2 * N
 
 
 @dataclass(frozen=True)
@@ -127,15 +118,16 @@ class DenseConfig(Sizes):
     n_head: int = 13
     dropout: float = 0.1
     d_model: int = 208
+    layout = None  # no blocks
 
     @property
     def n_parameters(self) -> int:
-        d = self.d_model
-        return (self.vocab_size + self.max_seq_len + 2) * d + self.n_layer * (12 * d * d + 13 * d)
+        layer = self.layer_products + 13 * self.d_model
+        return (self.vocab_size + self.max_seq_len + 2) * self.d_model + self.n_layer * layer
 
     @property
     def layer_products(self) -> int:
-        return 12 * self.d_model**2 + 2 * self.d_model * self.max_seq_len
+        return 12 * self.d_model**2
 
 
 @dataclass(frozen=True)
@@ -154,8 +146,7 @@ class RedesignedConfig(Sizes):
     def __post_init__(self):
         super().__post_init__()
         if self.block_size % 2:
-            odd = f"block_size={self.block_size} is odd"
-            raise MusotaError(f"{odd}: rotary positions need an even one.")
+            raise MusotaError(f"block_size must be even, not {self.block_size}.")
 
     @property
     def layout(self) -> BlockLayout | None:
@@ -174,21 +165,15 @@ class RedesignedConfig(Sizes):
 
     @property
     def n_parameters(self) -> int:
-        V, d, N, L = self.vocab_size, self.d_model, self.n_block, self.n_layer
-        gate = (V * N + L * (N * N + N)) * self.gate
-        norms = (2 * L + 1) * d + L * N
-        return V * d + L * self._maps + norms + gate
+        V, d, N = self.vocab_size, self.d_model, self.n_block
+        layer = self.layer_products + 2 * d + N + N * self.gate  # maps, norms, sharpness, bias
+        return V * d + V * N * self.gate + self.n_layer * layer + d
 
     @property
     def layer_products(self) -> int:
-        return self._maps + self.n_block**2 * self.gate + 2 * self.d_model * self.max_seq_len
-
-    @property
-    def _maps(self) -> int:
-        """Weights of the linear maps of a layer, without the gate."""
         d = self.d_model
         key = d * (self.block_size if self.blocks else d)
-        return key + 3 * d * d + 2 * d * self.d_ff
+        return key + 3 * d * d + 2 * d * self.d_ff + self.n_block**2 * self.gate
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ def nearest_name(kind: str, name: str, known) -> MusotaError:
 
 def check_seed(seed) -> int:
     """`seed` as an int. Raises MusotaError for anything but a whole number from 0 to 2³¹ − 1."""
-    whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
-    if not whole or not 0 <= seed < 2**31:
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**31:
         raise MusotaError(f"seed must be a whole number from 0 to {2**31 - 1}, not {seed!r}.")
     return int(seed)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from musota.errors import MusotaError
 
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"  # files of a run
 SEAL = "sha256"
 START_OVER = "--fresh (in a notebook fresh = True, in musota.train resume=False)"
 
@@ -48,7 +49,7 @@ def write_json(path: Path, data) -> None:
 
 def write_sealed(path: Path, data: dict) -> None:
     """`write_json`, with the sha256 of the rest as the last entry."""
-    write_json(path, {**data, SEAL: sha256(_dump(data).encode())})
+    write_text(path, _sealed(data))
 
 
 def read_sealed(path: Path) -> dict:
@@ -56,16 +57,14 @@ def read_sealed(path: Path) -> dict:
     try:
         text = path.read_bytes().decode()
         data = json.loads(text)
-        whole = _dump(data) == text
-        if data.pop(SEAL) == sha256(_dump(data).encode()) and whole:
+        del data[SEAL]
+        if text == _sealed(data):
             return data
     except OSError as error:
         raise MusotaError(f"No run can be read from {path}: {error.strerror}.") from None
-    except KeyError:
-        raise MusotaError(f"{path} has no sha256: it is not the record of a run.") from None
-    except (ValueError, AttributeError, TypeError):
-        pass  # no JSON, or no object
-    damaged = f"{path} is damaged or was changed by hand"
+    except (ValueError, KeyError, TypeError):
+        pass  # no JSON, or no object with a hash
+    damaged = f"{path} is damaged, changed by hand, or not the record of a run"
     raise MusotaError(f"{damaged}: restore it, or train again with {START_OVER}.")
 
 
@@ -88,26 +87,25 @@ def _dump(data) -> str:
     return json.dumps(jsonable(data), indent=1, ensure_ascii=False) + "\n"
 
 
+def _sealed(data: dict) -> str:
+    return _dump({**data, SEAL: sha256(_dump(data).encode())})
+
+
 def as_path(place: str | os.PathLike) -> Path:
     """A path, with `~` for the home folder. Raises MusotaError for what is not a path."""
     try:
         return Path(place).expanduser()
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise MusotaError(f"{place!r} cannot be used as a path here: {error}") from None
 
 
-def system_error(what: str, error: OSError, instead: str) -> MusotaError:
-    """The user-facing error for an error of the operating system; `instead` is the advice."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    advice = f"make room there, or {instead}" if full else instead
-    return MusotaError(f"{what} cannot be used ({error.strerror or error}): {advice}.")
-
-
-def sentence(error: Exception) -> str:
+def sentence(error: Exception, advice: str = "choose another folder") -> str:
     """The message of an error, with advice where it is one of the operating system."""
-    if isinstance(error, OSError) and error.filename:
-        error = system_error(error.filename, error, "choose another folder")
-    return str(error)
+    if not (isinstance(error, OSError) and error.filename):
+        return str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = f"make room there, or {advice}"
+    return f"{error.filename} cannot be used ({error.strerror}): {advice}."
 
 
 def cache_folder() -> Path:
@@ -116,6 +114,5 @@ def cache_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        instead = "set MUSOTA_CACHE to another"
-        raise system_error(f"The cache folder {folder}", error, instead) from None
+        raise MusotaError(sentence(error, "set MUSOTA_CACHE to another folder")) from None
     return folder

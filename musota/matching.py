@@ -56,15 +56,11 @@ def match_transformer(model: ModelConfig) -> DenseConfig | RedesignedConfig:
 def is_match(transformer: ModelConfig, model: ModelConfig) -> bool:
     """Whether `transformer` is a plain transformer matched to `model`: of the kind that
     `match_transformer` makes, with the same shared sizes and, within 3 %, as many parameters."""
+    plain = [getattr(config, "layout", config) is None for config in (transformer, model)]
     modern = [isinstance(config, RedesignedConfig) for config in (transformer, model)]
-    if not _is_plain(transformer) or _is_plain(model) or modern[0] != modern[1]:
-        return False
-    alike = _shared(transformer) == _shared(model)
-    return alike and abs(transformer.n_parameters / model.n_parameters - 1) <= 0.03
-
-
-def _is_plain(model: ModelConfig) -> bool:
-    return isinstance(model, DenseConfig) or getattr(model, "layout", True) is None
+    alike = modern[0] == modern[1] and _shared(transformer) == _shared(model)
+    near = abs(transformer.n_parameters / model.n_parameters - 1) <= 0.03
+    return plain == [True, False] and alike and near
 
 
 def twin(experiment, vocab_size: int | None = None, max_seq_len: int | None = None) -> Experiment:

@@ -12,6 +12,7 @@ import musota
 from musota.lab.profiles import find_profile
 from musota.models import base
 from musota.models.base import score
+from musota.models.diagnostics import evaluating
 from musota.training import device as machine
 from musota.training.state import COMPILE_ERRORS
 from musota.training.trainer import RunOptions, choose
@@ -93,7 +94,8 @@ def test_one_graph_serves_all_layers(name, monkeypatch):
     for size in (2, 2, 1):  # the last batch of an epoch is smaller
         model(ids[:size], ids[:size])[1].backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-    model.eval()(ids[:3])
+    with evaluating(model):
+        model(ids[:3])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(COMPILE_ERRORS):
         model.train()(ids[:4], ids[:4])

@@ -132,7 +132,7 @@ def test_windows_depend_on_seed_and_epoch_alone():
     ("name", "vocab_size", "message"),
     [
         ("wikitext2", 300, "did you mean 'wikitext-2'"),
-        ("./nowhere", 300, "There is no folder"),
+        ("./nowhere", 300, "There is no ./nowhere: give the path of a folder or"),
         ("python-docs", 200, "vocab_size must be a whole number of at least 258"),
         ("python-docs", "512", "vocab_size must be a whole number"),
         ("no valid", 300, "has no valid.txt"),
@@ -204,7 +204,7 @@ info.update(dataset_name="wikitext", config_name="wikitext-2-v1")
 for path in place.glob("parquet-*.arrow"):
     path.rename(place / path.name.replace("parquet-", "wikitext-"))
 corpus = musota.load_corpus("auto", 300)
-assert (corpus.name, corpus.source) == ("wikitext-2", "the Hugging Face cache"), corpus.source
+assert corpus.name == "wikitext-2 (another text)" and corpus.source == "the Hugging Face cache"
 assert corpus.tokenizer.decode(corpus.valid) == "\\n = validation =\\n" * 50
 """
 
@@ -246,7 +246,7 @@ def test_a_text_is_known_by_its_content_and_no_two_share_a_label(
 ):
     posing = shutil.copytree(text_folder, tmp_path / "wikitext-2")
     other = load_corpus("auto", 300, data_dir=tmp_path)
-    assert other.name == "wikitext-2 (another text)" and other.source.startswith("local copy")
+    assert other.name == "wikitext-2 (another text)" and other.source.startswith("local folder")
     assert other.label.endswith(other.text_hash[:8])
     monkeypatch.setitem(sources.KNOWN_TEXTS, other.text_hash, "wikitext-2")
     assert load_corpus(text_folder, 300).label == load_corpus(posing, 300).label == "wikitext-2"

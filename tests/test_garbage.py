@@ -54,6 +54,7 @@ def test_configurations(name, value, kind):
 @given(name=st.text(max_size=30))
 @example("../../etc")
 @example("\0")
+@example("~\0")
 @example("x" * 500)
 def test_names(name):
     for find in (find_experiment, find_profile, musota.load_corpus):
@@ -154,7 +155,7 @@ def test_damaged_records_are_named(content, tmp_path):
     write_sealed(tmp_path / "config.json", {"ppl": math.inf, "steps": 3})
     assert read_sealed(tmp_path / "config.json") == {"ppl": None, "steps": 3}
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(MusotaError, match=r"config.json (is damaged|has no sha256)"):
+    with pytest.raises(MusotaError, match=r"config.json is damaged"):
         read_sealed(tmp_path / "config.json")
 
 

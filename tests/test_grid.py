@@ -121,9 +121,9 @@ def test_a_grid_trains_every_run_once_and_keeps_a_row_of_each(trained, short, ca
     assert again["dense"][1].valid_loss == pytest.approx(rows["dense"][1].valid_loss, rel=1e-4)
     assert again["original"] == rows["original"]
     calls, changes, only = [], {"warmup_steps": 0}, {"original": runs["original"]}
-    how = {"changes": changes, "each": lambda: calls.append(len(read_table(table)))}
+    how = {"changes": changes, "each": lambda _, rows, left: calls.append((len(rows), left))}
     row = run_many(only, (0,), SMALL, short, table, folder, **how)["original"][0]
-    assert row.name == "original,warmup_steps=0" and calls == [11]
+    assert row.name == "original,warmup_steps=0" and calls == [(1, 1), (1, 0)]
     assert row.experiment == scaled("original", SMALL, **changes)
 
 

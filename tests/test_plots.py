@@ -9,6 +9,7 @@ from conftest import ROOT
 
 import musota
 from musota.lab import plateau_start
+from musota.lab.grid_runs import Row
 from musota.lab.root_causes import Cause
 from musota.lab.stats import Interval
 from musota.lab.verdicts import Verdict
@@ -26,6 +27,7 @@ CAUSES = [
 ]
 SWEEP = {1e-3: [6.5, 6.4], 3e-3: [6.0, 6.1], 1e-2: [5.5, 5.4], 3e-2: [29.0, 30.0]}
 LAYOUT = BlockLayout.standard(8, 16)
+ROW = Row("original", 0, musota.experiments["original"], "text", 9, (6.0,), (), (), 6.0, False)
 ABLATED = {name: Interval(0.1, 0.05, 0.15) for name in ("gate", *LAYOUT.names)}
 VERDICTS = {
     "the first": Verdict("Better?", "tie", 0.012, -0.014, 0.038, "nats/token"),
@@ -45,7 +47,9 @@ def test_figures_are_not_empty_and_say_what_they_are_about(runs):
     noise = np.random.default_rng(0)
     drawn = {
         "curves": plots.curves(runs, NGRAMS, reported=True),
-        "training": plots.training_curve(runs[0]),
+        "training": plots.training_curve(runs[0], NGRAMS, reported=True),
+        "sizes": plots.sizes(runs),
+        "grid": plots.grid({"original": {0: ROW, 1: None}, "dense": {0: None, 1: None}}),
         "ledgers": drawings.ledgers({run.name: run.summary["parameter_ledger"] for run in runs}),
         "layouts": drawings.layouts({"8×8": LAYOUT, "6×6": BlockLayout.standard(6, 8)}),
         "causality": drawings.causality(np.triu(noise.random((8, 8)))),
@@ -58,7 +62,7 @@ def test_figures_are_not_empty_and_say_what_they_are_about(runs):
         "blocks": drawings.block_view(
             noise.normal(size=(7, 3, 64)), noise.random((6, 3, 16)), ["$$", "_a", "was"], LAYOUT, 5
         ),
-        "explored": plots.explored(runs, NGRAMS),
+        "explored": plots.explored([runs[:2], runs[2:]], NGRAMS),
         "path": plots.path(pd.read_csv(ROOT / "results" / "redesign" / "path.csv")),
     }
     for name, figure in drawn.items():
@@ -94,7 +98,7 @@ def test_differences_print_their_numbers_and_leave_out_what_has_none():
 def test_the_explorers_figure_shades_the_plateau_marks_events_and_smooths(runs):
     run = musota.Run(runs[0].path)
     run.records.append({"kind": "event", "step": int(run.history.step[1]), "event": "halved"})
-    figure = plots.explored([run], NGRAMS, rule=(1, 0.99))
+    figure = plots.explored([[run]], NGRAMS, rule=(1, 0.99))
     (axis,) = figure.axes
     (band,) = axis.patches
     start = plateau_start(run, 1, 0.99)
@@ -102,11 +106,30 @@ def test_the_explorers_figure_shades_the_plateau_marks_events_and_smooths(runs):
     assert band.get_hatch()  # visible in black and white, too
     assert "halved" in _texts(figure) and "bigram" in _texts(figure)
     assert [2, 2] in [list(line.get_xdata()) for line in axis.lines]  # in the epoch it happened
-    run.steps = pd.DataFrame({"step": range(1, 201), "loss": np.linspace(9.0, 1.0, 200)})
-    figure = plots.explored([run], {}, "training loss", smoothing=10, log="x")
-    faint, smooth = (line.get_ydata() for line in figure.axes[0].lines[:2])
-    assert np.std(smooth) < np.std(faint)
-    np.testing.assert_allclose(smooth[50:150], faint[50:150], atol=0.1)  # it does not lag
+    losses = np.linspace(9.0, 1.0, 200) + np.tile([0.3, -0.3], 100)
+    run.steps = pd.DataFrame({"step": range(1, 201), "loss": losses})
+    figure = plots.explored([[run]], {}, "training loss", smoothing=10, log="x")
+    smooth = figure.axes[0].lines[0].get_ydata()
+    np.testing.assert_allclose(smooth[50:150], np.linspace(9, 1, 200)[50:150], atol=0.1)  # no lag
+
+
+def test_the_seeds_of_a_model_are_one_line_with_a_band(runs):
+    (axis,) = plots.explored([runs[:2]], {}).axes
+    (line,), (band,) = axis.lines, axis.collections
+    mean = (runs[0].history.ppl + runs[1].history.ppl) / 2
+    np.testing.assert_allclose(line.get_ydata(), mean)
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert heights.max() == max(run.history.ppl.max() for run in runs[:2])
+    assert line.get_label().endswith(", 2 seeds")
+
+
+def test_sizes_are_drawn_against_parameters_and_operations(runs):
+    left, right = plots.sizes(runs).axes
+    found = {float(line.get_xdata()[0]) for line in left.lines}
+    assert found == {run.summary["parameters"] / 1e6 for run in runs}
+    assert {float(line.get_xdata()[0]) for line in right.lines} == {
+        run.experiment.model.flops_per_token / 1e6 for run in runs
+    }
 
 
 def test_decisions_on_root_causes_differ_without_colour():

@@ -97,7 +97,9 @@ def test_a_diverged_run_loses_and_an_unfinished_one_is_named():
     assert found.decision == "better" and "b, seed 0, diverged at step 120" in found.reason
     assert compare(diverged, make_run(6.0)).decision == "worse"
     unfinished = make_run(6.0, title="b", losses=[7, 6.5, 6])
-    assert "unfinished after epoch 3" in compare(make_run(5.0), unfinished).reason
+    found = compare(make_run(5.0), unfinished)
+    assert found.decision == "unfinished" and found.value is None and found.good is None
+    assert found.reason == "b, seed 0, after epoch 3"
 
 
 @pytest.mark.parametrize(
@@ -120,11 +122,14 @@ def test_a_sentence_has_every_part_of_its_verdict():
     assert str(verdict) == words and str(Verdict("Rank", "ok", 1234.5)) == "Rank: Ok (1,234)."
 
 
-def test_the_best_beaten_ngram_baseline_is_named():
+def test_the_bigram_is_the_baseline_to_beat():
     ppls = {"uniform": 8192, "unigram": 800, "bigram": 200, "trigram": 170}
-    runs = [make_run(np.log(ppl)) for ppl in (9000, 300, 201, 199, 100)]
-    found = [verdicts.against_ngrams(run, ppls).decision for run in runs]
-    assert found == ["none", "unigram", "unigram", "bigram", "trigram"]
+    found = [verdicts.against_ngrams(make_run(np.log(ppl)), ppls) for ppl in (9000, 201, 199)]
+    assert [verdict.good for verdict in found] == [False, False, True]
+    assert [verdict.decision for verdict in found] == ["no", "no", "yes"]
+    assert verdicts.least_to_beat(ppls).value == 200
+    reported = verdicts.least_to_beat(ppls, 402.2)
+    assert reported.good is False and "402 was reported" in reported.reason
 
 
 def plan(part, run, baseline=None):

@@ -4,7 +4,9 @@ from IPython.display import Image
 
 import musota
 from musota.errors import MusotaError
-from musota.workbook import widgets
+from musota.lab.grid_runs import Row
+from musota.lab.verdicts import Verdict
+from musota.workbook import panel, show, widgets
 from musota.workbook.notebook import blocks_figure
 
 NGRAMS = {"uniform": 512.0, "unigram": 230.0, "bigram": 150.0}
@@ -28,14 +30,17 @@ class Notebook:
 
     @property
     def text(self):
-        return self.outputs[-1][-1].data
+        return self.outputs[0][-1].data
 
 
 @pytest.fixture
 def notebook(monkeypatch):
     seen = Notebook()
-    monkeypatch.setattr(widgets, "has_front_end", lambda: True)
     monkeypatch.setattr(widgets, "display", seen.display)
+    for name, value in {"has_front_end": True, "in_notebook": True}.items():
+        monkeypatch.setattr(panel, name, lambda value=value: value)
+    monkeypatch.setattr(widgets, "has_front_end", lambda: True)
+    monkeypatch.setattr(panel, "display", seen.display)
     return seen
 
 
@@ -73,18 +78,40 @@ def test_without_a_front_end_picture_and_sentences_stand_alone(runs, tmp_path, n
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(widgets, "has_front_end", lambda: False)
         widgets.Explorer(runs, NGRAMS, tmp_path / "two.png")
-        assert widgets.live_view() is None
     assert not notebook.controls and len(notebook.pictures()) == 1 and "plateau" in notebook.text
 
 
-def test_the_live_view_follows_a_run_while_it_trains(short, tmp_path, notebook, monkeypatch):
-    monkeypatch.setattr(widgets, "LIVE_SECONDS", 0)
-    view = widgets.live_view()
-    assert not notebook.outputs  # a run that is only loaded shows nothing
-    musota.train(EXPERIMENT, short, tmp_path, options=musota.RunOptions(watch=view))
-    assert len(notebook.outputs) == 2  # a picture and a table, in place
-    assert len({*notebook.pictures()}) >= 2
-    assert "valid_loss" in notebook.text and notebook.text.count("<tr") == 3
+def test_the_panel_follows_a_run_and_its_last_picture_stays(short, tmp_path, notebook, monkeypatch):
+    monkeypatch.setattr(panel, "FIRST_PAUSE", 0)
+    shown = panel.RunPanel("about", NGRAMS, True)
+    assert not notebook.outputs  # nothing before there is something to see
+    run = musota.train(EXPERIMENT, short, tmp_path, options=musota.RunOptions(watch=shown.update))
+    assert len(notebook.outputs) == 2 and len({*notebook.pictures()}) >= 2  # replaced in place
+    first = notebook.outputs[0][0].data
+    assert " left" in first and "width:" in first
+    shown.draw(run)
+    assert "epochs in" in notebook.text and "best valid PPL" in notebook.text
+    assert "width:" not in notebook.text  # no bar at the end
+    assert (tmp_path / "training.png").read_bytes() == notebook.pictures()[-1]
+
+
+def test_the_panel_of_a_grid_fills_run_by_run(notebook):
+    shown = panel.GridPanel("about")
+    row = Row("original", 0, EXPERIMENT, "text", 9, (6.0,), (), (), 6.0, False)
+    shown.update(None, {"original": {0: None}, "dense": {0: None}}, 2)
+    shown.update(row, {"original": {0: row}, "dense": {0: None}}, 1)
+    assert "1 of 2 runs" in notebook.text and len({*notebook.pictures()}) == 2
+
+
+def test_a_card_is_one_number_one_sentence_and_what_was_measured(monkeypatch):
+    cards = []
+    monkeypatch.setattr(show, "display", lambda card, raw: cards.append(card))
+    verdict = Verdict("Help or <hurt>?", "hurts", 0.5, 0.4, 0.6, "nats/token", "seen", "x", False)
+    show.show_card(verdict, [Verdict("Rank", "ok", 12.0)])
+    (card,) = cards
+    assert card["text/plain"] == "✗ +65% valid perplexity: Help or <hurt>? Hurts"
+    assert "Help or &lt;hurt&gt;? Hurts</strong>" in card["text/html"]
+    assert "<li>Rank: Ok (12).</li>" in card["text/html"] and "Next: x." in card["text/html"]
 
 
 def test_the_blocks_of_a_text_are_drawn(corpus, runs):

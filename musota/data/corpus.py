@@ -43,10 +43,8 @@ class Corpus:
     @property
     def label(self) -> str:
         """A name for folders, different for different texts."""
-        if self.text_hash in KNOWN_TEXTS:
-            return KNOWN_TEXTS[self.text_hash]
         plain = re.sub(r"[^\w.-]+", "-", self.name).strip("-")[:60]
-        return f"{plain}-{self.text_hash[:8]}"
+        return KNOWN_TEXTS.get(self.text_hash, f"{plain}-{self.text_hash[:8]}")
 
     @property
     def valid_sha256(self) -> str:
@@ -127,7 +125,7 @@ def load_corpus(
     text_hash = content_hash(*hashes.values())
     if text_hash in KNOWN_TEXTS:  # in any folder
         name = KNOWN_TEXTS[text_hash]
-    elif name in KNOWN_TEXTS.values() and source.startswith("local"):
+    elif name in KNOWN_TEXTS.values():
         name += " (another text)"
     return Corpus(
         name,
@@ -141,6 +139,11 @@ def load_corpus(
     )
 
 
+def window_count(n_tokens: int, length: int) -> int:
+    """The number of training windows of an epoch."""
+    return (n_tokens - length) // length
+
+
 def window_starts(n_tokens: int, length: int, seed: int, epoch: int) -> Tensor:
     """The starts of an epoch's training windows in training order, (windows,) int64.
 
@@ -148,7 +151,7 @@ def window_starts(n_tokens: int, length: int, seed: int, epoch: int) -> Tensor:
     `length`. Offset and order depend on (seed, epoch) alone; the number of windows on neither.
     Raises MusotaError if the stream is too short for one window.
     """
-    count = (n_tokens - length) // length
+    count = window_count(n_tokens, length)
     if count < 1:
         few = f"The training text has {n_tokens} tokens, too few for windows of {length}"
         raise MusotaError(f"{few}: use more text or a shorter max_seq_len.")

@@ -48,20 +48,19 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, str]]:
         except HubUnreachable:
             name, source, texts = read_texts("python-docs", data_dir)
             return name, f"{source}; wikitext-2 {UNAVAILABLE}", texts
-    local = as_path(data_dir) / name if data_dir else None
-    if name in SOURCES:
-        if local and os.path.isdir(local):
-            return name, "local copy", _read_folder(local)
-        return (name, *SOURCES[name]())
-    for place in filter(None, (as_path(name), local)):  # isdir accepts any string
-        if os.path.isdir(place):
+    places = [] if name in SOURCES else [as_path(name)]
+    if data_dir:
+        places.append(as_path(data_dir) / name)
+    for place in places:
+        if os.path.isdir(place):  # unlike Path.is_dir it accepts any string
             return place.resolve().name, "local folder", _read_folder(place)
         if os.path.isfile(place):
             texts = _split_text(read_text(place))
             return place.resolve().stem, f"local file {place.name}, split 90/5/5", texts
+    if name in SOURCES:
+        return (name, *SOURCES[name]())
     if "/" in name or os.sep in name:
-        wanted = "give one with train.txt, valid.txt and test.txt, or the path of one text"
-        raise MusotaError(f"There is no folder {name}: {wanted}.")
+        raise MusotaError(f"There is no {name}: give the path of a folder or of one text.")
     raise nearest_name("corpus", name, ["auto", *SOURCES])
 
 
@@ -87,8 +86,7 @@ def _read_folder(folder: Path) -> dict[str, str]:
         paths = [folder / "".join(parts) for parts in product(("", "wiki."), names, ENDINGS)]
         found = next((path for path in paths if path.exists()), None)
         if not found:
-            missing = f"The folder {folder} has no {split}.txt"
-            raise MusotaError(f"{missing}: for one text, give the path of the file.")
+            raise MusotaError(f"{folder} has no {split}.txt: for one text, give the file itself.")
         texts[split] = read_text(found)
     return texts
 
@@ -113,44 +111,40 @@ def _read_hub(name: str) -> tuple[str, dict[str, str]]:
     import datasets
     from huggingface_hub import HfApi
 
-    was_offline, failure = datasets.config.HF_HUB_OFFLINE, None
+    source, was_offline = "the Hugging Face hub", datasets.config.HF_HUB_OFFLINE
     try:
         HfApi().dataset_info(HUB_REPOSITORY, revision=HUB_REVISION, timeout=HUB_TIMEOUT)
-    except Exception as error:  # of any type: then only the cache is used
-        failure = error
-        datasets.config.HF_HUB_OFFLINE = True
+    except Exception:  # the hub's client raises many types
+        source, datasets.config.HF_HUB_OFFLINE = "the Hugging Face cache", True
     try:
         rows = datasets.load_dataset(HUB_REPOSITORY, f"{name}-v1", revision=HUB_REVISION)
-    except Exception as error:  # the hub's client raises many types
+    except Exception as error:
         raise HubUnreachable(
-            f"{name} {UNAVAILABLE} ({type(failure or error).__name__}): put train.txt, valid.txt "
+            f"{name} {UNAVAILABLE} ({type(error).__name__}): put train.txt, valid.txt "
             f"and test.txt into $MUSOTA_DATA_DIR/{name}/, or copy a Hugging Face datasets cache "
             "to this machine, or use the corpus python-docs."
         ) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
-
-    def text(split: str) -> str:
-        return _clean("".join(line.removesuffix("\n") + "\n" for line in rows[split]["text"]))
-
-    source = "the Hugging Face cache" if failure else "the Hugging Face hub"
-    hub_splits = {"train": "train", "valid": "validation", "test": "test"}
-    return source, {split: text(hub_split) for split, hub_split in hub_splits.items()}
+    texts = {}
+    for split, hub_split in zip(SPLITS, ("train", "validation", "test"), strict=True):
+        lines = (line.removesuffix("\n") for line in rows[hub_split]["text"])
+        texts[split] = _clean("\n".join(lines) + "\n")
+    return source, texts
 
 
 def _python_docs() -> tuple[str, dict[str, str]]:
     """Docstrings of the standard library and four big packages, split 90/5/5."""
     versions = [f"{name} {metadata.version(name)}" for name in DOCS_PACKAGES]
-    key = content_hash(RECIPE, sys.version, *versions)
-    paths = {split: cache_folder() / f"python-docs-{key}-{split}.txt" for split in SPLITS}
-    if not all(path.exists() for path in paths.values()):
+    folder = cache_folder() / f"python-docs-{content_hash(RECIPE, sys.version, *versions)}"
+    if not (folder / "test.txt").exists():  # it is written last
+        folder.mkdir(exist_ok=True)
         roots = [sysconfig.get_paths()["stdlib"]]
         for name in DOCS_PACKAGES:
             roots += importlib.util.find_spec(name).submodule_search_locations
         for split, documents in _split(_documents(roots)).items():
-            write_text(paths[split], "\n\n".join(documents) + "\n")
-    texts = {split: read_text(path) for split, path in paths.items()}
-    return "docstrings of the Python libraries installed here", texts
+            write_text(folder / f"{split}.txt", "\n\n".join(documents) + "\n")
+    return "docstrings of the Python libraries installed here", _read_folder(folder)
 
 
 def _documents(roots: list[str]) -> set[str]:

@@ -13,7 +13,7 @@ _MODULES = {
     "musota.lab.root_causes": "Cause Suspect advice grid judge next_command",
     "musota.lab.stats": "SEED_SPREAD Interval paired_bootstrap pooled_contrast seed_interval",
     "musota.lab.sweep": "best_rate run_sweeps swept tuned",
-    "musota.lab.verdicts": "Verdict against_ngrams compare compare_with_matched",
+    "musota.lab.verdicts": "Verdict against_ngrams compare compare_with_matched least_to_beat",
 }
 _MODULE_OF, __getattr__, __dir__ = lazy(__name__, _MODULES)
 __all__ = list(_MODULE_OF)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
@@ -65,11 +66,7 @@ class Audit:
         """Which logits move with which token, and the loss on random tokens."""
         figure = Figure(figsize=(11.5, 5.2), layout="constrained", dpi=110)
         left, right = figure.subplots(1, 2)
-        kind = (self.change > 0).int().numpy()
-        kind += np.tril(kind, -1)  # 0 white, 1 blue: allowed, 2 red: ahead
-        left.imshow(kind, cmap=ListedColormap(["white", "#0072B2", "#C62828"]), vmin=0, vmax=2)
-        left.set(xlabel="position of the logits", ylabel="position of the replaced token")
-        left.set_title("Logits that move (blue: allowed, red: ahead of the token)")
+        draw_changes(left, self.change.numpy())
         floor, losses = math.log(self.symbols), pd.Series(self.losses, dtype=float)
         right.plot(losses, color="0.75", linewidth=0.8, label="each step, on new random tokens")
         right.plot(losses.rolling(15, min_periods=1).mean(), color="#0072B2", label="mean of 15")
@@ -84,6 +81,17 @@ class Audit:
     def __str__(self) -> str:
         first = f"This model is {'honest' if self.honest else 'NOT honest'}."
         return "\n".join([first, *(f"- {finding}" for finding in self.findings)])
+
+
+def draw_changes(axis: Axes, change: np.ndarray) -> None:
+    """Draws which predictions (columns) change when one token (row) is replaced: blue where that
+    is allowed, red where a prediction depends on a later token."""
+    kind = (change > 0).astype(int)
+    kind += np.tril(kind, -1)  # 0 unchanged, 1 allowed, 2 of a later token
+    axis.imshow(kind, cmap=ListedColormap(["white", "#0072B2", "#C62828"]), vmin=0, vmax=2)
+    axis.set(xlabel="position of the prediction", ylabel="position of the replaced token")
+    answer = "Yes" if (kind == 2).any() else "No"
+    axis.set_title(f"Does a prediction depend on later tokens (red)? {answer}")
 
 
 @dataclass(frozen=True)

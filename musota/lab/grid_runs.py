@@ -104,6 +104,17 @@ def add_row(path: Path, row: Row) -> None:
     write_text(path, table.to_csv(index=False, lineterminator="\n"))
 
 
+def print_run(row: Row | None, rows: Mapping[str, Mapping[int, Row | None]], left: int) -> None:
+    """Print a line about the run that has ended (None before the first), of a grid whose `rows`
+    are None where a run is left to train."""
+    total = sum(map(len, rows.values()))
+    text = f"{left} of {total} runs are left to train."
+    if row:
+        result = "diverged" if row.diverged else f"valid PPL {math.exp(row.best_valid_loss):,.1f}"
+        text = f"[{total - left}/{total}] {row.name}, seed {row.seed}: {result}"
+    print(text, flush=True)
+
+
 def run_many(
     runs: Mapping[str, GridRun],
     seeds: Sequence[int],
@@ -114,13 +125,13 @@ def run_many(
     *,
     fresh: bool = False,
     changes: Mapping = {},
-    each: Callable[[], object] = lambda: None,
+    each: Callable = print_run,
 ) -> dict[str, dict[int, Row]]:
     """Train every run of a grid with every seed, at the size of `profile` and with `changes`.
     Returns rows by name and seed. Runs in the csv `table` (same experiment, text and seed) count as
     done, unless `fresh`. The rest train in `folder`; each is added to the table as soon as it ends,
     and its folder removed. On a CPU every core trains a run, on a GPU they take turns. `each` is
-    called after every run. Raises MusotaError if a process dies.
+    called at the start and after every run, as `print_run`. Raises MusotaError if a process dies.
     """
     texts = {share: _text(corpus, share) for share in {run.share for run in runs.values()}}
     known = {} if fresh else {row.identity: row for row in read_table(table)}
@@ -133,15 +144,16 @@ def run_many(
         how |= {"run_dir": Path(folder) / f"{label}-seed{seed}", "resume": not fresh}
         if identity not in known:
             jobs.append(how)
-    print(f"{len(jobs)} of {len(wanted)} runs are left to train.", flush=True)
+    found = {name: {seed: known.get(wanted[name, seed]) for seed in seeds} for name in runs}
+    each(None, found, len(jobs))
     for done, row in enumerate(_train_all(jobs), start=1):
-        known[row.identity] = row
+        for name, seed in wanted:
+            if wanted[name, seed] == row.identity:
+                found[name][seed] = row
         add_row(Path(table), row)
         shutil.rmtree(Path(folder) / f"{row.name}-seed{row.seed}", ignore_errors=True)
-        result = "diverged" if row.diverged else f"valid PPL {math.exp(row.best_valid_loss):,.1f}"
-        print(f"[{done}/{len(jobs)}] {row.name}, seed {row.seed}: {result}", flush=True)
-        each()
-    return {name: {seed: known[wanted[name, seed]] for seed in seeds} for name in runs}
+        each(row, found, len(jobs) - done)
+    return found
 
 
 def _text(corpus: Corpus, share: float) -> Corpus:

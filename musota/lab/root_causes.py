@@ -229,7 +229,8 @@ def advice(causes: Sequence[Cause]) -> Verdict:
     most, steps = left[0], list(dict.fromkeys(cause.advice for cause in left))[:3]
     order = f"{', then '.join(steps)}; measure again after each"
     reason = f"the change of the valid loss without it ({most.changed})"
-    return Verdict(question, most.name, **in_nats(most.effect), reason=reason, next_step=order)
+    found = in_nats(most.effect) | {"reason": reason, "next_step": order}
+    return Verdict(question, most.name, good=True, **found)
 
 
 def next_command(causes: Sequence[Cause], profile: str, corpus: str) -> str:

@@ -18,7 +18,8 @@ FORMATS = {NATS: "+.3f", PPL: ",.1f", PERCENT: ".1f"}
 @dataclass(frozen=True)
 class Verdict:
     """The answer to one question. `decision` is a short fixed word for programs to compare;
-    `value` with its interval is in `unit`; `reason` is a clause that says what was measured."""
+    `value` with its interval is in `unit`; `reason` is a clause that says what was measured;
+    `good` says whether it is good news, None where that is open."""
 
     question: str
     decision: str
@@ -28,14 +29,29 @@ class Verdict:
     unit: str = ""
     reason: str = ""
     next_step: str = ""
+    good: bool | None = None
+
+    @property
+    def answer(self) -> str:
+        """Question and decision."""
+        colon = "" if self.question.endswith("?") else ":"  # a statistic is no question
+        period = "" if self._seen else "."
+        return f"{self.question}{colon} {self.decision[:1].upper()}{self.decision[1:]}{period}"
+
+    @property
+    def explanation(self) -> str:
+        """What was measured, in brackets, and the next step."""
+        seen = f"({self._seen})." if self._seen else ""
+        step = f"Next: {self.next_step}." if self.next_step else ""
+        return f"{seen} {step}".strip()
+
+    @property
+    def _seen(self) -> str:
+        return "; ".join(filter(None, (measured(self), self.reason)))
 
     def __str__(self) -> str:
         """The verdict as a sentence."""
-        because = "; ".join(filter(None, (measured(self), self.reason)))
-        answer = self.decision[:1].upper() + self.decision[1:]
-        colon = "" if self.question.endswith("?") else ":"  # a statistic is no question
-        step = f" Next: {self.next_step}." if self.next_step else ""
-        return f"{self.question}{colon} {answer}{f' ({because})' if because else ''}.{step}"
+        return f"{self.answer} {self.explanation}".strip()
 
 
 def measured(verdict: Verdict) -> str:
@@ -86,13 +102,37 @@ def compare_with_matched(a: Run | Sequence[Run], transformer: Run | Sequence[Run
 
 
 def against_ngrams(run: Run, ppls: Mapping[str, float]) -> Verdict:
-    """The best n-gram baseline that a run is better than. `ppls`: perplexities measured on the
-    same tokens, by name. The decision is a name, or "none"."""
+    """Whether a run is better than the bigram baseline. `ppls`: perplexities of the n-gram
+    baselines, measured on the same tokens, by name."""
     ppl = _ppl([run])
-    best = min((name for name in ppls if ppl < ppls[name]), key=ppls.get, default="none")
+    return decide(
+        f"Is “{run.title}” better than counting pairs of tokens?",
+        " · ".join(f"{name} {baseline:,.0f}" for name, baseline in ppls.items()),
+        (ppl < ppls["bigram"], "yes", "", "compare with a transformer of its size"),
+        (True, "no", "", "measure the learning rate, then train longer"),
+        value=ppl,
+        unit=PPL,
+        good=ppl < ppls["bigram"],
+    )
+
+
+def least_to_beat(ppls: Mapping[str, float], reported: float | None = None) -> Verdict:
+    """What a model has to be better than: the bigram baseline. `ppls` as in `against_ngrams`;
+    `reported`: a result on the same tokens to judge, in its place."""
+    bigram = ppls["bigram"]
     reason = " · ".join(f"{name} {baseline:,.0f}" for name, baseline in ppls.items())
-    question = f"Which n-gram baseline is “{run.title}” better than?"
-    return Verdict(question, best, ppl, unit=PPL, reason=reason)
+    if reported is None:
+        question = "Which perplexity must a model beat to be worth training?"
+        return Verdict(question, "counting pairs of tokens", bigram, unit=PPL, reason=reason)
+    return decide(
+        "Is the reported result better than counting pairs of tokens?",
+        reason,
+        (reported < bigram, "yes", ""),
+        (True, "no", f"{reported:,.0f} was reported", "measure what the same settings reach here"),
+        value=bigram,
+        unit=PPL,
+        good=reported < bigram,
+    )
 
 
 def as_runs(side: Run | Sequence[Run]) -> list[Run]:
@@ -122,16 +162,24 @@ def _compare(a: list[Run], b: list[Run], question: str, words: tuple[str, str]) 
             f"{a[0].path} and {b[0].path} were validated on different texts: "
             "compare their bits per byte (.summary) alone."
         )
-    facts = [*_incomplete(a), *_incomplete(b)]
-    diverged = [any(run.diverged for run in side) for side in (a, b)]
-    if any(diverged):
-        decision = "tie" if all(diverged) else words[0] if diverged[1] else words[1]
-        return Verdict(question, decision, unit=NATS, reason="; ".join(facts))
+    decided = (  # by the side of 0 on which the difference lies
+        {"decision": "tie", "good": None},
+        {"decision": words[1], "good": False},
+        {"decision": words[0], "good": True},
+    )
+    runs = {f"{run.title}, seed {run.seed},": run for run in (*a, *b)}
+    if going := [f"{name} after epoch {len(r.history)}" for name, r in runs.items() if not r.ended]:
+        step = "train to the end"
+        return Verdict(question, "unfinished", reason="; ".join(going), next_step=step)
+    if any(run.diverged for run in runs.values()):
+        side = any(run.diverged for run in a) - any(run.diverged for run in b)
+        facts = [f"{n} diverged at step {r.diverged_at}" for n, r in runs.items() if r.diverged]
+        return Verdict(question, **decided[side], unit=NATS, reason="; ".join(facts))
     interval, about_seeds, next_step = _difference(a, b)
-    decision = {-1: words[0], 0: "tie", 1: words[1]}[interval.beyond(0)]
     ppls = "valid PPL {:,.1f} against {:,.1f}".format(*map(_ppl, (a, b)))
-    reason = "; ".join([f"{ppls}, {_rates(a[0], b[0])}", about_seeds, *facts])
-    return Verdict(question, decision, **in_nats(interval), reason=reason, next_step=next_step)
+    measured = in_nats(interval) | decided[interval.beyond(0)]
+    reason = f"{ppls}, {_rates(a[0], b[0])}; {about_seeds}"
+    return Verdict(question, **measured, reason=reason, next_step=next_step)
 
 
 def _difference(a: list[Run], b: list[Run]) -> tuple[Interval, str, str]:
@@ -148,18 +196,6 @@ def _difference(a: list[Run], b: list[Run]) -> tuple[Interval, str, str]:
     mean = float(np.mean([*of_a.values()]) - np.mean([*of_b.values()]))
     interval = Interval(mean, mean - 2 * SEED_SPREAD, mean + 2 * SEED_SPREAD)
     return interval, f"{about}; the spread of seeds measured at study is the yardstick", next_step
-
-
-def _incomplete(side: list[Run]) -> list[str]:
-    """A clause for each run that diverged or has not finished."""
-    clauses = []
-    for run in side:
-        about = f"{run.title}, seed {run.seed},"
-        if run.diverged:
-            clauses.append(f"{about} diverged at step {run.diverged_at}")
-        elif not run.finished:
-            clauses.append(f"{about} is unfinished after epoch {run.history.epoch.max()}")
-    return clauses
 
 
 def _ppl(side: list[Run]) -> float:

@@ -22,22 +22,25 @@ from musota.models.diagnostics import Diagnostics, evaluating
 from musota.models.hub import HubModel
 from musota.models.loss import linear_cross_entropy, score_tokens
 
+NOT_DECAYED = {"embedding", "positions", "affinity", "gate"}  # modules
+
 
 class CausalLM(nn.Module, Diagnostics, HubModel):
     """A causal language model. A subclass creates `layers`, and `output` unless it is tied to the
     embedding, and defines `hidden_states`, (B, T) token ids to normalised states (B, T, C) for the
-    output layer, `hook_points` and `decayed_groups`."""
+    output layer."""
 
     # Module name to its group in the parameter ledger, where the two differ.
     ledger_groups: ClassVar = {
+        "affinity": "affinity tables",
+        "attention_in": "attention",
+        "attention_out": "attention",
+        "feed_forward_up": "feed-forward",
+        "feed_forward_down": "feed-forward",
         "norm": "norms",
         "norm_attention": "norms",
         "norm_feed_forward": "norms",
-        "feed_forward_up": "feed-forward",
-        "feed_forward_down": "feed-forward",
     }
-    # Ledger groups whose matrices get weight decay: the linear maps of activations.
-    decayed_groups: frozenset[str] = frozenset()
 
     def __init__(self, config: ModelConfig, learned_positions: bool = True):
         super().__init__()
@@ -75,8 +78,7 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
         max_seq_len and, on a CPU, for a token id out of range."""
         length, longest = input_ids.shape[-1], self.config.max_seq_len
         if not 1 <= length <= longest:
-            fit = f"A sequence of {length} tokens does not fit the {longest} positions"
-            raise MusotaError(f"{fit}: shorten it or raise max_seq_len.")
+            raise MusotaError(f"Give 1 to {longest} tokens (max_seq_len), not {length}.")
         if input_ids.device.type == "cpu":  # on a GPU it would wait for the values
             self.check_tokens(input_ids)
         hidden = self.hidden_states(input_ids)
@@ -95,15 +97,12 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Raises MusotaError for a token id outside the vocabulary."""
-        low, high = int(tokens.min()), int(tokens.max())
-        size, wrong = self.config.vocab_size, low if low < 0 else high
-        if low < 0 or high >= size:
-            reason = f"Token id {wrong} is out of range for a vocabulary of {size}"
-            raise MusotaError(f"{reason}: tokenize with the model's own tokenizer.")
+        low, high, last = int(tokens.min()), int(tokens.max()), self.config.vocab_size - 1
+        if low < 0 or high > last:
+            raise MusotaError(f"Token ids must lie between 0 and {last}, not {low} and {high}.")
 
     def as_ids(self, text: str | Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        """Token ids from a text, or from a list, array or tensor of whole numbers of any type.
-        Raises MusotaError for anything else."""
+        """Token ids (int64) of a text or of whole numbers in any form. Raises MusotaError."""
         if isinstance(text, str):
             if not self.tokenizer:
                 raise MusotaError("This model came without its tokenizer: give token ids.")
@@ -113,21 +112,20 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
             if ids.numel():
                 torch.iinfo(ids.dtype)  # raises TypeError for other types than whole numbers
         except (RuntimeError, TypeError, ValueError):
-            needed = "Give a text or whole-numbered token ids"
-            raise MusotaError(f"{needed}, not {text!r:.80}.") from None
+            raise MusotaError(f"Give text or whole-numbered token ids, not {text!r:.80}.") from None
         return ids.long()
 
     def compile_layers(self) -> None:
-        """Run the layers of training steps through torch.compile: one graph for all layers.
-        Evaluation, whose shapes vary, stays uncompiled."""
+        """Run the layers through torch.compile, but for `evaluating`: one graph serves them all."""
         torch.compiler.reset()  # the limit on recompilations counts those of earlier models too
-        compiled = torch.compile(type(self.layers[0]).forward, dynamic=False, fullgraph=True)
         for layer in self.layers:
-            layer.compiled = compiled
+            layer.compile(dynamic=False, fullgraph=True)
 
     def ledger_group(self, name: str) -> str:
         """The group in the ledger of the parameter `name`."""
         part = name.split(".")[2 if name.startswith("layers.") else 0]
+        if part == "embedding" and not hasattr(self, "output"):
+            return "embedding (also output)"
         return self.ledger_groups.get(part, part.replace("_", " "))
 
     def parameter_ledger(self) -> dict[str, int]:
@@ -138,8 +136,9 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
         return dict(ledger)
 
     def is_decayed(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether a parameter gets weight decay, as linear maps do; tables and gates do not."""
         is_matrix = name.endswith("weight") and parameter.dim() >= 2
-        return is_matrix and self.ledger_group(name) in self.decayed_groups
+        return is_matrix and NOT_DECAYED.isdisjoint(name.split("."))
 
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
         """Two parameter groups: linear maps with weight decay, the rest without."""
@@ -213,17 +212,6 @@ def _draw(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor
         probabilities[:, 1:].masked_fill_(drop[:, 1:], 0)
     probabilities = probabilities.gather(1, order.argsort(-1))
     return torch.multinomial(probabilities, 1, generator=generator)
-
-
-class Layer(nn.Module):
-    """One of a model's `layers`. Training steps run it compiled after `compile_layers`."""
-
-    compiled = None
-
-    def __call__(self, *inputs):
-        if self.training and self.compiled:
-            return self.compiled(self, *inputs)
-        return super().__call__(*inputs)
 
 
 @torch.no_grad()

@@ -1,17 +1,16 @@
 """The baseline: a GPT-2 style transformer (Radford et al. 2019), with dropout as in MU-SOTA."""
 
 import math
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musota.config import DenseConfig
-from musota.models.attention import largest_score, library_attention, mean_entropy, split_heads
-from musota.models.base import CausalLM, Dropout, Layer
+from musota.models.attention import library_attention, split_heads
+from musota.models.base import CausalLM, Dropout
 
 
-class DenseLayer(Layer):
+class DenseLayer(nn.Module):
     """Attention and feed-forward layer, each with a norm before it."""
 
     def __init__(self, config: DenseConfig):
@@ -32,6 +31,10 @@ class DenseLayer(Layer):
         for residual in (self.attention_out, self.feed_forward_down):
             nn.init.normal_(residual.weight, std=0.02 * (2 * config.n_layer) ** -0.5)
 
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) to scaled queries, keys and values, (B·h, T, C/h) each; for statistics."""
+        return split_heads(self.attention_in(self.norm_attention(x)), self.n_head)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to the same."""
         B, T, C = x.shape
@@ -47,13 +50,6 @@ class DenseLayer(Layer):
 class DenseTransformer(CausalLM):
     """Pre-norm, learned positions, GELU, biases, embeddings tied to the output layer."""
 
-    ledger_groups: ClassVar = CausalLM.ledger_groups | {
-        "embedding": "embedding (also output)",
-        "attention_in": "attention",
-        "attention_out": "attention",
-    }
-    decayed_groups = frozenset({"attention", "feed-forward"})
-
     def __init__(self, config: DenseConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(DenseLayer(config) for _ in range(config.n_layer))
@@ -66,13 +62,3 @@ class DenseTransformer(CausalLM):
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)
-
-    def hook_points(self) -> dict:
-        def heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return split_heads(qkv, self.config.n_head)
-
-        maps = [layer.attention_in for layer in self.layers]
-        return {
-            "largest_score": (lambda _, __, qkv: largest_score(*heads(qkv)[:2]), maps),
-            "attention_entropy": (lambda _, __, qkv: mean_entropy(*heads(qkv)), maps),
-        }

@@ -7,14 +7,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from musota.models.attention import largest_score, mean_entropy
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A context in which a model is in evaluation mode (no dropout)."""
+    """A context in which a model is in evaluation mode (no dropout) and runs uncompiled, since the
+    shapes of its inputs vary."""
     was_training = model.training
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         model.train(was_training)
 
@@ -34,9 +38,14 @@ class Diagnostics:
 
     def hook_points(self) -> dict[str, tuple[Callable, list[nn.Module]]]:
         """By name: a function of (module, inputs, output), and the modules it applies to in layer
-        order. `largest_score` and `attention_entropy` give scalars; gated models add `gate`, the
-        factors (B, T, N), and `gate_open`, the same on a scale from 0 to 1."""
-        raise NotImplementedError
+        order. Attentions are the modules with a method `heads`, which gives scaled queries, keys
+        and values. Gated models add `gate`, the factors (B, T, N), and `gate_open`, the same on a
+        scale from 0 to 1."""
+        attentions = [module for module in self.modules() if hasattr(module, "heads")]
+        return {
+            "largest_score": (lambda one, x, _: largest_score(*one.heads(*x)[:2]), attentions),
+            "attention_entropy": (lambda one, x, _: mean_entropy(*one.heads(*x)), attentions),
+        }
 
     def record(self, seen: dict[str, list[Tensor]]) -> list:
         """Hooks that append to `seen[name]` the values of each hook point; use with `hooked`."""

@@ -1,7 +1,6 @@
 """Building, saving and loading models. Loading runs no code from a folder."""
 
 import json
-import math
 import os
 import pkgutil
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -23,7 +21,7 @@ from musota.config import (
     describe,
 )
 from musota.data.tokenizer import TextTokenizer
-from musota.errors import MusotaError
+from musota.errors import MusotaError, blaming
 from musota.files import as_path, write_bytes, write_json, write_whole
 
 if TYPE_CHECKING:
@@ -48,8 +46,8 @@ def build_model(config: ModelConfig) -> "CausalLM":
     """The model a config describes, freshly initialised from torch's random state. Raises
     MusotaError for a ModuleConfig, whose code is not part of this package."""
     if isinstance(config, ModuleConfig):
-        advice = "build the module with your own code, and fill it with Run.load_weights(module)"
-        raise MusotaError(f"{config.source} is not a model of this package: {advice}.")
+        advice = "build the module and fill it with Run.load_weights(module)"
+        raise MusotaError(f"{config.source} is your own code: {advice}.")
     return pkgutil.resolve_name(ARCHITECTURES[type(config)])(config)
 
 
@@ -70,27 +68,20 @@ def save_model(
 
 def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") -> "CausalLM":
     """The model that `save_model` wrote, with its tokenizer. Raises MusotaError if a file is
-    missing or damaged, or, before memory is allocated, if the config has other sizes."""
+    missing or damaged, or, before a model is built, if the config has other sizes."""
     folder = as_path(folder)
-    try:
+    with blaming(f"The saved model in {folder}, when read,"):
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = Experiment.from_dict({"model": described, "training": {}}).model
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            held = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        weights = load_file(folder / "model.safetensors")
+        held = sum(weight.numel() for weight in weights.values())
         if held != config.n_parameters and not isinstance(config, ModuleConfig):
-            sizes = f"{config.n_parameters:,} parameters, but it has {held:,} weights"
-            raise MusotaError(f"{folder} is refused: its config.json describes {sizes}.")
+            wanted = f"{config.n_parameters:,} of its config.json"
+            raise MusotaError(f"{folder} holds {held:,} weights, not the {wanted}.")
         model = build_model(config)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(weights)
         if (folder / "tokenizer.json").exists():
             model.tokenizer = TextTokenizer.load(folder / "tokenizer.json")
-    except MusotaError:
-        raise
-    except FileNotFoundError as error:
-        missing = error.filename or "model.safetensors"
-        raise MusotaError(f"No saved model in {folder}: {missing} is missing.") from None
-    except Exception as error:  # safetensors and torch raise types of their own
-        raise MusotaError(f"The saved model in {folder} cannot be read: {error}") from None
     return model.to(device).eval()
 
 

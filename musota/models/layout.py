@@ -29,7 +29,6 @@ SEMANTIC_NAMES = {
     "X": "extension",
 }
 NAMES = {16: tuple(SEMANTIC_NAMES), 8: ("I", "S", "C1", "R1", "R2", "T", "K", "G")}
-UNEVEN = {(6, 8): [[2, 2, 2], [2, 2, 2], [3, 3]]}  # 36 channels do not split into 8 equal blocks
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,11 @@ class BlockLayout:
         return cls.of_bands(height, [[size // height] * (n_block // n_row)] * n_row)
 
     @classmethod
-    @lru_cache
     def standard(cls, matrix_size: int, n_block: int) -> "BlockLayout":
         """MU-SOTA's layout of `n_block` equal rectangles, or the plan's 6×6 matrix with 8 blocks.
         Raises MusotaError where no grid of equal rectangles exists."""
-        if (matrix_size, n_block) in UNEVEN:
-            return cls.of_bands(2, UNEVEN[matrix_size, n_block])
+        if (matrix_size, n_block) == (6, 8):  # 36 channels do not split into 8 equal blocks
+            return cls.of_bands(2, [[2, 2, 2], [2, 2, 2], [3, 3]])
         if matrix_size**2 % n_block:
             raise MusotaError(
                 f"{n_block} equal blocks do not tile a {matrix_size}×{matrix_size} matrix: use "

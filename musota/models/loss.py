@@ -95,14 +95,13 @@ def score_tokens(
     in the shape of `targets`; the rest as in `linear_cross_entropy`."""
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     dtype = _matmul_dtype(hidden)
-    nats = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
-    correct = torch.empty(labels.shape, dtype=torch.bool, device=labels.device)
+    nats, correct = [], []
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk, _, logits in _chunks(flat, weight.to(dtype), bias, dtype):
             y = labels[chunk, None]
             highest, guess = logits.max(-1, keepdim=True)
             of_target = logits.gather(1, y)
             log_total = highest - torch.softmax(logits, -1, out=logits).gather(1, guess).log()
-            nats[chunk] = (log_total - of_target)[:, 0]
-            correct[chunk] = (guess == y)[:, 0]
-    return nats.view(targets.shape), correct.view(targets.shape)
+            nats.append(log_total - of_target)
+            correct.append(guess == y)
+    return torch.cat(nats).view(targets.shape), torch.cat(correct).view(targets.shape)

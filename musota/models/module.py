@@ -135,23 +135,21 @@ class WrappedModule(CausalLM):
 
     def __init__(self, module: nn.Module, config: ModuleConfig):
         nn.Module.__init__(self)  # without the embeddings of a CausalLM
-        self.config, self.compiled, self.tokenizer = config, None, None
-        self.module = module
+        self.config, self.tokenizer = config, None
+        self.module, self.call = module, logits_of
         call_once(module, config.max_seq_len)
         for name, value in module.state_dict().items():
             if not isinstance(value, Tensor):
-                found = f"{name} in the model's state is {type(value).__name__}"
-                advice = "let get_extra_state return a tensor"
-                raise MusotaError(f"{found}, which cannot be saved: {advice}.")
+                kind = type(value).__name__
+                raise MusotaError(f"{name} in the model's state must be a tensor, not {kind}.")
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
-        compiled = self.compiled if self.training else None
         # A copy: a module may write into its input, which shares memory with the targets.
-        return (compiled or logits_of)(self.module, input_ids.clone())  # (B, T, V)
+        return self.call(self.module, input_ids.clone())  # (B, T, V)
 
     def compile_layers(self) -> None:
         torch.compiler.reset()
-        self.compiled = torch.compile(logits_of, dynamic=False, fullgraph=True)
+        self.call = torch.compile(logits_of, dynamic=False, fullgraph=True)
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         return hidden

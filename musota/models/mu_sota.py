@@ -1,15 +1,13 @@
 """MU-SOTA: a token is a matrix of semantic blocks, with attention inside blocks and across them.
 Channels are stored block by block; blocks of one size are computed together."""
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musota.config import HEADS_PER_BLOCK, MuConfig
-from musota.models.attention import causal_attention, largest_score, merge_heads, split_heads
-from musota.models.base import CausalLM, Dropout, Layer
+from musota.models.attention import causal_attention, merge_heads, split_heads
+from musota.models.base import CausalLM, Dropout
 
 
 class BlockAttention(nn.Module):
@@ -83,7 +81,7 @@ class Gate(nn.Module):
         return self.beta * self.down(F.gelu(self.up(features))).sigmoid()
 
 
-class MuLayer(Layer):
+class MuLayer(nn.Module):
     """Block attention, cross attention and feed-forward layer; the gate weighs old and new."""
 
     def __init__(self, config: MuConfig):
@@ -117,9 +115,6 @@ class MuLayer(Layer):
 class MuSota(CausalLM):
     """The model of docs/model.md, section "MU-SOTA"."""
 
-    ledger_groups: ClassVar = CausalLM.ledger_groups | {"affinity": "affinity tables"}
-    decayed_groups = frozenset({"block attention", "cross attention", "feed-forward", "output"})
-
     def __init__(self, config: MuConfig):
         super().__init__(config)
         L = config.n_layer
@@ -140,9 +135,7 @@ class MuSota(CausalLM):
     def hook_points(self) -> dict:
         crosses = [layer.cross_attention for layer in self.layers]
         gates = [layer.gate for layer in self.layers]
-        attentions = [*crosses, *(one for layer in self.layers for one in layer.block_attention)]
-        return {
-            "largest_score": (lambda one, x, _: largest_score(*one.heads(*x)[:2]), attentions),
+        return super().hook_points() | {
             "attention_entropy": (lambda _, __, out: out[1].mean(), crosses),
             "gate": (lambda _, __, out: out, gates),
             "gate_open": (lambda _, __, out: out.sigmoid(), [gate.down for gate in gates]),

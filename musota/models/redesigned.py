@@ -5,15 +5,13 @@ their own block (`config.blocks`). A gate scales the updates of each block (`con
 both switches off this is the parameter-matched modern transformer.
 """
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musota.config import RedesignedConfig
-from musota.models.attention import largest_score, library_attention, mean_entropy
-from musota.models.base import CausalLM, Dropout, Layer
+from musota.models.attention import library_attention
+from musota.models.base import CausalLM, Dropout
 
 
 class Attention(nn.Module):
@@ -74,7 +72,7 @@ class Gate(nn.Module):
         return 2 * self.map(affinity).sigmoid()
 
 
-class RedesignedLayer(Layer):
+class RedesignedLayer(nn.Module):
     """Attention and feed-forward layer, each with a norm before it and gated updates."""
 
     def __init__(self, config: RedesignedConfig):
@@ -105,12 +103,6 @@ class RedesignedLayer(Layer):
 
 class Redesigned(CausalLM):
     """The model of docs/model.md, section "Redesign"."""
-
-    ledger_groups: ClassVar = CausalLM.ledger_groups | {
-        "embedding": "embedding (also output)",
-        "affinity": "affinity tables",
-    }
-    decayed_groups = frozenset({"attention", "feed-forward"})
 
     def __init__(self, config: RedesignedConfig):
         super().__init__(config, learned_positions=False)
@@ -145,11 +137,8 @@ class Redesigned(CausalLM):
         return self.norm(x)
 
     def hook_points(self) -> dict:
-        attentions = [layer.attention for layer in self.layers]
         gates = [layer.gate for layer in self.layers if layer.gate]
-        return {
-            "largest_score": (lambda one, x, _: largest_score(*one.heads(*x)[:2]), attentions),
-            "attention_entropy": (lambda one, x, _: mean_entropy(*one.heads(*x)), attentions),
+        return super().hook_points() | {
             "gate": (lambda _, __, factors: factors, gates),
             "gate_open": (lambda _, __, factors: factors / 2, gates),
         }

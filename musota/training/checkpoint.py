@@ -2,9 +2,8 @@
 
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from filelock import FileLock, Timeout
@@ -15,21 +14,12 @@ from torch import Tensor
 from musota.config import Experiment
 from musota.data.corpus import Corpus
 from musota.errors import MusotaError
-from musota.files import (
-    START_OVER,
-    as_path,
-    jsonable,
-    sha256,
-    system_error,
-    write_bytes,
-    write_sealed,
-)
+from musota.files import START_OVER, as_path, jsonable, sentence, sha256, write_bytes, write_sealed
 from musota.models.hub import save_model
-from musota.training.run import Run, nan_for_null
+from musota.training.run import BEST, CHECKPOINTS, CONFIG, METRICS, SUMMARY, Run
 from musota.training.state import TrainState
 
 CHECKPOINT_SECONDS = 180  # between checkpoints inside an epoch
-FILES = ("config.json", "metrics.jsonl", "summary.json")
 
 
 class RunDir:
@@ -41,10 +31,11 @@ class RunDir:
 
     def __init__(self, path: str | os.PathLike, identity: dict, corpus: Corpus, writes: bool, copy):
         self.path = as_path(path)
-        self.checkpoints = self.path / "checkpoints"
-        self.config_path, self.metrics_path, self.summary_path = (self.path / n for n in FILES)
+        self.checkpoints, self.best = self.path / CHECKPOINTS, self.path / BEST
+        self.config_path, self.summary_path = self.path / CONFIG, self.path / SUMMARY
+        self.metrics_path = self.path / METRICS
         self.identity = {**identity, "corpus": _described(corpus)}
-        self.tokenizer, self.writes, self.copy = corpus.tokenizer, writes, copy
+        self.tokenizer, self.writes, self.copy = corpus.tokenizer, writes, copy if writes else None
         self.metrics = b""  # the bytes that metrics.jsonl should hold
         self.trouble = ""
         self.last = ""  # name of the newest checkpoint known to be good
@@ -77,12 +68,11 @@ class RunDir:
     def _clear(self, fresh: bool) -> None:
         """Remove what a killed process left half-written, and with `fresh` an earlier run."""
         left = [*self.path.rglob(".*-" + 12 * "[0-9a-f]")]  # of `write_whole`
-        for path in left + [*self.checkpoints.glob("step-*")] * fresh:
-            path.unlink(missing_ok=True)
         if fresh:
-            shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
-            for name in FILES:
-                (self.path / name).unlink(missing_ok=True)
+            left += [*self.checkpoints.glob("step-*"), *self.best.glob("*")]
+            left += [self.config_path, self.metrics_path, self.summary_path]
+        for path in left:
+            path.unlink(missing_ok=True)
 
     @contextmanager
     def _writable(self) -> Iterator[None]:
@@ -92,28 +82,25 @@ class RunDir:
             other = f"Another process is training in {self.path}"
             raise MusotaError(f"{other}: wait for it, or use another folder.") from None
         except OSError as error:
-            instead = "choose another results folder"
-            raise system_error(f"The run folder {self.path}", error, instead) from None
+            raise MusotaError(sentence(error)) from None
 
-    def attempt(self, write: Callable[[], object], done: str = "saved") -> bool:
-        """Write something; where that fails, report it and return False."""
-        if not self.writes:
-            return True
+    @contextmanager
+    def attempt(self, done: str = "saved") -> Iterator[None]:
+        """A context in which to write. What fails is reported, and `trouble` says why."""
         try:
-            write()
+            yield
         except OSError as error:
             place = error.filename or self.path
             known, self.trouble = self.trouble, f"{done}: {place}: {error.strerror or error}"
             if not known:
                 print(f"\nThe run in {self.path} could not be {self.trouble}.", flush=True)
-            return False
-        return True
 
     def copy_out(self, every: float = 0) -> None:
         """Call `copy`, if that was `every` seconds ago."""
         if self.copy and time.monotonic() - self.copied_at > every:
             self.copied_at = time.monotonic()
-            self.attempt(self.copy, "copied")
+            with self.attempt("copied"):
+                self.copy()
 
     def refuse_unsaved(self) -> None:
         """Raises MusotaError if the end of a run, or its copy, could not be saved."""
@@ -130,18 +117,22 @@ class RunDir:
     def log(self, record: dict) -> None:
         """Append a record to metrics.jsonl."""
         self.metrics += (json.dumps(jsonable(record), ensure_ascii=False) + "\n").encode()
-        self.attempt(self.write_metrics)
+        if self.writes:
+            with self.attempt():
+                self._write_metrics()
 
-    def write_metrics(self) -> None:
+    def _write_metrics(self) -> None:
         """Add to metrics.jsonl what is missing."""
         with self.metrics_path.open("ab") as file:
             file.write(self.metrics[file.tell() :])
 
     def write_summary(self, summary: Mapping) -> None:
         """Write summary.json, with the hash of metrics.jsonl, once an epoch has ended."""
-        if summary and self.attempt(self.write_metrics):
+        if summary and self.writes:
             known = {"metrics_sha256": sha256(self.metrics), "metrics_bytes": len(self.metrics)}
-            self.attempt(lambda: write_sealed(self.summary_path, {**summary, **known}))
+            with self.attempt():
+                self._write_metrics()
+                write_sealed(self.summary_path, {**summary, **known})
 
     def checkpoint_due(self) -> bool:
         return time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
@@ -150,18 +141,19 @@ class RunDir:
         """Write a checkpoint with metrics.jsonl inside, keep the last two, then write best/ if its
         weights are new; until then they are in the checkpoint."""
         self.saved_at = time.monotonic()  # in processes that do not write, too
-        if not self.writes:
-            return
-        self.trouble = ""
-        if self.attempt(lambda: self._write_checkpoint(state)) and state.unsaved_best:
-            self.attempt(lambda: self._write_best(state))
-        self.write_summary(state.summary)
+        if self.writes:
+            self.trouble = ""
+            with self.attempt():
+                self._write_metrics()
+                self._write_checkpoint(state)
+                if state.unsaved_best:
+                    self._write_best(state)
+            self.write_summary(state.summary)
 
     def _write_checkpoint(self, state: TrainState) -> None:
-        self.write_metrics()
         tensors, numbers = state.state_dict()
-        about = {"metrics": self.metrics.decode(), "identity": self.identity}
-        data = save(tensors, {"state": json.dumps({**jsonable(numbers), **about})})
+        numbers |= {"metrics": self.metrics.decode(), "identity": self.identity}
+        data = save(tensors, {"state": json.dumps(numbers)})
         name = f"step-{state.step:09d}-{sha256(data)[:16]}.safetensors"
         write_bytes(self.checkpoints / name, data)
         for old in self.checkpoints.glob("step-*.safetensors"):  # damaged ones as well
@@ -170,38 +162,36 @@ class RunDir:
         self.last = name
 
     def _write_best(self, state: TrainState) -> None:
-        best = self.checkpoints / "best"
-        best.mkdir(exist_ok=True)  # fails where the run's folder has vanished
-        save_model(best, state.model.config, state.unsaved_best, self.tokenizer)
-        files = sorted(path for path in best.iterdir() if not path.name.startswith("."))
+        self.best.mkdir(exist_ok=True)  # fails where the run's folder has vanished
+        save_model(self.best, state.model.config, state.unsaved_best, self.tokenizer)
+        files = sorted(path for path in self.best.iterdir() if not path.name.startswith("."))
         state.summary["best_files"] = {path.name: sha256(path.read_bytes()) for path in files}
         state.unsaved_best = None
 
     def restore(self) -> tuple[dict[str, Tensor], dict] | None:
-        """What `TrainState.state_dict` gave at the last checkpoint, with metrics.jsonl as it was
-        then; None if nothing was measured. A damaged checkpoint is named, and the one before it
-        taken. Raises MusotaError for measurements without a good checkpoint, and another run's."""
-        found = sorted(self.checkpoints.glob("step-*.safetensors"))
+        """What `TrainState.state_dict` gave at the last checkpoint; None if nothing was measured.
+        A damaged checkpoint is named, and the one before it taken. Raises MusotaError for
+        measurements without a good checkpoint, and another run's."""
+        saved, found = None, sorted(self.checkpoints.glob("step-*.safetensors"))
         for path in reversed(found):
             data = path.read_bytes()
-            if sha256(data)[:16] != path.stem.rsplit("-", 1)[1]:
-                print(f"The checkpoint {path} is damaged and is skipped.")
-                continue
-            with safe_open(path, "pt") as file:
-                numbers = json.loads(file.metadata()["state"])
-            self._refuse_other(numbers.pop("identity"), f"checkpoint {path}")
-            self.metrics = numbers.pop("metrics").encode()
-            self.last = path.name
-            if self.writes:  # what stands there may be of a later step
-                with self._writable():
-                    write_bytes(self.metrics_path, self.metrics)
-                    self.summary_path.unlink(missing_ok=True)
-            return load(data), nan_for_null(numbers)
-        if found or self.summary_path.exists():
+            if sha256(data)[:16] == path.stem.rsplit("-", 1)[1]:
+                with safe_open(path, "pt") as file:
+                    numbers = json.loads(file.metadata()["state"])
+                self._refuse_other(numbers.pop("identity"), f"checkpoint {path}")
+                self.metrics, self.last = numbers.pop("metrics").encode(), path.name
+                saved = load(data), numbers
+                break
+            print(f"The checkpoint {path} is damaged and is skipped.")
+        if not saved and (found or self.summary_path.exists()):
             none = f"{self.path} has measurements, but no checkpoint that can be read"
             raise MusotaError(f"{none}: start over with {START_OVER}.")
-        self.attempt(lambda: self.metrics_path.unlink(missing_ok=True))
-        return None
+        # These may be of a later step. They are written again, from `metrics`, when they are due.
+        if self.writes:
+            with self._writable():
+                self.summary_path.unlink(missing_ok=True)
+                self.metrics_path.unlink(missing_ok=True)
+        return saved
 
     def _refuse_other(self, found: dict, where: str) -> None:
         """Raises MusotaError, naming what differs, if `found` describes another run."""

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from musota.errors import MusotaError
 from musota.files import sha256
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HEADLESS = "MUSOTA_HEADLESS"  # set where progress goes to a log and not to a screen
+HEADLESS = "MUSOTA_HEADLESS"  # set where nobody watches a notebook while it runs
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:
@@ -77,25 +77,21 @@ def autocast_on(device: torch.device, precision: str | None = None) -> torch.aut
     return torch.autocast(device.type, None if exact else dtype, enabled=not exact)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means too little memory, whatever a library calls it."""
-    words = "out of memory", "ALLOC_FAILED", "can't allocate memory"
-    return any(word in str(error) for word in words)
-
-
 def about_machine(used: torch.device | None = None) -> dict:
     """The device (`used`, by default the best one here), the date, and versions; of this package a
     hash of the files that decide a result."""
-    threads, on_gpu = torch.get_num_threads(), (used or find_device()).type == "cuda"
-    on_cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    threads = torch.get_num_threads()
+    device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    if (used or find_device()).type == "cuda":
+        device = torch.cuda.get_device_name()
     package = Path(__file__).resolve().parents[1]
-    names = ("config.py", "data/*.py", "models/*.py", "training/*.py")
-    files = (path for name in names for path in sorted(package.glob(name)))
+    patterns = ("config.py", "data/*.py", "models/*.py", "training/*.py")
+    files = (path for pattern in patterns for path in sorted(package.glob(pattern)))
     text = b"".join(path.read_bytes().replace(b"\r\n", b"\n") for path in files)  # git's choice
     versions = {"python": platform.python_version(), "musota": sha256(text)[:12]}
     versions |= {name: metadata.version(name) for name in ("torch", "tokenizers")}
-    about = {"device": torch.cuda.get_device_name() if on_gpu else on_cpu}
-    return {**about, "date": time.strftime("%Y-%m-%d", time.gmtime()), "versions": versions}
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    return {"device": device, "date": date, "versions": versions}
 
 
 def prepare_memory(device: torch.device) -> None:
@@ -149,22 +145,11 @@ class _Lines(io.TextIOBase):
             print(text.strip(), flush=True)
 
 
-def has_front_end() -> bool:
-    """Whether this notebook is shown to somebody while it runs, as far as a kernel can know."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if os.environ.get(HEADLESS) or not hasattr(shell, "kernel"):
-        return False
-    with suppress(psutil.Error):
-        parent = psutil.Process().parent()  # None in the first process of a container
-        started_by = " ".join(parent.cmdline() if parent else ())
-        return not any(name in started_by for name in ("papermill", "nbconvert", "nbclient"))
-    return True
-
-
 def progress_bar(total_tokens: int, done: int, shown: bool) -> tqdm:
     """Tokens done, tokens/s and time left: a bar on a screen, a line every 10 s in a log."""
     settings = {"mininterval": 1, "dynamic_ncols": True}
-    if not (sys.stderr.isatty() or has_front_end()):
+    in_notebook = "ipykernel" in sys.modules and not os.environ.get(HEADLESS)
+    if not (sys.stderr.isatty() or in_notebook):
         settings = {"mininterval": 10, "file": _Lines(), "ncols": 120}
     settings |= {"maxinterval": float("inf"), "unit": " tokens", "unit_scale": True}
     return tqdm(total=total_tokens, initial=done, disable=not shown, **settings)

@@ -16,13 +16,15 @@ from safetensors.torch import load
 from torch import nn
 
 from musota.config import Experiment
+from musota.data.corpus import window_count
 from musota.errors import MusotaError
-from musota.files import START_OVER, as_path, read_sealed, sha256
+from musota.files import CONFIG, METRICS, START_OVER, SUMMARY, as_path, read_sealed, sha256
 from musota.models.base import CausalLM
 from musota.models.hub import load_model
 from musota.models.module import call_once
 
-WEIGHTS = "model.safetensors"
+# Folders in that of a run, and the weights in BEST.
+CHECKPOINTS, BEST, WEIGHTS = "checkpoints", "checkpoints/best", "model.safetensors"
 
 
 class Run:
@@ -30,14 +32,13 @@ class Run:
 
     def __init__(self, path: str | os.PathLike):
         self.path = as_path(path)
-        config_path = self.path / "config.json"
-        self.config = read_sealed(config_path)
+        self.config = read_sealed(self.path / CONFIG)
         try:
             self.experiment = Experiment.from_dict(self.config["experiment"])
             self.name, self.seed = self.config["name"], self.config["seed"]
             self.fingerprint = self.config["corpus"]["fingerprint"]
         except (KeyError, TypeError, MusotaError) as error:
-            raise MusotaError(f"{config_path} does not describe a run: {error}") from None
+            raise MusotaError(f"{self.path / CONFIG} does not describe a run: {error}") from None
         self.title = self.config.get("title") or self.name
         self.profile = self.config.get("profile")
         self.key = self.experiment, self.fingerprint  # what seeds of one model share
@@ -47,7 +48,7 @@ class Run:
     @cached_property
     def summary(self) -> dict:
         """The contents of summary.json; empty before the first epoch has ended."""
-        path = self.path / "summary.json"
+        path = self.path / SUMMARY
         return nan_for_null(read_sealed(path)) if path.exists() else {}
 
     @property
@@ -69,6 +70,13 @@ class Run:
         return self.finished or self.diverged
 
     @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        training, n_tokens = self.experiment.training, self.config["corpus"]["tokens"]["train"]
+        windows = window_count(n_tokens, self.experiment.model.max_seq_len)
+        return training.epochs * math.ceil(windows / training.sequences_per_step)
+
+    @property
     def valid_loss(self) -> float:
         """Of the best epoch in nats/token; inf if the run diverged."""
         return math.inf if self.diverged else self.summary["valid_loss"]
@@ -76,7 +84,7 @@ class Run:
     @cached_property
     def records(self) -> list[dict]:
         """Every record of metrics.jsonl; a half-written last line is left out."""
-        path, expected = self.path / "metrics.jsonl", self.summary.get("metrics_sha256")
+        path, expected = self.path / METRICS, self.summary.get("metrics_sha256")
         data = path.read_bytes() if path.exists() else b""
         # While a run trains, its summary knows metrics.jsonl as of the last epoch.
         known = data if self.finished else data[: self.summary.get("metrics_bytes", 0)]
@@ -129,11 +137,11 @@ class Run:
     @property
     def has_model(self) -> bool:
         """Whether the weights of the best epoch are here; committed runs come without them."""
-        return (self.path / "checkpoints" / "best" / WEIGHTS).exists()
+        return (self.path / BEST / WEIGHTS).exists()
 
     def _best(self) -> Path:
         """The folder of the best epoch's model. Raises MusotaError if a file of it is damaged."""
-        folder = self.path / "checkpoints" / "best"
+        folder = self.path / BEST
         for name, expected in self.summary.get("best_files", {}).items():
             path = folder / name
             if path.exists() and sha256(path.read_bytes()) != expected:
@@ -173,7 +181,7 @@ def load_runs(folder: str | os.PathLike) -> list[Run]:
     corpus and seed.
     """
     found: dict[tuple, Run] = {}
-    for path in sorted(as_path(folder).glob("*/config.json")):
+    for path in sorted(as_path(folder).glob(f"*/{CONFIG}")):
         try:
             run = Run(path.parent)
             if not run.records or not (run.summary or run.diverged):

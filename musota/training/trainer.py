@@ -4,10 +4,10 @@ A step depends on (seed, step) alone: its windows come from `window_starts`, and
 seeded before each step. So a resumed run ends with the same weights as an uninterrupted one.
 """
 
-import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
@@ -57,7 +57,7 @@ class RunOptions:
         size, share = self.micro_batch, self.stop_at
         if size is not None and not (isinstance(size, Integral) and size >= 1):
             raise MusotaError(f"micro_batch must be a whole number of at least 1, not {size!r}.")
-        object.__setattr__(self, "micro_batch", size and int(size))
+        object.__setattr__(self, "micro_batch", size and int(size))  # numpy's become Python's
         if not isinstance(share, Real) or not 0 < share <= 1:
             raise MusotaError(f"stop_at must lie in (0, 1], not {share!r}.")
 
@@ -211,12 +211,11 @@ class Trainer:
     def step(self) -> None:
         """One optimizer step, and its record where one is due."""
         state, batches = self.state, self.batches
-        before = batches.tokens_seen(state.step)
         while not (done := train_step(state, batches)):
             event = halve_micro_batch(state)
             self.record("event", event=event)
             state.accelerator.print(f"\nStep {state.step}: {event}.")
-        self.progress.update(batches.tokens_seen(state.step) - before)
+        self.progress.update(batches.tokens_seen(state.step) - self.progress.n)
         interval = max(1, batches.total_steps // LOG_LINES)
         if state.step % interval == 0 or state.step in (1, batches.total_steps):
             loss, norm = map(float, done)  # the only wait for the device, but for fp16's scaler
@@ -236,17 +235,16 @@ class Trainer:
 
     def check_loss(self, loss: float) -> None:
         """Raises Diverged for a training loss that is not finite or has exploded."""
-        limit = max(math.log(self.experiment.model.vocab_size), self.state.first_loss)
-        limit += EXPLODED_NATS
-        if not math.isfinite(loss) or loss > limit:
+        start = max(math.log(self.experiment.model.vocab_size), self.state.first_loss)
+        if not math.isfinite(loss) or loss > start + EXPLODED_NATS:
             half = self.experiment.training.learning_rate / 2
             found = f"The training loss is {loss:.4g} at step {self.state.step}"
-            self.diverge(found, f"start over with half the learning_rate, {half:g}")
+            self.diverge(f"{found}: start over with half the learning_rate, {half:g}.")
 
-    def diverge(self, found: str, advice: str) -> None:
+    def diverge(self, message: str) -> None:
         self.record("event", event="diverged")
         kept = f" The last good checkpoint is kept in {self.folder.checkpoints}."
-        raise Diverged(f"{found}: {advice}.{kept if self.folder.last else ''}")
+        raise Diverged(message + kept * bool(self.folder.last))
 
     def score(self, split: str) -> tuple[Tensor, dict]:
         """The nats of each token of a split, and its metrics."""
@@ -262,10 +260,10 @@ class Trainer:
             nats, metrics = self.score("valid")
             if bad := (~nats.isfinite()).nonzero().flatten().tolist():
                 found = f"{len(bad):,} tokens of valid have no finite loss after epoch {epoch}"
-                self.diverge(found, f"inspect the first, token {bad[0] + 1}")
+                self.diverge(f"{found}: inspect the first, token {bad[0] + 1}.")
             about = {"samples": samples_of(state.model, corpus)}
-            health = health_of(state.model, corpus, state.micro_batch)
-        about["health"] = {"update_ratio": state.update_ratio, **health}
+            about["health"] = health_of(state.model, corpus, state.micro_batch)
+        about["health"] |= {"update_ratio": state.update_ratio}
         block_nats, block_tokens = blocks_of(nats)
         loss = metrics.pop("loss")
         metrics = {"valid_loss": loss, **metrics, "valid_block_nats": block_nats}
@@ -307,7 +305,7 @@ class Trainer:
 
     def watch(self) -> None:
         if self.options.watch and self.folder.writes:
-            with contextlib.suppress(MusotaError):  # the folder vanished, which `log` reports
+            with suppress(MusotaError):  # the folder vanished, which `log` reports
                 self.options.watch(Run(self.folder.path))
 
     def show_progress(self, loss: float) -> None:

@@ -118,12 +118,15 @@ def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options)
     if not is_module(experiment) and experiment not in REGISTRY:
         find_row(experiment.removesuffix("_twin"))
     from musota.workbook.notebook import Interrupted, Workbook
+    from musota.workbook.results import label
 
     if int(os.environ.get("RANK", 0)):  # of several processes one prints
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     book = Workbook(profile, corpus, seed, fresh, save_to, changes)
     try:
-        click.echo(book.train(experiment, **options))
+        run = book.train(experiment, **options)
+        reached = f": valid PPL {run.summary['ppl']:,.1f}" if run.summary else ""
+        click.echo(f"{label(run)}{reached}, in {book.place(run.path)}")
     except Interrupted as interrupted:
         click.echo(interrupted, err=True)
         sys.exit(130)

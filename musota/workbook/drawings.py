@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from musota.lab.audit import draw_changes
 from musota.lab.plan_rules import REPORTED
 from musota.models.layout import BlockLayout
-from musota.workbook.style import BLUE, HATCHES, PLAIN, RED, SHADES, literal, new_figure, wrapped
+from musota.workbook.style import BLUE, HATCHES, PLAIN, SHADES, literal, new_figure, wrapped
 
 
 def ledgers(ledgers: Mapping[str, Mapping[str, int]]) -> Figure:
@@ -76,12 +76,7 @@ def causality(change: np.ndarray) -> Figure:
     """Which predictions (columns) change when one token (row) is replaced; `change` is the matrix
     of `causality_matrix`."""
     figure, axis = new_figure(6.2, 5.2)
-    kind = (np.asarray(change) > 0).astype(int)
-    kind += np.tril(kind, -1)  # 0 unchanged, 1 allowed, 2 ahead
-    axis.imshow(kind, cmap=ListedColormap(["white", BLUE, RED]), vmin=0, vmax=2)
-    axis.set(xlabel="position of the prediction", ylabel="position of the replaced token")
-    answer = "Yes" if (kind == 2).any() else "No"
-    axis.set_title(f"Does a prediction depend on later tokens (red)? {answer}")
+    draw_changes(axis, change)
     return figure
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from musota.errors import nearest_name
-from musota.lab.grid_runs import read_table
+from musota.lab.grid_runs import print_run, read_table
 from musota.lab.sweep import TUNED, run_sweeps, tuned
 from musota.registry import REGISTRY
 from musota.training.trainer import Diverged
@@ -26,7 +26,7 @@ def carry_out(parts: Sequence[str], seeds: int, seed: int = 0, **parameters) -> 
         if part == "grid":
             Workbook(seed=seed, grid=True, **parameters).run_grid()
         elif part == "sweep":
-            how = {"seed": seed, "fresh": book.fresh, "each": book.save}
+            how = {"seed": seed, "fresh": book.fresh, "each": print_run}
             run_sweeps(book.profile, book.corpus, table, book.folder / "sweep", **how)
         elif part == "models":
             for model in REGISTRY:

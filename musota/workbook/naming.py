@@ -25,6 +25,12 @@ def results_root() -> Path:
     return (checkout() or Path.cwd()) / "results"
 
 
+def shown(path: Path) -> Path:
+    """A path as it is printed: from the repository on, where it lies inside."""
+    root = checkout()
+    return path.relative_to(root) if root and path.is_relative_to(root) else path
+
+
 def find_folders(name: str, root: str | os.PathLike, profile: str) -> list[Path]:
     """The folders of the runs that `name` means, found without importing torch.
 

@@ -1,7 +1,7 @@
 """The session of a notebook: checked parameters, the corpus, experiments, the results folder."""
 
 import ast
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
@@ -10,14 +10,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 from IPython import get_ipython
-from IPython.display import Image, Markdown, display
+from IPython.display import Image, display
 from matplotlib.figure import Figure
 
 from musota.config import Experiment
 from musota.data.corpus import load_corpus
 from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError, check_seed, nearest_name
-from musota.files import as_path, sentence, write_json
+from musota.files import as_path, write_json
 from musota.lab import root_causes
 from musota.lab.ablate import look_inside, measure_ablations, weak_spots
 from musota.lab.grid_runs import Row, read_table, run_many
@@ -25,17 +25,18 @@ from musota.lab.ngrams import measure_ngrams
 from musota.lab.plan_rules import CORPUS, VOCAB_SIZE
 from musota.lab.profiles import check_changes, find_profile
 from musota.lab.stats import Interval
-from musota.lab.verdicts import Verdict
 from musota.models.base import CausalLM
 from musota.training.device import about_machine
 from musota.training.run import Run
 from musota.training.trainer import RunOptions, train
 from musota.workbook import drawings, naming, plots, results
 from musota.workbook.experiments import effective_changes, experiment_at, module_at
+from musota.workbook.panel import GridPanel, RunPanel, in_notebook
 from musota.workbook.results import Results
 from musota.workbook.saved_copy import SavedCopy, make_folder
+from musota.workbook.show import show_errors_as_sentences, show_verdicts
 from musota.workbook.style import save_figure
-from musota.workbook.widgets import Explorer, live_view
+from musota.workbook.widgets import Explorer
 
 PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to", "changes")
 
@@ -82,11 +83,16 @@ class Workbook:
         here = self.corpus
         self.at_plan_size = (here.name, vocab_size) == (CORPUS, VOCAB_SIZE)
         self.footer = results.footer(here.name, here.tokenizer.size, self.profile.name)
+        device, place = about_machine()["device"], naming.shown(self.home)
         print(
             f"corpus {here.name} ({here.source}), {len(here.train):,} training and "
             f"{len(here.valid):,} validation tokens, vocabulary {here.tokenizer.size:,}\n"
-            f"profile {self.profile.name}, {about_machine()['device']}, results in {self.home}"
+            f"profile {self.profile.name}, {device}, results in {place}"
         )
+
+    def place(self, path: Path) -> Path:
+        """Where a file of this session's results folder belongs, as it is printed."""
+        return naming.shown(self.home / path.relative_to(self.folder))
 
     def save(self, *files: Path) -> None:
         """Copy files, or all that is new, to `home`. Raises MusotaError where that fails."""
@@ -172,7 +178,8 @@ class Workbook:
         folder = self.folder / f"{naming.safe_name(name)}-seed{self.seed}"
         for done in () if self.fresh or folder.exists() else self.results.runs:
             if done.finished and (done.experiment, done.seed) == (experiment, self.seed):
-                print(f"{done.path}: already finished, loaded.")
+                print(f"{self.place(done.path)}: already finished, loaded.")
+                self._panel().draw(done)
                 return done
         where = {"profile": self.profile.name, "corpus": self.corpus_name, "seed": self.seed}
         where["precision"] = options.get("precision")
@@ -182,7 +189,8 @@ class Workbook:
             "changes": changed,
             "command": naming.train_command(model, changed, **where),
         }
-        options = {"watch": live_view(), "about": about, **options}
+        panel = self._panel()
+        options = {"watch": panel.update if panel.watched else None, "about": about, **options}
         if self.copy:
             self.copy.own.add(folder)
             options["copy"] = self.copy.push
@@ -192,12 +200,20 @@ class Workbook:
             experiment, like = module_at(model, self.profile, self.changes, self.seed)
             how |= {"training": like.training, "max_seq_len": like.model.max_seq_len}
         run = None
-        with suppress(KeyboardInterrupt):
-            run = train(experiment, self.corpus, folder, **how)
+        try:
+            with suppress(KeyboardInterrupt):
+                run = train(experiment, self.corpus, folder, **how)
+        finally:
+            with suppress(MusotaError):  # nothing is recorded yet
+                panel.draw(Run(folder))
         if not (run and run.finished) and options.get("stop_at", 1) == 1:
             raise Interrupted(f"{name} was stopped: run this again to continue.")
         self.save()
         return run
+
+    def _panel(self) -> RunPanel:
+        ngrams = self.ngrams if in_notebook() else {}
+        return RunPanel(self.footer, ngrams, self.at_plan_size)
 
     def run_grid(self) -> dict[str, dict[int, Row]]:
         """Train what is missing of the root-cause grid. Returns all recorded rows by name and seed,
@@ -205,8 +221,14 @@ class Workbook:
         runs, _, seeds = root_causes.grid(self.profile.name)
         table = self.folder / "grid.csv"
         place = self.profile, self.corpus, table, self.folder / "grid"
-        how = {"fresh": self.fresh, "changes": self.changes, "each": self.save}
-        trained = run_many(runs, [self.seed + seed for seed in seeds], *place, **how)
+        panel = GridPanel(self.footer)
+        how = {"fresh": self.fresh, "changes": self.changes}
+        how["each"] = lambda *progress: (panel.update(*progress), self.save())
+        try:
+            trained = run_many(runs, [self.seed + seed for seed in seeds], *place, **how)
+        except KeyboardInterrupt:
+            raise Interrupted("The grid was stopped: run this again to continue.") from None
+        panel.draw(trained, 0)
         return root_causes.by_name(read_table(table)) | trained
 
     def show(self, figure: Figure, name: str, run=None, about: str | None = None) -> None:
@@ -253,22 +275,6 @@ def blocks_figure(model: CausalLM, tokenizer: TextTokenizer, text: str, most: in
     tokens = [tokenizer.decode([int(token)]).strip() or "␣" for token in ids]
     shown = inside["channels"].numpy(), inside["gate"].numpy(), tokens
     return drawings.block_view(*shown, model.config.layout, model.config.n_layer)
-
-
-def show_verdicts(verdicts: Iterable[Verdict]) -> None:
-    """Show verdicts as a list, question and decision in bold."""
-    parts = map(results.answer_and_reason, verdicts)
-    display(Markdown("\n".join(f"- **{answer}** {reason}" for answer, reason in parts)))
-
-
-def show_errors_as_sentences() -> None:
-    """In a notebook, show a MusotaError, or an error of the system, without a traceback."""
-
-    def show(shell, kind, error, _, tb_offset=None):
-        shell._showtraceback(kind, error, [f"{kind.__name__}: {sentence(error)}"])
-
-    if shell := get_ipython():
-        shell.set_custom_exc((MusotaError, OSError), show)
 
 
 def refuse_unknown_parameters() -> None:

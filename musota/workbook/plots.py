@@ -11,13 +11,14 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from musota.lab.curves import PLATEAU_EPOCHS, PLATEAU_GAIN, plateau_start
+from musota.lab.grid_runs import Row
 from musota.lab.plan_rules import REPORTED
 from musota.lab.root_causes import MISSED, Cause
 from musota.lab.stats import RELEVANT, Interval
 from musota.lab.verdicts import Verdict, measured
 from musota.training.run import Run
 from musota.workbook import style
-from musota.workbook.results import by_title, label, progress
+from musota.workbook.results import by_title, label, mean_loss, progress
 from musota.workbook.style import PLAIN, draw_intervals, new_figure, note, styles_of, wrapped
 
 DECISIONS = {  # of a root cause: colour, marker, fill
@@ -97,26 +98,80 @@ def curves(runs: Sequence[Run], ngrams: Mapping[str, float], reported: bool = Fa
     return figure
 
 
-def training_curve(run: Run) -> Figure:
-    """Training loss by optimizer step, and the learning rate."""
+def training_curve(run: Run, ngrams: Mapping[str, float] = {}, reported: bool = False) -> Figure:
+    """Training and valid perplexity by optimizer step, up to the last of the run, with the n-gram
+    baselines and, if `reported`, the plan's reported result; and the learning rate."""
     figure, (left, right) = new_figure(10, 3.6, columns=2, grid="y")
     steps, history = run.steps, run.history
-    left.plot(steps.step, steps.loss, color="0.7", linewidth=0.8, label="each logged step")
+    left.plot(steps.step, np.exp(steps.loss), color="0.75", linewidth=0.8, label="training batch")
     smooth = steps.loss.ewm(halflife=max(1, len(steps) / 25)).mean()
-    left.plot(steps.step, smooth, color=style.BLUE, label="smoothed")
+    left.plot(steps.step, np.exp(smooth), color=style.BLUE, label="training, smoothed")
     if len(history):
-        left.plot(history.step, history.valid_loss, "s--", color=style.RED, label="valid")
+        left.plot(history.step, history.ppl, "s--", color=style.RED, label="valid")
     for step, event in run.events:
         left.axvline(step, color="black", linewidth=1, linestyle=":", label=wrapped(event, 50))
+    if reported:
+        text = f"reported: {REPORTED['ppl']:.0f}"
+        left.axhline(REPORTED["ppl"], color="black", linewidth=1, linestyle="-.", label=text)
     right.plot(steps.step, steps.learning_rate, color=style.BLUE)
     warmup = run.experiment.training.warmup_steps
     right.axvline(warmup, color="0.4", linestyle=":", label=f"warm-up ends: step {warmup:,}")
-    left.set(ylabel="loss (nats/token)", title=f"Loss: {wrapped(label(run), 50)}")
+    left.set(ylabel="perplexity per token (log)", title=wrapped(label(run), 50))
     right.set(ylabel="learning rate", title="Learning rate", ylim=(0, None))
+    style.logarithmic(left, *left.dataLim.intervaly)
     for axis in (left, right):
-        axis.set_xlabel("optimizer step")
+        axis.set(xlabel="optimizer step", xlim=(0, 1.02 * run.total_steps))
         axis.xaxis.set_major_formatter(PLAIN)
         axis.legend(fontsize=8)
+    style.draw_ngrams(left, ngrams, "\n")
+    return figure
+
+
+def sizes(runs: Iterable[Run]) -> Figure:
+    """Valid PPL by parameters, and by operations a token: a point each model, the mean of its
+    seeds."""
+    figure, axes = new_figure(10, 4.2, columns=2, grid="both")
+    for title, group, (colour, _, marker) in _series(runs):
+        model, ppl = group[0].experiment.model, float(np.exp(mean_loss(group)))
+        for axis, amount in zip(axes, (model.n_parameters, model.flops_per_token), strict=True):
+            look = {"color": colour, "marker": marker, "markersize": 9, "linestyle": "none"}
+            axis.plot(amount / 1e6, ppl, label=wrapped(title, 60), **look)
+            note(axis, f"{ppl:,.0f}", (amount / 1e6, ppl), (7, 4))
+    axes[0].set(xlabel="parameters (millions)", title="Perplexity against size")
+    axes[1].set(xlabel="operations a token (MFLOPs)", title="Perplexity against compute")
+    for axis in axes:
+        axis.set(ylabel="valid perplexity per token (log)")
+        style.logarithmic(axis, *axis.dataLim.intervaly)
+        axis.margins(x=0.15, y=0.2)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside upper center"
+    )
+    return figure
+
+
+def grid(rows: Mapping[str, Mapping[int, Row | None]]) -> Figure:
+    """Valid PPL of every run of a grid: a row each run, a column each seed; "…" until it ends."""
+    names, seeds = [*rows], [*next(iter(rows.values()))]
+    losses = np.array(
+        [[row.best_valid_loss if row else np.nan for row in rows[name].values()] for name in names],
+        float,
+    )
+    half = math.ceil(len(names) / 2)
+    figure, axes = new_figure(10, 0.9 + 0.24 * half, columns=2)
+    shown = np.where(np.isfinite(losses), losses, np.nan)
+    ends = {"vmin": np.nanmin(shown), "vmax": np.nanmax(shown)} if np.isfinite(shown).any() else {}
+    for axis, part in zip(axes, (slice(0, half), slice(half, None)), strict=True):
+        axis.imshow(shown[part], cmap="viridis_r", alpha=0.45, aspect="auto", **ends)
+        for (row, column), loss in np.ndenumerate(losses[part]):
+            text = (
+                "…" if np.isnan(loss) else f"{np.exp(loss):,.0f}" if loss < np.inf else "diverged"
+            )
+            axis.text(column, row, text, ha="center", va="center", fontsize=8)
+        axis.set_xticks(range(len(seeds)), [f"seed {seed}" for seed in seeds])
+        axis.set_yticks(range(len(names[part])), names[part], fontsize=8)
+        axis.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+        axis.spines[:].set_visible(False)
+    figure.suptitle("Valid perplexity of each run")
     return figure
 
 
@@ -233,36 +288,37 @@ def path(table: pd.DataFrame) -> Figure:
 
 
 def explored(
-    runs: Sequence[Run],
+    groups: Sequence[Sequence[Run]],
     ngrams: Mapping[str, float],
     metric: str = "valid perplexity",
     smoothing: int = 0,
     rule: tuple[int, float] = (PLATEAU_EPOCHS, PLATEAU_GAIN),
     log: str = "y",
 ) -> Figure:
-    """A key of METRICS by epoch, with n-gram baselines, shaded plateaus and marked events.
+    """A key of METRICS by epoch for models, given by their seeds: the mean, and a band from the
+    lowest to the highest seed; with n-gram baselines, shaded plateaus and marked events.
 
-    `smoothing` by so many points on either side leaves the curve faintly behind; `rule` is the
-    window and the least gain of `plateau_start`; `log` names the logarithmic axes: x, y or xy.
+    `smoothing` is the number of points on either side that are averaged; `rule` is the window and
+    the least gain of `plateau_start`; `log` names the logarithmic axes: x, y or xy.
     """
     records, column, name, baseline = METRICS[metric]
     figure, axis = new_figure(9, 4.4, grid="both")
-    names = [*dict.fromkeys(run.name for run in runs)]
-    looks = dict(zip(names, styles_of(names), strict=True))
-    for place, run in enumerate(runs):
-        (colour, line, marker), text = looks[run.name], style.literal(label(run))
+    styles = styles_of([group[0].name for group in groups])
+    for place, (group, (colour, line, marker)) in enumerate(zip(groups, styles, strict=True)):
+        run, text = group[0], style.literal(group[0].title)
         per_epoch = run.history.step[0] / run.history.epoch[0]
-        table = getattr(run, records)
-        values = table[column].set_axis(table.step / per_epoch)
+        seeds = pd.DataFrame({r.seed: getattr(r, records).set_index("step")[column] for r in group})
+        seeds = seeds.set_axis(seeds.index / per_epoch)
         if smoothing:  # centred, so that a falling curve does not lag
-            axis.plot(values, color=colour, alpha=0.3, linewidth=0.8)
-            values = values.rolling(1 + 2 * smoothing, center=True, min_periods=1).mean()
-        seeds_before = [other.name for other in runs[:place]].count(run.name)
-        look = {"color": colour, "linestyle": line, "linewidth": 1.6 / (1 + seeds_before)}
-        look |= {"fillstyle": ("full", "none", "left")[seeds_before % 3], "label": text}
-        axis.plot(values, marker=marker if len(values) <= 60 else None, **look)
+            seeds = seeds.rolling(1 + 2 * smoothing, center=True, min_periods=1).mean()
+        if len(group) > 1:
+            text += f", {len(group)} seeds"
+            ends = seeds.min(axis=1), seeds.max(axis=1)
+            axis.fill_between(seeds.index, *ends, color=colour, alpha=0.25, linewidth=0)
+        look = {"color": colour, "linestyle": line, "label": text}
+        axis.plot(seeds.mean(axis=1), marker=marker if len(seeds) <= 60 else None, **look)
         if start := plateau_start(run, *rule):
-            band = {"ymin": place / len(runs), "ymax": (place + 1) / len(runs), "alpha": 0.15}
+            band = {"ymin": place / len(groups), "ymax": (place + 1) / len(groups), "alpha": 0.15}
             band |= {"facecolor": colour, "edgecolor": colour, "label": f"plateau: {text}"}
             axis.axvspan(start, len(run.history), hatch=style.HATCHES[1 + place % 7], **band)
         for step, event in run.events:

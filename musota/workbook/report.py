@@ -19,11 +19,10 @@ from musota.lab.ablate import weak_spots
 from musota.lab.plan_rules import REPORTED
 from musota.lab.verdicts import Verdict
 from musota.workbook import drawings, plots, tables
-from musota.workbook.results import QUESTIONS, Results, answer_and_reason, label, progress
+from musota.workbook.results import QUESTIONS, Results, label, progress
 from musota.workbook.style import save_figure
 
 FRONT_MARKS = ("<!-- results -->", "<!-- end of results -->")
-NUMBERS = re.compile(r"(?:[\d\s.,%+−–×e/\[\]→-]|of)*")  # the cells of a right-aligned column
 
 
 @dataclass
@@ -54,7 +53,11 @@ def write_report(folder: str | Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"markdown": markdown, "escaped": escaped, "alignments": alignments}
+    environment.filters |= {
+        "markdown": markdown,
+        "escaped": escaped,
+        "alignments": tables.alignments,
+    }
     environment.filters["base64"] = lambda picture: b64encode(picture.read_bytes()).decode()
     for template, name in (("report.html.j2", "report.html"), ("report.md.j2", "README.md")):
         text = environment.get_template(template).render(page)
@@ -159,7 +162,7 @@ def _answer(results: Results, verdicts: dict[str, list[Verdict]]) -> list[tuple[
             reported += f"; the same settings reach {original[0].summary['ppl']:,.1f} here"
         lines.append((f"{reported}.", ""))
     for name in ("best", "architecture", "causes"):
-        lines += map(answer_and_reason, verdicts[name])
+        lines += [(found.answer, found.explanation) for found in verdicts[name]]
     if {"bigram", "trigram"} <= ngrams.keys():
         counting = f"{ngrams['bigram']:,.0f} with pairs, {ngrams['trigram']:,.0f} with triples"
         lines.append((f"Counting tokens (n-gram baselines) reaches PPL {counting}.", ""))
@@ -193,19 +196,13 @@ def write_path_figure(folder: str | Path) -> Path:
     return folder / "path.png"
 
 
-def alignments(table: pd.DataFrame) -> list[str]:
-    """For each column right (numbers) or left (text)."""
-    columns = (table.iloc[:, i].astype(str) for i in range(table.shape[1]))
-    return ["right" if all(map(NUMBERS.fullmatch, column)) else "left" for column in columns]
-
-
 def markdown(table: pd.DataFrame) -> str:
     """A pipe table, with the best values in bold."""
     rows = [[escaped(cell) for cell in row] for row in table.astype(str).to_numpy()]
     for row, column in table.attrs.get("best", ()):
         rows[row][column] = f"**{rows[row][column]}**"
     rules = {"left": ":---", "right": "---:"}
-    lines = [[*table.columns], [rules[side] for side in alignments(table)], *rows]
+    lines = [[*table.columns], [rules[side] for side in tables.alignments(table)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -75,15 +75,6 @@ def progress(run: Run) -> str:
     return str(planned) if run.finished else f"{len(run.history)} of {planned}"
 
 
-def answer_and_reason(verdict: Verdict) -> tuple[str, str]:
-    """The sentence of a verdict in two parts: question and decision, for bold print; the rest."""
-    text = str(verdict)
-    answer = verdict.decision.lower()
-    end = text.lower().index(answer, len(verdict.question)) + len(answer)
-    end += text[end] == "."
-    return text[:end], text[end:].strip()
-
-
 def footer(corpus: str, vocabulary: int, profile: str | None) -> str:
     """The line under every figure: what was measured on which text."""
     name = corpus if "wikitext" in corpus else f"{corpus} (not WikiText!)"

@@ -4,12 +4,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 import click
+import nbformat
 
 from musota.errors import MusotaError, nearest_name
+from musota.files import METRICS
 
 COMPARES_RUNS, OWN_MODULE = "04_compare", "08_your_model"
 
@@ -31,7 +32,7 @@ def chosen_notebooks(repository: Path | None, only: str | None) -> list[Path]:
 
 def run_notebooks(notebooks: Sequence[Path], values: dict, runs: Sequence[str]) -> None:
     """Execute `notebooks` with the parameters `values`, and `runs` where runs are compared. Prints
-    the headline, a table of the runs trained, and where the report is."""
+    their headlines, a table of the runs trained, and where the report is."""
     from musota.workbook.experiments import MODULE_FIELDS
     from musota.workbook.notebook import Workbook
     from musota.workbook.report import write_report
@@ -49,15 +50,24 @@ def run_notebooks(notebooks: Sequence[Path], values: dict, runs: Sequence[str]) 
         execute(notebook, executed / notebook.name, given, f"[{place}/{len(notebooks)}]")
     write_report(book.folder)
     book.save()
-    results = book.results
-    for verdict in list(chain(*results.verdicts().values()))[:1]:
-        click.echo(f"\n{verdict}")
-    new = [run for run in results.runs if (run.path / "metrics.jsonl").stat().st_mtime >= started]
+    click.echo()
+    for notebook in notebooks:
+        for text in headlines(executed / notebook.name):
+            click.echo(f"{notebook.stem[:2]}  {text}")
+    new = [r for r in book.results.runs if (r.path / METRICS).stat().st_mtime >= started]
     columns = ["model", "epochs", "minutes", "valid PPL", "accuracy (%)"]
     table = runs_table(new)[columns].to_string(index=False)
     click.echo(f"\n{table if new else 'Nothing was left to train.'}")
     minutes = f"{(time.time() - started) / 60:.1f}"
     click.echo(f"\nDone in {minutes} minutes. The report: {book.home / 'report.html'}")
+
+
+def headlines(executed: Path) -> list[str]:
+    """The texts of the headline cards of an executed notebook."""
+    cells = nbformat.read(executed, as_version=4).cells
+    outputs = [output for cell in cells if cell.id == "headline" for output in cell.outputs]
+    shown = [output.data for output in outputs if output.output_type == "display_data"]
+    return [data["text/plain"] for data in shown if "text/html" in data]
 
 
 def execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None:
@@ -74,6 +84,8 @@ def execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None
     try:
         papermill.execute_notebook(notebook, output, parameters, **how)
         return click.echo(f"{prefix} {notebook.stem} done in {time.perf_counter() - started:.0f} s")
+    except KeyboardInterrupt:
+        stopped = "was stopped."
     except papermill.PapermillExecutionError as error:
         stopped = f"stopped in cell {error.cell_index}: {error.ename}: {error.evalue}\n"
         stopped += f"The executed notebook is {output}."

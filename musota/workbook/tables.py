@@ -4,6 +4,7 @@
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
@@ -18,6 +19,7 @@ from musota.training.evaluate import exp_nats
 from musota.training.run import Run
 from musota.workbook.results import Results, by_title, mean_loss, progress
 
+NUMBERS = re.compile(r"(?:[\d\s.,%+−–×e/\[\]→-]|of)*")  # the texts of a right-aligned column
 MEANINGLESS = 1e12  # a word perplexity above this is of a text without words
 METRICS = {  # columns of the model table: key in a summary, and where the best value is
     "valid PPL": ("ppl", "idxmin"),
@@ -99,12 +101,16 @@ def model_table(results: Results) -> pd.DataFrame:
 
 
 def front_table(results: Results) -> pd.DataFrame:
-    """The model table as the front page has it: four columns, without published models."""
+    """The model table as the front page has it: four columns, without published models and runs
+    that have not finished."""
     table = model_table(results)
     hidden = {name for name, *_ in PUBLISHED} | {"N-gram baseline: unigram"}
+    hidden |= {results.titles[g[0].key] for g in results.measured if g not in results.ended}
     shown = table[~table.model.isin(hidden)][["model", "epochs", "valid PPL", "accuracy"]]
-    places = [(row, table.columns[column]) for row, column in table.attrs["best"]]
-    shown.attrs["best"] = [(r, shown.columns.get_loc(c)) for r, c in places if c in shown]
+    places = [(table.index[row], table.columns[column]) for row, column in table.attrs["best"]]
+    places = [(r, c) for r, c in places if r in shown.index and c in shown]
+    best = [(shown.index.get_loc(r), shown.columns.get_loc(c)) for r, c in places]
+    shown.attrs["best"] = best
     return shown
 
 
@@ -195,3 +201,9 @@ def health_table(run: Run) -> pd.DataFrame:
     table = verdict_table(health(run))
     table["decision"] = table.decision.where(table.decision == "ok", "⚠ " + table.decision)
     return table.rename(columns={"question": "statistic"})
+
+
+def alignments(table: pd.DataFrame) -> list[str]:
+    """For each column right (numbers) or left (text)."""
+    columns = (table.iloc[:, i].astype(str) for i in range(table.shape[1]))
+    return ["right" if all(map(NUMBERS.fullmatch, column)) else "left" for column in columns]

@@ -1,12 +1,11 @@
-"""Interactive views in a notebook: the explorer, and a run while it trains.
+"""The explorer of a notebook: curves of recorded runs, with controls.
 
 Only the controls are widgets. Pictures and sentences are ordinary outputs, updated in place, which
 a saved notebook shows without a kernel. Where nobody can use controls, they stand alone.
 """
 
 import html
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ipywidgets as w
@@ -15,26 +14,13 @@ from IPython.display import HTML, Image, display
 from musota.files import write_bytes
 from musota.lab.curves import PLATEAU_EPOCHS, PLATEAU_GAIN, plateau
 from musota.lab.verdicts import compare
-from musota.training.device import has_front_end
 from musota.training.run import Run
-from musota.workbook.plots import METRICS, explored, training_curve
+from musota.workbook.panel import Output, has_front_end
+from musota.workbook.plots import METRICS, explored
 from musota.workbook.results import by_title
 from musota.workbook.style import figure_png
 
-LIVE_SECONDS = 10  # between two pictures of a run while it trains
 WIDE = {"style": {"description_width": "110px"}, "layout": {"width": "420px", "max_width": "100%"}}
-
-
-class Output:
-    """One output of a cell, replaced in place when it is shown again."""
-
-    handle = None
-
-    def show(self, shown) -> None:
-        if self.handle:
-            self.handle.update(shown)
-        else:
-            self.handle = display(shown, display_id=True)
 
 
 class Explorer:
@@ -78,12 +64,12 @@ class Explorer:
         """Picture and sentences anew."""
         if not self.chosen.value:
             return self._tell("Choose a model.")
+        self._tell("Drawing …")
         first, *others = chosen = [self.models[title] for title in self.chosen.value]
-        runs = [run for seeds in chosen for run in seeds]
         rule = self.window.value, self.least_gain.value / 100
         log = "x" * self.log_x.value + "y" * self.log_y.value
         how = self.metric.value, self.smoothing.value, rule, log
-        self.png = figure_png(explored(runs, self.ngrams, *how), self.about)
+        self.png = figure_png(explored(chosen, self.ngrams, *how), self.about)
         self.picture.show(Image(data=self.png))
         alike = [other for other in others if other[0].valid_text == first[0].valid_text]
         self.sentences = [f"{seeds[0].title}: {plateau(seeds[0], *rule)}" for seeds in chosen]
@@ -100,25 +86,3 @@ class Explorer:
 
     def _tell(self, *sentences: str) -> None:
         self.text.show(HTML("<br>".join(map(html.escape, sentences))))
-
-
-def live_view() -> Callable[[Run], None] | None:
-    """For RunOptions(watch=…): the training curve and the last epochs, updated in place; None
-    without a front end."""
-    if not has_front_end():
-        return None
-    picture, table, due = Output(), Output(), 0.0
-
-    def refresh(run: Run) -> None:
-        nonlocal due
-        is_last = len(run.history) == run.experiment.training.epochs
-        if not len(run.steps) or (time.monotonic() < due and not is_last):
-            return
-        picture.show(Image(data=figure_png(training_curve(run), "")))
-        if len(run.history):
-            columns = ["epoch", "train_loss", "valid_loss", "ppl", "accuracy", "seconds"]
-            shown = run.history[columns].tail(6)
-            table.show(HTML(shown.to_html(index=False, float_format="%.4g")))
-        due = time.monotonic() + LIVE_SECONDS
-
-    return refresh
