@@ -92,9 +92,14 @@ def _sealed(data: dict) -> str:
 
 
 def as_path(place: str | os.PathLike) -> Path:
-    """A path, with `~` for the home folder. Raises MusotaError for what is not a path."""
+    """A path, with `~` for the home folder. Raises MusotaError for what is not a path, or
+    cannot be encoded in UTF-8, as records are."""
     try:
-        return Path(place).expanduser()
+        path = Path(place).expanduser()
+        os.fspath(path).encode()
+        return path
+    except UnicodeEncodeError:
+        raise MusotaError(f"The name of {place!r} is not UTF-8: rename it.") from None
     except (TypeError, ValueError, RuntimeError) as error:
         raise MusotaError(f"{place!r} cannot be used as a path here: {error}") from None
 

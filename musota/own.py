@@ -70,14 +70,20 @@ class _Source:
         return name != "musota" and bool(found) and Path(found).parent == self.folder
 
 
-def load_object(source: str) -> object:
-    """The object NAME of FILE.py. Raises MusotaError if there is none, or FILE.py raises."""
+def find_source(source: str) -> tuple[Path, str]:
+    """FILE.py and NAME of `FILE.py:NAME`. Raises MusotaError if there is no such file."""
     place, _, name = str(source).rpartition(":")
     if not place.endswith(".py") or not name.isidentifier():
         raise MusotaError(f"Name it as FILE.py:NAME, like my_model.py:build, not {source!r}.")
     path = as_path(place).absolute()
     if not path.is_file():
         raise MusotaError(f"There is no file {path}.")
+    return path, name
+
+
+def load_object(source: str) -> object:
+    """The object NAME of FILE.py. Raises MusotaError if there is none, or FILE.py raises."""
+    path, name = find_source(source)
     with blaming(path.name):
         module = _Source(path).module
     if not hasattr(module, name):

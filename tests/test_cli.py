@@ -187,6 +187,10 @@ def test_the_report_is_written_of_all_results_or_of_some(results, tmp_path, monk
         (["train", "optimized", "--set", "epoch=2"], "Unknown field 'epoch'"),
         (["compare", "nosuch", "other"], "There is no run 'nosuch'"),
         (["compare", "optimised", "--profile", "study"], "did you mean 'optimized'?"),
+        (["train", "nofile.py:M_twin"], "There is no file"),
+        (["train", "baseline", "--seed", "-1"], "seed must be a whole number"),
+        (["train", "baseline", "--corpus", "nosuch"], "Unknown corpus 'nosuch'"),
+        (["evidence", "--only", "xyz"], "Unknown part 'xyz'"),
         (["--help"], "bench"),
     ],
 )

@@ -16,6 +16,7 @@ from musota.data import sources
 from musota.data.corpus import load_corpus, window_starts
 from musota.data.tokenizer import LONGEST_WORD, TextTokenizer
 from musota.errors import MusotaError
+from musota.files import as_path
 
 ODD = [
     "",
@@ -274,3 +275,12 @@ def test_paths_may_begin_with_a_tilde_and_there_may_be_no_home(tmp_path, monkeyp
     monkeypatch.delenv("MUSOTA_CACHE")
     with pytest.raises(MusotaError, match="cannot be used as a path here"):
         load_corpus(tmp_path / "mine", 300)
+
+
+def test_decode_refuses_what_is_no_list_of_ids_and_paths_are_utf_8(corpus):
+    for wrong in (torch.tensor([[1, 2]]), [-1], [2**40], 5, [1.7], ["a"], None):
+        with pytest.raises(MusotaError, match="decode needs the token ids of one text"):
+            corpus.tokenizer.decode(wrong)
+    assert corpus.tokenizer.decode([]) == ""
+    with pytest.raises(MusotaError, match="is not UTF-8: rename it"):
+        as_path("caf\udce9.txt")

@@ -191,3 +191,46 @@ def test_modules_of_every_kind_are_taken_or_refused_in_one_sentence():
     ]:
         with pytest.raises(MusotaError, match=message):
             wrapped(module)
+
+
+class Shared(nn.Module):
+    """Tied weights, and a buffer whose elements share memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.mix = nn.Embedding(512, 4), nn.Linear(4, 4)
+        self.register_buffer("mask", torch.zeros(1, 8).expand(3, 8))
+        self.head = nn.Linear(4, 512, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.head(self.mix(self.embedding(ids)))
+
+
+class Sized(Shared):
+    def __len__(self):
+        return 0
+
+
+def _compiled():
+    return torch.compile(Shared(), backend="eager")
+
+
+def _part_compiled():
+    module = Shared()
+    module.mix = torch.compile(module.mix, backend="eager")
+    return module
+
+
+@pytest.mark.parametrize("make", [Sized, _compiled, _part_compiled])
+def test_compiled_and_sized_modules_train_resume_and_load(make, short, tmp_path):
+    training = musota.TrainConfig(epochs=1, batch_size=32, accumulation_steps=1, warmup_steps=2)
+    how = {"training": training, "max_seq_len": 8}
+    musota.train(make(), short, tmp_path, options=musota.RunOptions(stop_at=0.5), **how)
+    run = musota.train(make(), short, tmp_path, **how)
+    assert run.finished
+    for module in (Shared(), _compiled(), _part_compiled()):
+        run.load_weights(module)
+    assert module.head.weight is module.embedding.weight
+    plain, other = (module_config(module, 512, 8) for module in (Shared(), make()))
+    assert plain.shapes_sha256 == other.shapes_sha256

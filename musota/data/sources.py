@@ -48,17 +48,26 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, str]]:
         except HubUnreachable:
             name, source, texts = read_texts("python-docs", data_dir)
             return name, f"{source}; wikitext-2 {UNAVAILABLE}", texts
-    places = [] if name in SOURCES else [as_path(name)]
-    if data_dir:
-        places.append(as_path(data_dir) / name)
-    for place in places:
-        if os.path.isdir(place):  # unlike Path.is_dir it accepts any string
-            return place.resolve().name, "local folder", _read_folder(place)
-        if os.path.isfile(place):
-            texts = _split_text(read_text(place))
-            return place.resolve().stem, f"local file {place.name}, split 90/5/5", texts
-    if name in SOURCES:
+    place = find_text(name, data_dir)
+    if place is None:
         return (name, *SOURCES[name]())
+    if place.is_dir():
+        return place.resolve().name, "local folder", _read_folder(place)
+    texts = _split_text(read_text(place))
+    return place.resolve().stem, f"local file {place.name}, split 90/5/5", texts
+
+
+def find_text(name: str, data_dir) -> Path | None:
+    """The folder or file of a corpus; None for `auto`, and one of SOURCES without a local copy.
+    Raises MusotaError if there is no such corpus."""
+    places = [as_path(data_dir) / name] if data_dir else []
+    if name not in ("auto", *SOURCES):
+        places.insert(0, as_path(name))
+    for place in places:
+        if os.path.isdir(place) or os.path.isfile(place):  # unlike Path's they accept any string
+            return place
+    if name in ("auto", *SOURCES):
+        return None
     if "/" in name or os.sep in name:
         raise MusotaError(f"There is no {name}: give the path of a folder or of one text.")
     raise nearest_name("corpus", name, ["auto", *SOURCES])

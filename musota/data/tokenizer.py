@@ -66,7 +66,11 @@ class TextTokenizer:
 
     def decode(self, ids) -> str:
         """The text of token ids (any 1-D sequence of whole numbers)."""
-        ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids, dtype=np.int64)
+        given = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
+        whole = given.ndim == 1 and (given.dtype.kind in "iu" or not given.size)
+        if not whole or (given.size and not 0 <= given.min() <= given.max() < 2**31):
+            raise MusotaError(f"decode needs the token ids of one text, not {ids!r:.80}.")
+        ids = given.astype(np.int64)
         lines = np.split(ids, np.flatnonzero(ids == self.line_end))
         pieces = [lines[0].tolist(), *(line[1:].tolist() for line in lines[1:])]
         return "\n".join(self.backend.decode_batch(pieces, skip_special_tokens=False))

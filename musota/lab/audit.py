@@ -1,6 +1,5 @@
 """Audit of any torch language model: leaks between tokens or sequences, and errors in the loss."""
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from musota.errors import MusotaError, blaming
 from musota.lab.verdicts import Verdict
 from musota.matching import match_transformer
 from musota.models.base import CausalLM
-from musota.models.module import checked_logits, logits_of, module_config
+from musota.models.module import checked_logits, copy_module, logits_of, module_config
 from musota.training.device import prepare_memory
 
 SYMBOLS = 16  # tokens drawn at random: so few that a leak is learned at once
@@ -178,15 +177,8 @@ def _complete(module: nn.Module, ids: Tensor, vocab_size: int) -> nn.Module:
 
 def _copy(module: nn.Module, training: bool) -> nn.Module:
     """A copy, without the dropout of recurrent layers, which cuDNN draws where no seed applies."""
-    kept = [v for part in module.modules() for v in vars(part).values() if isinstance(v, Tensor)]
-    try:  # tensors with a history, such as those of weight_norm, are copied by hand
-        history = {id(v): v.detach().clone() for v in kept if not v.is_leaf}
-        with torch.no_grad():  # else parameters of scripted modules get a history
-            copied = copy.deepcopy(module, history).train(training)
-    except Exception as error:
-        raise MusotaError(f"The model cannot be copied, so audit a fresh one: {error}") from None
-    for weight, original in zip(copied.parameters(), module.parameters(), strict=True):
-        weight.requires_grad = original.requires_grad
+    with blaming("The model, when copied,"):
+        copied = copy_module(module).train(training)
     for part in copied.modules():
         if isinstance(part, nn.RNNBase):
             part.dropout = 0.0

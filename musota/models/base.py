@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from numbers import Integral
+from numbers import Integral, Real
 from operator import itemgetter
 from typing import ClassVar
 
@@ -178,10 +178,12 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
         token. `top_k` keeps the k likeliest, `top_p` the fewest whose probability reaches p. The
         draw depends on `seed` alone. Raises MusotaError for an empty prompt, a token out of range
         or a setting outside its bounds."""
-        few = top_k is not None and not (isinstance(top_k, Integral) and top_k >= 1)
-        few = few or (top_p is not None and not 0 < top_p <= 1)
-        if few or not 0 <= temperature < math.inf:
-            raise MusotaError("temperature must be at least 0, top_k at least 1, top_p in (0, 1].")
+        fits = isinstance(max_new_tokens, Integral) and max_new_tokens >= 0
+        fits = fits and (top_k is None or (isinstance(top_k, Integral) and top_k >= 1))
+        fits = fits and (top_p is None or (isinstance(top_p, Real) and 0 < top_p <= 1))
+        if not fits or not (isinstance(temperature, Real) and 0 <= temperature < math.inf):
+            bounds = "max_new_tokens and temperature at least 0, top_k at least 1, top_p in (0, 1]"
+            raise MusotaError(f"generate needs numbers: {bounds}.")
         ids = torch.atleast_2d(self.as_ids(input_ids))
         if ids.dim() != 2 or not ids.numel():
             raise MusotaError("generate needs token ids of shape (B, T) with at least one token.")

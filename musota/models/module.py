@@ -62,13 +62,24 @@ def call_once(module: nn.Module, max_seq_len: int) -> Tensor:
         return logits_of(module, ids)
 
 
+def copy_module(module: nn.Module) -> nn.Module:
+    """A copy of a module, without torch.compile's wrapper."""
+    plain = getattr(module, "_orig_mod", module)
+    tensors = [v for part in plain.modules() for v in vars(part).values() if isinstance(v, Tensor)]
+    # Tensors with a history, such as those of weight_norm, are copied by hand.
+    history = {id(v): v.detach().clone() for v in tensors if not v.is_leaf}
+    with torch.no_grad():  # else parameters of scripted modules get a history
+        copied = copy.deepcopy(plain, history)
+    for weight, original in zip(copied.parameters(), plain.parameters(), strict=True):
+        weight.requires_grad = original.requires_grad
+    return copied
+
+
 def materialized_copy(module: nn.Module, max_seq_len: int) -> nn.Module:
     """A copy of a module with its lazy parameters created. Raises MusotaError for a module that
     cannot be copied or called."""
-    with blaming("The model, when copied,"), torch.no_grad():
-        copied = copy.deepcopy(module)  # parameters of scripted modules would get a history
-    for weight, original in zip(copied.parameters(), module.parameters(), strict=True):
-        weight.requires_grad = original.requires_grad
+    with blaming("The model, when copied,"):
+        copied = copy_module(module)
     call_once(copied, max_seq_len)
     return copied
 
@@ -76,8 +87,9 @@ def materialized_copy(module: nn.Module, max_seq_len: int) -> nn.Module:
 def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> ModuleConfig:
     """The description of a module, measured on a copy with one sequence of `max_seq_len` tokens.
     Raises MusotaError for a module without parameters, or whose output does not fit."""
-    name, vocab_size, max_seq_len = type(module).__name__, int(vocab_size), int(max_seq_len)
+    vocab_size, max_seq_len = int(vocab_size), int(max_seq_len)
     measured = materialized_copy(module, max_seq_len).eval()
+    name = type(measured).__name__
     parameters = dict(measured.named_parameters())
     if not parameters:
         raise MusotaError(f"{name} has no parameters, so nothing can be trained.")
@@ -91,9 +103,9 @@ def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> Modul
         FlopCounterMode(display=False) as counter,
     ):
         checked_logits(measured, ids[None], vocab_size)
-    shapes = sorted((name, tuple(parameter.shape)) for name, parameter in parameters.items())
+    shapes = sorted((_plain(name), tuple(p.shape)) for name, p in parameters.items())
     n_layer, dropout = _depth_and_dropout(measured)
-    path = _defining_file(type(module))
+    path = _defining_file(type(measured))
     return ModuleConfig(
         source=f"{path.name}:{name}" if path else name,
         file_sha256=sha256(path.read_bytes()) if path else "",
@@ -127,6 +139,22 @@ def _depth_and_dropout(module: nn.Module) -> tuple[int, float]:
         elif isinstance(part, (nn.ModuleList, nn.Sequential)) and len({*map(type, part)}) == 1:
             depths.append(len(part))
     return max(depths), max(dropouts)
+
+
+def _plain(name: str) -> str:
+    """The name of a parameter without the prefix that torch.compile gives it."""
+    return name.replace("_orig_mod.", "")
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], strict=True, assign=False):
+    """Load into a module what `WrappedModule.state_dict` gave."""
+    for part in module.modules():
+        for name, buffer in [*part.named_buffers(recurse=False)]:
+            if type(buffer) is Tensor and not buffer.is_contiguous():  # one made by `expand`
+                setattr(part, name, buffer.contiguous())
+    own = {_plain(name): name for name in module.state_dict()}
+    named = {own.get(name, name): value for name, value in state.items()}
+    return module.load_state_dict(named, strict, assign)
 
 
 class WrappedModule(CausalLM):
@@ -176,9 +204,8 @@ class WrappedModule(CausalLM):
         """The module's state, under the module's own names. Copies: tied weights share memory,
         which safetensors refuses."""
         state = self.module.state_dict(*args, **kwargs)
-        for name, value in state.items():
-            state[name] = value.detach().clone(memory_format=torch.contiguous_format)
-        return state
+        whole = {"memory_format": torch.contiguous_format}
+        return {_plain(name): value.detach().clone(**whole) for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict=True, assign=False):
-        return self.module.load_state_dict(state, strict, assign)
+        return load_state(self.module, state, strict, assign)

@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import io
-import os
 import platform
 import re
 import signal
@@ -30,7 +29,6 @@ from musota.errors import MusotaError
 from musota.files import sha256
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HEADLESS = "MUSOTA_HEADLESS"  # set where nobody watches a notebook while it runs
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:
@@ -146,10 +144,9 @@ class _Lines(io.TextIOBase):
 
 
 def progress_bar(total_tokens: int, done: int, shown: bool) -> tqdm:
-    """Tokens done, tokens/s and time left: a bar on a screen, a line every 10 s in a log."""
+    """Tokens done, tokens/s and time left: a bar on a screen, a line every 10 s elsewhere."""
     settings = {"mininterval": 1, "dynamic_ncols": True}
-    in_notebook = "ipykernel" in sys.modules and not os.environ.get(HEADLESS)
-    if not (sys.stderr.isatty() or in_notebook):
+    if not sys.stderr.isatty():
         settings = {"mininterval": 10, "file": _Lines(), "ncols": 120}
     settings |= {"maxinterval": float("inf"), "unit": " tokens", "unit_scale": True}
     return tqdm(total=total_tokens, initial=done, disable=not shown, **settings)

@@ -21,7 +21,7 @@ from musota.errors import MusotaError
 from musota.files import CONFIG, METRICS, START_OVER, SUMMARY, as_path, read_sealed, sha256
 from musota.models.base import CausalLM
 from musota.models.hub import load_model
-from musota.models.module import call_once
+from musota.models.module import call_once, load_state
 
 # Folders in that of a run, and the weights in BEST.
 CHECKPOINTS, BEST, WEIGHTS = "checkpoints", "checkpoints/best", "model.safetensors"
@@ -163,7 +163,7 @@ class Run:
         if weights.keys() - module.state_dict().keys():  # some are created in the first call
             call_once(module, self.experiment.model.max_seq_len)
         try:
-            module.load_state_dict(weights)
+            load_state(module, weights)
         except (RuntimeError, AttributeError) as error:
             wrong = f"The weights of {self.path} do not fit this {type(module).__name__}"
             reason = " ".join(str(error).split())

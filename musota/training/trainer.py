@@ -100,7 +100,10 @@ def train(
         saved = folder.restore()
         machine.prepare_memory(accelerator.device)
         torch.manual_seed(seed)
-        model = WrappedModule(module, experiment.model) if module else build_model(experiment.model)
+        if module is None:
+            model = build_model(experiment.model)
+        else:  # whose truth value is its length, if it has one
+            model = WrappedModule(module, experiment.model)
         chosen = choose(options, batches, accelerator.device, saved)
         state = TrainState.new(model, experiment.training, accelerator, **chosen)
         if saved:
@@ -181,7 +184,8 @@ class Trainer:
             folder.write_summary(state.summary)
         self.watch()  # first, so that what it shows stands above the progress bar
         tokens, done = batches.tokens_seen(total), batches.tokens_seen(state.step)
-        self.progress = machine.progress_bar(tokens, done, folder.writes)
+        shown = folder.writes and not self.options.watch  # who watches shows the progress
+        self.progress = machine.progress_bar(tokens, done, shown)
         try:
             with machine.stop_on_signal(processes) as stopped, self.progress:
                 goes_on = state.step < stop

@@ -11,13 +11,16 @@ import sys
 
 import click
 
-from musota.errors import MusotaError, nearest_name
+from musota.data.sources import find_text
+from musota.errors import MusotaError, check_seed, nearest_name
 from musota.files import as_path, sentence
 from musota.lab.profiles import PROFILES, check_changes, find_profile
+from musota.own import find_source
 from musota.registry import REGISTRY, find_row
 from musota.workbook.naming import checkout, find_folders, is_module, results_root
 
 os.environ["MPLBACKEND"] = "Agg"  # one inherited from a notebook would fail in a script
+PARTS = ("models", "sweep", "tuned", "grid")  # of `musota evidence`
 TEXTS = ("profile", "corpus", "save_to")  # parameters that are text even if they look otherwise
 CORPUS_HELP = (
     "auto, wikitext-2, wikitext-2-raw, wikitext-103, wikitext-103-raw, python-docs, or a folder "
@@ -48,6 +51,15 @@ def _profile(context, parameter, name: str) -> str:
     return name
 
 
+def _corpus(context, parameter, name: str) -> str:
+    find_text(name, os.environ.get("MUSOTA_DATA_DIR"))  # raises MusotaError for an unknown one
+    return name
+
+
+def _seed(context, parameter, seed: int) -> int:
+    return check_seed(seed)
+
+
 def _together(*options):
     """Several options as one decorator."""
     return lambda command: functools.reduce(lambda made, add: add(made), options[::-1], command)
@@ -57,8 +69,8 @@ experiment_options = _together(
     click.option(
         "--profile", default="quick", callback=_profile, help=f"auto, {', '.join(PROFILES)}."
     ),
-    click.option("--corpus", default="auto", help=CORPUS_HELP),
-    click.option("--seed", default=0),
+    click.option("--corpus", default="auto", callback=_corpus, help=CORPUS_HELP),
+    click.option("--seed", default=0, callback=_seed),
     click.option("--fresh", is_flag=True, help="Train again what is already trained."),
     click.option("--save-to", default="", show_default="results", help="Folder for results."),
 )
@@ -115,7 +127,9 @@ def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options)
 
     EXPERIMENT_twin and FILE.py:NAME_twin are their parameter-matched transformers.
     """
-    if not is_module(experiment) and experiment not in REGISTRY:
+    if is_module(experiment):
+        find_source(experiment.removesuffix("_twin"))
+    elif experiment not in REGISTRY:
         find_row(experiment.removesuffix("_twin"))
     from musota.workbook.notebook import Interrupted, Workbook
     from musota.workbook.results import label
@@ -214,17 +228,21 @@ def audit(model, vocab_size, max_seq_len, loss, picture):
 @cli.command()
 @experiment_options
 @click.option("--seeds", default=3, type=click.IntRange(1, 100), help="Number of seeds.")
-@click.option("--only", default="models,sweep,tuned,grid", help="Parts to run.")
+@click.option("--only", default=",".join(PARTS), help="Parts to run.")
 def evidence(seeds, only, **parameters):
     """Run the plan's experiments with several seeds, then write the report.
 
     models: every experiment · sweep: learning rates of MU-SOTA and its matched transformer · tuned:
     both at their best rate · grid: the root causes. Repeat the command to continue.
     """
+    parts = [part.strip() for part in only.split(",")]
+    for part in parts:
+        if part not in PARTS:
+            raise nearest_name("part", part, PARTS)
     from musota.workbook.evidence import carry_out
     from musota.workbook.report import write_report
 
-    book = carry_out([part.strip() for part in only.split(",")], seeds, **parameters)
+    book = carry_out(parts, seeds, **parameters)
     write_report(book.folder)
     book.save()
     click.echo(f"The report: {book.home / 'report.html'}")

@@ -3,22 +3,16 @@
 from collections.abc import Sequence
 from contextlib import suppress
 
-from musota.errors import nearest_name
 from musota.lab.grid_runs import print_run, read_table
 from musota.lab.sweep import TUNED, run_sweeps, tuned
 from musota.registry import REGISTRY
 from musota.training.trainer import Diverged
 from musota.workbook.notebook import Workbook
 
-PARTS = ("models", "sweep", "tuned", "grid")
-
 
 def carry_out(parts: Sequence[str], seeds: int, seed: int = 0, **parameters) -> Workbook:
     """Train what is missing of `parts` with seeds from `seed` on. Returns the workbook of the first
-    seed. `parameters` are those of Workbook. Raises MusotaError for an unknown part."""
-    for part in parts:
-        if part not in PARTS:
-            raise nearest_name("part", part, PARTS)
+    seed. `parameters` are those of Workbook."""
     book = Workbook(seed=seed, **parameters)
     table, seeds = book.folder / "sweep.csv", range(seed, seed + seeds)
     for part in parts:

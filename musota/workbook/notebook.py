@@ -247,7 +247,10 @@ class Workbook:
 
     def explore(self, runs: Sequence[Run], ngrams: Mapping[str, float]) -> None:
         """Curves of runs that have ended an epoch, with controls."""
-        self.save(Explorer(runs, ngrams, self.folder / "explorer.png", self.footer).path)
+        if any(run.summary for run in runs):
+            self.save(Explorer(runs, ngrams, self.folder / "explorer.png", self.footer).path)
+        else:
+            print("None of these runs has ended an epoch: there are no curves to explore.")
 
     def show_ablations(self, run: Run, name: str, about: str | None = None) -> None:
         """The cost of disabling each part of a run's model, as a figure and as verdicts."""

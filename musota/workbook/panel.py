@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 
 from musota.files import write_bytes
 from musota.lab.grid_runs import Row, print_run
-from musota.training.device import HEADLESS
 from musota.training.run import Run
 from musota.workbook import plots
 from musota.workbook.style import BLUE, figure_png
 
+HEADLESS = "MUSOTA_HEADLESS"  # set where nobody watches a notebook while it runs
 FIRST_PAUSE, LONGEST_PAUSE = 1, 10  # seconds between two pictures
 BAR = (
     '<div style="max-width:46em; border:1px solid #8888; border-radius:4px">'

@@ -75,11 +75,14 @@ def execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None
     stops."""
     import papermill
 
-    os.environ["MUSOTA_HEADLESS"] = "1"  # inherited by the kernel
+    from musota.workbook.panel import HEADLESS
+
+    os.environ[HEADLESS] = "1"  # inherited by the kernel
     started, relay = time.perf_counter(), _Relay()
     click.echo(f"{prefix} {notebook.stem} …")
     how = {"kernel_name": "python3", "kernel_manager_class": _this_python(), "cwd": os.getcwd()}
     how |= {"stdout_file": relay, "stderr_file": relay, "log_output": False, "progress_bar": False}
+    how["language"] = "python"  # a notebook may have lost its metadata
     how |= {"extra_arguments": ["--log-level=ERROR"], "iopub_timeout": 60, "start_timeout": 120}
     try:
         papermill.execute_notebook(notebook, output, parameters, **how)
