@@ -13,7 +13,12 @@ from conftest import ROOT
 import musota
 from musota.errors import MusotaError
 from musota.workbook import run_notebooks
-from musota.workbook.notebook import PARAMETERS, refuse_unknown_parameters
+from musota.workbook.notebook import (
+    PARAMETERS,
+    Interrupted,
+    refuse_unknown_parameters,
+    stopping,
+)
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RUNS = ("optimized", "baseline", "simplified", "simplified_twin", "redesigned", "modern_twin")
@@ -43,6 +48,7 @@ def test_notebooks_are_clean(path):
     for package in ("musota", r"musota\.lab", r"musota\.workbook"):
         assert len([line for line in lines if re.match(rf"from {package} import", line)]) <= 1
     setup, parameters = code[:2]
+    assert code[-1].id == "headline" and "show_card(" in code[-1].source
     assert setup.metadata == {"jupyter": {"source_hidden": True}, "cellView": "form"}
     assert parameters.metadata.tags == ["parameters"]
     assigned = {
@@ -79,6 +85,12 @@ def test_parameters_are_known_however_they_are_assigned(monkeypatch):
         shell.user_ns["In"][3] = "# Parameters\nprofil = 'b'\n"
         with pytest.raises(MusotaError, match="parameter 'profil': did you mean 'profile'"):
             refuse_unknown_parameters()
+
+
+def test_a_stop_is_one_sentence():
+    with pytest.raises(Interrupted, match="The grid was stopped: run this again to continue"):
+        with stopping("The grid"):
+            raise KeyboardInterrupt
 
 
 def test_the_kernel_is_this_python_and_its_death_is_a_sentence(tmp_path, monkeypatch):
@@ -132,7 +144,9 @@ def test_every_run_learns_and_is_reported(headless):
         assert run.history.ppl.iloc[-1] < ngrams["unigram"]
         assert f"{run.summary['ppl']:,.1f}" in report and run.title in output
     assert len([name for name in runs if "@" in name]) == 2  # a module and its transformer
-    assert "better than" in output and str(folder / "report.html") in output
+    assert str(folder / "report.html") in output
+    for number in range(1, 9):  # a headline each
+        assert re.search(rf"^0{number}  [✓✗?] .+", output, re.MULTILINE), output
     assert len((folder / "grid.csv").read_text().splitlines()) == 5
     assert (runs["redesigned"].path / "ablations.json").exists()
     drawn = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.png")}

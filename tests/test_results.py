@@ -100,7 +100,7 @@ def test_results_fall_back_on_another_folder_and_say_so(trained, tmp_path):
     here, there = tmp_path / "here", trained / "tiny"
     found = find_results(["optimized"], [here, there])
     assert found.group("optimized") and str(there) in found.note and str(here) in found.note
-    assert not find_results(["optimized"], [there, here]).note
+    assert find_results(["optimized"], [there, here]).note == f"Runs of {there}."
     assert "run the notebook" in find_results(["nothing"], [here, there]).note
 
 

@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -43,6 +43,15 @@ PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to", "changes")
 
 class Interrupted(MusotaError):
     """A training run was stopped before its end; its state is saved."""
+
+
+@contextmanager
+def stopping(what: str):
+    """A context in which an interrupt, or a second one, becomes the error Interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"{what} was stopped: run this again to continue.") from None
 
 
 class Workbook:
@@ -114,7 +123,10 @@ class Workbook:
         names = [self.named(model) for model in models]
         folders = [self.folder, naming.results_root() / "full", naming.results_root() / "study"]
         found = results.find_results(names, folders, self.corpus.fingerprint)
-        return found, [group for group in map(found.group, names) if group]
+        groups = [group for group in map(found.group, names) if group]
+        if groups and not any(run.seed == self.seed for group in groups for run in group):
+            found.note += f" None of them has seed {self.seed}."
+        return found, groups
 
     def find_runs(self, names: str | Sequence[str]) -> list[list[Run]]:
         """The seeds of recorded models by name, title or folder; of a folder here, or else in
@@ -136,12 +148,12 @@ class Workbook:
         """An experiment (see `experiment_at`) at this profile, with the changes."""
         return experiment_at(name, self.profile, self.changes)
 
-    def sizes(self, *models: str) -> dict[tuple[str, str], Experiment]:
+    def sizes(self, *models: str) -> dict[str, Experiment]:
         """Models at full size and as trained here, for `tables.fields_table`."""
         columns = {}
         for model in models:
-            columns[model, "full size"] = experiment_at(model, find_profile("full"), {})
-            columns[model, f"here ({self.profile.name})"] = self.experiment(model)
+            columns[f"{model}, full size"] = experiment_at(model, find_profile("full"), {})
+            columns[f"{model}, {self.profile.name}"] = self.experiment(model)
         return columns
 
     @cached_property
@@ -199,15 +211,14 @@ class Workbook:
         if naming.is_module(model) and not model.endswith("_twin"):
             experiment, like = module_at(model, self.profile, self.changes, self.seed)
             how |= {"training": like.training, "max_seq_len": like.model.max_seq_len}
-        run = None
-        try:
-            with suppress(KeyboardInterrupt):
+        with stopping(name):
+            try:
                 run = train(experiment, self.corpus, folder, **how)
-        finally:
-            with suppress(MusotaError):  # nothing is recorded yet
-                panel.draw(Run(folder))
-        if not (run and run.finished) and options.get("stop_at", 1) == 1:
-            raise Interrupted(f"{name} was stopped: run this again to continue.")
+            finally:
+                with suppress(MusotaError):  # nothing is recorded yet
+                    panel.draw(Run(folder))
+            if not run.finished and options.get("stop_at", 1) == 1:
+                raise KeyboardInterrupt
         self.save()
         return run
 
@@ -224,11 +235,9 @@ class Workbook:
         panel = GridPanel(self.footer)
         how = {"fresh": self.fresh, "changes": self.changes}
         how["each"] = lambda *progress: (panel.update(*progress), self.save())
-        try:
+        with stopping("The grid"):
             trained = run_many(runs, [self.seed + seed for seed in seeds], *place, **how)
-        except KeyboardInterrupt:
-            raise Interrupted("The grid was stopped: run this again to continue.") from None
-        panel.draw(trained, 0)
+            panel.draw(trained, 0)
         return root_causes.by_name(read_table(table)) | trained
 
     def show(self, figure: Figure, name: str, run=None, about: str | None = None) -> None:
@@ -245,10 +254,11 @@ class Workbook:
             about = "profile study, several seeds, recorded with the repository"
             self.show(plots.path(pd.read_csv(path)), "path", about=about)
 
-    def explore(self, runs: Sequence[Run], ngrams: Mapping[str, float]) -> None:
-        """Curves of runs that have ended an epoch, with controls."""
+    def explore(self, runs: Sequence[Run], ngrams: Mapping[str, float], about=None) -> None:
+        """Curves of runs, with controls; `about` as in `show`."""
         if any(run.summary for run in runs):
-            self.save(Explorer(runs, ngrams, self.folder / "explorer.png", self.footer).path)
+            about = self.footer if about is None else about
+            self.save(Explorer(runs, ngrams, self.folder / "explorer.png", about).path)
         else:
             print("None of these runs has ended an epoch: there are no curves to explore.")
 

@@ -21,7 +21,7 @@ from musota.lab.verdicts import Verdict, compare, compare_with_matched
 from musota.matching import is_match
 from musota.registry import REGISTRY
 from musota.training.run import Run, load_runs
-from musota.workbook.naming import find_folders
+from musota.workbook.naming import find_folders, shown
 
 Key = tuple[Experiment, str]  # of a model: experiment and corpus fingerprint
 JUDGED = ("optimized", "original")  # the first that has ended is judged by the plan's rules
@@ -225,16 +225,17 @@ def find_runs(name: str, root: str | os.PathLike, profile: str) -> list[Run]:
 def find_results(
     names: Sequence[str], folders: Sequence[Path], fingerprint: str | None = None
 ) -> Results:
-    """The results of the first of `folders` that holds all of `names`; `note` says so where that
-    is not the first folder, or what is missing. `fingerprint` is for the first folder only."""
+    """The results of the first of `folders` that holds all of `names`, else of the first; `note`
+    says which these are and what is missing. `fingerprint` is for the first folder only."""
     first = Results(folders[0], fingerprint)
+    first.note = f"Runs of {shown(folders[0])}."
     missing = [name for name in names if not first.group(name)]
     if missing:
-        first.note = f"{', '.join(missing)}: not trained yet in {folders[0]}"
+        lacks = f"{', '.join(missing)}: not trained yet in {shown(folders[0])}"
+        first.note = f"{lacks}; run the notebook that trains it first."
         for folder in folders[1:]:
             found = Results(folder)
             if all(map(found.group, names)):
-                found.note = f"{first.note}; shown are the results in {folder}."
+                found.note = f"{lacks}; shown are the results in {shown(folder)}."
                 return found
-        first.note += "; run the notebook that trains it first."
     return first

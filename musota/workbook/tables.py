@@ -136,7 +136,7 @@ def ledger_table(runs: Iterable[Run]) -> pd.DataFrame:
     return counts.map(lambda count: number(count or None, ",.0f")).rename_axis("group")
 
 
-def fields_table(columns: Mapping[tuple[str, str], Experiment]) -> pd.DataFrame:
+def fields_table(columns: Mapping[str, Experiment]) -> pd.DataFrame:
     """The fields of experiments side by side, one row a field, and their parameters."""
     return _side_by_side(
         {k: e.fields() | {"parameters": e.model.n_parameters} for k, e in columns.items()}
