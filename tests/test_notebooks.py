@@ -13,12 +13,7 @@ from conftest import ROOT
 import musota
 from musota.errors import MusotaError
 from musota.workbook import run_notebooks
-from musota.workbook.notebook import (
-    PARAMETERS,
-    Interrupted,
-    refuse_unknown_parameters,
-    stopping,
-)
+from musota.workbook.notebook import PARAMETERS, Interrupted, refuse_unknown_parameters, stopping
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RUNS = ("optimized", "baseline", "simplified", "simplified_twin", "redesigned", "modern_twin")
@@ -88,9 +83,9 @@ def test_parameters_are_known_however_they_are_assigned(monkeypatch):
 
 
 def test_a_stop_is_one_sentence():
-    with pytest.raises(Interrupted, match="The grid was stopped: run this again to continue"):
-        with stopping("The grid"):
-            raise KeyboardInterrupt
+    again = "The grid was stopped: run this again to continue"
+    with pytest.raises(Interrupted, match=again), stopping("The grid"):
+        raise KeyboardInterrupt
 
 
 def test_the_kernel_is_this_python_and_its_death_is_a_sentence(tmp_path, monkeypatch):
@@ -151,7 +146,7 @@ def test_every_run_learns_and_is_reported(headless):
     assert (runs["redesigned"].path / "ablations.json").exists()
     drawn = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.png")}
     assert all(path.stat().st_size > 3_000 for path in drawn.values())
-    assert {"explorer.png", "root_causes.png", "optimized-seed0/blocks.png"} <= {*drawn}
+    assert {"figures/explorer.png", "root_causes.png", "optimized-seed0/blocks.png"} <= {*drawn}
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def train(
     identity = {"name": name, **options.about, "experiment": experiment.to_dict(), "seed": seed}
     folder = RunDir(run_dir, identity, corpus, accelerator.is_main_process, options.copy)
     if resume and folder.finished:  # the folder may be read-only: nothing is written
-        accelerator.print(f"{folder.path}: already finished, loaded.")
+        accelerator.print(f"{folder.path.name}: already finished, loaded.")
         folder.copy_out()
         folder.refuse_unsaved()
         return Run(folder.path)
@@ -180,7 +180,8 @@ class Trainer:
         total, processes = batches.total_steps, state.accelerator.num_processes
         stop = math.ceil(self.options.stop_at * total)
         if state.step:
-            state.accelerator.print(f"{folder.path}: continues after step {state.step} of {total}.")
+            done = f"continues after step {state.step} of {total}"
+            state.accelerator.print(f"{folder.path.name}: {done}.")
             folder.write_summary(state.summary)
         self.watch()  # first, so that what it shows stands above the progress bar
         tokens, done = batches.tokens_seen(total), batches.tokens_seen(state.step)

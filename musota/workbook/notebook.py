@@ -88,7 +88,8 @@ class Workbook:
         self.home = as_path(save_to or naming.results_root()) / name
         self.copy = SavedCopy(self.home) if save_to else None
         self.folder = self.copy.local if self.copy else self.home
-        make_folder(self.folder)
+        self.figures = self.folder / "figures"
+        make_folder(self.figures)
         here = self.corpus
         self.at_plan_size = (here.name, vocab_size) == (CORPUS, VOCAB_SIZE)
         self.footer = results.footer(here.name, here.tokenizer.size, self.profile.name)
@@ -190,7 +191,7 @@ class Workbook:
         folder = self.folder / f"{naming.safe_name(name)}-seed{self.seed}"
         for done in () if self.fresh or folder.exists() else self.results.runs:
             if done.finished and (done.experiment, done.seed) == (experiment, self.seed):
-                print(f"{self.place(done.path)}: already finished, loaded.")
+                print(f"{done.path.name}: already finished, loaded.")
                 self._panel().draw(done)
                 return done
         where = {"profile": self.profile.name, "corpus": self.corpus_name, "seed": self.seed}
@@ -241,9 +242,9 @@ class Workbook:
         return root_causes.by_name(read_table(table)) | trained
 
     def show(self, figure: Figure, name: str, run=None, about: str | None = None) -> None:
-        """Save a figure as `<name>.png` in the results folder, or in that of `run`, and show it.
-        `about`: the line under it, by default corpus and profile."""
-        path = (run.path if run else self.folder) / f"{naming.safe_name(name)}.png"
+        """Save a figure as `figures/<name>.png` in the results folder, or in the folder of `run`,
+        and show it. `about`: the line under it, by default corpus and profile."""
+        path = (run.path if run else self.figures) / f"{naming.safe_name(name)}.png"
         save_figure(figure, path, self.footer if about is None else about)
         self.save(path)
         display(Image(data=path.read_bytes()))
@@ -258,7 +259,7 @@ class Workbook:
         """Curves of runs, with controls; `about` as in `show`."""
         if any(run.summary for run in runs):
             about = self.footer if about is None else about
-            self.save(Explorer(runs, ngrams, self.folder / "explorer.png", about).path)
+            self.save(Explorer(runs, ngrams, self.figures / "explorer.png", about).path)
         else:
             print("None of these runs has ended an epoch: there are no curves to explore.")
 

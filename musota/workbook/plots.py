@@ -116,8 +116,10 @@ def training_curve(run: Run, ngrams: Mapping[str, float] = {}, reported: bool = 
     right.plot(steps.step, steps.learning_rate, color=style.BLUE)
     warmup = run.experiment.training.warmup_steps
     right.axvline(warmup, color="0.4", linestyle=":", label=f"warm-up ends: step {warmup:,}")
-    left.set(ylabel="perplexity per token (log)", title=wrapped(label(run), 50))
-    right.set(ylabel="learning rate", title="Learning rate", ylim=(0, None))
+    left.set_title(wrapped(label(run), 60), fontsize=10)
+    left.set(ylabel="perplexity per token (log)")
+    right.set(ylabel="learning rate", ylim=(0, None))
+    right.set_title("Learning rate", fontsize=10)
     style.logarithmic(left, *left.dataLim.intervaly)
     for axis in (left, right):
         axis.set(xlabel="optimizer step", xlim=(0, 1.02 * run.total_steps))

@@ -101,8 +101,9 @@ class Results:
         self.groups = group_runs(self.runs)
         self.titles = {group[0].key: title for title, group in by_title(self.runs).items()}
         # Models all of whose seeds have ended an epoch, and those of them that verdicts are on.
-        self.measured = [g for g in self.groups.values() if all(run.summary for run in g)]
-        self.ended = [g for g in self.measured if all(run.ended for run in g)]
+        measured = [g for g in self.groups.values() if all(run.summary for run in g)]
+        self.ended = [g for g in measured if all(run.ended for run in g)]
+        self.measured = [*self.ended, *(group for group in measured if group not in self.ended)]
 
     def group(self, name: str) -> list[Run]:
         """The seeds of the first model of that name; empty where there is none."""

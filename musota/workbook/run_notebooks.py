@@ -86,6 +86,7 @@ def execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None
     how |= {"extra_arguments": ["--log-level=ERROR"], "iopub_timeout": 60, "start_timeout": 120}
     try:
         papermill.execute_notebook(notebook, output, parameters, **how)
+        remove_paths(output)
         return click.echo(f"{prefix} {notebook.stem} done in {time.perf_counter() - started:.0f} s")
     except KeyboardInterrupt:
         stopped = "was stopped."
@@ -95,6 +96,14 @@ def execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None
     except (RuntimeError, TimeoutError) as error:
         stopped = f"stopped: its kernel died or does not answer ({error}), possibly out of memory."
     raise MusotaError(f"{notebook.stem} {stopped} Repeat the command to continue.")
+
+
+def remove_paths(executed: Path) -> None:
+    """Remove papermill's notes from an executed notebook: they hold paths of this machine."""
+    book = nbformat.read(executed, as_version=4)
+    for part in (book, *book.cells):
+        part.metadata.pop("papermill", None)
+    nbformat.write(book, executed)
 
 
 def _this_python():

@@ -77,7 +77,8 @@ def large_number(verdict: Verdict) -> tuple[str, str]:
     if verdict.value is None:
         return "", ""
     if verdict.unit == NATS:
-        return f"{math.expm1(verdict.value):+.0%}", "valid perplexity"
+        change = f"{math.expm1(verdict.value):+.0%}".replace("-", "−")
+        return change, "valid perplexity"
     if verdict.unit == PPL:
         return f"{verdict.value:,.0f}", "valid perplexity"
     return measured(verdict), ""
