@@ -1,11 +1,16 @@
 """The audit finds every fault and accuses no honest model. Each model here has one fault."""
 
+import json
+import random
+import secrets
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -13,8 +18,10 @@ from musota.config import DenseConfig, MuConfig
 from musota.errors import MusotaError
 from musota.lab.audit import audit, causality_matrix
 from musota.models.hub import build_model
+from musota.workbook.cli import cli
 
 V, T, D = 40, 24, 32
+LENGTH = 40  # of a model that takes no other
 
 
 class Attention(nn.Module):
@@ -99,6 +106,25 @@ class FirstCall(nn.Embedding):
         return self.last(super().forward(ids))
 
 
+class SkippedLayers(Attention):
+    """Skips its layer in half of the training calls, as `draw() < 0.5` says."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, ids):
+        skips = self.training and self.draw() < 0.5
+        return self.output(self.embedding(ids)) if skips else super().forward(ids)
+
+
+class OneLength(nn.Embedding):
+    """Mixes exactly LENGTH positions, each with those before it."""
+
+    def forward(self, ids):
+        return torch.ones(LENGTH, LENGTH).tril() @ super().forward(ids)
+
+
 def one_token(sparse=False, lazy=False):
     """A table of which token follows which."""
     output = nn.LazyLinear(V) if lazy else nn.Linear(D, V)
@@ -125,6 +151,7 @@ FAULTS = {  # model, loss, and the decision that names it
     "targets shifted twice": (Attention, partial(shifted, 2), "shifted twice"),
     "targets in the loss's input": (Attention, with_hint, "under the floor"),
     "writes": (lambda: Around(lambda ids: ids.clamp_(max=V)), None, "writes into its input"),
+    "that in half precision": (lambda: Attention().half(), with_hint, "under the floor"),
     "a small leak": (lambda: Around(after=lambda x: x + 1e-3 * x.roll(-1, 1)), None, "looks ahead"),
 }
 HONEST = {
@@ -134,6 +161,10 @@ HONEST = {
     "MU-SOTA": (lambda: build_model(MuConfig(V, T, 2, 4, 0.1, 4, 4)), None),
     "takes only input_ids=": (lambda: KeywordOnly(V, V), None),
     "bf16": (lambda: Attention().bfloat16(), None),
+    "half precision": (lambda: Attention().half(), None),
+    "draws from its own": (lambda: SkippedLayers(np.random.default_rng(0).random), None),
+    "draws from Python": (lambda: SkippedLayers(lambda: random.random()), None),
+    "draws from numpy": (lambda: SkippedLayers(lambda: np.random.rand()), None),
     "lazy parameters": (lambda: one_token(lazy=True), None),
     "sparse gradients": (lambda: one_token(sparse=True), None),
     "parameters of the first call": (lambda: FirstCall(V, D), None),
@@ -156,7 +187,7 @@ def test_nobody_honest_is_accused(name):
     torch.manual_seed(0)
     module = make()
     before = {k: v if is_lazy(v) else v.clone() for k, v in module.state_dict().items()}
-    state = torch.get_rng_state()
+    state, others = torch.get_rng_state(), (random.getstate(), str(np.random.get_state()))
     found = audit(module, V, T, loss)
     assert found.honest, str(found)
     decisions = [finding.decision for finding in found.findings]
@@ -165,6 +196,7 @@ def test_nobody_honest_is_accused(name):
     assert after.keys() == before.keys()
     assert all(is_lazy(value) or after[name].equal(value) for name, value in before.items())
     assert torch.get_rng_state().equal(state)
+    assert (random.getstate(), str(np.random.get_state())) == others
     if name == "MU-SOTA":
         assert found.findings[-1].value == module.config.n_parameters
         assert all(words in found.findings[-1].reason for words in ("layers 78%", "2 layers: "))
@@ -208,3 +240,108 @@ def test_what_cannot_be_audited_raises_one_sentence(module, sizes, message):
     with pytest.raises(MusotaError) as raised:
         audit(module, *sizes)
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_model_of_one_length_is_audited_at_it():
+    found = audit(OneLength(V, V), V, LENGTH)
+    assert found.honest and found.change.shape == (24, 24)
+
+
+def test_what_cannot_be_decided_is_not_honest():
+    found = audit(SkippedLayers(lambda: secrets.randbelow(1000) / 1000), V, T)
+    assert not found.honest and found.status == 2 and str(found).startswith("This model is not j")
+    assert found.findings[0].decision == "undecided"
+    assert found.findings[0].reason == "equal calls give different logits (only in training)"
+
+
+FILE = """
+import sys
+from torch import nn, roll
+
+def honest(vocab_size):
+    return nn.Embedding(vocab_size, vocab_size)
+
+class Ahead(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids.roll(-1, 1))
+
+def ahead(vocab_size):
+    return Ahead(vocab_size, vocab_size)
+
+def wrong_size():
+    return nn.Embedding(9, 9)
+
+def raising():
+    return nn.Linear(3, 3)
+
+def ending():
+    sys.exit(0)
+
+class EndsWhenCalled(nn.Embedding):
+    def forward(self, ids):
+        sys.exit(0)
+
+def ends_when_called(vocab_size):
+    return EndsWhenCalled(vocab_size, vocab_size)
+
+def stopped():
+    raise KeyboardInterrupt
+
+def no_model():
+    return "a model"
+"""
+STATUS = {
+    "honest": (0, True, "This model is honest."),
+    "ahead": (1, False, "This model is NOT honest."),
+    "wrong_size": (2, None, "raised IndexError"),
+    "raising": (2, None, "raised RuntimeError"),
+    "ending": (2, None, "model.py:ending ended with SystemExit(0)."),
+    "ends_when_called": (2, None, "ended with SystemExit(0)."),
+    "stopped": (2, None, "ended with KeyboardInterrupt()."),
+    "no_model": (2, None, "made str, not a torch.nn.Module."),
+    "nothing": (2, None, "defines no 'nothing'."),
+}
+
+
+@pytest.mark.parametrize("name", STATUS)
+def test_the_exit_status_says_honest_or_not_or_not_audited(name, tmp_path):
+    (tmp_path / "model.py").write_text(FILE)
+    status, honest, sentence = STATUS[name]
+    record = tmp_path / "out.json"
+    record.write_text('{"honest": true}')  # of an earlier audit
+    sizes = ["--vocab-size", "40", "--max-seq-len", "24"]
+    source = f"{tmp_path / 'model.py'}:{name}"
+    answer = CliRunner().invoke(cli, ["audit", source, *sizes, "--json", str(record)])
+    assert answer.exit_code == status and sentence in answer.output, answer.output
+    found = json.loads(record.read_text())
+    assert (found["model"], found["vocab_size"], found["max_seq_len"]) == (source, 40, 24)
+    assert found["honest"] is honest and len(found["findings"]) == (0 if honest is None else 6)
+    for one in found["findings"]:
+        assert [*one] == ["question", "decision", "value", "unit", "reason", "next_step"]
+    if name == "ahead":
+        assert found["findings"][0]["decision"] == "looks ahead"
+        assert found["findings"][0]["reason"] == "the logits at t read token t+1"
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        (None, []),
+        ("import nothing_of_this_name", []),
+        ("this is no Python", []),
+        ("raise SystemExit", []),
+        (FILE, ["--vocab-size", "many"]),
+        (FILE, ["--vocab-size", "0"]),
+        (FILE, ["--loss", "nothing"]),
+        (FILE, ["--loss", "FILE"]),
+        (FILE, ["--json", "no/such/folder/out.json"]),
+        (FILE, ["--picture", "no/such/folder/out.png"]),
+    ],
+)
+def test_whatever_prevents_an_audit_is_status_2(text, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if text:
+        (tmp_path / "model.py").write_text(text)
+    answer = CliRunner().invoke(cli, ["audit", "model.py:honest", *arguments])
+    assert answer.exit_code == 2 and "Traceback" not in answer.output, answer.output
+    assert answer.output.strip().splitlines()[-1].startswith("Error: ")

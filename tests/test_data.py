@@ -1,5 +1,6 @@
 """Corpora: reading, recognising, tokenizing, caching, limits and training windows."""
 
+import gzip
 import os
 import shutil
 import socket
@@ -8,6 +9,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import datasets
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
@@ -139,12 +142,16 @@ def test_windows_depend_on_seed_and_epoch_alone():
         ("no valid", 300, "has no valid.txt"),
         ("blank", 300, "The test text of .* is empty"),
         ("bytes", 300, "is not UTF-8"),
+        ("no gzip.gz", 300, "no gzip.gz cannot be read: Not a gzipped file"),
+        ("half.txt.gz", 300, "half.txt.gz cannot be read: Compressed file ended before"),
     ],
 )
 def test_what_cannot_be_loaded_gets_one_sentence(name, vocab_size, message, tmp_path):
     (_folder(tmp_path / "no valid") / "valid.txt").unlink()
     _folder(tmp_path / "blank", test=" \n")
     (_folder(tmp_path / "bytes") / "train.txt").write_bytes(b"fine \xff\xfe not")
+    (tmp_path / "no gzip.gz").write_bytes(b"plain text")
+    (tmp_path / "half.txt.gz").write_bytes(gzip.compress(b"a few words" * 30)[:-9])
     with pytest.raises(MusotaError, match=message):
         load_corpus(name, vocab_size, data_dir=tmp_path)
 
@@ -187,7 +194,7 @@ def _in_a_process(code, *arguments, **environment):
 
 
 CACHED = """
-import json, pathlib, sys, datasets, pandas, musota
+import json, pathlib, shutil, sys, datasets, pandas, musota
 from musota.data import sources
 source = pathlib.Path(sys.argv[1])
 files = {}
@@ -207,6 +214,18 @@ for path in place.glob("parquet-*.arrow"):
 corpus = musota.load_corpus("auto", 300)
 assert corpus.name == "wikitext-2 (another text)" and corpus.source == "the Hugging Face cache"
 assert corpus.tokenizer.decode(corpus.valid) == "\\n = validation =\\n" * 50
+other = source / "datasets" / "me___set" / "default" / "0.0.0" / ("0" * 40)
+shutil.copytree(place, other)
+info.update(dataset_name="set", config_name="default")
+(other / "dataset_info.json").write_text(json.dumps(info))
+for path in other.glob("wikitext-*.arrow"):
+    path.rename(other / path.name.replace("wikitext-", "set-"))
+copied = musota.load_corpus("hf:me/set", 300)
+assert copied.fingerprint == corpus.fingerprint and copied.source == "the Hugging Face cache"
+try:
+    musota.load_corpus("hf:me/set:other", 300)
+except musota.MusotaError as error:
+    assert "does not provide it (OfflineModeIsEnabled)" in str(error)
 """
 
 
@@ -284,3 +303,103 @@ def test_decode_refuses_what_is_no_list_of_ids_and_paths_are_utf_8(corpus):
     assert corpus.tokenizer.decode([]) == ""
     with pytest.raises(MusotaError, match="is not UTF-8: rename it"):
         as_path("caf\udce9.txt")
+
+
+def test_compressed_files_are_read_like_others(tmp_path):
+    folder = _folder(tmp_path / "plain", valid="one\r\ntwo\n" * 20)
+    packed = shutil.copytree(folder, tmp_path / "packed")
+    for split in sources.SPLITS:
+        path = packed / f"{split}.txt"
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert load_corpus(packed, 300).fingerprint == load_corpus(folder, 300).fingerprint
+    one = load_corpus(packed / "train.txt.gz", 300)
+    assert one.name == "train" and one.source == "local file train.txt.gz, split 90/5/5"
+
+
+def _dataset(path, monkeypatch, **splits):
+    """The corpus name of a folder that `datasets` can load: a table as parquet for each split."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", path / "cache")
+    (path / "my set").mkdir()
+    for split, columns in splits.items():
+        pd.DataFrame(columns).to_parquet(path / "my set" / f"{split}.parquet")
+    return f"hf:{path / 'my set'}"
+
+
+ROWS = [f"Row {n} has a sentence of its own, and a second one that ends it." for n in range(400)]
+
+
+def test_a_dataset_is_read_like_a_folder_of_its_text(tmp_path, monkeypatch):
+    texts = {"train": [*ROWS[:300], None], "validation": ROWS[300:350], "test": ROWS[350:]}
+    columns = {split: {"label": range(len(t)), "sentence": t} for split, t in texts.items()}
+    corpus = load_corpus(_dataset(tmp_path, monkeypatch, **columns), 300)
+    lines = {split: "\n".join(filter(None, rows)) + "\n" for split, rows in texts.items()}
+    folder = _folder(tmp_path / "f", valid=lines.pop("validation"), **lines)
+    assert corpus.fingerprint == load_corpus(folder, 300).fingerprint
+    assert corpus.name == "hf:my set" and corpus.source == "local dataset"
+    assert corpus.label == f"hf-my-set-{corpus.text_hash[:8]}"  # a name for folders
+
+
+def test_a_dataset_that_lacks_splits_has_them_cut_off_its_train(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    corpus = load_corpus(_dataset(tmp_path / "a", monkeypatch, train={"text": ROWS}), 300)
+    (tmp_path / "one.txt").write_text("\n".join(ROWS) + "\n")
+    assert corpus.fingerprint == load_corpus(tmp_path / "one.txt", 300).fingerprint  # 90/5/5
+    assert corpus.source == "local dataset, valid and test cut off train, 5% each"
+    splits = {"train": {"text": ROWS[:200]}, "test": {"text": ROWS[200:]}}
+    corpus = load_corpus(_dataset(tmp_path, monkeypatch, **splits), 300)
+    texts = [corpus.tokenizer.decode(corpus.split(split)) for split in sources.SPLITS]
+    assert "".join(texts) == "\n".join(ROWS) + "\n" and texts[2].startswith("Row 200 ")
+    assert len(texts[0]) / len("".join(texts[:2])) == pytest.approx(0.95, abs=0.01)
+    assert corpus.source == "local dataset, valid cut off train, 5% each"
+
+
+@pytest.mark.parametrize("rows", [ROWS, [f"a short row, {n}" + "th" * 5 for n in range(400)]])
+def test_what_valid_repeats_of_train_is_reported_for_datasets_and_folders(
+    rows, tmp_path, monkeypatch
+):
+    splits = {"train": rows, "valid": [*rows[:20], *(row[::-1] for row in rows[:60])]}
+    splits["test"] = [row.upper() for row in rows]
+    name = _dataset(tmp_path, monkeypatch, **{split: {"text": t} for split, t in splits.items()})
+    folder = _folder(tmp_path / "f", **{split: "\n".join(t) for split, t in splits.items()})
+    for each in (name, folder):
+        source = load_corpus(each, 300).source
+        assert source.endswith("; 25% of the longer lines of valid are also in train")
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": {"n": [1, 2]}}, "has no column `text`, nor a single one .* among n: write"),
+        ({"train": {"a": ["x"], "b": ["y"]}}, "nor a single one of strings, among a, b"),
+        ({"test": {"text": ["x"]}}, "has no rows in a split `train`, only in test."),
+        ({}, "my set cannot be loaded .*: check the name"),
+        ({"train": {"text": ["x"]}}, "The valid text of hf:my set is empty"),
+    ],
+)
+def test_a_dataset_that_cannot_be_used_gets_one_sentence(splits, message, tmp_path, monkeypatch):
+    with pytest.raises(MusotaError, match=message):
+        load_corpus(_dataset(tmp_path, monkeypatch, **splits), 300)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("hf:me/nothing", "OfflineModeIsEnabled"),
+        ("hf:", "there is none, or a private one"),
+        ("hf:a b/c", "there is none, or a private one"),
+        ("hf:./nowhere", "there is none, or a private one"),
+    ],
+)
+def test_a_dataset_that_the_hub_does_not_provide_gets_one_sentence(name, reason):
+    with pytest.raises(MusotaError, match=f"the Hugging Face hub does not provide it .{reason}"):
+        load_corpus(name, 300)
+
+
+def test_names_are_checked_without_the_libraries_that_read_them():
+    code = (
+        "import sys, musota.workbook.cli; from musota.data.sources import find_text\n"
+        "assert find_text('hf:me/set:part', None) is None\n"
+        "assert not {'torch', 'datasets'} & sys.modules.keys()"
+    )
+    assert _in_a_process(code).returncode == 0

@@ -1,5 +1,4 @@
 import itertools
-import json
 import math
 import signal
 from dataclasses import replace
@@ -169,17 +168,3 @@ def test_a_diverged_run_is_recorded_and_no_cause(short, tmp_path, monkeypatch):
     assert rows["original_rate_x10"][0].diverged and not rows["original"][0].diverged
     (cause,) = judge(rows)
     assert (cause.effect, cause.decision, cause.ppl_after) == (None, "not a cause", math.inf)
-
-
-def test_the_advised_command_makes_the_change():
-    present = scaled("optimized", "study").fields()
-    for suspect in grid("study")[1]:
-        cause = root_causes.Cause(*vars(suspect).values(), None, 2.0, 1.0, "cause", "")
-        line = root_causes.next_command([cause], "study", "my folder").split("`")[1]
-        advised = suspect.advice not in root_causes.COMMANDS
-        assert "--corpus 'my folder'" in line or not advised
-        changes = root_causes.advised_changes(suspect, "study") if advised else {}
-        shown = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
-        assert [word for word in line.split(" ") if "=" in word] == shown
-        assert all(present[name] != value for name, value in changes.items())
-    assert root_causes.next_command([], "study", "auto").startswith("No change")

@@ -1,4 +1,4 @@
-"""Kills, damage, full disks, too little memory, bad numbers, several processes."""
+"""Kills, damage, full disks, too little memory, bad numbers."""
 
 import errno
 import gc
@@ -277,47 +277,3 @@ def test_a_valid_token_without_a_finite_loss_is_named(short, tmp_path):
         musota.train(EXPERIMENT, replace(short, valid=valid), tmp_path)
     run = musota.Run(tmp_path)
     assert run.diverged_at == 11 and run.valid_loss == math.inf and len(run.steps) == 11
-
-
-SCRIPT = """
-import sys, musota, torch
-
-class Own(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = torch.nn.Embedding(512, 8)
-        self.output = torch.nn.Linear(8, 512)
-        self.unused = torch.nn.Linear(3, 3)
-
-    def forward(self, ids):
-        return self.output(self.embedding(ids))
-
-corpus = musota.load_corpus(sys.argv[1], 512).limited(3000, 1200)
-model = musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1, dropout=0.0)
-training = musota.TrainConfig(2, 3e-3, 5, 5, 3)  # 15 sequences: shares of 8 and 7
-options = {"options": musota.RunOptions(micro_batch=3)}
-musota.train(musota.Experiment(model, training), corpus, sys.argv[2] + "/mu", **options)
-torch.manual_seed(0)
-options |= {"training": training, "max_seq_len": 24}
-musota.train(Own(), corpus, sys.argv[2] + "/own", **options)
-"""
-
-
-def test_two_processes_train_as_one(text_folder, tmp_path):
-    """Also a module with a layer that it does not use."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launch += ["--standalone"]  # on a free port
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    for name, command in {"two": launch, "one": [sys.executable]}.items():
-        command = [*command, str(script), str(text_folder), str(tmp_path / name)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-    for model in ("mu", "own"):
-        one, two = (musota.Run(tmp_path / processes / model) for processes in ("one", "two"))
-        assert (one.config["processes"], two.config["processes"]) == (1, 2)
-        assert _losses(two) == pytest.approx(_losses(one), rel=1e-5)
-        assert list(two.history.valid_loss) == pytest.approx(list(one.history.valid_loss), 1e-4)
-        assert len(two.records) == len(one.records) and two.finished

@@ -89,8 +89,9 @@ def load_corpus(
 
     `name` is `wikitext-2`, `wikitext-2-raw`, `wikitext-103`, `wikitext-103-raw`, `python-docs`, the
     path of a folder with train.txt, valid.txt and test.txt, the path of one text, which is split
-    90/5/5, or `auto`: wikitext-2 where it is available, else python-docs. `data_dir` (default
-    `$MUSOTA_DATA_DIR`) may hold local copies in folders named like the corpora. Raises MusotaError.
+    90/5/5 (any file may be .gz), `hf:NAME` or `hf:NAME:CONFIG` of the Hugging Face hub, or `auto`:
+    wikitext-2 where it is available, else python-docs. `data_dir` (default `$MUSOTA_DATA_DIR`) may
+    hold local copies in folders named like the corpora. Raises MusotaError.
     """
     if not isinstance(vocab_size, numbers.Integral) or vocab_size < SMALLEST_VOCABULARY:
         least = f"a whole number of at least {SMALLEST_VOCABULARY}, every byte and two more"
@@ -100,9 +101,11 @@ def load_corpus(
     for split, text in texts.items():
         if not text.strip():
             raise MusotaError(f"The {split} text of {name} is empty: put text into it.")
-    train_lines = set(_long_lines(texts["train"]))
+    in_long = sum(len(line) for line in texts["train"].splitlines() if len(line) >= LONG_LINE)
+    shortest = LONG_LINE if in_long > len(texts["train"]) / 2 else LONG_LINE // 3
+    train_lines = set(_long_lines(texts["train"], shortest))
     for split in SPLITS[1:]:
-        lines = _long_lines(texts[split])
+        lines = _long_lines(texts[split], shortest)
         repeated = sum(line in train_lines for line in lines)
         if repeated > REPEATED_SHARE * len(lines):
             share = f"{repeated / len(lines):.0%}"
@@ -185,6 +188,6 @@ def _words(text: str) -> int:
     return sum(len(line.split()) + 1 for line in text.split("\n")) - 1
 
 
-def _long_lines(text: str) -> list[int]:
-    """Hashes of the lines of at least LONG_LINE characters."""
-    return [hash(line) for line in text.splitlines() if len(line) >= LONG_LINE]
+def _long_lines(text: str, shortest: int) -> list[int]:
+    """Hashes of the lines of at least `shortest` characters."""
+    return [hash(line) for line in text.splitlines() if len(line) >= shortest]

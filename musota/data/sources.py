@@ -1,12 +1,14 @@
 """Sources of texts: a table from corpus name to its reader, and the user's own files."""
 
 import ast
+import gzip
 import hashlib
 import importlib.util
 import os
 import re
 import sys
 import sysconfig
+import zlib
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
@@ -21,8 +23,9 @@ from musota.files import as_path, cache_folder, write_text
 SPLITS = ("train", "valid", "test")
 # Names of a split's file, with or without "wiki." before and with any of ENDINGS.
 FILE_NAMES = {"train": ["train"], "valid": ["valid", "validation", "val", "dev"], "test": ["test"]}
-ENDINGS = (".txt", ".tokens", ".raw")
+ENDINGS = (".txt", ".tokens", ".raw", ".txt.gz", ".tokens.gz", ".raw.gz")
 SHARES = {"train": (0, 0.90), "valid": (0.90, 0.95), "test": (0.95, 1)}  # of one text
+HUB_PREFIX = "hf:"  # before the name of any other dataset of the hub
 HUB_REPOSITORY = "Salesforce/wikitext"
 HUB_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 HUB_TIMEOUT = 5  # seconds
@@ -50,23 +53,25 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, str]]:
             return name, f"{source}; wikitext-2 {UNAVAILABLE}", texts
     place = find_text(name, data_dir)
     if place is None:
-        return (name, *SOURCES[name]())
+        return (name, *SOURCES[name]()) if name in SOURCES else _read_dataset(name)
     if place.is_dir():
         return place.resolve().name, "local folder", _read_folder(place)
     texts = _split_text(read_text(place))
-    return place.resolve().stem, f"local file {place.name}, split 90/5/5", texts
+    stem = Path(place.resolve().name.removesuffix(".gz")).stem
+    return stem, f"local file {place.name}, split 90/5/5", texts
 
 
 def find_text(name: str, data_dir) -> Path | None:
-    """The folder or file of a corpus; None for `auto`, and one of SOURCES without a local copy.
-    Raises MusotaError if there is no such corpus."""
+    """The folder or file of a corpus; None for `auto`, a dataset of the hub, and one of SOURCES
+    without a local copy. Raises MusotaError if there is no such corpus."""
+    is_named = name in ("auto", *SOURCES) or name.startswith(HUB_PREFIX)
     places = [as_path(data_dir) / name] if data_dir else []
-    if name not in ("auto", *SOURCES):
+    if not is_named:
         places.insert(0, as_path(name))
     for place in places:
         if os.path.isdir(place) or os.path.isfile(place):  # unlike Path's they accept any string
             return place
-    if name in ("auto", *SOURCES):
+    if is_named:
         return None
     if "/" in name or os.sep in name:
         raise MusotaError(f"There is no {name}: give the path of a folder or of one text.")
@@ -75,12 +80,14 @@ def find_text(name: str, data_dir) -> Path | None:
 
 def read_text(path: str | os.PathLike) -> str:
     """The text of a file, exactly as `load_corpus` reads it. Raises MusotaError."""
+    open_text = gzip.open if as_path(path).suffix == ".gz" else open
     try:
-        return _clean(as_path(path).read_text(encoding="utf-8-sig"))
+        with open_text(as_path(path), "rt", encoding="utf-8-sig") as file:
+            return _clean(file.read())
     except UnicodeDecodeError:
         raise MusotaError(f"{path} is not UTF-8: convert it, for example with iconv.") from None
-    except OSError as error:
-        raise MusotaError(f"{path} cannot be read: {error.strerror}.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise MusotaError(f"{path} cannot be read: {error.args[-1]}.") from None
 
 
 def _clean(text: str) -> str:
@@ -100,7 +107,7 @@ def _read_folder(folder: Path) -> dict[str, str]:
     return texts
 
 
-def _split_text(text: str) -> dict[str, str]:
+def _split_text(text: str, shares: dict[str, tuple] = SHARES) -> dict[str, str]:
     """A text by split. Each split ends with a paragraph, else a line, if one ends nearby."""
 
     def cut(share: float) -> int:
@@ -108,38 +115,80 @@ def _split_text(text: str) -> dict[str, str]:
         ends = [text.find(end, start, start + near) + len(end) for end in ("\n\n", "\n")]
         return next((end for end in ends if end > start > 0), start)
 
-    return {split: text[cut(start) : cut(end)] for split, (start, end) in SHARES.items()}
+    return {split: text[cut(start) : cut(end)] for split, (start, end) in shares.items()}
 
 
 class HubUnreachable(MusotaError):
     """The corpus is neither on this machine nor available from the hub."""
 
 
-def _read_hub(name: str) -> tuple[str, dict[str, str]]:
-    """A corpus from the Hugging Face cache or the hub. Raises HubUnreachable within seconds."""
+def _load_dataset(name: str, place: str, config: str | None, revision: str | None = None):
+    """Where a dataset was found, and its rows by split: in the folder `place`, on the hub or, where
+    that does not provide it within seconds, in the cache. Raises HubUnreachable."""
     import datasets
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    source, was_offline = "the Hugging Face hub", datasets.config.HF_HUB_OFFLINE
+    source, refused, was_offline = "the Hugging Face hub", None, datasets.config.HF_HUB_OFFLINE
     try:
-        HfApi().dataset_info(HUB_REPOSITORY, revision=HUB_REVISION, timeout=HUB_TIMEOUT)
-    except Exception:  # the hub's client raises many types
-        source, datasets.config.HF_HUB_OFFLINE = "the Hugging Face cache", True
+        if os.path.isdir(place):
+            source = "local dataset"
+        else:
+            HfApi().dataset_info(place, revision=revision, timeout=HUB_TIMEOUT)
+    except Exception as error:  # the hub's client raises many types
+        source, refused, datasets.config.HF_HUB_OFFLINE = "the Hugging Face cache", error, True
     try:
-        rows = datasets.load_dataset(HUB_REPOSITORY, f"{name}-v1", revision=HUB_REVISION)
+        return source, datasets.load_dataset(place, config, revision=revision)
     except Exception as error:
+        failed = f"{name} {UNAVAILABLE}" if refused else f"{name} cannot be loaded"
+        reason = f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split()):.300}"
+        if refused:
+            unknown = isinstance(refused, RepositoryNotFoundError | HFValidationError)
+            reason = "there is none, or a private one" if unknown else type(refused).__name__
         raise HubUnreachable(
-            f"{name} {UNAVAILABLE} ({type(error).__name__}): put train.txt, valid.txt "
+            f"{failed} ({reason}): check the name and the network, put train.txt, valid.txt "
             f"and test.txt into $MUSOTA_DATA_DIR/{name}/, or copy a Hugging Face datasets cache "
             "to this machine, or use the corpus python-docs."
         ) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
-    texts = {}
-    for split, hub_split in zip(SPLITS, ("train", "validation", "test"), strict=True):
-        lines = (line.removesuffix("\n") for line in rows[hub_split]["text"])
-        texts[split] = _clean("\n".join(lines) + "\n")
-    return source, texts
+
+
+def _text_of(rows, column: str) -> str:
+    """The text of a dataset's rows, each of which ends a line."""
+    lines = (line.removesuffix("\n") for line in rows[column] if line is not None)
+    return _clean("\n".join(lines) + "\n")
+
+
+def _read_hub(name: str) -> tuple[str, dict[str, str]]:
+    """WikiText from the Hugging Face cache or the hub. Raises HubUnreachable within seconds."""
+    source, rows = _load_dataset(name, HUB_REPOSITORY, f"{name}-v1", HUB_REVISION)
+    hub_splits = zip(SPLITS, ("train", "validation", "test"), strict=True)
+    return source, {split: _text_of(rows[hub_split], "text") for split, hub_split in hub_splits}
+
+
+def _read_dataset(name: str) -> tuple[str, str, dict[str, str]]:
+    """(name, source, text by split) of the dataset `hf:NAME` or `hf:NAME:CONFIG`. Its text is the
+    column `text`, or its only column of strings. Splits that it lacks are cut off its train."""
+    place, _, config = name.removeprefix(HUB_PREFIX).partition(":")
+    source, rows = _load_dataset(name, place, config or None)
+    splits = {split: next(filter(rows.get, names), None) for split, names in FILE_NAMES.items()}
+    if not splits["train"]:
+        raise MusotaError(f"{name} has no rows in a split `train`, only in {', '.join(rows)}.")
+    kinds = rows["train"].features
+    strings = [one for one, kind in kinds.items() if "string" in str(getattr(kind, "dtype", ""))]
+    column, *others = ["text"] if "text" in strings else strings or [None]
+    if others or not column:
+        columns = f"has no column `text`, nor a single one of strings, among {', '.join(kinds)}"
+        raise MusotaError(f"{name} {columns}: write the text into a folder or a file.")
+    texts = {split: _text_of(rows[one], column) for split, one in splits.items() if one}
+    if missing := [split for split in SPLITS if not splits[split]]:
+        shares = {"train": (0, 0.95), missing[0]: (0.95, 1)} if len(missing) == 1 else SHARES
+        texts |= _split_text(texts["train"], shares)
+        source += f", {' and '.join(missing)} cut off train, 5% each"
+    if os.path.isdir(place):
+        name = f"{HUB_PREFIX}{Path(place).resolve().name}:{config}".rstrip(":")
+    return name, source, {split: texts[split] for split in SPLITS}
 
 
 def _python_docs() -> tuple[str, dict[str, str]]:

@@ -10,7 +10,7 @@ _MODULES = {
     "musota.lab.ngrams": "measure_ngrams",
     "musota.lab.plan_rules": "REPORTED plan_applies plan_verdicts",
     "musota.lab.profiles": "GRID_PROFILES PROFILES Profile check_changes find_profile scaled",
-    "musota.lab.root_causes": "Cause Suspect advice grid judge next_command",
+    "musota.lab.root_causes": "Cause Suspect advice grid judge",
     "musota.lab.stats": "SEED_SPREAD Interval paired_bootstrap pooled_contrast seed_interval",
     "musota.lab.sweep": "best_rate run_sweeps swept tuned",
     "musota.lab.verdicts": "Verdict against_ngrams compare compare_with_matched least_to_beat",

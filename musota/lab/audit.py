@@ -1,9 +1,12 @@
 """Audit of any torch language model: leaks between tokens or sequences, and errors in the loss."""
 
 import math
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 
 import numpy as np
@@ -28,6 +31,7 @@ STEPS, STEP_ROWS, STEP_TOKENS, RATE = 250, 8, 16, 2e-3  # of training on them
 SURE = 5  # standard errors: a false alarm in millions
 SHOWN = 24  # tokens of the figure
 ROUNDING = 1e-5  # of the largest logit: a convolution by FFT spreads as much everywhere
+AGAIN = 12  # repeated calls that must agree before a model is accused
 MODES = {"in evaluation": False, "in training": True}
 SHIFTS = ("not shifted", "shifted once", "shifted twice")  # targets against logits
 FAULTS = {  # decisions that make a model dishonest, and what to do
@@ -39,10 +43,7 @@ FAULTS = {  # decisions that make a model dishonest, and what to do
     "not shifted": "compare logits[:, :-1] with ids[:, 1:]",
     "shifted twice": "shift the targets in one place only",
 }
-OTHERS = {
-    "mixes rows": "changing one row of a batch moved another",
-    "keeps a state": "the same batch gave other logits after another call",
-}
+OTHERS = {"mixes rows": "one row moved another", "keeps a state": "an earlier call moved logits"}
 WRITES = {"writes into its input": "targets that share memory with the ids change with them"}
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
@@ -58,8 +59,14 @@ class Audit:
 
     @property
     def honest(self) -> bool:
-        """Whether the perplexity can be trusted: no finding is a fault."""
-        return not any(finding.decision in FAULTS for finding in self.findings)
+        """Whether the perplexity can be trusted: no finding is a fault, and none is undecided."""
+        return self.status == 0
+
+    @property
+    def status(self) -> int:
+        """0 honest, 1 not honest, 2 a question could not be decided."""
+        decisions = {finding.decision for finding in self.findings}
+        return 1 if decisions & FAULTS.keys() else 2 * ("undecided" in decisions)
 
     def figure(self) -> Figure:
         """Which logits move with which token, and the loss on random tokens."""
@@ -74,23 +81,22 @@ class Audit:
         right.set_title("Loss on random tokens: no honest model falls below the line")
         right.legend(fontsize=8, loc="upper right")
         faults = [finding.decision for finding in self.findings if finding.decision in FAULTS]
-        figure.suptitle(f"NOT honest: {', '.join(faults)}" if faults else "Honest: no fault found")
+        figure.suptitle(f"NOT honest: {', '.join(faults)}" if faults else "No fault found")
         return figure
 
     def __str__(self) -> str:
-        first = f"This model is {'honest' if self.honest else 'NOT honest'}."
-        return "\n".join([first, *(f"- {finding}" for finding in self.findings)])
+        first = f"This model is {('honest', 'NOT honest', 'not judged')[self.status]}."
+        return "\n- ".join([first, *map(str, self.findings)])
 
 
 def draw_changes(axis: Axes, change: np.ndarray) -> None:
-    """Draws which predictions (columns) change when one token (row) is replaced: blue where that
-    is allowed, red where a prediction depends on a later token."""
+    """Draws which predictions (columns) change when a token (row) does; of later tokens in red."""
     kind = (change > 0).astype(int)
     kind += np.tril(kind, -1)  # 0 unchanged, 1 allowed, 2 of a later token
     axis.imshow(kind, cmap=ListedColormap(["white", "#0072B2", "#C62828"]), vmin=0, vmax=2)
     axis.set(xlabel="position of the prediction", ylabel="position of the replaced token")
     answer = "Yes" if (kind == 2).any() else "No"
-    axis.set_title(f"Does a prediction depend on later tokens (red)? {answer}")
+    axis.set_title(f"Does a prediction depend on a later token (red)? {answer}")
 
 
 @dataclass(frozen=True)
@@ -108,14 +114,15 @@ def audit(module: nn.Module, vocab_size: int, max_seq_len: int, loss: Loss | Non
     tuple that begins with it, or an object with `.logits`.
 
     `loss(module, ids)` is the author's own training loss of (B, T) ids, a scalar in nats. Only
-    copies of the module are called, and torch's random state stays as it is. Raises MusotaError
-    for what is no such module, and for errors raised by its code.
+    copies of the module are called; random states stay. Raises MusotaError where that fails.
     """
     _check(module, vocab_size, max_seq_len)
     vocab_size, max_seq_len = int(vocab_size), int(max_seq_len)
     device = next(module.parameters(), torch.empty(0)).device
     prepare_memory(device)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), ExitStack() as after:
+        after.callback(random.setstate, random.getstate())
+        after.callback(np.random.set_state, np.random.get_state())
         draw = Generator().manual_seed(0)
         ids = torch.randint(vocab_size, (2, max_seq_len), generator=draw).to(device)
         module = _complete(module, ids, vocab_size)
@@ -123,18 +130,15 @@ def audit(module: nn.Module, vocab_size: int, max_seq_len: int, loss: Loss | Non
         nets = {"as initialised": module, "with noise on its weights": noisy}
         probes = [_probe((m, w), nets[w], ids, vocab_size) for m in MODES for w in nets]
         shown = next((probe for probe in probes if probe.ahead), probes[1])
-        (mode, weights), first = shown.settings, ids[:, :SHOWN]
-        change = _changes(nets[weights], MODES[mode], first, vocab_size, range(first.shape[1]))
+        (mode, weights), positions = shown.settings, range(min(SHOWN, max_seq_len))
+        first = _first(module, ids, SHOWN, vocab_size)
+        change = _changes(nets[weights], MODES[mode], first, vocab_size, positions)[:, :SHOWN]
         change = change * (change > shown.tolerance)
-        shown.ahead.extend(_ahead(change, range(first.shape[1])))
+        shown.ahead.extend(_ahead(change, positions))
         shown.showed.update(["looks ahead"] if shown.ahead else ())
         about_loss, scale = _judge_loss(noisy, ids, vocab_size, loss, draw)
-        try:
-            losses = _on_random_tokens(module, ids, vocab_size, loss, draw)
-        except MusotaError:
-            if not any("keeps a state" in probe.showed for probe in probes):
-                raise
-            losses = []  # a state with a history cannot be trained
+        trains = all("keeps a state" not in probe.showed for probe in probes)
+        losses = _on_random_tokens(module, ids, vocab_size, loss, draw) if trains else []
         symbols = min(SYMBOLS, vocab_size)
         findings = (
             _looks_ahead(probes),
@@ -168,8 +172,7 @@ def _check(module, vocab_size, max_seq_len) -> None:
 @torch.no_grad()
 def _complete(module: nn.Module, ids: Tensor, vocab_size: int) -> nn.Module:
     """The module, or a copy with the parameters that it creates in its first call."""
-    called = _copy(module, False)
-    checked_logits(called, ids.clone(), vocab_size)
+    checked_logits(called := _copy(module, False), ids.clone(), vocab_size)
     before, after = (dict(each.named_parameters()).keys() for each in (module, called))
     creates = before != after or any(map(is_lazy, (*module.parameters(), *module.buffers())))
     return called.train(module.training) if creates else module
@@ -179,9 +182,8 @@ def _copy(module: nn.Module, training: bool) -> nn.Module:
     """A copy, without the dropout of recurrent layers, which cuDNN draws where no seed applies."""
     with blaming("The model, when copied,"):
         copied = copy_module(module).train(training)
-    for part in copied.modules():
-        if isinstance(part, nn.RNNBase):
-            part.dropout = 0.0
+    for part in (part for part in copied.modules() if isinstance(part, nn.RNNBase)):
+        part.dropout = 0.0
     return copied
 
 
@@ -192,8 +194,7 @@ def _shaken(module: nn.Module, ids: Tensor, draw: Generator) -> nn.Module:
         for weight in (w for w in shaken.parameters() if w.is_floating_point() or w.is_complex()):
             size = float(weight.detach().abs().float().square().mean().sqrt())
             size = size or (weight[0].numel() ** -0.5 if weight.dim() > 1 else 0.1)
-            noise = torch.randn(weight.shape, generator=draw).to(weight)
-            weight.data += strength * size * noise
+            weight.data += strength * size * torch.randn(weight.shape, generator=draw).to(weight)
         if _logits(shaken, ids.clone()).isfinite().all():
             return shaken
     return _copy(module, False)
@@ -202,21 +203,36 @@ def _shaken(module: nn.Module, ids: Tensor, draw: Generator) -> nn.Module:
 @torch.no_grad()
 def _logits(net: nn.Module, ids: Tensor) -> Tensor:
     """Logits, always from the same random state. The ids are a copy that the net may write into."""
-    torch.manual_seed(0)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(0)
     with blaming("The model"):
         return logits_of(net, ids).float()
 
 
+def _first(module: nn.Module, ids: Tensor, tokens: int, vocab_size: int) -> Tensor:
+    """The first `tokens` of the ids; all of them for a model that takes one length only."""
+    with suppress(MusotaError):
+        checked_logits(_copy(module, True), ids[:, :tokens].clone(), vocab_size)
+        return ids[:, :tokens]
+    return ids
+
+
+def _fresh_logits(module: nn.Module, training: bool, *batches: Tensor) -> Tensor:
+    """Logits of the last of the batches that a fresh copy of the module is called on."""
+    called = _copy(module, training)
+    return [_logits(called, batch.clone()) for batch in batches][-1]
+
+
 def _changes(
-    module: nn.Module, training: bool, ids: Tensor, vocab_size: int, positions: Sequence[int]
+    module: nn.Module, training: bool, ids: Tensor, vocab_size: int, positions, length: int = 1
 ) -> Tensor:
-    """(positions, T): largest change of a logit at each place after replacing, in every row, the
-    token at each position in turn. Every call has the same shape and is the first of a copy."""
-    base, changes = _logits(_copy(module, training), ids.clone()), [torch.zeros(0, ids.shape[1])]
+    """(positions, T): largest change of a logit at each place after replacing, in every row,
+    `length` tokens from each position on. All calls have one shape; each is the first of a copy."""
+    base, changes = _fresh_logits(module, training, ids), [torch.zeros(0, ids.shape[1])]
     for t in positions:
         other = ids.clone()
-        other[:, t] = (ids[:, t] + 1) % vocab_size
-        moved = _logits(_copy(module, training), other).sub_(base).abs_()
+        other[:, t : t + length] = (ids[:, t : t + length] + 1) % vocab_size
+        moved = _fresh_logits(module, training, other).sub_(base).abs_()
         changes.append(moved.amax((0, 2))[None].cpu())
     return torch.cat(changes)
 
@@ -228,56 +244,54 @@ def _ahead(moved: Tensor, positions: Sequence[int]) -> list[int]:
 
 def _probe(settings: tuple[str, str], module: nn.Module, ids: Tensor, vocab_size: int) -> Probe:
     training = MODES[settings[0]]
+    called = partial(_fresh_logits, module, training)
     given = ids.clone()  # its _version counts what is written, even values that it already has
-    base, same = (_logits(_copy(module, training), one) for one in (given, ids.clone()))
-    noise, largest = float(same.sub_(base).abs_().max()), float(base.abs().max())
+    base = _logits(_copy(module, training), given)
+    noise, largest = float((called(ids) - base).abs().max()), float(base.abs().max())
     tolerance, last = ROUNDING * largest + 4 * noise, ids.shape[1] - 1
     positions = [t for t in sorted({1, last // 3, last // 2, last}) if 0 < t <= last]
-    change = _changes(module, training, ids, vocab_size, positions)
-    other, kept = ids.clone(), _copy(module, training)
-    other[0] = (ids[0] + 1) % vocab_size
-    beside = _logits(_copy(module, training), other.clone()).sub_(base).abs_()
-    after = [_logits(kept, one) for one in (other, ids.clone())][1].sub_(base).abs_()
+    change, rest = (_changes(module, training, ids, vocab_size, positions, n) for n in (1, last))
     ahead = _ahead(change > tolerance, positions)
-    found = {
-        "looks ahead": ahead,
-        "mixes rows": beside[1].max() > tolerance,
-        "keeps a state": after.max() > tolerance,
-        "writes into its input": given._version or not given.equal(ids),
-        "undecided": noise > 1e-3 * largest,
+    other = torch.cat([(ids[:1] + 1) % vocab_size, ids[1:]])
+    seen = {
+        "looks ahead": ahead or _ahead(rest > tolerance, positions),
+        "mixes rows": (called(other) - base)[1].abs().max() > tolerance,
+        "keeps a state": (called(other, ids) - called(ids, ids)).abs().max() > tolerance,
     }
-    return Probe(settings, tolerance, ahead, {name for name, holds in found.items() if holds})
-
-
-def _shifted_loss(net: nn.Module, ids: Tensor) -> Tensor:
-    """The loss where none is given: cross-entropy in nats, targets shifted once."""
-    logits = logits_of(net, ids[:, :-1].clone())  # the targets share the memory of the ids
-    return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+    if any((called(ids) - base).abs().max() > tolerance for _ in range(AGAIN * any(seen.values()))):
+        noise, tolerance, ahead, seen = math.inf, math.inf, [], {}  # equal calls differ
+    seen["undecided"] = noise > 1e-3 * largest
+    seen["writes into its input"] = given._version or not given.equal(ids)
+    return Probe(settings, tolerance, ahead, {name for name, holds in seen.items() if holds})
 
 
 def _on_random_tokens(
     module: nn.Module, like: Tensor, vocab_size: int, loss: Loss | None, draw: Generator
 ) -> list[float]:
     """The training loss of each step, on new tokens drawn uniformly from SYMBOLS of them."""
-    net = _copy(module, True)
+    net, tokens = _copy(module, True), _first(module, like, STEP_TOKENS, vocab_size).shape[1]
     weights = [weight for weight in net.parameters() if weight.requires_grad]
+    # Adam needs dense gradients and single precision, of which a master is the weight itself.
+    masters = [w.detach().to(torch.promote_types(w.dtype, torch.float32)) for w in weights]
     fused = not any(weight.is_complex() for weight in weights)
-    optimizer = torch.optim.AdamW(weights, RATE, fused=fused) if weights else None
-    shape = STEP_ROWS, min(like.shape[1], STEP_TOKENS) + (loss is None)  # whose targets end later
+    optimizer = torch.optim.AdamW(masters, RATE, fused=fused) if weights else None
+    shape = STEP_ROWS, tokens + (loss is None)  # whose targets end later
     some, losses = torch.randperm(vocab_size, generator=draw)[:SYMBOLS], []
     for _ in range(STEPS):
         ids = some[torch.randint(len(some), shape, generator=draw)].to(like.device)
         with blaming("The loss" if loss else "The model in training"):
-            value = (loss or _shifted_loss)(net, ids)
+            logits = None if loss else logits_of(net, ids[:, :-1].clone())
+            value = loss(net, ids) if loss else F.cross_entropy(logits.float().mT, ids[:, 1:])
             losses.append(float(value.detach()))
             if optimizer and value.requires_grad and value.isfinite():
                 value.backward()
-                for weight in weights:  # Adam takes no sparse gradients
-                    if weight.grad is not None and weight.grad.is_sparse:
-                        weight.grad = weight.grad.to_dense()
-                nn.utils.clip_grad_norm_(weights, 1.0)
+                for weight, master in zip(weights, masters, strict=True):
+                    grad, weight.grad = weight.grad, None
+                    master.grad = None if grad is None else grad.to_dense().to(master.dtype)
+                nn.utils.clip_grad_norm_(masters, 1.0)
                 optimizer.step()
-                optimizer.zero_grad()
+                for weight, master in zip(weights, masters, strict=True):
+                    weight.data.copy_(master)
     return losses
 
 
@@ -326,7 +340,8 @@ def _judge(question: str, probes: Sequence[Probe], may_show: dict, otherwise: tu
 
 
 def _looks_ahead(probes: Sequence[Probe]) -> Verdict:
-    question, seen = "Does a token move the logits before it?", ""
+    question = "Does a token move the logits before it?"
+    seen = "the logits at t move when all the tokens after it are replaced"
     if ahead := [distance for probe in probes for distance in probe.ahead]:
         seen = f"the logits at t read token t+{min(ahead)}"
         seen += f", and up to t+{max(ahead)}" * (max(ahead) > min(ahead))
@@ -335,8 +350,7 @@ def _looks_ahead(probes: Sequence[Probe]) -> Verdict:
 
 
 def _random_floor(losses: Sequence[float], symbols: int) -> Verdict:
-    """On tokens drawn evenly from `symbols`, a model that does not read them in advance has a loss
-    of ln(symbols) on average. `losses`: one a training step, in nats."""
+    """Only a model that reads in advance has a mean loss below ln(symbols) on even draws."""
     question, floor = f"Does it predict random tokens better than ln {symbols}?", math.log(symbols)
     last = np.asarray(losses[-max(2, len(losses) // 4) :], float)
     if len(last) < 2 or not np.isfinite(last).all():

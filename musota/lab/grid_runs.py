@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from filelock import FileLock
 
 from musota.config import Experiment
 from musota.data.corpus import Corpus
@@ -97,11 +98,13 @@ def read_table(path: str | os.PathLike) -> list[Row]:
 
 
 def add_row(path: Path, row: Row) -> None:
-    """Add a row to a csv table, in place of an earlier row of the same run."""
-    rows = [old for old in read_table(path) if old.identity != row.identity]
-    table = pd.DataFrame([each.to_csv() for each in (*rows, row)])
+    """Add a row to a csv table, in place of an earlier row of the same run. Several processes may
+    do so at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, table.to_csv(index=False, lineterminator="\n"))
+    with FileLock(f"{path}.lock"):
+        rows = [old for old in read_table(path) if old.identity != row.identity]
+        table = pd.DataFrame([each.to_csv() for each in (*rows, row)])
+        write_text(path, table.to_csv(index=False, lineterminator="\n"))
 
 
 def print_run(row: Row | None, rows: Mapping[str, Mapping[int, Row | None]], left: int) -> None:
@@ -133,27 +136,43 @@ def run_many(
     and its folder removed. On a CPU every core trains a run, on a GPU they take turns. `each` is
     called at the start and after every run, as `print_run`. Raises MusotaError if a process dies.
     """
-    texts = {share: _text(corpus, share) for share in {run.share for run in runs.values()}}
     known = {} if fresh else {row.identity: row for row in read_table(table)}
-    wanted, jobs = {}, []
-    for name, seed in ((name, seed) for seed in seeds for name in runs):
-        experiment, text = runs[name].at(profile, **changes), texts[runs[name].share]
-        wanted[name, seed] = identity = experiment, text.fingerprint, seed
-        label = ",".join([name, *(f"{field}={value}" for field, value in changes.items())])
-        how = {"experiment": experiment, "corpus": text, "seed": seed, "name": label}
-        how |= {"run_dir": Path(folder) / f"{label}-seed{seed}", "resume": not fresh}
-        if identity not in known:
-            jobs.append(how)
-    found = {name: {seed: known.get(wanted[name, seed]) for seed in seeds} for name in runs}
-    each(None, found, len(jobs))
-    for done, row in enumerate(_train_all(jobs), start=1):
-        for name, seed in wanted:
-            if wanted[name, seed] == row.identity:
+    jobs = find_jobs(runs, seeds, profile, corpus, changes)
+    left = [job for job in jobs.values() if identity_of(job) not in known]
+    found = {name: {s: known.get(identity_of(jobs[name, s])) for s in seeds} for name in runs}
+    each(None, found, len(left))
+    for job in left:
+        job |= {"run_dir": Path(folder) / f"{job['name']}-seed{job['seed']}", "resume": not fresh}
+    for done, row in enumerate(_train_all(left), start=1):
+        for (name, seed), job in jobs.items():
+            if identity_of(job) == row.identity:
                 found[name][seed] = row
         add_row(Path(table), row)
         shutil.rmtree(Path(folder) / f"{row.name}-seed{row.seed}", ignore_errors=True)
-        each(row, found, len(jobs) - done)
+        each(row, found, len(left) - done)
     return found
+
+
+def find_jobs(
+    runs: Mapping[str, GridRun],
+    seeds: Sequence[int],
+    profile: Profile,
+    corpus: Corpus,
+    changes: Mapping = {},
+) -> dict[tuple[str, int], dict]:
+    """What `train` needs for each run of a grid, by name and seed."""
+    texts = {share: _text(corpus, share) for share in {run.share for run in runs.values()}}
+    jobs = {}
+    for name, seed in ((name, seed) for seed in seeds for name in runs):
+        label = ",".join([name, *(f"{field}={value}" for field, value in changes.items())])
+        job = {"experiment": runs[name].at(profile, **changes), "corpus": texts[runs[name].share]}
+        jobs[name, seed] = job | {"seed": seed, "name": label}
+    return jobs
+
+
+def identity_of(job: Mapping) -> tuple[Experiment, str, int]:
+    """`Row.identity` of the row that a job makes."""
+    return job["experiment"], job["corpus"].fingerprint, job["seed"]
 
 
 def _text(corpus: Corpus, share: float) -> Corpus:

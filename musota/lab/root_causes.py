@@ -2,14 +2,12 @@
 they say."""
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
 from musota.lab.grid_runs import GridRun, Row
-from musota.lab.profiles import GRID_PROFILES, scaled
 from musota.lab.stats import RELEVANT, Interval, pooled_contrast
 from musota.lab.sweep import lowest
 from musota.lab.verdicts import Verdict, in_nats
@@ -72,11 +70,6 @@ MORE_TEXT, PREFER = "get more text", "prefer the transformer"
 COMPARE = "compare with the transformer, each at its own best rate"
 DATA = "too little data (half → all, same steps)"
 ARCHITECTURE = "architecture (→ parameter-matched transformer)"
-COMMANDS = {  # for advice that changes no field
-    MORE_TEXT: "run --only 01,02,03,04 --corpus wikitext-103",
-    COMPARE: "evidence --only sweep,tuned",
-    PREFER: "run --only 03",
-}
 
 
 def grid(profile: str) -> tuple[dict[str, GridRun], list[Suspect], range]:
@@ -215,14 +208,10 @@ def _changed(before: Row, after: Row) -> str:
     return ", ".join(f"{name} {old[name]:,.9g} → {new[name]:,.9g}" for name in differing)
 
 
-def causes_left(causes: Sequence[Cause]) -> list[Cause]:
-    """The causes about which something is left to do."""
-    return [cause for cause in causes if cause.decision == "cause" and cause.advice]
-
-
 def advice(causes: Sequence[Cause]) -> Verdict:
     """The cause with the largest certain gain, and what to change, the largest gain first."""
-    question, left = "Which cause holds the model back most?", causes_left(causes)
+    question = "Which cause holds the model back most?"
+    left = [cause for cause in causes if cause.decision == "cause" and cause.advice]
     if not left:
         reason = "no suspect lowers the loss by enough, and certainly"
         return Verdict(question, "none found", reason=reason)
@@ -231,36 +220,3 @@ def advice(causes: Sequence[Cause]) -> Verdict:
     reason = f"the change of the valid loss without it ({most.changed})"
     found = in_nats(most.effect) | {"reason": reason, "next_step": order}
     return Verdict(question, most.name, good=True, **found)
-
-
-def next_command(causes: Sequence[Cause], profile: str, corpus: str) -> str:
-    """A sentence with the command that makes the change of the largest certain gain, and the same
-    change as a parameter of the notebooks; `corpus` as the user named it."""
-    left = causes_left(causes)
-    if not left:
-        return "No change is advised: more seeds, or a larger profile, may decide."
-    step = left[0].advice
-    changes = {} if step in COMMANDS else advised_changes(left[0], profile)
-    line = f"{COMMANDS.get(step, 'run --only 02,03,04')} --profile {profile}"
-    line += "" if "--corpus" in line else f" --corpus {shlex.quote(corpus)}"
-    line += "".join(f" --set {name}={value}" for name, value in changes.items())
-    notebooks = f", or in notebooks 02 to 04 `changes = {changes}`" if changes else ""
-    return f"To {step}: `musota {line}`{notebooks}."
-
-
-def advised_changes(suspect: Suspect, profile: str) -> dict[str, float]:
-    """What to change in `optimized` at the size of a profile, by field; nothing where `optimized`
-    has it already. Rates are those that were measured. Counts change in proportion, because the
-    models of the grid are smaller."""
-    pair = [grid(profile)[0][name] for name in (suspect.before, suspect.after)]
-    before, after = (run.at(GRID_PROFILES[profile]).fields() for run in pair)
-    full, planned = pair[1].experiment.fields(), experiments["optimized"].fields()
-    present, changes = scaled("optimized", profile).fields(), {}
-    for name, new in after.items():
-        value = float(f"{new:.9g}") if isinstance(new, float) else new
-        if isinstance(new, int):
-            in_proportion = max(1, round(present[name] * new / max(1, before[name])))
-            value = present[name] if full[name] == planned[name] else in_proportion
-        if new != before[name] and value != present[name]:
-            changes[name] = value
-    return changes

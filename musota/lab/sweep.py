@@ -57,6 +57,12 @@ def run_sweeps(
     return losses
 
 
+def rates_left(rows: Sequence[Row], profile: Profile) -> list[float]:
+    """The rates that a sweep needs: the first six, and those beyond an edge of what is measured."""
+    measured = [losses for losses in swept(rows, profile).values() if {*FIRST_RATES} <= {*losses}]
+    return sorted({*FIRST_RATES, *(rate for losses in measured for rate in next_rates(losses))})
+
+
 def swept(rows: Sequence[Row], profile: Profile) -> dict[str, dict[float, list[float]]]:
     """Losses by title and learning rate, of the models whose sweep is among the rows."""
     found = {}

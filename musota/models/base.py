@@ -46,6 +46,7 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
         super().__init__()
         self.config = config
         self.tokenizer: TextTokenizer | None = None
+        self.measured: dict = {}  # what its model card states; see Run.load_model
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         shape = config.max_seq_len, config.d_model
         self.positions = nn.Embedding(*shape) if learned_positions else None

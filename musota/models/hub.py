@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -36,10 +36,36 @@ ARCHITECTURES = {
 CARD = """---
 {{ card_data }}
 ---
-A small causal language model, trained for research: do not rely on the text it generates.
+# {{ model.measured.title or "A model of the musota package" }}
+
+A small causal language model ({{ "{:,}".format(model.config.n_parameters) }} parameters), trained
+for research: do not rely on the text it generates.
 `model = musota.CausalLM.from_pretrained(folder)` loads it; `model.generate("A text", 50)[0]` gives
 tokens, which `model.tokenizer.decode` turns into text.
+
+## Measured
+{% if run %}
+Text: {{ run.corpus.name }} ({{ run.corpus.source }}), {{ "{:,}".format(run.corpus.tokens.train) }}
+training tokens, fingerprint `{{ run.corpus.fingerprint }}`.
+
+| split | tokens | PPL | accuracy | bits per byte |
+|---|---|---|---|---|
+{% for split, p in [("valid", ""), ("test", "test_")] if p + "ppl" in run -%}
+| {{ split }} | {{ "{:,}".format(run.corpus.tokens[split]) }} | {{ run[p + "ppl"]|round(1) }} | {{
+  "{:.1%}".format(run[p + "accuracy"]) }} | {{ run[p + "bits_per_byte"]|round(3) }} |
+{% endfor %}
+PPL is per token of the model's own tokenizer, in windows of {{ model.config.max_seq_len }} tokens
+without overlap. The weights, sha256 `{{ run.best_weights_sha256 }}`, are those of epoch
+{{ run.best_epoch }} of {{ run.epochs_done }}, the best on valid; seed {{ run.seed }}, on
+{{ run.device }}, {{ run.date }}, {{ run.versions }}. All settings: `measured.json`.
+{% else %}
+Nothing was measured with these weights.
+{% endif %}
+## Audit
+
+{{ audit or "Not audited: give save_pretrained or push_to_hub `audit=musota.audit`." }}
 """
+MEASURED = "measured.json"  # the file that holds `CausalLM.measured`
 
 
 def build_model(config: ModelConfig) -> "CausalLM":
@@ -82,6 +108,8 @@ def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") ->
         model.load_state_dict(weights)
         if (folder / "tokenizer.json").exists():
             model.tokenizer = TextTokenizer.load(folder / "tokenizer.json")
+        if (folder / MEASURED).exists():
+            model.measured = dict(json.loads((folder / MEASURED).read_text(encoding="utf-8")))
     return model.to(device).eval()
 
 
@@ -91,11 +119,38 @@ ABOUT = {"library_name": "musota", "license": "mit", "pipeline_tag": "text-gener
 class HubModel(ModelHubMixin, **ABOUT, model_card_template=CARD):
     """`save_pretrained`, `push_to_hub` and `from_pretrained`, on huggingface_hub's mixin."""
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **options) -> str | None:
-        return super().save_pretrained(as_path(save_directory), **options)
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, audit=None, model_card_kwargs=None, **options
+    ) -> str | None:
+        """Write the model and its card into a folder. The card states what the run measured, on
+        which text and split, and the answer of `audit`: `musota.audit`, or what that returned."""
+        card = as_path(save_directory) / "README.md"
+        if card.exists() and b"library_name: musota" in card.read_bytes():
+            card.unlink()  # it may be of other weights
+        options["model_card_kwargs"] = model_card_kwargs or {"audit": audit}
+        return super().save_pretrained(card.parent, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_model(save_directory, self.config, self.state_dict(), self.tokenizer)
+        write_json(save_directory / MEASURED, self.measured)
+
+    def push_to_hub(self, repo_id: str, audit=None, model_card_kwargs=None, **options) -> str:
+        """Put the model and its card, as in `save_pretrained`, on the Hugging Face hub; `options`
+        are those of huggingface_hub (private, token, branch, …). Returns the commit's address.
+        Raises MusotaError if the hub refuses or does not answer."""
+        options["model_card_kwargs"] = model_card_kwargs or {"audit": audit}
+        with blaming(f"Pushing to {repo_id} (log in first with `hf auth login`)"):
+            return super().push_to_hub(repo_id, **options)
+
+    def generate_model_card(self, audit=None, **options) -> ModelCard:
+        from musota.models.base import weights_sha256  # which imports this module
+
+        same = self.measured.get("best_weights_sha256") == weights_sha256(self)  # as measured
+        with blaming(f"The model card, made from {MEASURED} and the audit,"):
+            if audit and not hasattr(audit, "honest"):
+                audit = audit(self, self.config.vocab_size, self.config.max_seq_len)
+            filled = {"run": self.measured if same else None, "audit": audit}
+            return super().generate_model_card(model=self, **filled, **options)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, **download) -> "CausalLM":

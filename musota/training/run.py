@@ -19,12 +19,15 @@ from musota.config import Experiment
 from musota.data.corpus import window_count
 from musota.errors import MusotaError
 from musota.files import CONFIG, METRICS, START_OVER, SUMMARY, as_path, read_sealed, sha256
-from musota.models.base import CausalLM
+from musota.models.base import CausalLM, weights_sha256
 from musota.models.hub import load_model
 from musota.models.module import call_once, load_state
 
 # Folders in that of a run, and the weights in BEST.
 CHECKPOINTS, BEST, WEIGHTS = "checkpoints", "checkpoints/best", "model.safetensors"
+# Entries of config.json and summary.json that a model card states.
+MEASURED = "experiment corpus seed epochs_done best_epoch weights_sha256 device date versions "
+MEASURED += "ppl accuracy bits_per_byte test_ppl test_accuracy test_bits_per_byte"
 
 
 class Run:
@@ -149,9 +152,13 @@ class Run:
         return folder
 
     def load_model(self, device: str | torch.device = "cpu") -> CausalLM:
-        """The model of the best epoch. Raises MusotaError if it was not kept, is damaged, or is a
-        module of the user's own (see `load_weights`)."""
-        return load_model(self._best(), device)
+        """The model of the best epoch; its `measured` holds what its model card states of the run.
+        Raises MusotaError if it was not kept, is damaged, or is a module of the user's own (see
+        `load_weights`)."""
+        model, known = load_model(self._best(), device), {**self.config, **self.summary}
+        model.measured = {key: known[key] for key in MEASURED.split() if key in known}
+        model.measured |= {"title": self.title, "best_weights_sha256": weights_sha256(model)}
+        return model
 
     def load_weights(self, module: nn.Module) -> None:
         """Load the weights of the best epoch into a module. Raises MusotaError if they were not

@@ -6,12 +6,14 @@ seeded before each step. So a resumed run ends with the same weights as an unint
 
 import math
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
 import torch
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,6 +30,7 @@ from musota.training.evaluate import blocks_of, exp_nats, health_of, metrics_of,
 from musota.training.optim import OPTIMIZERS, SCHEDULES
 from musota.training.run import Run
 from musota.training.state import Batches, TrainState, halve_micro_batch, train_step
+from musota.training.trackers import Trackers, check_trackers
 
 COMPILE_STEPS = 2000  # GPU runs of at least this many steps regain the compile time
 CPU_TOKENS = 1536  # tokens of a micro-batch on a CPU
@@ -52,6 +55,7 @@ class RunOptions:
     watch: Callable[[Run], None] | None = None  # called with the run after each new record
     copy: Callable[[], None] | None = None  # called every ten minutes and at the end
     about: Mapping = field(default_factory=dict)  # recorded in config.json as it is
+    log_with: str | GeneralTracker | Sequence = ()  # accelerate's trackers: "tensorboard", "wandb"
 
     def __post_init__(self):
         size, share = self.micro_batch, self.stop_at
@@ -60,6 +64,7 @@ class RunOptions:
         object.__setattr__(self, "micro_batch", size and int(size))  # numpy's become Python's
         if not isinstance(share, Real) or not 0 < share <= 1:
             raise MusotaError(f"stop_at must lie in (0, 1], not {share!r}.")
+        object.__setattr__(self, "log_with", check_trackers(self.log_with))
 
 
 def train(
@@ -98,6 +103,9 @@ def train(
     with folder.locked(fresh=not resume):
         accelerator.wait_for_everyone()
         saved = folder.restore()
+        if len({*gather_object([folder.last])}) > 1:
+            different = f"The processes see different checkpoints in {folder.path}"
+            raise MusotaError(f"{different}: use a folder that all machines share.")
         machine.prepare_memory(accelerator.device)
         torch.manual_seed(seed)
         if module is None:
@@ -110,7 +118,10 @@ def train(
             state.load_state_dict(*saved)
         how = {"precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
         folder.write_config(chosen | how)
-        return Trainer(state, batches, experiment, corpus, folder, options).run()
+        settings = {"name": name, "seed": seed, "corpus": corpus.name, **experiment.fields()}
+        logged = options.log_with, folder, settings | chosen | how, state.step
+        with closing(Trackers(*logged)) as trackers:
+            return Trainer(state, batches, experiment, corpus, folder, options, trackers).run()
 
 
 def _checked(experiment, corpus, training, max_seq_len) -> tuple[Experiment, nn.Module | None]:
@@ -172,6 +183,7 @@ class Trainer:
     corpus: Corpus
     folder: RunDir
     options: RunOptions
+    trackers: Trackers
     progress: tqdm | None = None
 
     def run(self) -> Run:
@@ -305,7 +317,9 @@ class Trainer:
     def record(self, kind: str, **values) -> None:
         """Add a record of this step to metrics.jsonl."""
         about = {"kind": kind, "step": self.state.step, "seconds": round(self.state.seconds, 3)}
-        self.folder.log(about | {"tokens": self.batches.tokens_seen(self.state.step)} | values)
+        record = about | {"tokens": self.batches.tokens_seen(self.state.step)} | values
+        self.folder.log(record)
+        self.trackers.log(record)
         self.watch()
 
     def watch(self) -> None:

@@ -4,6 +4,7 @@ Commands import what they need when they run, so that help and error messages ap
 """
 
 import ast
+import contextlib
 import functools
 import os
 import signal
@@ -21,10 +22,12 @@ from musota.workbook.naming import checkout, find_folders, is_module, results_ro
 
 os.environ["MPLBACKEND"] = "Agg"  # one inherited from a notebook would fail in a script
 PARTS = ("models", "sweep", "tuned", "grid")  # of `musota evidence`
+TABLES = ("grid/", "sweep/")  # begin the names of runs that are rows of a table
 TEXTS = ("profile", "corpus", "save_to")  # parameters that are text even if they look otherwise
 CORPUS_HELP = (
-    "auto, wikitext-2, wikitext-2-raw, wikitext-103, wikitext-103-raw, python-docs, or a folder "
-    "with train.txt, valid.txt and test.txt."
+    "auto, wikitext-2, wikitext-2-raw, wikitext-103, wikitext-103-raw, python-docs, hf:NAME or "
+    "hf:NAME:CONFIG (a dataset of the Hugging Face hub), a folder with train.txt, valid.txt and "
+    "test.txt, or one text; files may be .gz."
 )
 
 
@@ -90,13 +93,13 @@ def cli():
     """Train MU-SOTA and its parameter-matched transformer, compare them, report the results."""
 
 
-@cli.command()
+@cli.command(epilog="Example: musota run --profile quick --only 01,02,03,04")
 @experiment_options
 @changes_option
 @click.option("--only", help="Numbers of notebooks, for example 02,04.")
 @click.option("-p", "parameters", nargs=2, multiple=True, help="A parameter: NAME VALUE.")
 def run(only, parameters, **values):
-    """Run the notebooks in order; then print what they trained and where the report is.
+    """Run the notebooks in order, then print their headlines.
 
     Stops at the first failure. Repeat the command to continue: finished runs are loaded, unfinished
     ones resumed.
@@ -115,25 +118,36 @@ def run(only, parameters, **values):
     run_notebooks(notebooks, values, runs)
 
 
-@cli.command()
+@cli.command(epilog="Example: musota train optimized --set epochs=50 --set learning_rate=0.001")
 @click.argument("experiment")
 @experiment_options
 @changes_option
 @click.option("--compile/--no-compile", default=None, show_default="in long runs on a GPU")
 @click.option("--device", show_default="the best one here", help="cpu or cuda.")
 @click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]), show_default="the fastest")
+@click.option("--log-with", multiple=True, metavar="NAME", help="tensorboard, wandb, trackio, …")
 def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options):
-    """Train one EXPERIMENT of the registry, or a module FILE.py:NAME of your own.
+    """Train an EXPERIMENT, or a module FILE.py:NAME.
 
-    EXPERIMENT_twin and FILE.py:NAME_twin are their parameter-matched transformers.
+    EXPERIMENT_twin and FILE.py:NAME_twin are their parameter-matched transformers; grid/NAME and
+    sweep/NAME are runs of `musota evidence --list`.
     """
+    if experiment.startswith(TABLES):
+        if changes or any(options.values()):
+            raise MusotaError(f"{experiment} is trained as the plan says: leave out other options.")
+        from musota.workbook.evidence import train_row
+
+        where = {"profile": profile, "corpus": corpus, "save_to": save_to, "fresh": fresh}
+        return train_row(experiment, seed, **where)
     if is_module(experiment):
         find_source(experiment.removesuffix("_twin"))
     elif experiment not in REGISTRY:
         find_row(experiment.removesuffix("_twin"))
+    from musota.training.trackers import check_trackers
     from musota.workbook.notebook import Interrupted, Workbook
     from musota.workbook.results import label
 
+    check_trackers(options["log_with"])  # a wrong one is reported before the corpus is loaded
     if int(os.environ.get("RANK", 0)):  # of several processes one prints
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     book = Workbook(profile, corpus, seed, fresh, save_to, changes)
@@ -146,11 +160,11 @@ def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options)
         sys.exit(130)
 
 
-@cli.command()
+@cli.command(epilog="Example: musota compare optimized optimized,epochs=50")
 @place_options
 @click.argument("runs", nargs=-1, required=True, metavar="RUN RUN ...")
 def compare(runs, profile, results):
-    """Compare recorded RUNs, each with the first: differences, table, verdicts, curves.
+    """Compare recorded RUNs, each with the first one.
 
     A RUN is a run's folder, or the name or title of a run in results/PROFILE (optimized,epochs=50,
     with -seed0 for one seed), or of another folder there (study/optimized).
@@ -177,13 +191,15 @@ def compare(runs, profile, results):
     click.echo(f"Curves: {path}")
 
 
-@cli.command()
+@cli.command(epilog="Example: musota score optimized my_text.txt")
 @place_options
 @click.argument("run")
 @click.argument("file", type=as_path)
 def score(run, file, profile, results):
-    """Score a text FILE (UTF-8) with the best weights of a RUN (as in `compare`): perplexity, bits
-    per byte, and the most surprising tokens; every token as a table in the run's folder."""
+    """Score a text FILE with a recorded RUN (as in `compare`).
+
+    Prints perplexity, bits per byte and the most surprising tokens; every token stands in a table
+    in the run's folder."""
     find_folders(run, results, profile)
     from musota.data.sources import read_text
     from musota.workbook.results import find_runs
@@ -198,61 +214,87 @@ def score(run, file, profile, results):
     click.echo(f"\nEvery token: {path}")
 
 
-@cli.command()
+@cli.command(epilog="Example: musota audit my_model.py:MyModel --json audit.json")
 @click.argument("model", metavar="FILE.py:NAME")
 @click.option("--vocab-size", default=512, help="Vocabulary size of the audit.")
 @click.option("--max-seq-len", default=64, help="Tokens per sequence.")
 @click.option("--loss", help="Name of a function loss(module, ids) in FILE.py.")
 @click.option("--picture", type=as_path, help="Save a figure of the findings here.")
-def audit(model, vocab_size, max_seq_len, loss, picture):
+@click.option("--json", "record", type=as_path, help="Save the findings here.")
+def audit(model, vocab_size, max_seq_len, loss, picture, record):
     """Check that your own model uses no later tokens. Runs FILE.py, calls NAME to make the model.
 
-    The exit status is 1 if the model is not honest. NAME is called with vocab_size and max_seq_len
-    if it takes them.
+    Exit status: 0 if the model is honest, 1 if it is not, 2 if it could not be audited. NAME is
+    called with vocab_size and max_seq_len if it takes them.
     """
+    from musota.files import write_json
     from musota.own import load_module, load_object
 
-    module = load_module(model, vocab_size, max_seq_len)  # a wrong name is reported at once
-    from musota.lab.audit import audit as audited
-    from musota.workbook.style import save_figure
+    data = {"honest": None, "findings": []}
+    data |= {"model": model, "vocab_size": vocab_size, "max_seq_len": max_seq_len}
+    try:
+        if record:
+            write_json(record, data)  # as it stays if the model cannot be audited
+        module = load_module(model, vocab_size, max_seq_len)  # a wrong name is reported at once
+        from musota.lab.audit import audit as audited
+        from musota.workbook.style import save_figure
 
-    given = load_object(f"{model.rpartition(':')[0]}:{loss}") if loss else None
-    found = audited(module, vocab_size, max_seq_len, given)
-    click.echo(f"{found}")
-    if picture:
-        save_figure(found.figure(), picture, f"measured: {model}, not trained")
-        click.echo(f"Figure: {picture}")
-    sys.exit(not found.honest)
+        given = load_object(f"{model.rpartition(':')[0]}:{loss}") if loss else None
+        found = audited(module, vocab_size, max_seq_len, given)
+        click.echo(f"{found}")
+        if record:
+            fields = ("question", "decision", "value", "unit", "reason", "next_step")
+            data["findings"] = [{n: getattr(one, n) for n in fields} for one in found.findings]
+            data["honest"] = (True, False, None)[found.status]
+            write_json(record, data)
+        if picture:
+            save_figure(found.figure(), picture, f"measured: {model}, not trained")
+            click.echo(f"Figure: {picture}")
+        status = found.status
+    except BaseException as error:  # also one that ends Python, raised by FILE.py
+        expected = isinstance(error, (MusotaError, OSError))
+        reason = sentence(error) if expected else f"{model} ended with {error!r}."
+        click.echo(f"Error: {reason}", err=True)
+        status = 2
+    sys.exit(status)
 
 
-@cli.command()
+@cli.command(epilog="Example: musota evidence --profile study --corpus wikitext-2 --list")
 @experiment_options
 @click.option("--seeds", default=3, type=click.IntRange(1, 100), help="Number of seeds.")
 @click.option("--only", default=",".join(PARTS), help="Parts to run.")
-def evidence(seeds, only, **parameters):
-    """Run the plan's experiments with several seeds, then write the report.
+@click.option("--list", "listed", is_flag=True, help="Print the commands of the runs instead.")
+def evidence(seeds, only, listed, **parameters):
+    """Run the plan's experiments with several seeds.
 
     models: every experiment · sweep: learning rates of MU-SOTA and its matched transformer · tuned:
     both at their best rate · grid: the root causes. Repeat the command to continue.
+
+    With --list, a `musota train` command for each run that is left, for a cluster or GNU parallel.
     """
     parts = [part.strip() for part in only.split(",")]
     for part in parts:
         if part not in PARTS:
             raise nearest_name("part", part, PARTS)
-    from musota.workbook.evidence import carry_out
+    from musota.workbook.evidence import carry_out, missing
     from musota.workbook.report import write_report
+
+    if listed:
+        with contextlib.redirect_stdout(sys.stderr):
+            commands = [*missing(parts, seeds, **parameters)]
+        return click.echo("\n".join(commands))
 
     book = carry_out(parts, seeds, **parameters)
     write_report(book.folder)
     book.save()
-    click.echo(f"The report: {book.home / 'report.html'}")
+    return click.echo(f"The report: {book.home / 'report.html'}")
 
 
-@cli.command()
+@cli.command(epilog="Example: musota bench --repeats 3")
 @click.option("--device", show_default="cuda if there is one", help="cpu or cuda.")
 @click.option("--repeats", default=7, type=click.IntRange(1), help="Number of rounds.")
 def bench(device, repeats):
-    """Measure our training step against the reference implementation on this machine.
+    """Time our training step against the reference.
 
     About five minutes on two CPU cores.
     """
@@ -261,12 +303,13 @@ def bench(device, repeats):
     click.echo(run_bench(device, repeats=repeats).T.to_string(float_format="{:,.4g}".format))
 
 
-@cli.command()
+@cli.command(epilog="Example: musota report results/quick")
 @click.argument("folders", nargs=-1, type=as_path)
 def report(folders):
-    """Write README.md, report.html and figures of results FOLDERS [default: all in results].
+    """Write the pages and figures of results FOLDERS.
 
-    Without FOLDERS also results/redesign/path.png and the table of the repository's own README.
+    By default of all in results; then also results/redesign/path.png and the table of the
+    repository's own README.
     """
     from musota.workbook.report import write_front_page, write_path_figure, write_report
 

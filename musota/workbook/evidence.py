@@ -1,40 +1,100 @@
 """The plan carried out with several seeds: `musota evidence`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
-from musota.lab.grid_runs import print_run, read_table
-from musota.lab.sweep import TUNED, run_sweeps, tuned
+from musota.errors import MusotaError, nearest_name
+from musota.lab.grid_runs import GridRun, find_jobs, identity_of, print_run, read_table, run_many
+from musota.lab.root_causes import grid
+from musota.lab.sweep import SWEPT, TUNED, rates_left, run_sweeps, sweep_runs, tuned
 from musota.registry import REGISTRY
 from musota.training.trainer import Diverged
+from musota.workbook.naming import train_command
 from musota.workbook.notebook import Workbook
+
+SWEEP = "sweep.csv"
+TABLES = ("grid", "sweep")  # parts whose runs are rows of a table
 
 
 def carry_out(parts: Sequence[str], seeds: int, seed: int = 0, **parameters) -> Workbook:
     """Train what is missing of `parts` with seeds from `seed` on. Returns the workbook of the first
     seed. `parameters` are those of Workbook."""
     book = Workbook(seed=seed, **parameters)
-    table, seeds = book.folder / "sweep.csv", range(seed, seed + seeds)
     for part in parts:
         print(f"--- {part} ---")
         if part == "grid":
             Workbook(seed=seed, grid=True, **parameters).run_grid()
         elif part == "sweep":
-            how = {"seed": seed, "fresh": book.fresh, "each": print_run}
-            run_sweeps(book.profile, book.corpus, table, book.folder / "sweep", **how)
-        elif part == "models":
-            for model in REGISTRY:
-                _train(model, {}, seeds, parameters)
+            how = {"seed": seed, "fresh": book.fresh, "each": book.saving(SWEEP, print_run)}
+            where = book.folder / SWEEP, book.folder / "sweep"
+            run_sweeps(book.profile, book.corpus, *where, **how)
         else:
-            for model, name in (("optimized", "tuned"), ("baseline", "tuned_baseline")):
-                training = tuned(model, book.profile, read_table(table)).training
-                changes = {"learning_rate": training.learning_rate}
-                _train(model, changes, seeds, parameters, name=name, title=TUNED[model])
+            for model, changes, about in _models(part, book):
+                for each in range(seed, seed + seeds):
+                    with suppress(Diverged):  # which is recorded
+                        Workbook(seed=each, changes=changes, **parameters).train(model, **about)
     _ = book.ngrams  # measured for the report
     return book
 
 
-def _train(model: str, changes: dict, seeds: Sequence[int], parameters: dict, **about) -> None:
-    for seed in seeds:
-        with suppress(Diverged):  # which is recorded
-            Workbook(seed=seed, changes=changes, **parameters).train(model, **about)
+def missing(parts: Sequence[str], seeds: int, seed: int = 0, **parameters) -> Iterator[str]:
+    """The command of each run that is left to train, a `musota train` that needs no other run. The
+    rates of `tuned`, and of a wider sweep, are known once the sweep has been run."""
+    book, wanted = Workbook(seed=seed, **parameters), range(seed, seed + seeds)
+    ended = {(*run.key, run.seed) for run in book.results.runs if run.ended}
+    where = {"profile": parameters["profile"], "corpus": parameters["corpus"]}
+    where["save-to"] = parameters["save_to"]
+    for part in parts:
+        if part in TABLES:
+            on = Workbook(seed=seed, grid=part == "grid", **parameters)
+            runs, table = _rows(part, on)
+            known = {row.identity for row in read_table(table)}
+            of_grid = [seed + each for each in grid(book.profile.name)[2]]
+            jobs = find_jobs(runs, of_grid if part == "grid" else [seed], on.profile, on.corpus)
+            for (name, each), job in jobs.items():
+                if identity_of(job) not in known:
+                    yield train_command(f"{part}/{name}", {}, **where, seed=each)
+            continue
+        with suppress(MusotaError):  # the sweep has not been run
+            for model, changes, _ in _models(part, book):
+                experiment = book.experiment(model).with_(**changes)
+                for each in wanted:
+                    if (experiment, book.corpus.fingerprint, each) not in ended:
+                        yield train_command(model, changes, **where, seed=each)
+
+
+def train_row(name: str, seed: int, **parameters) -> None:
+    """Train one run of a table, named grid/NAME or sweep/NAME, and add its row. Raises MusotaError
+    for an unknown name."""
+    part, _, run = name.partition("/")
+    book = Workbook(seed=seed, grid=part == "grid", **parameters)
+    runs, table = _rows(part, book)
+    if run not in runs:
+        raise nearest_name("run", run, runs)
+    where = table, book.folder / part
+    run_many({run: runs[run]}, [seed], book.profile, book.corpus, *where, fresh=book.fresh)
+
+
+def _rows(part: str, book: Workbook) -> tuple[dict[str, GridRun], Path]:
+    """The runs of the grid or of the sweep by name, and the table of those trained: where it
+    belongs, because other processes add rows to it."""
+    table = book.home / f"{part}.csv"
+    if part == "grid":
+        return grid(book.profile.name)[0], table
+    rates, runs = rates_left(read_table(table), book.profile), {}
+    for name in SWEPT:
+        runs |= sweep_runs(name, book.profile, rates)
+    return runs, table
+
+
+def _models(part: str, book: Workbook) -> Iterator[tuple[str, Mapping, Mapping]]:
+    """The models of a part with their changes, and what to call them: all of the registry, or the
+    two at the best rates of the sweep. Raises MusotaError where the sweep has not been run."""
+    if part == "models":
+        yield from ((model, {}, {}) for model in REGISTRY)
+        return
+    rows = read_table(book.folder / SWEEP)
+    for model, name in (("optimized", "tuned"), ("baseline", "tuned_baseline")):
+        rate = tuned(model, book.profile, rows).training.learning_rate
+        yield model, {"learning_rate": rate}, {"name": name, "title": TUNED[model]}

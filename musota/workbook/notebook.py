@@ -1,7 +1,7 @@
 """The session of a notebook: checked parameters, the corpus, experiments, the results folder."""
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import pairwise
@@ -38,6 +38,7 @@ from musota.workbook.show import show_errors_as_sentences, show_verdicts
 from musota.workbook.style import save_figure
 from musota.workbook.widgets import Explorer
 
+GRID = "grid.csv"
 PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to", "changes")
 
 
@@ -231,15 +232,24 @@ class Workbook:
         """Train what is missing of the root-cause grid. Returns all recorded rows by name and seed,
         as the report reads them."""
         runs, _, seeds = root_causes.grid(self.profile.name)
-        table = self.folder / "grid.csv"
-        place = self.profile, self.corpus, table, self.folder / "grid"
+        place = self.profile, self.corpus, self.folder / GRID, self.folder / "grid"
         panel = GridPanel(self.footer)
         how = {"fresh": self.fresh, "changes": self.changes}
-        how["each"] = lambda *progress: (panel.update(*progress), self.save())
+        how["each"] = self.saving(GRID, panel.update)
         with stopping("The grid"):
             trained = run_many(runs, [self.seed + seed for seed in seeds], *place, **how)
             panel.draw(trained, 0)
-        return root_causes.by_name(read_table(table)) | trained
+        return root_causes.by_name(read_table(self.folder / GRID)) | trained
+
+    def saving(self, table: str, show: Callable) -> Callable:
+        """`show`, for `run_many(each=…)`, with the table copied to `home` after each run."""
+
+        def each(row: Row | None, *progress) -> None:
+            show(row, *progress)
+            if row:
+                self.save(self.folder / table)
+
+        return each
 
     def show(self, figure: Figure, name: str, run=None, about: str | None = None) -> None:
         """Save a figure as `figures/<name>.png` in the results folder, or in the folder of `run`,

@@ -204,7 +204,7 @@ def root_causes(causes: Sequence[Cause]) -> Figure:
         after = f"{cause.ppl_after:,.0f}" if cause.effect else "diverges"
         notes.append(f"{cause.ppl_before:,.0f} → {after}")
     draw_intervals(axis, rows, notes, [DECISIONS[cause.decision] for cause in causes])
-    axis.text(1.01, -0.8, "valid PPL", transform=axis.get_yaxis_transform(), fontsize=8)
+    note(axis, "valid PPL", (1.01, 1), (0, 4), xycoords="axes fraction")
     axis.tick_params(axis="y", labelsize=7.5)
     axis.axvspan(-RELEVANT, RELEVANT, color="0.93", zorder=0)
     axis.set_xlabel("change of the valid loss, nats per token (← removing it helps · hurts →)")
@@ -278,7 +278,7 @@ def path(table: pd.DataFrame) -> Figure:
         rows[wrapped(row.title, 70)] = Interval(row.nats, row.low, row.high)
         notes.append(f"{row.ppl:,.1f}  {row.verdict}")
     draw_intervals(axis, rows, notes, [(*STEPS[kind][:2], "full") for kind in table.kind])
-    axis.text(1.01, -0.8, "valid PPL", transform=axis.get_yaxis_transform(), fontsize=8)
+    note(axis, "valid PPL", (1.01, 1), (0, 4), xycoords="axes fraction")
     axis.tick_params(axis="y", labelsize=8)
     axis.set_xlabel(
         "difference to the row it is compared with, nats per token (← better · worse →)"

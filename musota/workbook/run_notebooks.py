@@ -83,7 +83,7 @@ def execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None
     how = {"kernel_name": "python3", "kernel_manager_class": _this_python(), "cwd": os.getcwd()}
     how |= {"stdout_file": relay, "stderr_file": relay, "log_output": False, "progress_bar": False}
     how["language"] = "python"  # a notebook may have lost its metadata
-    how |= {"extra_arguments": ["--log-level=ERROR"], "iopub_timeout": 60, "start_timeout": 120}
+    how |= {"extra_arguments": ["--log-level=CRITICAL"], "iopub_timeout": 60, "start_timeout": 120}
     try:
         papermill.execute_notebook(notebook, output, parameters, **how)
         remove_paths(output)

@@ -65,7 +65,7 @@ class SavedCopy:
 
     def _is_own(self, path: Path) -> bool:
         top = self.local / path.relative_to(self.local).parts[0]
-        return top.is_file() or top in self.own
+        return top in self.own or (top.is_file() and top.suffix != ".csv")  # `save` takes tables
 
 
 def _files(folder: Path) -> list[Path]:
