@@ -2,8 +2,8 @@
 
 import json
 import random
-import secrets
 from functools import partial
+from itertools import chain, cycle
 from types import SimpleNamespace
 
 import numpy as np
@@ -248,7 +248,8 @@ def test_a_model_of_one_length_is_audited_at_it():
 
 
 def test_what_cannot_be_decided_is_not_honest():
-    found = audit(SkippedLayers(lambda: secrets.randbelow(1000) / 1000), V, T)
+    draws = chain([0, 0], cycle([0, 1]))  # the first two calls agree by chance
+    found = audit(SkippedLayers(lambda: next(draws)), V, T)
     assert not found.honest and found.status == 2 and str(found).startswith("This model is not j")
     assert found.findings[0].decision == "undecided"
     assert found.findings[0].reason == "equal calls give different logits (only in training)"

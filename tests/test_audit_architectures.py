@@ -16,6 +16,11 @@ LLAMA = SIZE | IDS | HEADS | {"num_key_value_heads": 2}
 EXPERTS = {"num_local_experts": 4}
 WINDOW = {"sliding_window": 6, "head_dim": 8}
 GRIFFIN = {"num_hidden_layers": 3, "lru_width": D, "attention_window_size": 8, "head_dim": 8}
+REFORMER = {"vocab_size": V, "hidden_size": D, "is_decoder": True, "num_attention_heads": 2}
+REFORMER |= {"attn_layers": ["local", "local"], "local_attn_chunk_length": 4}
+REFORMER |= {"max_position_embeddings": T, "axial_pos_shape": (4, 6)}
+REFORMER |= {"axial_pos_embds_dim": (8, 24)}
+UNDROPPED = {"hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.0}
 CAUSAL = {
     "GPT2LMHeadModel": {"vocab_size": V, "n_embd": D, "n_layer": 2, "n_head": 4, "n_positions": T},
     "LlamaForCausalLM": LLAMA,
@@ -30,6 +35,7 @@ CAUSAL = {
     "RwkvForCausalLM": SIZE | IDS | {"context_length": T},
     "RecurrentGemmaForCausalLM": LLAMA | GRIFFIN,
     "BertLMHeadModel": SIZE | HEADS | {"is_decoder": True},
+    "ReformerModelWithLMHead": REFORMER | UNDROPPED,  # takes one length only
 }
 NOT_CAUSAL = {
     "BertForMaskedLM": SIZE | HEADS,
@@ -66,6 +72,12 @@ def test_architectures_that_read_both_sides_look_ahead(name, transformers):
     found = audit(built(transformers, name, NOT_CAUSAL[name]), V, T)
     assert found.status == 1 and found.findings[0].decision == "looks ahead"
     assert found.findings[1].decision == "apart"  # and nothing else is claimed
+
+
+def test_what_the_operating_system_draws_is_no_accusation(transformers):
+    """Reformer seeds its dropout anew in every call."""
+    found = audit(built(transformers, "ReformerModelWithLMHead", REFORMER), V, T)
+    assert found.status == 2 and found.findings[0].decision == "undecided"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -1,3 +1,4 @@
+import pandas as pd
 import pytest
 from conftest import EXPERIMENT
 from IPython.display import Image
@@ -101,6 +102,17 @@ def test_the_panel_of_a_grid_fills_run_by_run(notebook):
     shown.update(None, {"original": {0: None}, "dense": {0: None}}, 2)
     shown.update(row, {"original": {0: row}, "dense": {0: None}}, 1)
     assert "1 of 2 runs" in notebook.text and len({*notebook.pictures()}) == 2
+
+
+def test_a_table_has_numbers_on_the_right_and_the_best_in_bold(monkeypatch):
+    shown = []
+    monkeypatch.setattr(show, "display", shown.append)
+    table = pd.DataFrame({"model": ["a|b", "c"], "PPL": ["1.5", "2.0"]})
+    table.attrs["best"] = [(0, "PPL")]
+    show.show_table(table)
+    show.show_table(pd.DataFrame({"mine": ["1"]}, index=["epochs"]))
+    assert shown[0].data.splitlines()[1:3] == ["| :--- | ---: |", "| a\\|b | **1.5** |"]
+    assert shown[1].data.splitlines()[::2] == ["|  | mine |", "| epochs | 1 |"]
 
 
 def test_a_card_is_one_number_one_sentence_and_what_was_measured(monkeypatch):

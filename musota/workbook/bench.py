@@ -1,8 +1,4 @@
-"""Measures our training step against the reference implementation, on the machine at hand.
-
-The reference (`musota/models/reference.py`) follows docs/model.md literally: a loop over the blocks
-with torch's own attention, all logits at once, float32. Tests compare the fast models with it.
-"""
+"""Measures our training step against the reference model, on the machine at hand."""
 
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -24,11 +20,10 @@ MODELS = {"MU-SOTA": MuConfig(), "transformer": DenseConfig()}
 
 
 def measure_step(
-    config: ModelConfig, fast: bool, batch: int, device: torch.device, repeats: int, threads: int
+    config: ModelConfig, fast: bool, batch: int, device: torch.device, repeats: int
 ) -> tuple[float, int]:
     """Seconds of a training step of the fast or the reference model (the median) and the peak
     memory in bytes, on a fixed batch, from the same weights. For a process of its own."""
-    torch.set_num_threads(threads)
     prepare_memory(device)
     torch.manual_seed(0)
     model = build_model(config).to(device)
@@ -59,13 +54,13 @@ def run_bench(
     """One row a model: speed and memory of a training step, fast and reference. Raises MusotaError
     for a device that is not there and for a process that ends by itself."""
     device, rows = find_device(device), {}
-    how = batch, device, repeats, torch.get_num_threads()
     for name, config in models.items():
         measured = []
         for fast in (True, False):
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 try:
-                    measured.append(pool.submit(measure_step, config, fast, *how).result())
+                    job = pool.submit(measure_step, config, fast, batch, device, repeats)
+                    measured.append(job.result())
                 except RuntimeError as error:  # torch's for too little memory, or it is gone
                     ended = f"A process of the bench ended, possibly out of memory ({error})"
                     raise MusotaError(ended) from None

@@ -23,7 +23,7 @@ from musota.workbook.naming import checkout, find_folders, is_module, results_ro
 os.environ["MPLBACKEND"] = "Agg"  # one inherited from a notebook would fail in a script
 PARTS = ("models", "sweep", "tuned", "grid")  # of `musota evidence`
 TABLES = ("grid/", "sweep/")  # begin the names of runs that are rows of a table
-TEXTS = ("profile", "corpus", "save_to")  # parameters that are text even if they look otherwise
+TEXTS = ("profile", "corpus", "save_to", "log_with")  # parameters that are always text
 CORPUS_HELP = (
     "auto, wikitext-2, wikitext-2-raw, wikitext-103, wikitext-103-raw, python-docs, hf:NAME or "
     "hf:NAME:CONFIG (a dataset of the Hugging Face hub), a folder with train.txt, valid.txt and "
@@ -59,10 +59,6 @@ def _corpus(context, parameter, name: str) -> str:
     return name
 
 
-def _seed(context, parameter, seed: int) -> int:
-    return check_seed(seed)
-
-
 def _together(*options):
     """Several options as one decorator."""
     return lambda command: functools.reduce(lambda made, add: add(made), options[::-1], command)
@@ -73,7 +69,7 @@ experiment_options = _together(
         "--profile", default="quick", callback=_profile, help=f"auto, {', '.join(PROFILES)}."
     ),
     click.option("--corpus", default="auto", callback=_corpus, help=CORPUS_HELP),
-    click.option("--seed", default=0, callback=_seed),
+    click.option("--seed", default=0, callback=lambda context, option, seed: check_seed(seed)),
     click.option("--fresh", is_flag=True, help="Train again what is already trained."),
     click.option("--save-to", default="", show_default="results", help="Folder for results."),
 )
@@ -107,6 +103,7 @@ def run(only, parameters, **values):
     from musota.workbook.run_notebooks import chosen_notebooks, run_notebooks
 
     notebooks, runs = chosen_notebooks(checkout(), only), []
+    values["log_with"] = ""
     for name, text in parameters:
         if name == "runs":  # one run, or a list
             value = _literal(text)

@@ -28,6 +28,7 @@ from musota.lab.stats import Interval
 from musota.models.base import CausalLM
 from musota.training.device import about_machine
 from musota.training.run import Run
+from musota.training.trackers import check_trackers
 from musota.training.trainer import RunOptions, train
 from musota.workbook import drawings, naming, plots, results
 from musota.workbook.experiments import effective_changes, experiment_at, module_at
@@ -39,7 +40,7 @@ from musota.workbook.style import save_figure
 from musota.workbook.widgets import Explorer
 
 GRID = "grid.csv"
-PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to", "changes")
+PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to", "log_with", "changes")
 
 
 class Interrupted(MusotaError):
@@ -67,6 +68,7 @@ class Workbook:
         fresh: bool = False,
         save_to: str = "",
         changes: Mapping = {},  # a literal, as in the parameters cell
+        log_with: str = "",
         grid: bool = False,
     ):
         show_errors_as_sentences()
@@ -77,6 +79,7 @@ class Workbook:
             raise MusotaError(f"fresh must be True or False, not {fresh!r}.")
         self.seed, self.fresh, self.corpus_name = int(seed), fresh, str(corpus)
         self.changes = check_changes(changes)
+        self.log_with = check_trackers(log_with) if log_with else ()
         if grid and (varied := root_causes.varied_fields(root_causes.grid(self.profile.name)[0])):
             self.changes = {f: value for f, value in self.changes.items() if f not in varied}
         vocab_size = self.changes.get("vocab_size", self.profile.vocab_size or VOCAB_SIZE)
@@ -190,10 +193,11 @@ class Workbook:
             print(f"The changes make no difference to {model}.")
         name = name or naming.run_name(model, changed)
         folder = self.folder / f"{naming.safe_name(name)}-seed{self.seed}"
+        panel = RunPanel(self.footer, self.ngrams if in_notebook() else {}, self.at_plan_size)
         for done in () if self.fresh or folder.exists() else self.results.runs:
             if done.finished and (done.experiment, done.seed) == (experiment, self.seed):
                 print(f"{done.path.name}: already finished, loaded.")
-                self._panel().draw(done)
+                panel.draw(done)
                 return done
         where = {"profile": self.profile.name, "corpus": self.corpus_name, "seed": self.seed}
         where["precision"] = options.get("precision")
@@ -203,8 +207,8 @@ class Workbook:
             "changes": changed,
             "command": naming.train_command(model, changed, **where),
         }
-        panel = self._panel()
-        options = {"watch": panel.update if panel.watched else None, "about": about, **options}
+        watch = panel.update if panel.watched else None
+        options = {"watch": watch, "about": about, "log_with": self.log_with, **options}
         if self.copy:
             self.copy.own.add(folder)
             options["copy"] = self.copy.push
@@ -223,10 +227,6 @@ class Workbook:
                 raise KeyboardInterrupt
         self.save()
         return run
-
-    def _panel(self) -> RunPanel:
-        ngrams = self.ngrams if in_notebook() else {}
-        return RunPanel(self.footer, ngrams, self.at_plan_size)
 
     def run_grid(self) -> dict[str, dict[int, Row]]:
         """Train what is missing of the root-cause grid. Returns all recorded rows by name and seed,

@@ -42,7 +42,6 @@ METRICS = {  # of the explorer: records, column, label, place of an n-gram basel
     "gradient norm": ("steps", "grad_norm", "gradient norm before clipping", None),
 }
 SWEEP_NATS = 2.5  # losses worse than the best by more are drawn at the upper edge
-Sweeps = Mapping[str, Mapping[float, Sequence[float]]]  # valid losses by model and learning rate
 
 
 def _series(runs: Iterable[Run]) -> Iterable[tuple[str, list[Run], tuple[str, str, str]]]:
@@ -145,32 +144,26 @@ def sizes(runs: Iterable[Run]) -> Figure:
         axis.set(ylabel="valid perplexity per token (log)")
         style.logarithmic(axis, *axis.dataLim.intervaly)
         axis.margins(x=0.15, y=0.2)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside upper center"
-    )
+    key = axes[0].get_legend_handles_labels()
+    figure.legend(*key, fontsize=8, ncols=2, loc="outside upper center")
     return figure
 
 
 def grid(rows: Mapping[str, Mapping[int, Row | None]]) -> Figure:
     """Valid PPL of every run of a grid: a row each run, a column each seed; "…" until it ends."""
-    names, seeds = [*rows], [*next(iter(rows.values()))]
-    losses = np.array(
-        [[row.best_valid_loss if row else np.nan for row in rows[name].values()] for name in names],
-        float,
-    )
-    half = math.ceil(len(names) / 2)
+    table = pd.DataFrame(rows).T
+    losses = table.map(lambda row: row.best_valid_loss if row else np.nan).astype(float)
+    ppls = np.exp(losses).map("{:,.0f}".format).replace({"inf": "diverged", "nan": "…"})
+    finite, half = losses.replace(np.inf, np.nan), math.ceil(len(losses) / 2)
+    look = {"cmap": "viridis_r", "alpha": 0.45, "aspect": "auto"}
+    look |= {"vmin": finite.min(axis=None), "vmax": finite.max(axis=None)}
     figure, axes = new_figure(10, 0.9 + 0.24 * half, columns=2)
-    shown = np.where(np.isfinite(losses), losses, np.nan)
-    ends = {"vmin": np.nanmin(shown), "vmax": np.nanmax(shown)} if np.isfinite(shown).any() else {}
     for axis, part in zip(axes, (slice(0, half), slice(half, None)), strict=True):
-        axis.imshow(shown[part], cmap="viridis_r", alpha=0.45, aspect="auto", **ends)
-        for (row, column), loss in np.ndenumerate(losses[part]):
-            text = (
-                "…" if np.isnan(loss) else f"{np.exp(loss):,.0f}" if loss < np.inf else "diverged"
-            )
+        axis.imshow(finite[part], **look)
+        for (row, column), text in np.ndenumerate(ppls[part]):
             axis.text(column, row, text, ha="center", va="center", fontsize=8)
-        axis.set_xticks(range(len(seeds)), [f"seed {seed}" for seed in seeds])
-        axis.set_yticks(range(len(names[part])), names[part], fontsize=8)
+        axis.set_xticks(range(table.shape[1]), [f"seed {seed}" for seed in table])
+        axis.set_yticks(range(len(table[part])), table.index[part], fontsize=8)
         axis.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
         axis.spines[:].set_visible(False)
     figure.suptitle("Valid perplexity of each run")
@@ -221,8 +214,9 @@ def _marker(label: str, colour: str, marker: str, fill: str = "full") -> Line2D:
     return Line2D([], [], color=colour, marker=marker, fillstyle=fill, label=label, **look)
 
 
-def rate_sweep(sweeps: Sweeps) -> Figure:
-    """Valid loss by learning rate, a line a model; dots are seeds, rings mark the best rates."""
+def rate_sweep(sweeps: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
+    """Valid losses of seeds by model and learning rate: a line a model, through the means; dots are
+    seeds, rings mark the best rates."""
     figure, axis = new_figure(8.5, 4.2, grid="both")
     means = {
         title: pd.Series({rate: np.mean(losses[rate]) for rate in sorted(losses)})
@@ -256,11 +250,10 @@ def ablations(run: Run, effects: Mapping[str, Interval]) -> Figure:
     figure, axes = new_figure(10, 1.6 + 0.3 * len(blocks), columns=2, grid="x")
     titles = "A mechanism disabled", "The channels of one block set to 0"
     for axis, titled, title in zip(axes, (mechanisms, blocks), titles, strict=True):
-        nats = {shown: effects[name] for name, shown in titled.items()}
-        grown = {
-            shown: Interval(*(ppl * np.expm1([effect.mean, effect.low, effect.high])))
-            for shown, effect in nats.items()
-        }
+        grown = {}
+        for name, shown in titled.items():
+            nats = effects[name].mean, effects[name].low, effects[name].high
+            grown[shown] = Interval(*(ppl * np.expm1(nats)))
         draw_intervals(axis, grown, [f"{interval.mean:+,.1f}" for interval in grown.values()])
         axis.tick_params(axis="y", labelsize=8)
         axis.set(xlabel=f"change of valid PPL (whole model: {ppl:,.1f})", title=title)
@@ -280,10 +273,8 @@ def path(table: pd.DataFrame) -> Figure:
     draw_intervals(axis, rows, notes, [(*STEPS[kind][:2], "full") for kind in table.kind])
     note(axis, "valid PPL", (1.01, 1), (0, 4), xycoords="axes fraction")
     axis.tick_params(axis="y", labelsize=8)
-    axis.set_xlabel(
-        "difference to the row it is compared with, nats per token (← better · worse →)"
-    )
-    axis.set_title("From MU-SOTA to the redesign")
+    difference = "difference to the row it is compared with, nats per token (← better · worse →)"
+    axis.set(xlabel=difference, title="From MU-SOTA to the redesign")
     handles = [_marker(text, colour, marker) for colour, marker, text in STEPS.values()]
     figure.legend(handles=handles, fontsize=8, ncols=3, loc="outside lower right")
     return figure

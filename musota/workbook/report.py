@@ -1,7 +1,4 @@
-"""The pages of results: README.md and report.html of a results folder, and the front page's table.
-
-Functions here collect verdicts, tables and figures; the templates say how a page shows them.
-"""
+"""The pages of results: README.md and report.html of a folder, and the front page's table."""
 
 import re
 from base64 import b64encode
@@ -53,11 +50,8 @@ def write_report(folder: str | Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "markdown": markdown,
-        "escaped": escaped,
-        "alignments": tables.alignments,
-    }
+    for change in (tables.alignments, tables.escaped, tables.markdown):
+        environment.filters[change.__name__] = change
     environment.filters["base64"] = lambda picture: b64encode(picture.read_bytes()).decode()
     for template, name in (("report.html.j2", "report.html"), ("report.md.j2", "README.md")):
         text = environment.get_template(template).render(page)
@@ -182,7 +176,7 @@ def write_front_page(readme: str | Path, results_root: str | Path) -> Path:
     text, (begin, end) = readme.read_text(encoding="utf-8"), FRONT_MARKS
     if text.count(begin) != 1 or text.count(end) != 1:
         raise MusotaError(f"{readme} needs the lines {begin} and {end}, each once.")
-    table = markdown(tables.front_table(Results(as_path(results_root) / "full")))
+    table = tables.markdown(tables.front_table(Results(as_path(results_root) / "full")))
     before, after = text.split(begin)[0], text.split(end)[1]
     write_text(readme, f"{before}{begin}\n\n{table}\n\n{end}{after}")
     return readme
@@ -194,19 +188,3 @@ def write_path_figure(folder: str | Path) -> Path:
     figure = plots.path(pd.read_csv(folder / "path.csv"))
     save_figure(figure, folder / "path.png", "profile study; drawn from path.csv")
     return folder / "path.png"
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A pipe table, with the best values in bold."""
-    rows = [[escaped(cell) for cell in row] for row in table.astype(str).to_numpy()]
-    for row, column in table.attrs.get("best", ()):
-        rows[row][column] = f"**{rows[row][column]}**"
-    rules = {"left": ":---", "right": "---:"}
-    lines = [[*table.columns], [rules[side] for side in tables.alignments(table)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def escaped(text: str) -> str:
-    """Text on one line that Markdown shows as it is."""
-    text = re.sub(r"[\\|*$`~]|\b_|_\b|\](?=\()", r"\\\g<0>", " ".join(text.split()))
-    return text.replace("<", "&lt;")

@@ -51,15 +51,13 @@ def mean_loss(group: Sequence[Run]) -> float:
 
 def by_title(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """The seeds of each model by its title; equal titles are followed by a run's folder."""
-    groups = [*group_runs(runs).values()]
+    groups, found = [*group_runs(runs).values()], {}
     counts = Counter(group[0].title for group in groups)
-    return {
-        run.title
-        if counts[run.title] == 1
-        else f"{run.title} ({run.path.parent.name}/{run.path.name})": group
-        for group in groups
-        for run in group[:1]
-    }
+    for group in groups:
+        folder, title = group[0].path, group[0].title
+        same = f" ({folder.parent.name}/{folder.name})" if counts[title] > 1 else ""
+        found[title + same] = group
+    return found
 
 
 def label(run: Run) -> str:
@@ -137,7 +135,7 @@ class Results:
             if is_match(other[0].experiment.model, model)
             and other[0].experiment.with_(learning_rate=rate).training == training
         ]
-        same = [other for other in found if other[0].experiment.training.learning_rate == rate]
+        same = [other for other in found if other[0].experiment.training == training]
         return min(same or found, key=mean_loss, default=None)
 
     @cached_property

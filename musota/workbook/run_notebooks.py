@@ -1,7 +1,7 @@
 """Runs the notebooks through papermill, in order, and prints what they trained."""
 
+import io
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,13 +118,10 @@ def _this_python():
     return ThisPython
 
 
-class _Relay:
+class _Relay(io.TextIOBase):
     """A file that passes the progress lines of a notebook on to this command's output."""
 
     def write(self, text: str) -> None:
         for line in text.splitlines():
             if "tokens/s" in line:
                 click.echo(f"      {line.strip()}")
-
-    def flush(self) -> None:
-        sys.stdout.flush()

@@ -1,11 +1,12 @@
 """Tables of results, as pandas DataFrames of text.
 
-`attrs["best"]` of a table lists the positions (row, column) to show in bold.
+`attrs["best"]` of a table lists the labels (row, column) of what is shown in bold.
 """
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, geometric_mean
 
 import pandas as pd
 
@@ -46,9 +47,7 @@ def number(value: float | None, style: str = ",.1f") -> str:
 def _mean(group: Sequence[Run], key: str) -> float:
     """The mean of a metric over seeds; of perplexities, exp of the mean loss."""
     values = [run.summary.get(key, math.nan) for run in group]
-    if key.endswith("ppl"):
-        return exp_nats(sum(map(math.log, values)) / len(values))
-    return sum(values) / len(values)
+    return geometric_mean(values) if key.endswith("ppl") else fmean(values)
 
 
 def _ppl(group: Sequence[Run]) -> str:
@@ -95,8 +94,7 @@ def model_table(results: Results) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=columns).fillna("–")
     means = pd.DataFrame(values).T.dropna(axis=1, how="all")
     compared = [name for name in columns if name in means and len(means) > 1]
-    places = {name: getattr(means[name], METRICS[name][1])() for name in compared}
-    table.attrs["best"] = [(place, columns.index(name)) for name, place in places.items()]
+    table.attrs["best"] = [(getattr(means[name], METRICS[name][1])(), name) for name in compared]
     return table
 
 
@@ -106,12 +104,7 @@ def front_table(results: Results) -> pd.DataFrame:
     table = model_table(results)
     hidden = {name for name, *_ in PUBLISHED} | {"N-gram baseline: unigram"}
     hidden |= {results.titles[g[0].key] for g in results.measured if g not in results.ended}
-    shown = table[~table.model.isin(hidden)][["model", "epochs", "valid PPL", "accuracy"]]
-    places = [(table.index[row], table.columns[column]) for row, column in table.attrs["best"]]
-    places = [(r, c) for r, c in places if r in shown.index and c in shown]
-    best = [(shown.index.get_loc(r), shown.columns.get_loc(c)) for r, c in places]
-    shown.attrs["best"] = best
-    return shown
+    return table[~table.model.isin(hidden)][["model", "epochs", "valid PPL", "accuracy"]]
 
 
 def runs_table(runs: Iterable[Run]) -> pd.DataFrame:
@@ -205,5 +198,21 @@ def health_table(run: Run) -> pd.DataFrame:
 
 def alignments(table: pd.DataFrame) -> list[str]:
     """For each column right (numbers) or left (text)."""
-    columns = (table.iloc[:, i].astype(str) for i in range(table.shape[1]))
+    columns = (column for _, column in table.astype(str).items())
     return ["right" if all(map(NUMBERS.fullmatch, column)) else "left" for column in columns]
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A pipe table, with the best values in bold."""
+    best = table.attrs.get("best", ())
+    rules = ["---:" if side == "right" else ":---" for side in alignments(table)]
+    lines = [[escaped(str(name)) for name in table], rules]
+    for label, row in table.astype(str).map(escaped).iterrows():
+        lines.append([f"**{t}**" if (label, name) in best else t for name, t in row.items()])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """Text on one line that Markdown shows as it is."""
+    text = re.sub(r"[\\|*$`~]|\b_|_\b|\](?=\()", r"\\\g<0>", " ".join(text.split()))
+    return text.replace("<", "&lt;")

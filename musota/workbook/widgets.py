@@ -32,19 +32,15 @@ class Explorer:
         self.ngrams = {name: ppl for name, ppl in ngrams.items() if name != "uniform"}
         self.path, self.about, self.picture, self.text = path, about, Output(), Output()
         longest = max([PLATEAU_EPOCHS, *(len(run.history) - 1 for run in runs)])
-        slider, tick = {"continuous_update": False, **WIDE}, {"indent": False}
-        names = [*self.models]
+        slider, names = {"continuous_update": False, **WIDE}, [*self.models]
         self.chosen = w.SelectMultiple(options=names, value=names[:6], description="models", **WIDE)
         self.metric = w.Dropdown(options=[*METRICS], description="metric", **WIDE)
         self.smoothing = w.IntSlider(0, 0, 30, description="smoothing", **slider)
-        self.window = w.IntSlider(
-            PLATEAU_EPOCHS, 1, longest, description="plateau: epochs", **slider
-        )
-        self.least_gain = w.FloatSlider(
-            100 * PLATEAU_GAIN, min=0.1, max=10, description="… gain under %", **slider
-        )
-        self.log_x = w.Checkbox(False, description="x logarithmic", **tick)
-        self.log_y = w.Checkbox(True, description="y logarithmic", **tick)
+        window, gain = {"description": "plateau: epochs"}, {"description": "… gain under %"}
+        self.window = w.IntSlider(PLATEAU_EPOCHS, 1, longest, **window, **slider)
+        self.least_gain = w.FloatSlider(100 * PLATEAU_GAIN, min=0.1, max=10, **gain, **slider)
+        self.log_x = w.Checkbox(False, description="x logarithmic", indent=False)
+        self.log_y = w.Checkbox(True, description="y logarithmic", indent=False)
         button = w.Button(description="Save as PNG", icon="download")
         button.on_click(lambda _: self.save())
         columns = [
