@@ -33,7 +33,11 @@ class _Source:
         importlib.invalidate_caches()
         spec = spec_from_file_location(f"{self.package}.{path.stem}", path)
         self.module = sys.modules[spec.name] = module_from_spec(spec)
-        self.execute(self.module)
+        try:
+            self.execute(self.module)
+        except BaseException:
+            sys.meta_path.remove(self)
+            raise
 
     def execute(self, module: types.ModuleType) -> None:
         """Runs a module as the file is now: cached bytecode may be of an earlier one."""

@@ -100,6 +100,8 @@ def test_a_diverged_run_loses_and_an_unfinished_one_is_named():
     found = compare(make_run(5.0), unfinished)
     assert found.decision == "unfinished" and found.value is None and found.good is None
     assert found.reason == "b, seed 0, after epoch 3"
+    alike = make_run(5.0, experiment=experiments["baseline"])  # of the same title
+    assert compare(make_run(6.0, losses=[7, 6.5, 6]), alike).decision == "unfinished"
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,8 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, str]]:
     if place is None:
         return (name, *SOURCES[name]()) if name in SOURCES else _read_dataset(name)
     if place.is_dir():
-        return place.resolve().name, "local folder", _read_folder(place)
+        known = name if name in SOURCES else place.resolve().name
+        return known, "local folder", _read_folder(place)
     texts = _split_text(read_text(place))
     stem = Path(place.resolve().name.removesuffix(".gz")).stem
     return stem, f"local file {place.name}, split 90/5/5", texts

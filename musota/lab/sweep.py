@@ -58,9 +58,13 @@ def run_sweeps(
 
 
 def rates_left(rows: Sequence[Row], profile: Profile) -> list[float]:
-    """The rates that a sweep needs: the first six, and those beyond an edge of what is measured."""
-    measured = [losses for losses in swept(rows, profile).values() if {*FIRST_RATES} <= {*losses}]
-    return sorted({*FIRST_RATES, *(rate for losses in measured for rate in next_rates(losses))})
+    """The rates of a sweep so far: the first six, all measured ones, and those beyond an edge."""
+    rates = {*FIRST_RATES}
+    for losses in swept(rows, profile).values():
+        rates |= losses.keys()
+        if {*FIRST_RATES} <= {*losses}:
+            rates |= {*next_rates(losses)}
+    return sorted(rates)
 
 
 def swept(rows: Sequence[Row], profile: Profile) -> dict[str, dict[float, list[float]]]:
@@ -114,10 +118,10 @@ def tuned(name: str, profile: Profile, rows: Sequence[Row]) -> Experiment:
 
     Raises MusotaError where the rows have no sweep of it.
     """
-    losses = swept(rows, profile).get(find_row(name).title)
-    if not losses:
+    losses = swept(rows, profile).get(find_row(name).title, {})
+    if not {*FIRST_RATES} <= {*losses}:
         raise MusotaError(
-            f"No learning-rate sweep of {name} is recorded at profile {profile.name}: run "
+            f"No whole learning-rate sweep of {name} is recorded at profile {profile.name}: run "
             f"`musota evidence --profile {profile.name} --only sweep` first."
         )
     return scaled(name, profile, learning_rate=lowest(losses))

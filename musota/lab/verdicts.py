@@ -80,7 +80,8 @@ def in_nats(interval: Interval) -> dict:
 
 
 def compare(a: Run | Sequence[Run], b: Run | Sequence[Run]) -> Verdict:
-    """Whether `a`, a run or the seeds of one model, is better than `b`: better, worse or tie.
+    """Whether `a`, a run or the seeds of one model, is better than `b`: better, worse or tie;
+    or unfinished, where a run has not ended.
 
     The value is the valid loss of a minus that of b. Two or more common seeds: Student's interval
     over them decides. Otherwise a difference within twice the spread of seeds measured at `study`
@@ -108,7 +109,7 @@ def against_ngrams(run: Run, ppls: Mapping[str, float]) -> Verdict:
     return decide(
         f"Is “{run.title}” better than counting pairs of tokens?",
         " · ".join(f"{name} {baseline:,.0f}" for name, baseline in ppls.items()),
-        (ppl < ppls["bigram"], "yes", "", "compare with a transformer of its size"),
+        (ppl < ppls["bigram"], "yes", ""),
         (True, "no", "", "measure the learning rate, then train longer"),
         value=ppl,
         unit=PPL,
@@ -167,13 +168,13 @@ def _compare(a: list[Run], b: list[Run], question: str, words: tuple[str, str]) 
         {"decision": words[1], "good": False},
         {"decision": words[0], "good": True},
     )
-    runs = {f"{run.title}, seed {run.seed},": run for run in (*a, *b)}
-    if going := [f"{name} after epoch {len(r.history)}" for name, r in runs.items() if not r.ended]:
+    sides = zip(_labels(a[0], b[0]), (a, b), strict=True)
+    runs = [(f"{label}, seed {run.seed},", run) for label, side in sides for run in side]
+    if going := [f"{name} after epoch {len(run.history)}" for name, run in runs if not run.ended]:
         step = "train to the end"
         return Verdict(question, "unfinished", reason="; ".join(going), next_step=step)
-    if any(run.diverged for run in runs.values()):
+    if facts := [f"{name} diverged at step {r.diverged_at}" for name, r in runs if r.diverged]:
         side = any(run.diverged for run in a) - any(run.diverged for run in b)
-        facts = [f"{n} diverged at step {r.diverged_at}" for n, r in runs.items() if r.diverged]
         return Verdict(question, **decided[side], unit=NATS, reason="; ".join(facts))
     interval, about_seeds, next_step = _difference(a, b)
     ppls = "valid PPL {:,.1f} against {:,.1f}".format(*map(_ppl, (a, b)))

@@ -186,12 +186,15 @@ class RunDir:
         if not saved and (found or self.summary_path.exists()):
             none = f"{self.path} has measurements, but no checkpoint that can be read"
             raise MusotaError(f"{none}: start over with {START_OVER}.")
-        # These may be of a later step. They are written again, from `metrics`, when they are due.
+        return saved
+
+    def discard_later(self) -> None:
+        """Remove records, which may be of a later step than the checkpoint: they are written again,
+        from `metrics`, when they are due."""
         if self.writes:
             with self._writable():
                 self.summary_path.unlink(missing_ok=True)
                 self.metrics_path.unlink(missing_ok=True)
-        return saved
 
     def _refuse_other(self, found: dict, where: str) -> None:
         """Raises MusotaError, naming what differs, if `found` describes another run."""

@@ -52,7 +52,7 @@ class RunOptions:
     micro_batch: int | None = None  # sequences computed at a time; halved where memory runs out
     compile: bool | None = None  # torch.compile for the layers; default: in long runs on a GPU
     stop_at: float = 1.0  # share of the steps after which to stop
-    watch: Callable[[Run], None] | None = None  # called with the run after each new record
+    watch: Callable[[Run], None] | None = None  # called after each record; replaces the bar
     copy: Callable[[], None] | None = None  # called every ten minutes and at the end
     about: Mapping = field(default_factory=dict)  # recorded in config.json as it is
     log_with: str | GeneralTracker | Sequence = ()  # accelerate's trackers: "tensorboard", "wandb"
@@ -110,7 +110,7 @@ def train(
         torch.manual_seed(seed)
         if module is None:
             model = build_model(experiment.model)
-        else:  # whose truth value is its length, if it has one
+        else:
             model = WrappedModule(module, experiment.model)
         chosen = choose(options, batches, accelerator.device, saved)
         state = TrainState.new(model, experiment.training, accelerator, **chosen)
@@ -191,13 +191,14 @@ class Trainer:
         state, folder, batches = self.state, self.folder, self.batches
         total, processes = batches.total_steps, state.accelerator.num_processes
         stop = math.ceil(self.options.stop_at * total)
+        folder.discard_later()
         if state.step:
             done = f"continues after step {state.step} of {total}"
             state.accelerator.print(f"{folder.path.name}: {done}.")
             folder.write_summary(state.summary)
         self.watch()  # first, so that what it shows stands above the progress bar
         tokens, done = batches.tokens_seen(total), batches.tokens_seen(state.step)
-        shown = folder.writes and not self.options.watch  # who watches shows the progress
+        shown = folder.writes and not self.options.watch  # `watch` shows the progress itself
         self.progress = machine.progress_bar(tokens, done, shown)
         try:
             with machine.stop_on_signal(processes) as stopped, self.progress:

@@ -130,11 +130,11 @@ def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options)
     sweep/NAME are runs of `musota evidence --list`.
     """
     if experiment.startswith(TABLES):
-        if changes or any(options.values()):
+        if changes or save_to or any(value not in (None, ()) for value in options.values()):
             raise MusotaError(f"{experiment} is trained as the plan says: leave out other options.")
         from musota.workbook.evidence import train_row
 
-        where = {"profile": profile, "corpus": corpus, "save_to": save_to, "fresh": fresh}
+        where = {"profile": profile, "corpus": corpus, "fresh": fresh}
         return train_row(experiment, seed, **where)
     if is_module(experiment):
         find_source(experiment.removesuffix("_twin"))
@@ -239,14 +239,14 @@ def audit(model, vocab_size, max_seq_len, loss, picture, record):
         given = load_object(f"{model.rpartition(':')[0]}:{loss}") if loss else None
         found = audited(module, vocab_size, max_seq_len, given)
         click.echo(f"{found}")
+        if picture:
+            save_figure(found.figure(), picture, f"measured: {model}, not trained")
+            click.echo(f"Figure: {picture}")
         if record:
             fields = ("question", "decision", "value", "unit", "reason", "next_step")
             data["findings"] = [{n: getattr(one, n) for n in fields} for one in found.findings]
             data["honest"] = (True, False, None)[found.status]
             write_json(record, data)
-        if picture:
-            save_figure(found.figure(), picture, f"measured: {model}, not trained")
-            click.echo(f"Figure: {picture}")
         status = found.status
     except BaseException as error:  # also one that ends Python, raised by FILE.py
         expected = isinstance(error, (MusotaError, OSError))
@@ -277,9 +277,13 @@ def evidence(seeds, only, listed, **parameters):
     from musota.workbook.report import write_report
 
     if listed:
+        if parameters["save_to"] or parameters["fresh"]:
+            raise MusotaError(
+                "--list needs the runs in one folder: leave out --save-to and --fresh."
+            )
         with contextlib.redirect_stdout(sys.stderr):
             commands = [*missing(parts, seeds, **parameters)]
-        return click.echo("\n".join(commands))
+        return click.echo("\n".join(commands), nl=bool(commands))
 
     book = carry_out(parts, seeds, **parameters)
     write_report(book.folder)

@@ -42,25 +42,25 @@ def missing(parts: Sequence[str], seeds: int, seed: int = 0, **parameters) -> It
     """The command of each run that is left to train, a `musota train` that needs no other run. The
     rates of `tuned`, and of a wider sweep, are known once the sweep has been run."""
     book, wanted = Workbook(seed=seed, **parameters), range(seed, seed + seeds)
-    ended = {(*run.key, run.seed) for run in book.results.runs if run.ended}
+    known = {(*run.key, run.seed) for run in book.results.runs if run.ended}
     where = {"profile": parameters["profile"], "corpus": parameters["corpus"]}
-    where["save-to"] = parameters["save_to"]
     for part in parts:
         if part in TABLES:
             on = Workbook(seed=seed, grid=part == "grid", **parameters)
             runs, table = _rows(part, on)
-            known = {row.identity for row in read_table(table)}
+            rows = {row.identity for row in read_table(table)}
             of_grid = [seed + each for each in grid(book.profile.name)[2]]
             jobs = find_jobs(runs, of_grid if part == "grid" else [seed], on.profile, on.corpus)
             for (name, each), job in jobs.items():
-                if identity_of(job) not in known:
+                if identity_of(job) not in rows:
                     yield train_command(f"{part}/{name}", {}, **where, seed=each)
             continue
         with suppress(MusotaError):  # the sweep has not been run
             for model, changes, _ in _models(part, book):
                 experiment = book.experiment(model).with_(**changes)
                 for each in wanted:
-                    if (experiment, book.corpus.fingerprint, each) not in ended:
+                    if (identity := (experiment, book.corpus.fingerprint, each)) not in known:
+                        known.add(identity)
                         yield train_command(model, changes, **where, seed=each)
 
 
@@ -77,9 +77,8 @@ def train_row(name: str, seed: int, **parameters) -> None:
 
 
 def _rows(part: str, book: Workbook) -> tuple[dict[str, GridRun], Path]:
-    """The runs of the grid or of the sweep by name, and the table of those trained: where it
-    belongs, because other processes add rows to it."""
-    table = book.home / f"{part}.csv"
+    """The runs of the grid or of the sweep by name, and the table of those trained."""
+    table = book.folder / f"{part}.csv"
     if part == "grid":
         return grid(book.profile.name)[0], table
     rates, runs = rates_left(read_table(table), book.profile), {}

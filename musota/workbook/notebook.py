@@ -56,9 +56,10 @@ def stopping(what: str):
         raise Interrupted(f"{what} was stopped: run this again to continue.") from None
 
 
-class Workbook:
-    """One notebook's session, with `grid` at the size of the root-cause grid. Raises MusotaError
-    for a parameter that it does not know or cannot use."""
+class Session:
+    """The checked parameters of a notebook, its corpus and its results folder; with `grid` at the
+    size of the root-cause grid. Raises MusotaError for a parameter that it does not know or cannot
+    use."""
 
     def __init__(
         self,
@@ -113,6 +114,10 @@ class Workbook:
         if self.copy:
             self.copy.save(*files)
 
+
+class Workbook(Session):
+    """What one notebook trains, measures and shows."""
+
     @property
     def results(self) -> Results:
         """What is recorded in this folder about this corpus."""
@@ -127,7 +132,7 @@ class Workbook:
         or else the committed ones; then `note` says so."""
         names = [self.named(model) for model in models]
         folders = [self.folder, naming.results_root() / "full", naming.results_root() / "study"]
-        found = results.find_results(names, folders, self.corpus.fingerprint)
+        found = results.find_results(names, folders, self.corpus.fingerprint, self.home)
         groups = [group for group in map(found.group, names) if group]
         if groups and not any(run.seed == self.seed for group in groups for run in group):
             found.note += f" None of them has seed {self.seed}."

@@ -79,7 +79,8 @@ class Panel:
         """Show a bar of which the share `done` is filled, a text, and a figure, saved at `path`."""
         png = figure_png(figure, self.about)
         if path:
-            write_bytes(path, png)
+            with suppress(OSError):  # a full or read-only disk stops no training
+                write_bytes(path, png)
         bar = BAR.format(percent=100 * done, colour=BLUE) if done < 1 else ""
         self.line.show(HTML(f"{bar}<p>{text}</p>"))
         self.picture.show(Image(data=png))

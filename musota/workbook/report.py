@@ -71,6 +71,7 @@ def _page(results: Results) -> dict:
     return {
         "answer": _answer(results, verdicts),
         "table": tables.model_table(results),
+        "notebooks": sorted(path.name for path in results.folder.glob("executed/*.ipynb")),
         "sections": sections,
         "corpus": results.runs[0].config["corpus"],
         "devices": sorted({summary["device"] for summary in summaries}),

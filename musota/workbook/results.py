@@ -222,15 +222,17 @@ def find_runs(name: str, root: str | os.PathLike, profile: str) -> list[Run]:
 
 
 def find_results(
-    names: Sequence[str], folders: Sequence[Path], fingerprint: str | None = None
+    names: Sequence[str], folders: Sequence[Path], fingerprint: str | None = None, home=None
 ) -> Results:
     """The results of the first of `folders` that holds all of `names`, else of the first; `note`
-    says which these are and what is missing. `fingerprint` is for the first folder only."""
+    says which these are and what is missing. `fingerprint`, and `home`, where it belongs, are of
+    the first folder only."""
+    here = shown(home or folders[0])
     first = Results(folders[0], fingerprint)
-    first.note = f"Runs of {shown(folders[0])}."
+    first.note = f"Runs of {here}."
     missing = [name for name in names if not first.group(name)]
     if missing:
-        lacks = f"{', '.join(missing)}: not trained yet in {shown(folders[0])}"
+        lacks = f"{', '.join(missing)}: not trained yet in {here}"
         first.note = f"{lacks}; run the notebook that trains it first."
         for folder in folders[1:]:
             found = Results(folder)

@@ -64,8 +64,9 @@ class SavedCopy:
         return self.remote / path.relative_to(self.local)
 
     def _is_own(self, path: Path) -> bool:
+        """Whether `push` takes a file; tables, which other machines write too, are for `save`."""
         top = self.local / path.relative_to(self.local).parts[0]
-        return top in self.own or (top.is_file() and top.suffix != ".csv")  # `save` takes tables
+        return top in self.own or (top.is_file() and top.suffix not in (".csv", ".lock"))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -14,7 +14,8 @@ from musota.lab.verdicts import NATS, PPL, Verdict, measured
 from musota.workbook.style import BLUE, GREEN, RED
 from musota.workbook.tables import markdown
 
-SIGNS = {True: ("✓", GREEN), False: ("✗", RED), None: ("?", BLUE)}
+SIGNS = {True: ("✓", GREEN), False: ("✗", RED), None: ("?", BLUE)}  # by Verdict.good
+TIE = ("=", BLUE)
 CARD = """
 <div style="border:1px solid #8886; border-left:6px solid {{ colour }}; border-radius:6px;
 padding:0.6em 1.2em; max-width:46em; font-size:1.05em">
@@ -43,7 +44,8 @@ def show_verdicts(verdicts: Iterable[Verdict]) -> None:
 def show_card(verdict: Verdict, details: Iterable[Verdict] = ()) -> None:
     """Show the headline card of a notebook: the verdict as one large number, a sentence and the
     next step; what was measured, and further verdicts, folded."""
-    (sign, colour), (number, unit) = SIGNS[verdict.good], large_number(verdict)
+    sign, colour = TIE if verdict.decision == "tie" else SIGNS[verdict.good]
+    number, unit = large_number(verdict)
     text = " ".join(filter(None, (sign, number, unit and f"{unit}:", verdict.answer)))
     look = {"sign": sign, "colour": colour, "number": number, "unit": unit}
     card = Environment(autoescape=True).from_string(CARD)
@@ -57,8 +59,9 @@ def large_number(verdict: Verdict) -> tuple[str, str]:
     if verdict.value is None:
         return "", ""
     if verdict.unit == NATS:
-        change = f"{math.expm1(verdict.value):+.0%}".replace("-", "−")
-        return change, "valid perplexity"
+        change = math.expm1(verdict.value)
+        style = "+.1%" if abs(change) < 0.01 else "+.0%"
+        return format(change, style).replace("-", "−"), "valid perplexity"
     if verdict.unit == PPL:
         return f"{verdict.value:,.0f}", "valid perplexity"
     return measured(verdict), ""
