@@ -62,9 +62,14 @@ def read_sealed(path: Path) -> dict:
             return data
     except OSError as error:
         raise MusotaError(f"No run can be read from {path}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError):
-        pass  # no JSON, or no object with a hash
-    damaged = f"{path} is damaged, changed by hand, or not the record of a run"
+    except KeyError:
+        instead = "a saved model is loaded with musota.CausalLM.from_pretrained"
+        raise MusotaError(
+            f"{path} has no hash: it is not the record of a run ({instead})."
+        ) from None
+    except (ValueError, TypeError):
+        pass  # no JSON, or no object
+    damaged = f"{path} is damaged or was changed by hand"
     raise MusotaError(f"{damaged}: restore it, or train again with {START_OVER}.")
 
 

@@ -16,7 +16,7 @@ from musota.lab.verdicts import Verdict
 from musota.models.layout import BlockLayout
 from musota.registry import REGISTRY
 from musota.workbook import drawings, plots
-from musota.workbook.style import figure_png, literal, new_figure, styles_of
+from musota.workbook.style import draw_ngrams, figure_png, literal, new_figure, styles_of
 
 NGRAMS = {"uniform": 512.0, "unigram": 230.0, "bigram": 150.0, "trigram": 120.0}
 EFFECTS = {"cause": Interval(-0.4, -0.5, -0.3), "undecided": Interval(0.02, -0.1, 0.14)}
@@ -160,3 +160,11 @@ def test_labels_are_plain_text():
     (text,) = axis.get_legend().texts
     assert not text.get_text().startswith("_")
     assert text._preprocess_math(text.get_text()) == (" _net.py: pr$ice$", False)
+
+
+def test_baselines_above_the_range_are_not_drawn():
+    figure, axis = new_figure(3, 3)
+    axis.plot([100, 36_000])
+    axis.set_ylim(90, 1_000)
+    draw_ngrams(axis, NGRAMS | {"uniform": 50_000})
+    assert "uniform" not in _texts(figure) and "bigram" in _texts(figure)

@@ -76,7 +76,7 @@ def logarithmic(axis, lowest: float, highest: float) -> None:
 def draw_ngrams(axis, ngrams: Mapping[str, float], between: str = " ") -> None:
     """Draws a line across for each n-gram baseline that does not flatten the curves, its name on
     the right; names that would overlap are moved apart."""
-    highest = 2 * axis.dataLim.y1
+    highest = 2 * axis.dataLim.y1 if axis.get_autoscaley_on() else axis.get_ylim()[1]
     ngrams = {name: level for name, level in ngrams.items() if level <= highest}
     for level in ngrams.values():
         axis.axhline(level, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)))
