@@ -24,7 +24,7 @@ from musota.files import jsonable, write_text
 from musota.lab.profiles import Profile, scaled
 from musota.matching import twin
 from musota.training.run import Run
-from musota.training.trainer import Diverged, train
+from musota.training.trainer import Diverged, RunOptions, train
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ def run_many(
     found = {name: {s: known.get(identity_of(jobs[name, s])) for s in seeds} for name in runs}
     each(None, found, len(left))
     for job in left:
+        job["options"] = RunOptions(watch=_no_bar)
         job |= {"run_dir": Path(folder) / f"{job['name']}-seed{job['seed']}", "resume": not fresh}
     for done, row in enumerate(_train_all(left), start=1):
         for (name, seed), job in jobs.items():
@@ -203,6 +204,10 @@ def _train_all(jobs: list[dict]) -> Iterator[Row]:
 def _begin_worker() -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     torch.set_num_threads(1)
+
+
+def _no_bar(run: Run) -> None:
+    """In place of a progress bar: `each` shows the progress of the grid."""
 
 
 def _train_one(how: dict, in_worker: bool = False) -> Row:
