@@ -114,7 +114,7 @@ def sentence(error: Exception, advice: str = "choose another folder") -> str:
     if not (isinstance(error, OSError) and error.filename):
         return str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        advice = f"make room there, or {advice}"
+        advice = f"free some space there, or {advice}"
     return f"{error.filename} cannot be used ({error.strerror}): {advice}."
 
 

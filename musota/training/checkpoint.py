@@ -106,7 +106,7 @@ class RunDir:
         """Raises MusotaError if the end of a run, or its copy, could not be saved."""
         if self.trouble:
             lost = f"The end of the run in {self.path} could not be {self.trouble}"
-            raise MusotaError(f"{lost}. Mount the disk or make room, and repeat the call.")
+            raise MusotaError(f"{lost}. Mount the disk or free some space, and repeat the call.")
 
     def write_config(self, choices: dict) -> None:
         """Write config.json, once."""

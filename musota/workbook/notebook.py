@@ -119,6 +119,15 @@ class Workbook(Session):
     """What one notebook trains, measures and shows."""
 
     @property
+    def examples(self) -> Path:
+        """The repository's folder of example models. Raises MusotaError outside a repository."""
+        if not (repository := naming.checkout()):
+            raise MusotaError(
+                "The example models are in the repository: clone it, or use your own."
+            )
+        return repository / "notebooks" / "examples"
+
+    @property
     def results(self) -> Results:
         """What is recorded in this folder about this corpus."""
         return Results(self.folder, self.corpus.fingerprint)

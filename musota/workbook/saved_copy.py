@@ -50,8 +50,8 @@ class SavedCopy:
             self._copy_out(files) if files else self.push()
         except OSError as error:
             raise MusotaError(
-                f"The results could not be copied to {self.remote} ({error.strerror}): make room "
-                "there, or mount it again, and run this once more."
+                f"The results could not be copied to {self.remote} ({error.strerror}): free "
+                "some space there, or mount it again, and run this once more."
             ) from None
 
     def _copy_out(self, files: Iterable[Path]) -> None:
