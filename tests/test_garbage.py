@@ -150,12 +150,21 @@ def test_a_model_that_is_nowhere(name):
         musota.CausalLM.from_pretrained(name)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"ppl": 3, "sha256": ""}', b"\xff", b"{}"])
-def test_damaged_records_are_named(content, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        *(
+            (content, "is damaged")
+            for content in (b"", b"[]", b'{"ppl": 3, "sha256": ""}', b"\xff")
+        ),
+        (b'{"vocab_size": 50}', "has no hash: it is not the record of a run"),
+    ],
+)
+def test_damaged_records_are_named(content, problem, tmp_path):
     write_sealed(tmp_path / "config.json", {"ppl": math.inf, "steps": 3})
     assert read_sealed(tmp_path / "config.json") == {"ppl": None, "steps": 3}
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(MusotaError, match=r"config.json is damaged"):
+    with pytest.raises(MusotaError, match=rf"config.json {problem}"):
         read_sealed(tmp_path / "config.json")
 
 
