@@ -138,7 +138,8 @@ def train_step(state: TrainState, batches: Batches) -> tuple[Tensor, Tensor] | N
         state.epoch_nats.zero_()
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate_at(state.applied + 1, training, batches.total_steps)
-    torch.manual_seed(batches.seed * 1_000_003 + 1 + state.step)
+    own = 10_000_019 * state.accelerator.process_index  # every process draws its own dropout
+    torch.manual_seed(batches.seed * 1_000_003 + 1 + state.step + own)
     starts = batches.starts_at(state.step)
     middle = place == batches.steps_per_epoch // 2
     try:

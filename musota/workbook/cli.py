@@ -196,7 +196,7 @@ def score(run, file, profile, results):
     """Score a text FILE with a recorded RUN (as in `compare`).
 
     Prints perplexity, bits per byte and the most surprising tokens; every token stands in a table
-    in the run's folder."""
+    in the run's folder. The first token is scored too, as if it followed a line end."""
     find_folders(run, results, profile)
     from musota.data.sources import read_text
     from musota.workbook.results import find_runs

@@ -86,11 +86,10 @@ def title_of(model: str, experiment: Experiment, changed: Mapping) -> str:
         if model.endswith("_twin"):
             modern = isinstance(experiment.model, RedesignedConfig)
             title = f"Transformer matched to {title} ({'modern' if modern else 'GPT-2 style'})"
-    words = [
-        f"{value} epochs" if field == "epochs" else f"{field.replace('_', ' ')} {value}"
-        for field, value in changed.items()
-    ]
-    return ", ".join([title, *words])
+    words = {field: f"{field.replace('_', ' ')} {value}" for field, value in changed.items()}
+    if epochs := changed.get("epochs"):
+        words["epochs"] = f"{epochs} epoch{'s' * (epochs != 1)}"
+    return ", ".join([title, *words.values()])
 
 
 def train_command(model: str, changed: Mapping, **options) -> str:

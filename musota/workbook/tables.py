@@ -161,7 +161,7 @@ def differences_table(runs: Iterable[Run]) -> pd.DataFrame:
 def _side_by_side(columns: Mapping[object, Mapping]) -> pd.DataFrame:
     table = pd.DataFrame([*columns.values()], index=[*columns]).T.astype(object)
     plain = {True: str, False: lambda value: format(value, ",.10g")}
-    return table.map(lambda v: "" if pd.isna(v) else plain[isinstance(v, str)](v))
+    return table.map(lambda v: "" if pd.isna(v) else plain[isinstance(v, (str, bool))](v))
 
 
 def causes_table(causes: Iterable[Cause]) -> pd.DataFrame:
