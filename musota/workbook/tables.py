@@ -11,11 +11,11 @@ from statistics import fmean, geometric_mean
 import pandas as pd
 
 from musota.config import Experiment
-from musota.lab.curves import health
+from musota.lab.curves import health, plateau
 from musota.lab.plan_rules import REPORTED
 from musota.lab.root_causes import Cause
 from musota.lab.stats import seed_interval
-from musota.lab.verdicts import Verdict, measured
+from musota.lab.verdicts import Verdict, compare, measured
 from musota.training.evaluate import exp_nats
 from musota.training.run import Run
 from musota.workbook.results import Results, by_title, mean_loss, progress
@@ -186,6 +186,20 @@ def verdict_table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
     rows = [(v.question, v.decision, measured(v) or "–", v.reason, v.next_step) for v in verdicts]
     table = pd.DataFrame(rows, columns=columns)
     return table if table["next step"].any() else table.drop(columns="next step")
+
+
+def plateaus_table(groups: Sequence[Sequence[Run]], window: int, least_gain: float) -> pd.DataFrame:
+    """One row a model, given by its seeds: the plateau of the first seed, and how the model
+    compares with the first one. Arguments as in `plateau`."""
+    first, rows = groups[0], []
+    for group in groups:
+        flat, against = plateau(group[0], window, least_gain), ""
+        if group is not first and group[0].valid_text == first[0].valid_text:
+            verdict = compare(group, first)
+            against = f"{verdict.decision} {measured(verdict)}"
+        rows.append([group[0].title, flat.decision, flat.reason, against])
+    columns = ["model", "plateau?", "what was measured", f"against {first[0].title}"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def health_table(run: Run) -> pd.DataFrame:
