@@ -21,7 +21,12 @@ def make_run(loss=5.0, seed=0, title="a", losses=None, noise=0.0, diverged_at=No
     nats = losses[:, None] + blocks - blocks.mean() + generator.normal(0, noise, (len(losses), 30))
     epochs = np.arange(1, len(losses) + 1)
     columns = {"epoch": epochs, "step": 100 * epochs, "tokens": 100_000 * epochs}
-    summary = {"ppl": np.exp(loss), "accuracy": 0.3, "valid_block_tokens": [1024] * 30}
+    summary = {
+        "ppl": np.exp(loss),
+        "valid_loss": loss,
+        "accuracy": 0.3,
+        "valid_block_tokens": [1024] * 30,
+    }
     run = {
         "title": title, "name": title, "path": f"results/{title}-seed{seed}", "seed": seed,
         "experiment": experiments["optimized"].with_(warmup_steps=10), "key": title,
@@ -69,11 +74,21 @@ def test_intervals_over_seeds_are_students():
 
 
 def test_with_one_seed_the_measured_spread_of_seeds_decides():
-    for difference, decision in ((-0.03, "better"), (0.025, "tie"), (0.027, "worse")):
+    for difference, decision in ((-0.04, "better"), (0.036, "tie"), (0.038, "worse")):
         found = compare(make_run(5 + difference), make_run(5.0, title="b"))
         assert found.decision == decision and found.value == pytest.approx(difference)
-    assert found.high - found.value == pytest.approx(2 * stats.SEED_SPREAD)
-    assert "one seed; the spread of seeds measured at study is the yardstick" in found.reason
+    assert found.high - found.value == pytest.approx(2 * 2**0.5 * stats.SEED_SPREAD)
+    assert "one seed; the interval is that of the seeds at study" in found.reason
+
+
+def test_the_reason_says_where_test_disagrees_with_valid():
+    a, b = make_run(5.0), make_run(5.0, title="b")
+    for run, loss in ((a, 5.1), (b, 5.0)):
+        run.summary["test_loss"] = loss
+    assert compare(a, b).decision == "tie"
+    assert compare(a, b).reason.endswith("; on test worse, +0.100 nats/token [+0.063, +0.137]")
+    a.summary["test_loss"] = 5.01
+    assert "test" not in compare(a, b).reason.replace("study", "")
 
 
 def test_with_several_seeds_their_interval_decides():

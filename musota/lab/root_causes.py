@@ -42,16 +42,16 @@ class Cause(Suspect):
 
 # Changes that the plan makes, a grid run each: suspect, the plan's confidence, advice, fields.
 PLANNED = {
-    "epochs": ("too few epochs (10 → 30)", "70 %", "train longer", ["epochs"]),
+    "epochs": ("too few epochs", "70 %", "train longer", ["epochs"]),
     "learning_rate": (
-        "learning rate too high (3e-4 → 1e-4)",
+        "learning rate too high",
         "60 %",
         "lower the learning rate",
         ["learning_rate"],
     ),
-    "warmup": ("warm-up too short (500 → 2,000 steps)", "50 %", "warm up longer", ["warmup_steps"]),
+    "warmup": ("warm-up too short", "50 %", "warm up longer", ["warmup_steps"]),
     "sequence": (
-        "sequences too short (128 → 192, batch 24 → 32)",
+        "sequences too short",
         "40 %",
         "train on longer sequences",
         ["max_seq_len", "batch_size", "accumulation_steps"],
@@ -61,15 +61,15 @@ PLANNED = {
 SMALLER = {"matrix_size": 6, "n_block": 8, "n_head": 6}
 SMALL_STEPS = {"batch_size": 2, "warmup_steps": 1500}
 OTHERS = {
-    "blocks_8": ("16 blocks (→ 8 of 2×4)", "unknown", "use fewer blocks", {"n_block": 8}),
-    "layers_8": ("12 layers (→ 8)", "unknown", "use fewer layers", {"n_layer": 8}),
-    "matrix_6": ("8×8 matrix (→ 6×6, 8 blocks)", "unknown", "use the smaller matrix", SMALLER),
-    "small_steps": ("too many tokens a step (÷ 3)", MISSED, "take smaller steps", SMALL_STEPS),
+    "blocks_8": ("too many blocks", "unknown", "use fewer blocks", {"n_block": 8}),
+    "layers_8": ("too many layers", "unknown", "use fewer layers", {"n_layer": 8}),
+    "matrix_6": ("matrix too large", "unknown", "use the smaller matrix", SMALLER),
+    "small_steps": ("too many tokens a step", MISSED, "take smaller steps", SMALL_STEPS),
 }
 MORE_TEXT, PREFER = "get more text", "prefer the transformer"
 COMPARE = "compare with the transformer, each at its own best rate"
-DATA = "too little data (half → all, same steps)"
-ARCHITECTURE = "architecture (→ parameter-matched transformer)"
+DATA = "too little data (in as many steps)"
+ARCHITECTURE = "architecture (a matched transformer instead)"
 
 
 def grid(profile: str) -> tuple[dict[str, GridRun], list[Suspect], range]:
@@ -217,6 +217,6 @@ def advice(causes: Sequence[Cause]) -> Verdict:
         return Verdict(question, "none found", reason=reason)
     most, steps = left[0], list(dict.fromkeys(cause.advice for cause in left))[:3]
     order = f"{', then '.join(steps)}; measure again after each"
-    reason = f"the change of the valid loss without it ({most.changed})"
+    reason = f"change of the valid loss when it is removed: {most.changed}"
     found = in_nats(most.effect) | {"reason": reason, "next_step": order}
     return Verdict(question, most.name, good=True, **found)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-SEED_SPREAD = 0.013  # nats/token: standard deviation over seeds, measured at profile `study`
+SEED_SPREAD = 0.013  # nats/token: standard deviation of a run over seeds, measured at `study`
 RELEVANT = 0.05  # nats/token, 5 % of the perplexity: a smaller effect decides nothing
 MIN_BLOCKS = 10  # fewer blocks say too little about other text
 TAILS = (0.025, 0.975)  # quantiles of a 95 % interval

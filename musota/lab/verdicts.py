@@ -84,8 +84,9 @@ def compare(a: Run | Sequence[Run], b: Run | Sequence[Run]) -> Verdict:
     or unfinished, where a run has not ended.
 
     The value is the valid loss of a minus that of b. Two or more common seeds: Student's interval
-    over them decides. Otherwise a difference within twice the spread of seeds measured at `study`
-    is a tie. Raises MusotaError for runs that have not ended an epoch, for runs of several models
+    over them decides. Otherwise a difference is a tie if it is within two standard deviations that
+    seeds alone would give it, by their spread at `study`. The reason says where test disagrees with
+    valid. Raises MusotaError for runs that have not ended an epoch, for runs of several models
     on one side, and for different valid texts.
     """
     a, b = as_runs(a), as_runs(b)
@@ -176,16 +177,20 @@ def _compare(a: list[Run], b: list[Run], question: str, words: tuple[str, str]) 
     if facts := [f"{name} diverged at step {r.diverged_at}" for name, r in runs if r.diverged]:
         side = any(run.diverged for run in a) - any(run.diverged for run in b)
         return Verdict(question, **decided[side], unit=NATS, reason="; ".join(facts))
-    interval, about_seeds, next_step = _difference(a, b)
+    interval, about_seeds, next_step = _difference(a, b, "valid_loss")
     ppls = "valid PPL {:,.1f} against {:,.1f}".format(*map(_ppl, (a, b)))
     measured = in_nats(interval) | decided[interval.beyond(0)]
     reason = f"{ppls}, {_rates(a[0], b[0])}; {about_seeds}"
+    if all("test_loss" in run.summary for run in (*a, *b)):
+        test, _, _ = _difference(a, b, "test_loss")
+        if test.beyond(0) != interval.beyond(0):
+            reason += f"; on test {decided[test.beyond(0)]['decision']}, {test}"
     return Verdict(question, **measured, reason=reason, next_step=next_step)
 
 
-def _difference(a: list[Run], b: list[Run]) -> tuple[Interval, str, str]:
-    """The difference in valid loss, what its interval is over, and what to do next."""
-    of_a, of_b = ({run.seed: run.valid_loss for run in side} for side in (a, b))
+def _difference(a: list[Run], b: list[Run], loss: str) -> tuple[Interval, str, str]:
+    """The difference in a loss of the summary, what its interval is over, and what to do next."""
+    of_a, of_b = ({run.seed: run.summary[loss] for run in side} for side in (a, b))
     common = sorted(of_a.keys() & of_b.keys())
     if len(common) > 1:
         interval = seed_interval([of_a[seed] - of_b[seed] for seed in common])
@@ -195,8 +200,9 @@ def _difference(a: list[Run], b: list[Run]) -> tuple[Interval, str, str]:
         about, next_step = "one seed", "train both with more seeds"
         of_a, of_b = ({seed: side[seed] for seed in common} for side in (of_a, of_b))
     mean = float(np.mean([*of_a.values()]) - np.mean([*of_b.values()]))
-    interval = Interval(mean, mean - 2 * SEED_SPREAD, mean + 2 * SEED_SPREAD)
-    return interval, f"{about}; the spread of seeds measured at study is the yardstick", next_step
+    half = 2 * SEED_SPREAD * math.sqrt(1 / len(of_a) + 1 / len(of_b))
+    interval = Interval(mean, mean - half, mean + half)
+    return interval, f"{about}; the interval is that of the seeds at study", next_step
 
 
 def _ppl(side: list[Run]) -> float:
