@@ -28,6 +28,8 @@ def check_field(field: dataclasses.Field, value):
     """`value`, numpy's numbers as Python's. Raises MusotaError if a configuration field cannot have
     this value."""
     name, kind = field.name, field.type
+    if kind is bool and type(value).__module__ == "numpy" and not getattr(value, "shape", 1):
+        value = value.item()
     if kind in (bool, str):
         fits, allowed = isinstance(value, kind), "True or False" if kind is bool else "a name"
     else:

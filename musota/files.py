@@ -88,6 +88,16 @@ def jsonable(value):
     return value
 
 
+def nan_for_null(value):
+    """What was read from JSON, with nan where the records have null for a number that is not
+    finite."""
+    if isinstance(value, dict):
+        return {key: nan_for_null(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [nan_for_null(item) for item in value]
+    return math.nan if value is None else value
+
+
 def _dump(data) -> str:
     return json.dumps(jsonable(data), indent=1, ensure_ascii=False) + "\n"
 
@@ -101,7 +111,8 @@ def as_path(place: str | os.PathLike) -> Path:
     cannot be encoded in UTF-8, as records are."""
     try:
         path = Path(place).expanduser()
-        os.fspath(path).encode()
+        if b"\0" in os.fspath(path).encode():
+            raise ValueError("it has a null character")
         return path
     except UnicodeEncodeError:
         raise MusotaError(f"The name of {place!r} is not UTF-8: rename it.") from None

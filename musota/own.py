@@ -85,11 +85,17 @@ def find_source(source: str) -> tuple[Path, str]:
     return path, name
 
 
-def load_object(source: str) -> object:
-    """The object NAME of FILE.py. Raises MusotaError if there is none, or FILE.py raises."""
+_loaded: dict[Path, types.ModuleType] = {}  # the last load of each file
+
+
+def load_object(source: str, fresh: bool = True) -> object:
+    """The object NAME of FILE.py, loaded anew if `fresh`. Raises MusotaError if there is none, or
+    FILE.py raises."""
     path, name = find_source(source)
     with blaming(path.name):
-        module = _Source(path).module
+        if fresh or path not in _loaded:
+            _loaded[path] = _Source(path).module
+    module = _loaded[path]
     if not hasattr(module, name):
         raise MusotaError(f"{path} defines no {name!r}.")
     return getattr(module, name)
@@ -110,6 +116,8 @@ def load_module(source: str, vocab_size: int, max_seq_len: int):
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
             sizes = {name: size for name, size in sizes.items() if name in takes}
         module = make(**sizes)
-    if not isinstance(module, nn.Module):
+    if isinstance(module, nn.Module):
+        vars(module)["musota_file"] = str(find_source(source)[0])  # part of its identity
+    else:
         raise MusotaError(f"{source} made {type(module).__name__}, not a torch.nn.Module.")
     return module

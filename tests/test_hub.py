@@ -1,6 +1,7 @@
 """Sharing a model: what its card states, offline loading, uploading (with a mocked API)."""
 
 import json
+import math
 import shutil
 
 import huggingface_hub
@@ -100,6 +101,12 @@ def test_a_model_of_the_hub_loads_offline_from_its_cache(finished, tmp_path):
     loaded = musota.CausalLM.from_pretrained("me/small", cache_dir=tmp_path)
     assert weights_sha256(loaded) == weights_sha256(model)
     assert loaded.measured["ppl"] == finished.summary["ppl"]
+    loaded.measured["test_ppl"] = math.inf  # null in the file
+    loaded.save_pretrained(tmp_path / "again")
+    musota.load_model(tmp_path / "again").save_pretrained(tmp_path / "third")
+    assert "| test |" in (tmp_path / "third" / "README.md").read_text("utf-8")
+    with pytest.raises(MusotaError, match="is a run: load its model with Run"):
+        musota.load_model(finished.path)
     assert loaded.score_text("def a(b):")["token"].tolist()
 
 

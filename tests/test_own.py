@@ -9,7 +9,7 @@ from torch import nn
 import musota
 from musota.errors import MusotaError
 from musota.models.base import score, weights_sha256
-from musota.models.module import WrappedModule, logits_of, module_config
+from musota.models.module import WrappedModule, copy_module, logits_of, module_config
 from musota.own import load_module, load_object
 
 SOURCE = """
@@ -128,6 +128,28 @@ def test_a_config_and_a_matched_transformer_describe_a_module_without_changing_i
     assert other.shapes_sha256 == config.shapes_sha256
 
 
+def test_the_code_of_a_module_of_torchs_parts_is_part_of_what_it_is(tmp_path):
+    parts = "import torch\ndef build(vocab_size):\n    return torch.nn.Sequential("
+    parts += "torch.nn.Embedding(vocab_size, 8), torch.nn.{}(), torch.nn.Linear(8, vocab_size))"
+    (tmp_path / "one.py").write_text(parts.format("ReLU"))
+    (tmp_path / "other.py").write_text(parts.format("Tanh"))
+    made = [load_module(f"{tmp_path}/{name}.py:build", 30, 8) for name in ("one", "other")]
+    one, other = (module_config(module, 30, 8) for module in made)
+    typed = [
+        nn.Sequential(nn.Embedding(30, 8), act(), nn.Linear(8, 30)) for act in (nn.ReLU, nn.Tanh)
+    ]
+    hashes = {module_config(module, 30, 8).file_sha256 for module in typed}
+    assert len(hashes | {one.file_sha256, other.file_sha256}) == 4
+
+
+def test_a_copy_shares_nothing_with_the_module_not_even_through_a_function():
+    module = Lazy()
+    module.head = lambda x: module.output(x)
+    copied = copy_module(module)
+    (held,) = (cell.cell_contents for cell in copied.head.__closure__)
+    assert held is copied and held is not module
+
+
 class Lazy(nn.Module):
     def __init__(self):
         super().__init__()
@@ -179,6 +201,15 @@ class Stateful(Lazy):
         return {"steps": 3}
 
 
+class FixedLength(nn.Embedding):
+    def __init__(self):
+        super().__init__(30, 30)
+        self.places = nn.Parameter(torch.zeros(8, 30))
+
+    def forward(self, ids):
+        return super().forward(ids) + self.places
+
+
 def test_modules_of_every_kind_are_taken_or_refused_in_one_sentence():
     scripted = torch.jit.script(nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 30)))
     assert wrapped(scripted)(torch.arange(8)[None])[0].shape == (1, 8, 30)
@@ -188,6 +219,7 @@ def test_modules_of_every_kind_are_taken_or_refused_in_one_sentence():
         (nn.Embedding(30, 8), r"returned \(1, 8, 8\) and not \(1, 8, 30\): use vocab_size=8"),
         (nn.Sequential(nn.Embedding(30, 8), nn.Flatten()), "logits of every position are needed"),
         (Stateful(), "state must be a tensor, not dict"),
+        (FixedLength(), r"given token ids of 0 in shape \(1, 7\), raised RuntimeError"),
     ]:
         with pytest.raises(MusotaError, match=message):
             wrapped(module)

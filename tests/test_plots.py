@@ -53,7 +53,6 @@ def test_figures_are_not_empty_and_say_what_they_are_about(runs):
         "ledgers": drawings.ledgers({run.name: run.summary["parameter_ledger"] for run in runs}),
         "layouts": drawings.layouts({"8×8": LAYOUT, "6×6": BlockLayout.standard(6, 8)}),
         "causality": drawings.causality(np.triu(noise.random((8, 8)))),
-        "zipf": drawings.zipf(np.array([90, 40, 30, 5, 1, 0])),
         "n-grams": drawings.ngrams(NGRAMS, at_plan_size=False),
         "difference": plots.difference(VERDICTS, "Against the first"),
         "root causes": plots.root_causes(CAUSES),

@@ -96,6 +96,19 @@ def test_runs_are_found_by_name_title_and_folder(trained):
         find_runs("optimized", trained, "another")
 
 
+def test_a_name_of_several_models_is_refused(folder, short):
+    musota.train(EXPERIMENT.with_(epochs=1), short, folder / "short", name="optimized")
+    with pytest.raises(MusotaError, match=r"Several models are called 'optimized'.*short"):
+        find_runs("optimized", folder.parent, folder.name)
+
+
+def test_a_seed_that_diverged_leaves_its_model_without_numbers(folder, monkeypatch):
+    monkeypatch.setattr(musota.Run, "diverged_at", property(lambda run: 7 if run.seed else None))
+    (row,) = (row for row in tables.model_table(Results(folder)).to_dict("records")
+              if row["model"] == "the optimized model")  # fmt: skip
+    assert row["epochs"] == "diverged at step 7" and row["valid PPL"] == row["accuracy"] == "–"
+
+
 def test_results_fall_back_on_another_folder_and_say_so(trained, tmp_path):
     here, there = tmp_path / "here", trained / "tiny"
     found = find_results(["optimized"], [here, there])

@@ -44,6 +44,11 @@ def test_the_verdict_on_a_sweep(low, middle, high, decision, next_step):
     assert verdict.value == pytest.approx(math.exp(min(low + high + [sum(middle) / len(middle)])))
 
 
+def test_a_usual_rate_that_diverges_is_named():
+    verdict = sweep.best_rate("MU-SOTA", {1e-4: [6.0], 1e-3: [5.0], 1e-2: [math.inf]}, 1e-2)
+    assert "against 0.01: which diverges" in verdict.reason and "lower" in verdict.next_step
+
+
 def test_the_recorded_sweep_is_read_and_its_best_rates_are_those_of_the_tuned_runs():
     profile, rows = PROFILES["study"], read_table(STUDY / "sweep.csv")
     losses = sweep.swept(rows, profile)

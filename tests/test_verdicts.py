@@ -189,6 +189,8 @@ def test_the_plans_thresholds_apply_to_its_own_setting_only():
     assert all(word in reason for word in ("python-docs", "8,192", "study", "none of the plan's"))
     assert plan("thresholds apply", other).decision == "not applicable"
     assert not plan("scenarios", other) and not plan("under 200", other)
+    part = {"name": "wikitext-2", "words": {"valid": 900}}
+    assert "or a part" in plan_rules.plan_applies(make_run(config={"corpus": part}))
     short = experiments["optimized"].with_(epochs=10)
     assert "10 of the plan's 30 epochs" in plan_rules.plan_applies(make_run(experiment=short))
     assert plan("under 200", make_run(5.2, experiment=short)).decision == "yes"  # reached early

@@ -81,7 +81,7 @@ def find_text(name: str, data_dir) -> Path | None:
 
 def read_text(path: str | os.PathLike) -> str:
     """The text of a file, exactly as `load_corpus` reads it. Raises MusotaError."""
-    open_text = gzip.open if as_path(path).suffix == ".gz" else open
+    open_text = gzip.open if as_path(path).suffix.lower() == ".gz" else open
     try:
         with open_text(as_path(path), "rt", encoding="utf-8-sig") as file:
             return _clean(file.read())

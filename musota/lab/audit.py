@@ -231,7 +231,7 @@ def _changes(
     base, changes = _fresh_logits(module, training, ids), [torch.zeros(0, ids.shape[1])]
     for t in positions:
         other = ids.clone()
-        other[:, t : t + length] = (ids[:, t : t + length] + 1) % vocab_size
+        other[:, t : t + length] = (ids[:, t : t + length] + (vocab_size // 2 | 1)) % vocab_size
         moved = _fresh_logits(module, training, other).sub_(base).abs_()
         changes.append(moved.amax((0, 2))[None].cpu())
     return torch.cat(changes)
@@ -252,7 +252,7 @@ def _probe(settings: tuple[str, str], module: nn.Module, ids: Tensor, vocab_size
     positions = [t for t in sorted({1, last // 3, last // 2, last}) if 0 < t <= last]
     change, rest = (_changes(module, training, ids, vocab_size, positions, n) for n in (1, last))
     ahead = _ahead(change > tolerance, positions)
-    other = torch.cat([(ids[:1] + 1) % vocab_size, ids[1:]])
+    other = torch.cat([(ids[:1] + (vocab_size // 2 | 1)) % vocab_size, ids[1:]])
     seen = {
         "looks ahead": ahead or _ahead(rest > tolerance, positions),
         "mixes rows": (called(other) - base)[1].abs().max() > tolerance,

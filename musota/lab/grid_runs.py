@@ -20,7 +20,7 @@ from musota.config import Experiment
 from musota.data.corpus import Corpus
 from musota.data.sources import SPLITS
 from musota.errors import MusotaError
-from musota.files import jsonable, write_text
+from musota.files import as_path, jsonable, write_text
 from musota.lab.profiles import Profile, scaled
 from musota.matching import twin
 from musota.training.run import Run
@@ -88,7 +88,7 @@ class Row:
 
 def read_table(path: str | os.PathLike) -> list[Row]:
     """The rows of a csv table; none where there is no file. Raises MusotaError for damage."""
-    if not Path(path).exists():
+    if not (path := as_path(path)).exists():
         return []
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -136,6 +136,7 @@ def run_many(
     and its folder removed. On a CPU every core trains a run, on a GPU they take turns. `each` is
     called at the start and after every run, as `print_run`. Raises MusotaError if a process dies.
     """
+    table, folder = as_path(table), as_path(folder)
     known = {} if fresh else {row.identity: row for row in read_table(table)}
     jobs = find_jobs(runs, seeds, profile, corpus, changes)
     left = [job for job in jobs.values() if identity_of(job) not in known]

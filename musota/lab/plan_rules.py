@@ -12,6 +12,7 @@ from musota.training.evaluate import exp_nats
 from musota.training.run import Run
 
 REPORTED = {"ppl": 402.17, "accuracy": 0.1725, "epochs": 10}
+WORDS = 217_646  # of valid, line ends counted
 CORPUS, VOCAB_SIZE, PROFILE = "wikitext-2", 50_000, "full"  # what its thresholds are about
 SCENARIOS = (  # up to a PPL: letter, meaning, accuracy from and to, next step
     (250, "A", "success", 0.30, 0.50, "scale to 50 epochs, or switch to WikiText-103"),
@@ -28,6 +29,8 @@ def other_text(run: Run) -> list[str]:
     """Why perplexities of a run are not those of the plan's corpus and vocabulary, if so."""
     corpus, vocab_size = run.config["corpus"]["name"], run.experiment.model.vocab_size
     reasons = [] if corpus == CORPUS else [f"the corpus is {corpus}, not {CORPUS}"]
+    if run.config["corpus"].get("words", {"valid": WORDS})["valid"] != WORDS:
+        reasons.append("its valid text is another, or a part")
     if vocab_size != VOCAB_SIZE:
         reasons.append(f"the vocabulary is {vocab_size:,}, not {VOCAB_SIZE:,}")
     return reasons

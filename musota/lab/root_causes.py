@@ -183,7 +183,7 @@ def _judge_one(suspect: Suspect, rows: Rows, losses: Mapping) -> Cause | None:
         return None
     guess = math.log(_first(rows, suspect.before).experiment.model.vocab_size)
     usable = {name: of_run for name, of_run in losses.items() if max(of_run.values()) <= guess}
-    effect, decision = None, "not a cause"
+    effect, decision = None, "not a cause" if suspect.before in usable else "undecided"
     if {*pair} <= usable.keys():
         effect = pooled_contrast(usable, *pair)
         if effect.low <= -RELEVANT:

@@ -103,8 +103,10 @@ def best_rate(title: str, losses: Losses, usual: float | None = None) -> Verdict
     reason = f"learning rate {best:g} is the best of {len(losses)} rates from {low:g} to {high:g}"
     decision, next_step = "bracketed", ""
     if usual in means:
-        reason += f", {means[best] - means[usual]:+.2f} nats/token against {usual:g}"
-        if means[usual] - means[best] >= RELEVANT:
+        gain = means[usual] - means[best]
+        seen = "which diverges" if math.isinf(means[usual]) else f"{-gain:+.2f} nats/token"
+        reason += f", against {usual:g}: {seen}"
+        if gain >= RELEVANT:
             direction = "raise" if best > usual else "lower"
             next_step = f"{direction} the learning rate to {best:g}"
     if best in (low, high):

@@ -180,7 +180,8 @@ def _compare(a: list[Run], b: list[Run], question: str, words: tuple[str, str]) 
     interval, about_seeds, next_step = _difference(a, b, "valid_loss")
     ppls = "valid PPL {:,.1f} against {:,.1f}".format(*map(_ppl, (a, b)))
     measured = in_nats(interval) | decided[interval.beyond(0)]
-    reason = f"{ppls}, {_rates(a[0], b[0])}; {about_seeds}"
+    rates = dict.fromkeys(f"{side[0].experiment.training.learning_rate:g}" for side in (a, b))
+    reason = f"{ppls}, learning rate {' and '.join(rates)}; {about_seeds}"
     if all("test_loss" in run.summary for run in (*a, *b)):
         test, _, _ = _difference(a, b, "test_loss")
         if test.beyond(0) != interval.beyond(0):
@@ -207,10 +208,3 @@ def _difference(a: list[Run], b: list[Run], loss: str) -> tuple[Interval, str, s
 
 def _ppl(side: list[Run]) -> float:
     return exp_nats(float(np.mean([run.valid_loss for run in side])))
-
-
-def _rates(a: Run, b: Run) -> str:
-    rates = [run.experiment.training.learning_rate for run in (a, b)]
-    if rates[0] == rates[1]:
-        return f"both at learning rate {rates[0]:g}"
-    return f"at learning rates {rates[0]:g} and {rates[1]:g}"

@@ -22,7 +22,7 @@ from musota.config import (
 )
 from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError, blaming
-from musota.files import as_path, write_bytes, write_json, write_whole
+from musota.files import as_path, nan_for_null, write_bytes, write_json, write_whole
 
 if TYPE_CHECKING:
     from musota.models.base import CausalLM
@@ -98,6 +98,8 @@ def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") ->
     folder = as_path(folder)
     with blaming(f"The saved model in {folder}, when read,"):
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "experiment" in described:
+            raise MusotaError(f"{folder} is a run: load its model with Run(folder).load_model().")
         config = Experiment.from_dict({"model": described, "training": {}}).model
         weights = load_file(folder / "model.safetensors")
         held = sum(weight.numel() for weight in weights.values())
@@ -109,8 +111,9 @@ def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") ->
         if (folder / "tokenizer.json").exists():
             model.tokenizer = TextTokenizer.load(folder / "tokenizer.json")
         if (folder / MEASURED).exists():
-            model.measured = dict(json.loads((folder / MEASURED).read_text(encoding="utf-8")))
-    return model.to(device).eval()
+            known = json.loads((folder / MEASURED).read_text(encoding="utf-8"))
+            model.measured = dict(nan_for_null(known))
+        return model.to(device).eval()
 
 
 ABOUT = {"library_name": "musota", "license": "mit", "pipeline_tag": "text-generation"}

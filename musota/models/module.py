@@ -4,8 +4,10 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from numbers import Integral
 from pathlib import Path
+from types import CellType, FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +72,12 @@ def copy_module(module: nn.Module) -> nn.Module:
     history = {id(v): v.detach().clone() for v in tensors if not v.is_leaf}
     with torch.no_grad():  # else parameters of scripted modules get a history
         copied = copy.deepcopy(plain, history)
+    for part in copied.modules():  # deepcopy leaves functions, and the modules in their closures
+        for name, f in vars(part).items():
+            if isinstance(f, FunctionType) and f.__closure__:
+                held = (history.get(id(c.cell_contents), c.cell_contents) for c in f.__closure__)
+                how = f.__code__, f.__globals__, name, f.__defaults__, (*map(CellType, held),)
+                vars(part)[name] = FunctionType(*how)
     for weight, original in zip(copied.parameters(), plain.parameters(), strict=True):
         weight.requires_grad = original.requires_grad
     return copied
@@ -106,9 +114,12 @@ def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> Modul
     shapes = sorted((_plain(name), tuple(p.shape)) for name, p in parameters.items())
     n_layer, dropout = _depth_and_dropout(measured)
     path = _defining_file(type(measured))
+    made_by = vars(measured).get("musota_file")  # see musota.own
+    files = dict.fromkeys(Path(file) for file in (path, made_by) if file)
+    code = b"".join(file.read_bytes() for file in files) or _code_of(measured)
     return ModuleConfig(
         source=f"{path.name}:{name}" if path else name,
-        file_sha256=sha256(path.read_bytes()) if path else "",
+        file_sha256=sha256(code),
         shapes_sha256=sha256(repr(shapes).encode()),
         vocab_size=vocab_size,
         max_seq_len=max_seq_len,
@@ -117,6 +128,16 @@ def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> Modul
         n_layer=n_layer,
         dropout=dropout,
     )
+
+
+def _code_of(module: nn.Module) -> bytes:
+    """What is known of a module without a file: its parts, and the methods of their classes."""
+    kinds = dict.fromkeys(type(part) for part in module.modules())
+    own = [kind for kind in kinds if not kind.__module__.startswith("torch.")]
+    methods = [f for kind in own for f in vars(kind).values() if inspect.isfunction(f)]
+    with suppress(OSError):  # typed into Python itself: there is no source
+        return "".join([repr(module), *map(inspect.getsource, methods)]).encode()
+    return repr(module).encode()
 
 
 def _defining_file(kind: type) -> Path | None:
@@ -165,7 +186,8 @@ class WrappedModule(CausalLM):
         nn.Module.__init__(self)  # without the embeddings of a CausalLM
         self.config, self.tokenizer = config, None
         self.module, self.call = module, logits_of
-        call_once(module, config.max_seq_len)
+        for length in (config.max_seq_len, max(1, config.max_seq_len - 1)):  # the last is shorter
+            call_once(module, length)
         for name, value in module.state_dict().items():
             if not isinstance(value, Tensor):
                 kind = type(value).__name__

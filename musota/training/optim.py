@@ -42,6 +42,8 @@ def update_ratios(model: CausalLM, before: list[Tensor]) -> dict[str, float]:
     """‖ΔW‖ / ‖W‖ since the parameters were `before`, by group of the parameter ledger."""
     squares: dict[str, Tensor] = {}
     for (name, now), old in zip(model.named_parameters(), before, strict=True):
+        if not now.requires_grad:
+            continue
         norms = [t.abs().square().sum() for t in (now.detach() - old, old)]
         group = model.ledger_group(name)
         squares[group] = squares.get(group, 0) + torch.stack(norms).cpu().double()

@@ -18,7 +18,16 @@ from torch import nn
 from musota.config import Experiment
 from musota.data.corpus import window_count
 from musota.errors import MusotaError
-from musota.files import CONFIG, METRICS, START_OVER, SUMMARY, as_path, read_sealed, sha256
+from musota.files import (
+    CONFIG,
+    METRICS,
+    START_OVER,
+    SUMMARY,
+    as_path,
+    nan_for_null,
+    read_sealed,
+    sha256,
+)
 from musota.models.base import CausalLM, weights_sha256
 from musota.models.hub import load_model
 from musota.models.module import call_once, load_state
@@ -143,8 +152,10 @@ class Run:
         return (self.path / BEST / WEIGHTS).exists()
 
     def _best(self) -> Path:
-        """The folder of the best epoch's model. Raises MusotaError if a file of it is damaged."""
+        """The folder of the best epoch's model. Raises MusotaError if it is missing or damaged."""
         folder = self.path / BEST
+        if not self.has_model:
+            raise MusotaError(f"There is no {folder / WEIGHTS}: train again with {START_OVER}.")
         for name, expected in self.summary.get("best_files", {}).items():
             path = folder / name
             if path.exists() and sha256(path.read_bytes()) != expected:
@@ -163,10 +174,7 @@ class Run:
     def load_weights(self, module: nn.Module) -> None:
         """Load the weights of the best epoch into a module. Raises MusotaError if they were not
         kept, are damaged or do not fit."""
-        path = self._best() / WEIGHTS
-        if not self.has_model:
-            raise MusotaError(f"There is no {path}: train the run again with {START_OVER}.")
-        weights = load(path.read_bytes())
+        weights = load((self._best() / WEIGHTS).read_bytes())
         if weights.keys() - module.state_dict().keys():  # some are created in the first call
             call_once(module, self.experiment.model.max_seq_len)
         try:
@@ -201,13 +209,3 @@ def load_runs(folder: str | os.PathLike) -> list[Run]:
             same = "the same run (experiment, corpus and seed): remove one of them"
             raise MusotaError(f"{other.path} and {run.path} are {same}.")
     return list(found.values())
-
-
-def nan_for_null(value):
-    """What was read from JSON, with nan where the records have null for a number that is not
-    finite."""
-    if isinstance(value, dict):
-        return {key: nan_for_null(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [nan_for_null(item) for item in value]
-    return math.nan if value is None else value

@@ -308,7 +308,9 @@ class Trainer:
         final_weights, seconds = weights_sha256(state.model), state.seconds
         Run(folder.path).load_weights(state.model)
         with machine.autocast_on(state.device, state.accelerator.mixed_precision):
-            _, metrics = self.score("test")
+            nats, metrics = self.score("test")
+        if bad := int((~nats.isfinite()).sum()):
+            self.record("event", event=f"{bad:,} tokens of test have no finite loss")
         speed = self.batches.tokens_seen(state.step) / seconds
         state.summary |= {f"test_{key}": value for key, value in metrics.items()}
         state.summary |= {"finished": True, "weights_sha256": final_weights}

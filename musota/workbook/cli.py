@@ -236,7 +236,7 @@ def audit(model, vocab_size, max_seq_len, loss, picture, record):
         from musota.lab.audit import audit as audited
         from musota.workbook.style import save_figure
 
-        given = load_object(f"{model.rpartition(':')[0]}:{loss}") if loss else None
+        given = load_object(f"{model.rpartition(':')[0]}:{loss}", fresh=False) if loss else None
         found = audited(module, vocab_size, max_seq_len, given)
         click.echo(f"{found}")
         if picture:
@@ -305,7 +305,7 @@ def bench(device, repeats):
 
 
 @cli.command(epilog="Example: musota report results/quick")
-@click.argument("folders", nargs=-1, type=as_path)
+@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False))
 def report(folders):
     """Write the pages and figures of results FOLDERS.
 

@@ -80,19 +80,6 @@ def causality(change: np.ndarray) -> Figure:
     return figure
 
 
-def zipf(counts: np.ndarray) -> Figure:
-    """Token frequency by rank, with Zipf's law for comparison."""
-    figure, axis = new_figure(7, 4.2, grid="both")
-    ordered = np.sort(counts[counts > 0])[::-1]
-    ranks = np.arange(1, len(ordered) + 1)
-    axis.loglog(ranks, ordered, color=BLUE, label=f"{len(ordered):,} token types in train")
-    axis.loglog(ranks, ordered[0] / ranks, "k:", label="Zipf: most frequent ÷ rank")
-    axis.set(xlabel="rank of the token type", ylabel="occurrences in train")
-    axis.set_title("Token frequencies")
-    axis.legend()
-    return figure
-
-
 def ngrams(measured: Mapping[str, float], at_plan_size: bool) -> Figure:
     """Perplexities of the n-gram baselines and of the reported run. `at_plan_size` is False where
     the reported run had another corpus or vocabulary."""

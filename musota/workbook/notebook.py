@@ -34,7 +34,7 @@ from musota.workbook import drawings, naming, plots, results
 from musota.workbook.experiments import effective_changes, experiment_at, module_at
 from musota.workbook.panel import GridPanel, RunPanel, in_notebook
 from musota.workbook.results import Results
-from musota.workbook.saved_copy import SavedCopy, make_folder
+from musota.workbook.saved_copy import SavedCopy
 from musota.workbook.show import show_errors_as_sentences, show_verdicts
 from musota.workbook.style import save_figure
 from musota.workbook.widgets import Explorer
@@ -94,7 +94,7 @@ class Session:
         self.copy = SavedCopy(self.home) if save_to else None
         self.folder = self.copy.local if self.copy else self.home
         self.figures = self.folder / "figures"
-        make_folder(self.figures)
+        self.figures.mkdir(parents=True, exist_ok=True)
         here = self.corpus
         self.at_plan_size = (here.name, vocab_size) == (CORPUS, VOCAB_SIZE)
         self.footer = results.footer(here.name, here.tokenizer.size, self.profile.name)

@@ -66,7 +66,8 @@ def curves(runs: Sequence[Run], ngrams: Mapping[str, float], reported: bool = Fa
         tables = [run.history.set_index("epoch")[[measured, "accuracy"]] for run in group]
         mean = (sum(tables) / len(tables)).dropna()  # epochs that every seed has reached
         seeds = f"{len(group)} seeds" if len(group) > 1 else f"seed {group[0].seed}"
-        seeds += "" if group[0].finished else f", {progress(group[0])} epochs"
+        seeds += "" if group[0].finished else f", {progress(group[0])}"
+        seeds += " epochs" * (not group[0].ended)
         look = {"color": colour, "linestyle": line, "marker": marker}
         look |= {"markersize": size, "linewidth": size / 3.5}
         for table in tables if len(group) > 1 else []:
@@ -83,8 +84,8 @@ def curves(runs: Sequence[Run], ngrams: Mapping[str, float], reported: bool = Fa
         last = max(last, epochs)
     lowest, highest = left.dataLim.intervaly
     top = 1.3 * ngrams.get("unigram", math.inf)  # above it a model has learned next to nothing
-    style.logarithmic(left, lowest, min(highest, top))
-    if highest > top:
+    style.logarithmic(left, lowest, min(highest, top) if lowest < top else highest)
+    if lowest < top < highest:
         left.set_ylim(0.95 * min(lowest, *ngrams.values()), top)
     left.set(ylabel=f"valid {unit} (log)", title=unit.split(" per ")[0].capitalize())
     right.set(ylabel="valid top-1 accuracy (%)", title="Accuracy")

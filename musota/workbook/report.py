@@ -15,8 +15,9 @@ from musota.files import as_path, write_text
 from musota.lab.ablate import weak_spots
 from musota.lab.plan_rules import REPORTED
 from musota.lab.verdicts import Verdict
+from musota.training.run import Run
 from musota.workbook import drawings, plots, tables
-from musota.workbook.results import QUESTIONS, Results, label, progress
+from musota.workbook.results import QUESTIONS, Results, progress
 from musota.workbook.style import save_figure
 
 FRONT_MARKS = ("<!-- results -->", "<!-- end of results -->")
@@ -104,6 +105,10 @@ def _figures(results: Results) -> dict[str, Figure]:
 
 def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Section]:
     """The folded questions, some of them empty."""
+
+    def label(run: Run) -> str:  # the title alone may be that of several models
+        return f"{results.titles[run.key]}, seed {run.seed}"
+
     shown = [group[0] for group in results.measured]
     parts = {
         label(run): tables.verdict_table(weak_spots(run, effects))

@@ -96,6 +96,8 @@ class Results:
             (run for run in found if run.fingerprint == self.fingerprint),
             key=lambda run: (place.get(run.name, len(place)), run.title, run.name, run.seed),
         )
+        if (others := len(found) - len(self.runs)) and not fingerprint:
+            print(f"{self.folder}: {others} runs on other texts are left out.")
         self.groups = group_runs(self.runs)
         self.titles = {group[0].key: title for title, group in by_title(self.runs).items()}
         # Models all of whose seeds have ended an epoch, and those of them that verdicts are on.
@@ -217,8 +219,11 @@ def _read_json(path: Path) -> dict:
 
 def find_runs(name: str, root: str | os.PathLike, profile: str) -> list[Run]:
     """The seeds of a recorded model, or one run; arguments and errors as in `find_folders`."""
-    groups = group_runs(map(Run, find_folders(name, root, profile)))
-    return next(iter(groups.values()))
+    first, *others = group_runs(map(Run, find_folders(name, root, profile))).values()
+    if others:
+        places = ", ".join(str(group[0].path) for group in (first, *others))
+        raise MusotaError(f"Several models are called {name!r}: give the folder of one ({places}).")
+    return first
 
 
 def find_results(

@@ -9,25 +9,16 @@ from musota.errors import MusotaError
 from musota.files import cache_folder, sha256, write_whole
 
 
-def make_folder(path: Path) -> None:
-    """Raises MusotaError where a results folder cannot be made."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a null character
-        wrong = f"The results folder {str(path)!r} cannot be made ({error})"
-        raise MusotaError(f"{wrong}: set save_to to another.") from None
-
-
 class SavedCopy:
     """A folder `local` in the cache, to work in, and its copy at `remote`. `own`: the folders of
     the runs trained here; those of other machines are never changed at `remote`."""
 
     def __init__(self, remote: Path):
-        """Copies from `remote` what is missing here. Raises MusotaError for an unusable folder."""
+        """Copies from `remote` what is missing here. Raises OSError for an unusable folder."""
         place = sha256(str(remote.parent.absolute()).encode())[:12]
         self.local, self.remote = cache_folder() / "work" / place / remote.name, remote
         self.own: set[Path] = set()
-        make_folder(remote)
+        remote.mkdir(parents=True, exist_ok=True)
         self.disk = remote.stat().st_dev
         for path in _files(remote):
             if not (here := self.local / path.relative_to(remote)).exists():

@@ -12,7 +12,7 @@ from musota.errors import MusotaError
 from musota.files import sentence
 from musota.lab.verdicts import NATS, PPL, Verdict, measured
 from musota.workbook.style import BLUE, GREEN, RED
-from musota.workbook.tables import markdown
+from musota.workbook.tables import escaped, markdown
 
 SIGNS = {True: ("✓", GREEN), False: ("✗", RED), None: ("?", BLUE)}  # by Verdict.good
 TIE = ("=", BLUE)
@@ -38,7 +38,8 @@ def show_table(table: pd.DataFrame) -> None:
 
 def show_verdicts(verdicts: Iterable[Verdict]) -> None:
     """Show verdicts as a list, question and decision in bold."""
-    display(Markdown("\n".join(f"- **{v.answer}** {v.explanation}" for v in verdicts)))
+    texts = ((escaped(v.answer), escaped(v.explanation)) for v in verdicts)
+    display(Markdown("\n".join(f"- **{answer}** {rest}" for answer, rest in texts)))
 
 
 def show_card(verdict: Verdict, details: Iterable[Verdict] = ()) -> None:

@@ -46,7 +46,7 @@ def number(value: float | None, style: str = ",.1f") -> str:
 
 def _mean(group: Sequence[Run], key: str) -> float:
     """The mean of a metric over seeds; of perplexities, exp of the mean loss."""
-    values = [run.summary.get(key, math.nan) for run in group]
+    values = [math.nan if run.diverged else run.summary.get(key, math.nan) for run in group]
     return geometric_mean(values) if key.endswith("ppl") else fmean(values)
 
 
@@ -78,9 +78,9 @@ def model_table(results: Results) -> pd.DataFrame:
             "model": results.titles[group[0].key],
             "settings": f"{size}, {model.max_seq_len} tokens, rate {training.learning_rate:g}",
             "seeds": str(len(group)),
-            "epochs": progress(group[0]),
+            "epochs": progress(next((run for run in group if run.diverged), group[0])),
             "valid PPL": _ppl(group),
-            "accuracy": f"{mean['accuracy']:.1%}",
+            "accuracy": number(mean["accuracy"], ".1%"),
             "test PPL": number(mean["test PPL"]),
             last: number(mean[last], style),
         }
@@ -229,4 +229,4 @@ def markdown(table: pd.DataFrame) -> str:
 def escaped(text: str) -> str:
     """Text on one line that Markdown shows as it is."""
     text = re.sub(r"[\\|*$`~]|\b_|_\b|\](?=\()", r"\\\g<0>", " ".join(text.split()))
-    return text.replace("<", "&lt;")
+    return text.replace("&", "&amp;").replace("<", "&lt;")
