@@ -83,7 +83,7 @@ def new_config(run: Run) -> dict:
     command += " --precision bf16" * (run.config["precision"] == "bf16")
     command += " --compile" * bool(run.config["compile"])
     title = TITLES[row] + (f", {changes['epochs']} epochs" if "epochs" in changes else "")
-    title += f" at {changes['learning_rate']:g}" if "learning_rate" in changes else ""
+    title += f", learning rate {changes['learning_rate']:g}" if "learning_rate" in changes else ""
     about = {"name": new_name(run), "title": title, "profile": profile}
     about |= {"experiment": new_experiment(run), "changes": changes, "command": command}
     if sha256_of_valid := VALID_SHA256.get(run.fingerprint):

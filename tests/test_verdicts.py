@@ -78,7 +78,7 @@ def test_with_one_seed_the_measured_spread_of_seeds_decides():
         found = compare(make_run(5 + difference), make_run(5.0, title="b"))
         assert found.decision == decision and found.value == pytest.approx(difference)
     assert found.high - found.value == pytest.approx(2 * 2**0.5 * stats.SEED_SPREAD)
-    assert "one seed; the interval is that of the seeds at study" in found.reason
+    assert "one seed; the interval is from the spread of seeds at study" in found.reason
 
 
 def test_the_reason_says_where_test_disagrees_with_valid():

@@ -181,7 +181,7 @@ def _compare(a: list[Run], b: list[Run], question: str, words: tuple[str, str]) 
     ppls = "valid PPL {:,.1f} against {:,.1f}".format(*map(_ppl, (a, b)))
     measured = in_nats(interval) | decided[interval.beyond(0)]
     rates = dict.fromkeys(f"{side[0].experiment.training.learning_rate:g}" for side in (a, b))
-    reason = f"{ppls}, learning rate {' and '.join(rates)}; {about_seeds}"
+    reason = f"{ppls}, learning rate{'s' * (len(rates) > 1)} {' and '.join(rates)}; {about_seeds}"
     if all("test_loss" in run.summary for run in (*a, *b)):
         test, _, _ = _difference(a, b, "test_loss")
         if test.beyond(0) != interval.beyond(0):
@@ -203,7 +203,7 @@ def _difference(a: list[Run], b: list[Run], loss: str) -> tuple[Interval, str, s
     mean = float(np.mean([*of_a.values()]) - np.mean([*of_b.values()]))
     half = 2 * SEED_SPREAD * math.sqrt(1 / len(of_a) + 1 / len(of_b))
     interval = Interval(mean, mean - half, mean + half)
-    return interval, f"{about}; the interval is that of the seeds at study", next_step
+    return interval, f"{about}; the interval is from the spread of seeds at study", next_step
 
 
 def _ppl(side: list[Run]) -> float:

@@ -164,8 +164,8 @@ def _answer(results: Results, verdicts: dict[str, list[Verdict]]) -> list[tuple[
     for name in ("best", "architecture", "causes"):
         lines += [(found.answer, found.explanation) for found in verdicts[name]]
     if {"bigram", "trigram"} <= ngrams.keys():
-        counting = f"{ngrams['bigram']:,.0f} with pairs, {ngrams['trigram']:,.0f} with triples"
-        lines.append((f"Counting tokens (n-gram baselines) reaches PPL {counting}.", ""))
+        ppls = f"bigram {ngrams['bigram']:,.0f}, trigram {ngrams['trigram']:,.0f}"
+        lines.append((f"PPL of the n-gram baselines, which count tokens: {ppls}.", ""))
     for key, (run, *_) in results.groups.items():
         if run.diverged:
             lines.append((f"{results.titles[key]}: {progress(run)}.", ""))

@@ -72,11 +72,11 @@ def model_table(results: Results) -> pd.DataFrame:
         rows.append({"model": "MU-SOTA, reported", **reported, "accuracy": accuracy})
     for group in results.measured:
         model, training = group[0].experiment.model, group[0].experiment.training
-        size = f"{model.n_parameters / 1e6:.1f} M parameters, {model.n_layer} layers"
+        size = f"{model.n_parameters / 1e6:.1f} M parameters, {model.n_layer} layers, context "
         values[len(rows)] = mean = {name: _mean(group, key) for name, (key, _) in METRICS.items()}
         row = {
             "model": results.titles[group[0].key],
-            "settings": f"{size}, {model.max_seq_len} tokens, rate {training.learning_rate:g}",
+            "settings": f"{size}{model.max_seq_len}, learning rate {training.learning_rate:g}",
             "seeds": str(len(group)),
             "epochs": progress(next((run for run in group if run.diverged), group[0])),
             "valid PPL": _ppl(group),
