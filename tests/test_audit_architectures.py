@@ -64,14 +64,14 @@ def test_causal_architectures_are_honest(name, transformers):
     found = audit(built(transformers, name, CAUSAL[name]), V, T)
     assert found.honest, str(found)
     decisions = [finding.decision for finding in found.findings]
-    assert decisions == ["causal", "apart", "holds", "not given", "no", "measured"]
+    assert decisions == ["no", "no", "no", "not given", "no", "measured"]
 
 
 @pytest.mark.parametrize("name", NOT_CAUSAL)
 def test_architectures_that_read_both_sides_look_ahead(name, transformers):
     found = audit(built(transformers, name, NOT_CAUSAL[name]), V, T)
     assert found.status == 1 and found.findings[0].decision == "looks ahead"
-    assert found.findings[1].decision == "apart"  # and nothing else is claimed
+    assert found.findings[1].decision == "no"  # and nothing else is claimed
 
 
 def test_what_the_operating_system_draws_is_no_accusation(transformers):
@@ -169,4 +169,4 @@ def test_none_of_twenty_honest_models_is_accused(transformers):
         loss = (lambda model, ids: model(ids, labels=ids).loss) if seed % 4 == 0 else None
         found = audit(built(transformers, "GPT2LMHeadModel", sizes, seed), V, T, loss)
         assert found.honest, (seed, str(found))
-        assert found.findings[3].decision == ("shifted once" if loss else "not given")
+        assert found.findings[3].decision == ("yes" if loss else "not given")

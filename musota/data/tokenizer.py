@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from array import array
 
 import numpy as np
@@ -56,7 +57,7 @@ class TextTokenizer:
         """Token ids of a text, int32. Raises MusotaError for text that UTF-8 cannot encode."""
         lines, ids = text.split("\n"), array("i")
         try:
-            for start in tqdm(range(0, len(lines), 10_000), "tokenizing", delay=2):
+            for start in tqdm(range(0, len(lines), 10_000), "tokenizing", delay=2, file=sys.stdout):
                 for line in self.backend.encode_batch_fast(lines[start : start + 10_000]):
                     ids.extend([*line.ids, self.line_end])
         except TypeError:

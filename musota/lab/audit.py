@@ -33,7 +33,7 @@ SHOWN = 24  # tokens of the figure
 ROUNDING = 1e-5  # of the largest logit: a convolution by FFT spreads as much everywhere
 AGAIN = 8  # repeated calls that must agree before a model is accused
 MODES = {"in evaluation": False, "in training": True}
-SHIFTS = ("not shifted", "shifted once", "shifted twice")  # targets against logits
+SHIFTS = ("not shifted", "yes", "shifted twice")  # targets against logits
 FAULTS = {  # decisions that make a model dishonest, and what to do
     "looks ahead": "mask everything after a position in whatever mixes positions",
     "mixes rows": "normalise and mix within a sequence only",
@@ -142,7 +142,7 @@ def audit(module: nn.Module, vocab_size: int, max_seq_len: int, loss: Loss | Non
         symbols = min(SYMBOLS, vocab_size)
         findings = (
             _looks_ahead(probes),
-            _judge("Do the logits of a sequence depend on others?", probes, OTHERS, ("apart", "")),
+            _judge("Do the logits of a sequence depend on others?", probes, OTHERS, ("no", "")),
             _random_floor([one / scale for one in losses], symbols),
             about_loss,
             _judge("Does it change the token ids that it is given?", probes, WRITES, ("no", "")),
@@ -346,7 +346,7 @@ def _looks_ahead(probes: Sequence[Probe]) -> Verdict:
         seen = f"the logits at t read token t+{min(ahead)}"
         seen += f", and up to t+{max(ahead)}" * (max(ahead) > min(ahead))
     may_show = {"looks ahead": seen, "undecided": "equal calls give different logits"}
-    return _judge(question, probes, may_show, ("causal", f"none moved in {len(probes)} settings"))
+    return _judge(question, probes, may_show, ("no", f"none moved in {len(probes)} settings"))
 
 
 def _random_floor(losses: Sequence[float], symbols: int) -> Verdict:
@@ -356,7 +356,7 @@ def _random_floor(losses: Sequence[float], symbols: int) -> Verdict:
     if len(last) < 2 or not np.isfinite(last).all():
         return _found(question, "undecided", "the loss is no number, or could not be trained")
     mean, error = float(last.mean()), float(last.std(ddof=1)) / math.sqrt(len(last))
-    decision = "under the floor" if mean < floor - SURE * error else "holds"
+    decision = "under the floor" if mean < floor - SURE * error else "no"
     reason = f"± {error:.3f}, ln {symbols} is {floor:.3f}; after {len(losses)} training steps"
     return _found(question, decision, reason, value=mean, unit="nats")
 
@@ -372,9 +372,9 @@ def _size(module: nn.Module, vocab_size: int, max_seq_len: int) -> Verdict:
     shares = ", ".join(f"{n} {c / size.n_parameters:.0%}" for n, c in parts.most_common(5))
     other = match_transformer(size)
     reason = (
-        f"{shares}; {size.flops_per_token / 1e6:.1f} MFLOP a token; "
+        f"{shares}; {size.flops_per_token / 1e6:.1f} MFLOP per token; "
         f"{16 * size.n_parameters / 1e6:,.0f} MB for weights, gradients and Adam; its "
-        f"parameter-matched transformer has d_model {other.d_model}, {other.n_head} heads, "
-        f"{other.n_layer} layers: {other.n_parameters:,} parameters"
+        f"parameter-matched transformer has d_model {other.d_model}, {other.n_head} heads "
+        f"and {other.n_layer} layer{'s' * (other.n_layer > 1)}: {other.n_parameters:,} parameters"
     )
     return _found(question, "measured", reason, value=size.n_parameters, unit="parameters")

@@ -79,7 +79,7 @@ def _other_setting(run: Run) -> list[str]:
     reasons = other_text(run)
     if run.profile != PROFILE:
         reasons.append(f"the profile is {run.profile}, not {PROFILE}")
-    return reasons if _planned_epochs(run) else [*reasons, "the model is none of the plan's"]
+    return reasons if _planned_epochs(run) else [*reasons, "the model's sizes are not the plan's"]
 
 
 def _planned_epochs(run: Run) -> int:
@@ -171,6 +171,6 @@ def _option_three(runs: list[Run], baseline: list[Run]) -> Verdict:
     if plan_applies(runs[0]):
         about, fails = "the PPL threshold does not apply", False
     found = compare_with_matched(runs, baseline).decision if baseline else "not trained to its end"
-    decision = "yes" if fails or found == "hurts" else "no"
+    decision = "yes" if fails or found == "hurts" else "no" if baseline else "undecided"
     question = "Should the architecture be simplified (the plan's option 3)?"
     return Verdict(question, decision, reason=f"{about}; against the baseline: {found}")

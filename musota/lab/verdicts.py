@@ -124,8 +124,8 @@ def least_to_beat(ppls: Mapping[str, float], reported: float | None = None) -> V
     bigram = ppls["bigram"]
     reason = " · ".join(f"{name} {baseline:,.0f}" for name, baseline in ppls.items())
     if reported is None:
-        question = "Which perplexity must a model beat to be worth training?"
-        return Verdict(question, "counting pairs of tokens", bigram, unit=PPL, reason=reason)
+        question, decision = "Perplexity that a model must beat", "that of counting pairs of tokens"
+        return Verdict(question, decision, bigram, unit=PPL, reason=reason)
     return decide(
         "Is the reported result better than counting pairs of tokens?",
         reason,

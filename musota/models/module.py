@@ -104,8 +104,9 @@ def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> Modul
     device = next(measured.parameters()).device
     ids = torch.linspace(0, vocab_size - 1, max_seq_len, device=device).long()
     with (
-        warnings.catch_warnings(action="ignore"),
-        torch.no_grad(),
+        warnings.catch_warnings(
+            action="ignore"
+        ),  # gradients stay on: torch's fast path is not counted
         sdpa_kernel(SDPBackend.MATH),  # fused kernels are not counted
         torch.backends.mkldnn.flags(enabled=False),
         FlopCounterMode(display=False) as counter,

@@ -36,7 +36,10 @@ COMPILE_STEPS = 2000  # GPU runs of at least this many steps regain the compile 
 CPU_TOKENS = 1536  # tokens of a micro-batch on a CPU
 COPY_SECONDS = 600  # between copies; a run ends with one, however it ends
 LOG_LINES = 250  # about this many step records per run
-EXPLODED_NATS = 2.0  # allowed rise of the training loss above a uniform guess and the first loss
+EXPLODED_NATS, EXPLODED = (
+    2,
+    1.2,
+)  # the training loss may exceed a uniform guess and its start by this
 
 
 class Diverged(MusotaError):
@@ -220,7 +223,8 @@ class Trainer:
             folder.copy_out()
         folder.refuse_unsaved()
         if state.step < stop:
-            print(f"\nInterrupted after step {state.step} of {total}: repeat the call to continue.")
+            if not self.options.watch:
+                print(f"\nInterrupted after step {state.step} of {total}: repeat to continue.")
             if not state.summary:  # nothing was measured that could be returned
                 raise KeyboardInterrupt
         state.accelerator.wait_for_everyone()
@@ -254,7 +258,7 @@ class Trainer:
     def check_loss(self, loss: float) -> None:
         """Raises Diverged for a training loss that is not finite or has exploded."""
         start = max(math.log(self.experiment.model.vocab_size), self.state.first_loss)
-        if not math.isfinite(loss) or loss > start + EXPLODED_NATS:
+        if not math.isfinite(loss) or loss > max(start + EXPLODED_NATS, EXPLODED * start):
             half = self.experiment.training.learning_rate / 2
             found = f"The training loss is {loss:.4g} at step {self.state.step}"
             self.diverge(f"{found}: start over with half the learning_rate, {half:g}.")

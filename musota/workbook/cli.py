@@ -232,7 +232,11 @@ def audit(model, vocab_size, max_seq_len, loss, picture, record):
     try:
         if record:
             write_json(record, data)  # as it stays if the model cannot be audited
-        module = load_module(model, vocab_size, max_seq_len)  # a wrong name is reported at once
+        find_source(model)  # a wrong name is reported before torch is imported
+        import torch
+
+        torch.manual_seed(0)
+        module = load_module(model, vocab_size, max_seq_len)
         from musota.lab.audit import audit as audited
         from musota.workbook.style import save_figure
 

@@ -9,28 +9,34 @@ from matplotlib.patches import Rectangle
 
 from musota.lab.audit import draw_changes
 from musota.lab.plan_rules import REPORTED
-from musota.models.layout import BlockLayout
+from musota.models.layout import SEMANTIC_NAMES, BlockLayout
 from musota.workbook.style import BLUE, HATCHES, PLAIN, SHADES, literal, new_figure, wrapped
+
+GROUPS = (  # of parameters, with a colour each
+    *("embedding", "affinity tables", "feed-forward", "attention", "block attention"),
+    *("cross attention", "output", "embedding (also output)", "norms", "gate", "positions"),
+)
 
 
 def ledgers(ledgers: Mapping[str, Mapping[str, int]]) -> Figure:
-    """Parameters by group: one stacked bar a model, the largest groups first."""
+    """Shares of the parameters by group: one stacked bar a model, the largest groups first."""
     figure, axis = new_figure(10, 1.6 + 0.75 * len(ledgers))
     table = pd.DataFrame(ledgers).fillna(0).T  # rows: models, columns: groups
     table = table[table.max().sort_values(ascending=False).index]
     names, totals, left = table.index.map(wrapped), table.sum(axis=1), 0
+    places = {group: place for place, group in enumerate(dict.fromkeys((*GROUPS, *table)))}
     white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-    for i, (group, sizes) in enumerate(table.items()):
+    for group, sizes in table.items():
+        i, shares = places[group], 100 * sizes / totals
         look = {"color": SHADES[i % 8], "hatch": HATCHES[(i + i // 8) % 8], "edgecolor": "white"}
-        bars = axis.barh(names, sizes, left=left, label=literal(group), linewidth=0.6, **look)
-        shares = (sizes / totals).map("{:.0%}".format).where(sizes > 0.07 * totals.max(), "")
-        axis.bar_label(bars, shares, label_type="center", bbox=white)
-        left = left + sizes
+        bars = axis.barh(names, shares, left=left, label=literal(group), linewidth=0.6, **look)
+        texts = shares.map("{:.0f}%".format).where(shares > 5, "")
+        axis.bar_label(bars, texts, label_type="center", bbox=white)
+        left = left + shares
     axis.bar_label(bars, totals.map("  {:,.0f}".format), fontsize=9)
     axis.invert_yaxis()
-    axis.set(xlabel="parameters (millions)", title="Parameters by group")
-    axis.set_xlim(0, 1.18 * totals.max())
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
+    axis.set(xlabel="share of the parameters (%); their number on the right", xlim=(0, 118))
+    axis.set_title("Parameters by group")
     figure.legend(fontsize=8, loc="outside right upper")
     return figure
 
@@ -49,7 +55,8 @@ def layouts(shown: Mapping[str, BlockLayout]) -> Figure:
     for axis, (title, layout) in zip(np.atleast_1d(axes), shown.items(), strict=True):
         _outline(axis, layout, "black")
         for index, block in enumerate(layout.blocks):
-            corner, shade = (block.column, block.row), SHADES[(index + index // 4) % 8]
+            place = [*SEMANTIC_NAMES].index(block.name) if block.name in SEMANTIC_NAMES else index
+            corner, shade = (block.column, block.row), SHADES[(place + place // 4) % 8]
             axis.add_patch(Rectangle(corner, block.width, block.height, fc=shade, alpha=0.45))
             x, bottom = block.column + block.width / 2, block.row + block.height - 0.08
             bold = {"ha": "center", "fontsize": 13, "weight": "bold"}
@@ -81,12 +88,12 @@ def causality(change: np.ndarray) -> Figure:
 
 
 def ngrams(measured: Mapping[str, float], at_plan_size: bool) -> Figure:
-    """Perplexities of the n-gram baselines and of the reported run. `at_plan_size` is False where
-    the reported run had another corpus or vocabulary."""
+    """Perplexities of the n-gram baselines, and of the reported run if `at_plan_size`: on the same
+    corpus with the same vocabulary."""
     figure, axis = new_figure(9, 2.9)
     bars = [(ppl, f"{name} (measured)", BLUE, "") for name, ppl in measured.items()]
-    where = "" if at_plan_size else ", WikiText-2 with 50,000 tokens"
-    bars.append((REPORTED["ppl"], f"MU-SOTA, 10 epochs (reported{where})", SHADES[-1], ".."))
+    if at_plan_size:
+        bars.append((REPORTED["ppl"], "MU-SOTA, 10 epochs (reported)", SHADES[-1], ".."))
     ppls, names, colours, hatches = zip(*sorted(bars, reverse=True), strict=True)
     drawn = axis.barh(names, ppls, color=colours, hatch=hatches, edgecolor="white")
     axis.bar_label(drawn, fmt=" {:,.0f}", fontsize=9)

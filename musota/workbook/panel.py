@@ -96,17 +96,17 @@ class RunPanel(Panel):
     def update(self, run: Run) -> None:
         """To be called after each record of the run."""
         if len(run.steps) > 1 and self.is_due():
-            self.draw(run)
+            self.draw(run, running=True)
 
-    def draw(self, run: Run) -> None:
+    def draw(self, run: Run, running: bool = False) -> None:
         """Show the run as it stands, and save the picture in its folder."""
         if in_notebook() and len(run.steps):
             done = 1.0 if run.ended else run.steps.step.iloc[-1] / run.total_steps
             figure = plots.training_curve(run, *self.how)
-            self.show(done, run_text(run, done), figure, run.path / "training.png")
+            self.show(done, run_text(run, done, running), figure, run.path / "training.png")
 
 
-def run_text(run: Run, done: float) -> str:
+def run_text(run: Run, done: float, running: bool) -> str:
     """How far a run is, what it reached, and the last text that it wrote, as HTML."""
     seconds, epochs = run.steps.seconds.iloc[-1], run.experiment.training.epochs
     parts = [f"<strong>{html.escape(run.title)}</strong>"]
@@ -116,7 +116,8 @@ def run_text(run: Run, done: float) -> str:
         parts.append(f"{epochs} epochs in {minutes(seconds)}")
     else:
         epoch = min(epochs, len(run.history) + 1)
-        parts += [f"epoch {epoch} of {epochs}", f"{minutes(seconds / done - seconds)} left"]
+        left = f"{minutes(seconds / done - seconds)} left" if running else "stopped"
+        parts += [f"epoch {epoch} of {epochs}", left]
     if run.summary:
         best = f"best valid PPL {run.summary['ppl']:,.0f}, accuracy {run.summary['accuracy']:.1%}"
         parts.append(f"{best}, after epoch {run.summary['best_epoch']}")

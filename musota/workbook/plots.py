@@ -133,14 +133,14 @@ def sizes(runs: Iterable[Run]) -> Figure:
     """Valid PPL by parameters, and by operations a token: a point each model, the mean of its
     seeds."""
     figure, axes = new_figure(10, 4.2, columns=2, grid="both")
-    for title, group, (colour, _, marker) in _series(runs):
+    for index, (title, group, (colour, _, marker)) in enumerate(_series(runs)):
         model, ppl = group[0].experiment.model, float(np.exp(mean_loss(group)))
         for axis, amount in zip(axes, (model.n_parameters, model.flops_per_token), strict=True):
             look = {"color": colour, "marker": marker, "markersize": 9, "linestyle": "none"}
             axis.plot(amount / 1e6, ppl, label=wrapped(title, 60), **look)
-            note(axis, f"{ppl:,.0f}", (amount / 1e6, ppl), (7, 4))
+            note(axis, f"{ppl:,.0f}", (amount / 1e6, ppl), (7, 4 - 12 * (index % 2)))
     axes[0].set(xlabel="parameters (millions)", title="Perplexity against size")
-    axes[1].set(xlabel="operations a token (MFLOPs)", title="Perplexity against compute")
+    axes[1].set(xlabel="operations per token (MFLOP)", title="Perplexity against compute")
     for axis in axes:
         axis.set(ylabel="valid perplexity per token (log)")
         style.logarithmic(axis, *axis.dataLim.intervaly)
@@ -164,7 +164,9 @@ def grid(rows: Mapping[str, Mapping[int, Row | None]]) -> Figure:
         for (row, column), text in np.ndenumerate(ppls[part]):
             axis.text(column, row, text, ha="center", va="center", fontsize=8)
         axis.set_xticks(range(table.shape[1]), [f"seed {seed}" for seed in table])
-        axis.set_yticks(range(len(table[part])), table.index[part], fontsize=8)
+        axis.set_yticks(
+            range(len(table[part])), table.index[part].str.replace("_", " "), fontsize=8
+        )
         axis.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
         axis.spines[:].set_visible(False)
     figure.suptitle("Valid perplexity of each run")

@@ -46,6 +46,7 @@ def show_card(verdict: Verdict, details: Iterable[Verdict] = ()) -> None:
     """Show the headline card of a notebook: the verdict as one large number, a sentence and the
     next step; what was measured, and further verdicts, folded."""
     sign, colour = TIE if verdict.decision == "tie" else SIGNS[verdict.good]
+    sign = sign if verdict.question.endswith("?") else ""  # a statistic is no question
     number, unit = large_number(verdict)
     text = " ".join(filter(None, (sign, number, unit and f"{unit}:", verdict.answer)))
     look = {"sign": sign, "colour": colour, "number": number, "unit": unit}

@@ -10,7 +10,7 @@ from statistics import fmean, geometric_mean
 
 import pandas as pd
 
-from musota.config import Experiment
+from musota.config import DenseConfig, Experiment, ModuleConfig, MuConfig, RedesignedConfig
 from musota.lab.curves import health, plateau
 from musota.lab.plan_rules import REPORTED
 from musota.lab.root_causes import Cause
@@ -20,7 +20,9 @@ from musota.training.evaluate import exp_nats
 from musota.training.run import Run
 from musota.workbook.results import Results, by_title, mean_loss, progress
 
-NUMBERS = re.compile(r"(?:[\d\s.,%+−–×e/\[\]→-]|of)*")  # the texts of a right-aligned column
+NUMBERS = re.compile(
+    r"(?:[\d\s.,%+−–×e/\[\]→-]|of|diverges)*"
+)  # the texts of a right-aligned column
 MEANINGLESS = 1e12  # a word perplexity above this is of a text without words
 METRICS = {  # columns of the model table: key in a summary, and where the best value is
     "valid PPL": ("ppl", "idxmin"),
@@ -35,6 +37,8 @@ PUBLISHED = (
     ("AWD-LSTM (Merity et al. 2017)", "33 M", 65.8),
     ("Mogrifier RLSTM (Melis 2022)", "24 M", 55.0),
 )
+ARCHITECTURES = {MuConfig: "MU-SOTA", DenseConfig: "GPT-2 style", RedesignedConfig: "modern"}
+ARCHITECTURES |= {ModuleConfig: "your own"}
 COUNTED = {"unigram": "single tokens", "bigram": "pairs of tokens", "trigram": "triples of tokens"}
 
 
@@ -142,7 +146,7 @@ def differences_table(runs: Iterable[Run]) -> pd.DataFrame:
     for title, (run, *others) in by_title(runs).items():
         corpus = run.config["corpus"]
         columns[title] = {
-            "architecture": type(run.experiment.model).__name__.removesuffix("Config"),
+            "architecture": ARCHITECTURES[type(run.experiment.model)],
             **run.experiment.fields(),
             "parameters": run.experiment.model.n_parameters,
             "corpus": f"{corpus['name']} {run.fingerprint[:8]}",
