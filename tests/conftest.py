@@ -1,4 +1,7 @@
 import os
+import signal
+import subprocess
+import sys
 import sysconfig
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +38,31 @@ def each_step(before=lambda state: None, after=lambda state: None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "train_step", step)
         yield
+
+
+def interrupted_at(step):
+    """Within it there is a Ctrl-C in the middle of a step."""
+
+    def before(state):
+        if state.step + 1 == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return each_step(before)
+
+
+def in_a_process(code, *arguments, **environment):
+    """A fresh interpreter, for what is decided at import."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def flip_bit(path, place):
+    """Damages a file: one bit of one byte."""
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] ^= 1 << (place % 8)
+    path.unlink()  # what is mapped from it stays
+    path.write_bytes(data)
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
