@@ -2,13 +2,11 @@
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, each_step
+from conftest import ROOT, in_a_process, interrupted_at
 
 import musota
 from musota.errors import MusotaError
@@ -94,11 +92,7 @@ def test_a_module_is_trained_and_its_matched_transformer(made, tmp_path):
 
 
 def test_a_stopped_run_ends_the_cell_and_goes_on(made):
-    def end(state):
-        if state.step == 19:  # in the second epoch
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with each_step(before=end), pytest.raises(Interrupted, match="run this again to continue"):
+    with interrupted_at(20), pytest.raises(Interrupted, match="run this again to continue"):
         made(dropout=0.2).train("optimized")
     assert made(dropout=0.2).train("optimized").finished
 
@@ -186,7 +180,6 @@ def test_the_report_is_written_of_all_results_or_of_some(results, tmp_path, monk
         (["train", "optimised"], "Unknown experiment 'optimised': did you mean 'optimized'?"),
         (["train", "optimized", "--set", "epoch=2"], "Unknown field 'epoch'"),
         (["compare", "nosuch", "other"], "There is no run 'nosuch'"),
-        (["compare", "optimised", "--profile", "study"], "did you mean 'optimized'?"),
         (["train", "nofile.py:M_twin"], "There is no file"),
         (["train", "baseline", "--seed", "-1"], "seed must be a whole number"),
         (["train", "baseline", "--corpus", "nosuch"], "Unknown corpus 'nosuch'"),
@@ -194,16 +187,16 @@ def test_the_report_is_written_of_all_results_or_of_some(results, tmp_path, monk
         (["--help"], "bench"),
     ],
 )
-def test_mistakes_get_one_sentence_without_waiting_for_torch(arguments, message):
+def test_mistakes_get_one_sentence_without_slow_imports(arguments, message):
     code = (
         "import atexit, sys; from musota.workbook import cli; sys.argv[0] = 'musota'\n"
-        "atexit.register(lambda: print('TORCH' * ('torch' in sys.modules), file=sys.stderr))\n"
+        "slow = {'torch', 'datasets', 'pandas', 'matplotlib'}\n"
+        "atexit.register(lambda: print('SLOW' * bool(slow & {*sys.modules}), file=sys.stderr))\n"
         "cli.main()"
     )
-    command = [sys.executable, "-c", code, *arguments]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    answer = in_a_process(code, *arguments)
     assert message in answer.stdout + answer.stderr
-    assert "TORCH" not in answer.stderr and "Traceback" not in answer.stderr
+    assert "SLOW" not in answer.stderr and "Traceback" not in answer.stderr
     assert len(answer.stdout.splitlines()) < 24
 
 

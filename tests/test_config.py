@@ -2,12 +2,9 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 import musota
 from musota import DenseConfig, MuConfig, RedesignedConfig, TrainConfig
@@ -95,22 +92,3 @@ def test_numbers_of_numpy_become_pythons():
     training = experiment.training
     assert (experiment.model.n_layer, training.epochs, training.learning_rate) == (3, 2, 0.5)
     assert json.loads(json.dumps(experiment.to_dict())) == experiment.to_dict()
-
-
-LIGHT = """
-import sys
-from musota.lab.profiles import scaled
-for name, profile in (("optimised", "tiny"), ("original", "studdy")):
-    try:
-        scaled(name, profile)
-    except ValueError as error:
-        print(error)
-assert not {"torch", "pandas", "matplotlib"} & set(sys.modules)
-"""
-
-
-def test_a_wrong_name_is_answered_without_importing_torch():
-    command = [sys.executable, "-c", LIGHT]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "did you mean 'study'" in done.stdout and "did you mean 'optimized'" in done.stdout

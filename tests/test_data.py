@@ -1,11 +1,8 @@
 """Corpora: reading, recognising, tokenizing, caching, limits and training windows."""
 
 import gzip
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +10,7 @@ import datasets
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import flip_bit, in_a_process
 
 from musota.data import sources
 from musota.data.corpus import load_corpus, window_starts
@@ -72,10 +69,7 @@ def test_nothing_is_read_stale_or_damaged_and_only_train_teaches_the_tokenizer(
     folder = _folder(tmp_path / "c")
     before = load_corpus(folder, 300)
     for path in [*(tmp_path / "cache").glob("*.bin"), *(tmp_path / "cache").glob("*.json")]:
-        data = bytearray(path.read_bytes())
-        path.unlink()  # the tensors of `before` are mapped from it
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
+        flip_bit(path, path.stat().st_size // 2)
     assert load_corpus(folder, 300).fingerprint == before.fingerprint
     (folder / "valid.txt").write_text("zebra words entirely\n" * 30, "utf-8")
     after = load_corpus(folder, 300)
@@ -144,6 +138,8 @@ def test_windows_depend_on_seed_and_epoch_alone():
         ("bytes", 300, "is not UTF-8"),
         ("no gzip.gz", 300, "no gzip.gz cannot be read: Not a gzipped file"),
         ("half.txt.gz", 300, "half.txt.gz cannot be read: Compressed file ended before"),
+        ("hf:me/nothing", 300, "hub does not provide it .OfflineModeIsEnabled"),
+        ("hf:", 300, "hub does not provide it .there is none, or a private one"),
     ],
 )
 def test_what_cannot_be_loaded_gets_one_sentence(name, vocab_size, message, tmp_path):
@@ -186,13 +182,6 @@ def test_python_docs_are_split_by_document_without_repeated_lines(tmp_path):
     assert not (lines[0] & lines[1] or lines[0] & lines[2] or lines[1] & lines[2])
 
 
-def _in_a_process(code, *arguments, **environment):
-    """A fresh interpreter, for what is decided at import."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
 CACHED = """
 import json, pathlib, shutil, sys, datasets, pandas, musota
 from musota.data import sources
@@ -231,7 +220,7 @@ except musota.MusotaError as error:
 
 def test_the_datasets_cache_is_enough_without_a_hub(tmp_path):
     """A cache as `datasets` keeps it, made by it and put where WikiText's would be."""
-    done = _in_a_process(CACHED, tmp_path, HF_HOME=str(tmp_path))
+    done = in_a_process(CACHED, tmp_path, HF_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -242,7 +231,7 @@ def test_a_silent_hub_is_answered_within_seconds(tmp_path):
         hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
         started = time.perf_counter()
         code = "import musota\nmusota.load_corpus('wikitext-103')"
-        done = _in_a_process(code, **hub, HF_HOME=str(tmp_path))
+        done = in_a_process(code, **hub, HF_HOME=str(tmp_path))
     assert time.perf_counter() - started < 40  # importing torch and datasets included
     assert "hub does not provide it" in done.stderr and "or use the corpus" in done.stderr
 
@@ -277,11 +266,6 @@ def test_a_text_is_known_by_its_content_and_no_two_share_a_label(
     shuffled = load_corpus(posing, 300)
     assert shuffled.name == "wikitext-2 (another text)"
     assert shuffled.label not in ("wikitext-2", other.label)
-    # Valid text that is also in train is reported.
-    assert "of valid are also in train" not in other.source
-    shutil.copy(posing / "train.txt", posing / "valid.txt")
-    repeated = load_corpus(posing, 300).source
-    assert "100% of the longer lines of valid are also in train" in repeated
 
 
 def test_paths_may_begin_with_a_tilde_and_there_may_be_no_home(tmp_path, monkeypatch):
@@ -380,26 +364,3 @@ def test_what_valid_repeats_of_train_is_reported_for_datasets_and_folders(
 def test_a_dataset_that_cannot_be_used_gets_one_sentence(splits, message, tmp_path, monkeypatch):
     with pytest.raises(MusotaError, match=message):
         load_corpus(_dataset(tmp_path, monkeypatch, **splits), 300)
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("hf:me/nothing", "OfflineModeIsEnabled"),
-        ("hf:", "there is none, or a private one"),
-        ("hf:a b/c", "there is none, or a private one"),
-        ("hf:./nowhere", "there is none, or a private one"),
-    ],
-)
-def test_a_dataset_that_the_hub_does_not_provide_gets_one_sentence(name, reason):
-    with pytest.raises(MusotaError, match=f"the Hugging Face hub does not provide it .{reason}"):
-        load_corpus(name, 300)
-
-
-def test_names_are_checked_without_the_libraries_that_read_them():
-    code = (
-        "import sys, musota.workbook.cli; from musota.data.sources import find_text\n"
-        "assert find_text('hf:me/set:part', None) is None\n"
-        "assert not {'torch', 'datasets'} & sys.modules.keys()"
-    )
-    assert _in_a_process(code).returncode == 0
