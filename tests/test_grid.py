@@ -1,11 +1,9 @@
 import itertools
 import math
-import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from conftest import each_step
+from conftest import ROOT, interrupted_at
 
 import musota
 from musota.lab import root_causes
@@ -15,7 +13,7 @@ from musota.lab.root_causes import grid, judge
 from musota.models.base import CausalLM
 from musota.training.run import Run
 
-STUDY = Path(__file__).resolve().parent.parent / "results" / "study"
+STUDY = ROOT / "results" / "study"
 RECORDED = read_table(STUDY / "grid.csv")
 SMALL = Profile("small", 512, 4000, 1200, 1 / 12, 1 / 8, 1 / 10, 1 / 4, 30.0, 1)
 
@@ -144,16 +142,10 @@ def test_a_grid_is_judged_as_far_as_it_has_been_trained(trained):
 def test_an_interrupted_grid_stops_and_keeps_its_checkpoint(short, tmp_path):
     runs = {name: grid("quick")[0][name] for name in ("epochs", "original")}
     where = SMALL, short, tmp_path / "grid.csv", tmp_path / "runs"
-    steps = itertools.count(1)
-
-    def interrupt(_):
-        if next(steps) == 20:
-            signal.raise_signal(signal.SIGINT)
-
-    with each_step(after=interrupt), pytest.raises(KeyboardInterrupt):
+    with interrupted_at(20), pytest.raises(KeyboardInterrupt):
         run_many(runs, (0,), *where)
     (only,) = (tmp_path / "runs").iterdir()
-    assert not Run(only).ended and [*only.glob("checkpoints/step-*")] and next(steps) == 21
+    assert not Run(only).ended and [*only.glob("checkpoints/step-*")]
     rows = run_many(runs, (0,), *where)
     assert all(by_seed[0].best_valid_loss < 10 for by_seed in rows.values())
 

@@ -13,7 +13,7 @@ from conftest import ROOT
 import musota
 from musota.errors import MusotaError
 from musota.workbook import run_notebooks
-from musota.workbook.notebook import PARAMETERS, Interrupted, refuse_unknown_parameters, stopping
+from musota.workbook.notebook import PARAMETERS, refuse_unknown_parameters
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RUNS = ("optimized", "baseline", "simplified", "simplified_twin", "redesigned", "modern_twin")
@@ -80,12 +80,6 @@ def test_parameters_are_known_however_they_are_assigned(monkeypatch):
         shell.user_ns["In"][3] = "# Parameters\nprofil = 'b'\n"
         with pytest.raises(MusotaError, match="parameter 'profil': did you mean 'profile'"):
             refuse_unknown_parameters()
-
-
-def test_a_stop_is_one_sentence():
-    again = "The grid was stopped: run this again to continue"
-    with pytest.raises(Interrupted, match=again), stopping("The grid"):
-        raise KeyboardInterrupt
 
 
 def test_the_kernel_is_this_python_and_its_death_is_a_sentence(tmp_path, monkeypatch):

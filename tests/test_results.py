@@ -5,7 +5,7 @@ import math
 import shutil
 
 import pytest
-from conftest import EXPERIMENT, ROOT
+from conftest import EXPERIMENT, ROOT, flip_bit
 
 import musota
 from musota.errors import MusotaError
@@ -75,9 +75,7 @@ def test_an_unfinished_run_is_shown_as_unfinished_and_not_judged(folder, short):
 
 def test_damage_and_models_without_a_run_are_left_out(folder, capsys):
     musota.build_model(EXPERIMENT.model).save_pretrained(folder / "model")
-    data = bytearray((folder / "b" / "config.json").read_bytes())
-    data[20] ^= 1
-    (folder / "b" / "config.json").write_bytes(data)
+    flip_bit(folder / "b" / "config.json", 20)
     assert len(Results(folder).runs) == 3
     assert "b is left out" in capsys.readouterr().out
     (folder / "ngrams.json").write_text("{")

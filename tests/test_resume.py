@@ -6,15 +6,13 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXPERIMENT, ROOT, each_step
+from conftest import EXPERIMENT, ROOT, each_step, flip_bit, in_a_process
 from filelock import FileLock
 
 import musota
@@ -30,12 +28,6 @@ def _losses(run):
     return [record["loss"] for record in run.records if record["kind"] == "step"]
 
 
-def _break(path, place):
-    data = bytearray(path.read_bytes())
-    data[place % len(data)] ^= 1 << (place % 8)
-    path.write_bytes(data)
-
-
 @pytest.fixture
 def always_due(monkeypatch):
     monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0)
@@ -48,7 +40,7 @@ def test_killed_runs_end_the_same(text_folder):
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import drill; "
         f"print(drill.drill({str(text_folder)!r}, 3))"
     )  # in a process of its own: forks of this one would inherit its threads
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = in_a_process(code)
     assert "['same', 'same', 'same']" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count(": killed") >= 2
 
@@ -62,7 +54,7 @@ def test_a_flipped_bit_in_any_file_of_a_finished_run_is_seen(finished, tmp_path,
     shutil.copytree(finished.path, folder)
     whole = (folder / name).read_bytes()
     for place in (0, 1, 57, 333, 1021, 7777, -2, -1):
-        _break(folder / name, place)
+        flip_bit(folder / name, place)
         with pytest.raises(MusotaError, match=r"damaged|does not describe"):
             run = musota.Run(folder)
             _ = run.summary, run.history, run.load_model()
@@ -82,8 +74,8 @@ def half_way(short, tmp_path, monkeypatch):
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(half_way, finished, short, capsys):
     folder, newest, _ = half_way
-    _break(newest, 500)
-    _break(folder / "metrics.jsonl", 100)
+    flip_bit(newest, 500)
+    flip_bit(folder / "metrics.jsonl", 100)
     run = musota.train(EXPERIMENT, short, folder)
     said = capsys.readouterr().out
     assert f"{newest} is damaged and is skipped" in said
@@ -114,7 +106,7 @@ def test_damaged_checkpoints_do_not_push_good_ones_out(half_way, finished, short
 def test_flipped_or_lost_metrics_of_an_unfinished_run_are_seen(half_way):
     path, run = half_way[0] / "metrics.jsonl", musota.Run(half_way[0])
     assert 0 < run.summary["metrics_bytes"] <= path.stat().st_size and run.records
-    for spoil in (lambda: _break(path, 97), path.unlink):
+    for spoil in (lambda: flip_bit(path, 97), path.unlink):
         spoil()
         with pytest.raises(MusotaError, match="damaged"):
             _ = musota.Run(run.path).records

@@ -1,8 +1,8 @@
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 import musota
 from musota.files import read_sealed
@@ -10,7 +10,7 @@ from musota.lab import sweep
 from musota.lab.grid_runs import read_table
 from musota.lab.profiles import PROFILES, scaled
 
-STUDY = Path(__file__).resolve().parent.parent / "results" / "study"
+STUDY = ROOT / "results" / "study"
 
 
 def test_a_best_rate_at_the_edge_widens_the_sweep_of_both_models(monkeypatch):
