@@ -65,6 +65,25 @@ def flip_bit(path, place):
     path.write_bytes(data)
 
 
+class Recurrent(torch.nn.Module):
+    """An LSTM with tied weights; to keep its state for the next call is a fault."""
+
+    def __init__(self, vocab_size=512, width=16, keeps_state=False):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocab_size, width)
+        self.recurrence = torch.nn.LSTM(width, width, 2, batch_first=True, dropout=0.1)
+        self.output = torch.nn.Linear(width, vocab_size)
+        self.output.weight = self.embedding.weight
+        self.keeps_state, self.state = keeps_state, None
+
+    def forward(self, ids):
+        same = self.state is not None and self.state[0].shape[1] == len(ids)
+        hidden, state = self.recurrence(self.embedding(ids), self.state if same else None)
+        if self.keeps_state:
+            self.state = tuple(one.detach() for one in state)
+        return (self.output(hidden),)
+
+
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
     """Within it, `elements` is the size of the largest tensor that any operation has made."""
 

@@ -80,13 +80,6 @@ def test_what_the_operating_system_draws_is_no_accusation(transformers):
     assert found.status == 2 and found.findings[0].decision == "undecided"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_precisions_are_honest(dtype, transformers):
-    name = "LlamaForCausalLM"
-    found = audit(built(transformers, name, CAUSAL[name]).to(dtype), V, T)
-    assert found.honest, str(found)
-
-
 def attends(model, ahead: int, only_in_training: bool = False) -> None:
     """Lets the last layer attend to `ahead` later tokens."""
 

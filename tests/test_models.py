@@ -134,7 +134,9 @@ def test_forward_returns_logits_or_loss(model):
     window = torch.randint(60, (3, 13))
     logits, loss = model(window[:, :-1])[0], model(window[:, :-1], window[:, 1:])[1]
     torch.testing.assert_close(loss, F.cross_entropy(logits.mT, window[:, 1:]))
-    assert len(model.health(window[:, :-1])["attention_entropy"]) == 2  # a layer each
+    health, gates = model.health(window[:, :-1]), getattr(model.layers[0], "gate", None)
+    assert len(health["attention_entropy"]) == 2  # a layer each
+    assert len(health.get("gate_mean", ())) == (model.config.n_block if gates else 0)
     with pytest.raises(MusotaError, match="Token ids must lie between 0 and 59, not 60 and 60"):
         model(torch.full((1, 3), 60))
     with pytest.raises(MusotaError, match="Give 1 to 12 tokens .*, not 13"):

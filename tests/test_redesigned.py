@@ -98,10 +98,3 @@ def test_it_and_its_matched_transformer_have_the_size_of_optimized(profile):
     assert not modern.model.layout and not is_match(modern.model, modern.model)
     # The rate was found on small runs: no profile raises it.
     assert modern.training == redesigned.training and modern.training.learning_rate == 3e-3
-
-
-def test_health_has_statistics_of_gates_where_there_are_gates():
-    ids = torch.randint(60, (2, 12))
-    health = shaken(SMALL).health(ids)
-    assert len(health["gate_mean"]) == 8 and len(health["attention_entropy"]) == 2
-    assert "gate_mean" not in shaken(replace(SMALL, gate=False)).health(ids)

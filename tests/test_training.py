@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EXPERIMENT, each_step, interrupted_at
+from conftest import EXPERIMENT, Recurrent, each_step, interrupted_at
 
 import musota
 from musota.config import TrainConfig
@@ -279,18 +279,6 @@ def test_accelerates_environment_variables_change_no_weight(finished, short, tmp
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     run = musota.train(EXPERIMENT, short, tmp_path)
     assert run.summary["weights_sha256"] == finished.summary["weights_sha256"]
-
-
-class Recurrent(torch.nn.Module):
-    def __init__(self, vocab_size=512, width=16):
-        super().__init__()
-        self.embedding = torch.nn.Embedding(vocab_size, width)
-        self.recurrence = torch.nn.LSTM(width, width, 2, batch_first=True, dropout=0.1)
-        self.output = torch.nn.Linear(width, vocab_size)
-        self.output.weight = self.embedding.weight
-
-    def forward(self, ids):
-        return (self.output(self.recurrence(self.embedding(ids))[0]),)
 
 
 class Complex(torch.nn.Module):

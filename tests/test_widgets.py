@@ -42,23 +42,19 @@ class Notebook:
 def notebook(monkeypatch):
     seen = Notebook()
     monkeypatch.setattr(widgets, "display", seen.display)
-    for name, value in {"has_front_end": True, "in_notebook": True}.items():
-        monkeypatch.setattr(panel, name, lambda value=value: value)
-    monkeypatch.setattr(widgets, "has_front_end", lambda: True)
     monkeypatch.setattr(panel, "display", seen.display)
+    monkeypatch.setattr(panel, "in_notebook", lambda: True)
+    for module in (panel, widgets):
+        monkeypatch.setattr(module, "has_front_end", lambda: True)
     return seen
 
 
 def test_each_control_replaces_the_one_picture(runs, tmp_path, notebook):
-    values = {
-        "chosen": ("the baseline model",),
-        "metric": "training loss",
-        "log_x": True,
-        "log_y": False,
-    }
+    values = {"chosen": ("the baseline model",), "metric": "training loss", "log_x": True}
+    values |= {"log_y": False, "smoothing": 9}
     explorer = widgets.Explorer(runs, NGRAMS, tmp_path / "out.png")
     assert len(notebook.controls) == 1
-    for control, value in (values | {"log_y": False, "smoothing": 9}).items():
+    for control, value in values.items():
         getattr(explorer, control).value = value
     assert len({*notebook.pictures()}) == 6 and len(notebook.outputs) == 3  # with status and table
 
@@ -75,10 +71,9 @@ def test_the_table_follows_the_controls_and_the_picture_is_saved(runs, tmp_path,
     assert notebook.text == "Choose a model."
 
 
-def test_without_a_front_end_picture_and_sentences_stand_alone(runs, tmp_path, notebook):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(widgets, "has_front_end", lambda: False)
-        widgets.Explorer(runs, NGRAMS, tmp_path / "two.png")
+def test_without_a_front_end_the_picture_stands_alone(runs, tmp_path, notebook, monkeypatch):
+    monkeypatch.setattr(widgets, "has_front_end", lambda: False)
+    widgets.Explorer(runs, NGRAMS, tmp_path / "two.png")
     assert not notebook.controls and len(notebook.pictures()) == 1 and "plateau" in notebook.table
 
 
