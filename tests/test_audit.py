@@ -313,23 +313,17 @@ def test_the_exit_status_says_honest_or_not_or_not_audited(name, tmp_path):
         assert found["findings"][0]["reason"] == "the logits at t read token t+1"
 
 
+WRONG = ["--vocab-size many", "--vocab-size 0", "--loss nothing", "--loss FILE"]
+WRONG += ["--json no/such/folder/out.json", "--picture no/such/folder/out.png"]
+
+
 @pytest.mark.parametrize(
-    ("text", "arguments"),
-    [
-        (None, []),
-        ("raise SystemExit", []),
-        (FILE, ["--vocab-size", "many"]),
-        (FILE, ["--vocab-size", "0"]),
-        (FILE, ["--loss", "nothing"]),
-        (FILE, ["--loss", "FILE"]),
-        (FILE, ["--json", "no/such/folder/out.json"]),
-        (FILE, ["--picture", "no/such/folder/out.png"]),
-    ],
+    ("text", "options"), [(None, ""), ("raise SystemExit", "")] + [(FILE, o) for o in WRONG]
 )
-def test_whatever_prevents_an_audit_is_status_2(text, arguments, tmp_path, monkeypatch):
+def test_whatever_prevents_an_audit_is_status_2(text, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if text:
         (tmp_path / "model.py").write_text(text)
-    answer = CliRunner().invoke(cli, ["audit", "model.py:honest", *arguments])
+    answer = CliRunner().invoke(cli, ["audit", "model.py:honest", *options.split()])
     assert answer.exit_code == 2 and "Traceback" not in answer.output, answer.output
     assert answer.output.strip().splitlines()[-1].startswith("Error: ")

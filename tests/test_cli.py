@@ -200,9 +200,7 @@ def test_mistakes_get_one_sentence_without_slow_imports(arguments, message):
     assert len(answer.stdout.splitlines()) < 24
 
 
-def test_outside_a_repository_results_are_in_the_working_folder(
-    text_folder, tmp_path, monkeypatch, capsys
-):
+def test_outside_a_repository(text_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("musota.workbook.naming.__file__", str(tmp_path / "a" / "b" / "naming.py"))
     monkeypatch.chdir(tmp_path)
     assert results_root() == tmp_path / "results"

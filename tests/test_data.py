@@ -62,9 +62,7 @@ def test_a_text_is_read_and_counted_as_by_hand(tmp_path):
     assert corpus.statistics().loc["valid", "unk rate"] == pytest.approx(1 / 9)
 
 
-def test_nothing_is_read_stale_or_damaged_and_only_train_teaches_the_tokenizer(
-    tmp_path, monkeypatch
-):
+def test_nothing_is_read_stale_or_damaged_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MUSOTA_CACHE", str(tmp_path / "cache"))
     folder = _folder(tmp_path / "c")
     before = load_corpus(folder, 300)
@@ -75,6 +73,7 @@ def test_nothing_is_read_stale_or_damaged_and_only_train_teaches_the_tokenizer(
     after = load_corpus(folder, 300)
     assert after.fingerprint != before.fingerprint
     assert after.tokenizer.decode(after.valid).startswith("zebra words")
+    # Only train teaches the tokenizer.
     assert after.tokenizer.backend.to_str() == before.tokenizer.backend.to_str()
 
 
@@ -168,10 +167,10 @@ def test_python_docs_are_split_by_document_without_repeated_lines(tmp_path):
     for number in range(200):
         line = f"many words of a line that starts with {number % 150} and goes on to its end"
         line = line.title() + "!" if number % 2 else line
-        body = (
-            f'"""Module {number} {words}\n\n    {line}\n"""\n\ndef f():\n    """Same {words}"""\n'
-        )
-        (tmp_path / f"m{number}.py").write_text(body + 'def g():\n    """short"""\n')
+        body = f'"""Module {number} {words}\n\n    {line}\n"""\n'
+        for name, docstring in (("f", f"Same {words}"), ("g", "short")):
+            body += f'def {name}():\n    """{docstring}"""\n'
+        (tmp_path / f"m{number}.py").write_text(body)
     documents = sources._documents([tmp_path])
     parts = sources._split(documents)
     assert len(documents) == 201 and len(parts["train"]) == 181  # the repeated one counts once
@@ -250,9 +249,7 @@ def test_one_text_is_split_and_its_source_says_so(text, end, tmp_path):
         assert len(part) / len(text) == pytest.approx(share, abs=0.015) and part.endswith(end)
 
 
-def test_a_text_is_known_by_its_content_and_no_two_share_a_label(
-    text_folder, tmp_path, monkeypatch
-):
+def test_a_text_is_known_by_its_content(text_folder, tmp_path, monkeypatch):
     posing = shutil.copytree(text_folder, tmp_path / "wikitext-2")
     other = load_corpus("auto", 300, data_dir=tmp_path)
     assert other.name == "wikitext-2 (another text)" and other.source.startswith("local folder")
@@ -339,9 +336,7 @@ def test_a_dataset_that_lacks_splits_has_them_cut_off_its_train(tmp_path, monkey
 
 
 @pytest.mark.parametrize("rows", [ROWS, [f"a short row, {n}" + "th" * 5 for n in range(400)]])
-def test_what_valid_repeats_of_train_is_reported_for_datasets_and_folders(
-    rows, tmp_path, monkeypatch
-):
+def test_what_valid_repeats_of_train_is_reported(rows, tmp_path, monkeypatch):
     splits = {"train": rows, "valid": [*rows[:20], *(row[::-1] for row in rows[:60])]}
     splits["test"] = [row.upper() for row in rows]
     name = _dataset(tmp_path, monkeypatch, **{split: {"text": t} for split, t in splits.items()})

@@ -65,9 +65,7 @@ def test_names(name):
 @example(config={"kind": []}, weights=b"")
 @example(config={"kind": "module", "source": 3}, weights=b"")
 @example(config=None, weights=b"")
-def test_folders_of_runs_and_models_and_descriptions_of_experiments(
-    config, weights, tmp_path_factory
-):
+def test_folders_of_runs_and_of_models(config, weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("model.safetensors", "metrics.jsonl"):
@@ -150,22 +148,18 @@ def test_a_model_that_is_nowhere(name):
         musota.CausalLM.from_pretrained(name)
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        *(
-            (content, "is damaged")
-            for content in (b"", b"[]", b'{"ppl": 3, "sha256": ""}', b"\xff")
-        ),
-        (b'{"vocab_size": 50}', "has no hash: it is not the record of a run"),
-    ],
-)
-def test_damaged_records_are_named(content, problem, tmp_path):
-    write_sealed(tmp_path / "config.json", {"ppl": math.inf, "steps": 3})
-    assert read_sealed(tmp_path / "config.json") == {"ppl": None, "steps": 3}
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(MusotaError, match=rf"config.json {problem}"):
-        read_sealed(tmp_path / "config.json")
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"ppl": 3, "sha256": ""}', b"\xff"])
+def test_damaged_records_are_named(content, tmp_path):
+    path = tmp_path / "config.json"
+    write_sealed(path, {"ppl": math.inf, "steps": 3})
+    assert read_sealed(path) == {"ppl": None, "steps": 3}
+    for written, problem in (
+        (content, "is damaged"),
+        (b'{"vocab_size": 50}', "has no hash: it is"),
+    ):
+        path.write_bytes(written)
+        with pytest.raises(MusotaError, match=f"config.json {problem}"):
+            read_sealed(path)
 
 
 # --- the forms in which token ids come ---

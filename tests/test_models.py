@@ -163,9 +163,7 @@ def test_generate_is_seeded_bounded_and_honours_its_filters(model):
     assert torch.isin(drawn[0], allowed[0]).all() and torch.isin(drawn[1], allowed[1]).all()
 
 
-def test_a_saved_model_is_loaded_with_its_tokenizer_and_has_a_card(
-    model, corpus, tmp_path, monkeypatch
-):
+def test_a_saved_model_is_loaded_with_its_tokenizer(model, corpus, tmp_path, monkeypatch):
     model.tokenizer = corpus.tokenizer
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

@@ -135,9 +135,8 @@ def test_the_code_of_a_module_of_torchs_parts_is_part_of_what_it_is(tmp_path):
     (tmp_path / "other.py").write_text(parts.format("Tanh"))
     made = [load_module(f"{tmp_path}/{name}.py:build", 30, 8) for name in ("one", "other")]
     one, other = (module_config(module, 30, 8) for module in made)
-    typed = [
-        nn.Sequential(nn.Embedding(30, 8), act(), nn.Linear(8, 30)) for act in (nn.ReLU, nn.Tanh)
-    ]
+    acts = nn.ReLU(), nn.Tanh()
+    typed = [nn.Sequential(nn.Embedding(30, 8), act, nn.Linear(8, 30)) for act in acts]
     hashes = {module_config(module, 30, 8).file_sha256 for module in typed}
     assert len(hashes | {one.file_sha256, other.file_sha256}) == 4
 

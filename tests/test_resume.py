@@ -175,10 +175,8 @@ def test_a_folder_that_vanishes_does_not_stop_training(finished, short, tmp_path
         if state.step == 4:
             shutil.move(tmp_path / "disk", tmp_path / "away")
 
-    with (
-        each_step(after=after),
-        pytest.raises(MusotaError, match="end of the run .* could not be saved"),
-    ):
+    said = pytest.raises(MusotaError, match="end of the run .* could not be saved")
+    with each_step(after=after), said:
         options = RunOptions(watch=lambda run: run.history)
         musota.train(EXPERIMENT, short, place, options=options)
     assert len(steps) == finished.history.step.iloc[-1] and not place.exists()

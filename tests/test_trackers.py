@@ -76,9 +76,7 @@ def test_settings_are_of_the_types_that_trackers_take(name):
 
 
 @pytest.mark.parametrize("breaks", ["start", "settings", "step 1", "step 11", "finish"])
-def test_a_tracker_that_fails_is_dropped_with_one_sentence(
-    short, finished, tmp_path, capsys, breaks
-):
+def test_a_tracker_that_fails_is_dropped(short, finished, tmp_path, capsys, breaks):
     broken, good = Recorder(breaks, "broken"), Recorder()
     run = train(short, tmp_path / "run", [broken, good])
     assert run.finished

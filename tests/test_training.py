@@ -77,9 +77,7 @@ def test_a_run_equals_the_plain_loop(still, short):
     ("choices", "tolerance"),
     [({"micro_batch": 5}, 2e-5), ({"compile": True}, 2e-5), ({"precision": "bf16"}, 5e-3)],
 )  # fmt: skip
-def test_what_is_chosen_changes_nothing_but_rounding(
-    choices, tolerance, still, short, tmp_path, monkeypatch
-):
+def test_choices_change_rounding_only(choices, tolerance, still, short, tmp_path, monkeypatch):
     # Traced and differentiated ahead of time as on a GPU; generating code would take a minute.
     traced = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", traced)
@@ -348,9 +346,7 @@ def test_a_module_that_cannot_be_trained_gets_one_sentence(corpus, tmp_path):
         run.load_model()
 
 
-def test_load_runs_leaves_out_what_has_no_epoch_and_refuses_equal_runs(
-    finished, short, tmp_path, capsys
-):
+def test_what_load_runs_leaves_out_and_refuses(finished, short, tmp_path, capsys):
     shutil.copytree(finished.path, tmp_path / "b")
     musota.train(EXPERIMENT, short, tmp_path / "a", seed=1, options=RunOptions(stop_at=0.6))
     (tmp_path / "c").mkdir()

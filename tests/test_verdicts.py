@@ -21,12 +21,8 @@ def make_run(loss=5.0, seed=0, title="a", losses=None, noise=0.0, diverged_at=No
     nats = losses[:, None] + blocks - blocks.mean() + generator.normal(0, noise, (len(losses), 30))
     epochs = np.arange(1, len(losses) + 1)
     columns = {"epoch": epochs, "step": 100 * epochs, "tokens": 100_000 * epochs}
-    summary = {
-        "ppl": np.exp(loss),
-        "valid_loss": loss,
-        "accuracy": 0.3,
-        "valid_block_tokens": [1024] * 30,
-    }
+    summary = {"ppl": np.exp(loss), "valid_loss": loss, "accuracy": 0.3}
+    summary["valid_block_tokens"] = [1024] * 30
     run = {
         "title": title, "name": title, "path": f"results/{title}-seed{seed}", "seed": seed,
         "experiment": experiments["optimized"].with_(warmup_steps=10), "key": title,
