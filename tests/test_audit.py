@@ -313,13 +313,12 @@ def test_the_exit_status_says_honest_or_not_or_not_audited(name, tmp_path):
         assert found["findings"][0]["reason"] == "the logits at t read token t+1"
 
 
-WRONG = ["--vocab-size many", "--vocab-size 0", "--loss nothing", "--loss FILE"]
-WRONG += ["--json no/such/folder/out.json", "--picture no/such/folder/out.png"]
+WRONG = [(None, ""), ("raise SystemExit", ""), (FILE, "--loss nothing"), (FILE, "--loss FILE")]
+WRONG += [(FILE, "--vocab-size many"), (FILE, "--vocab-size 0")]
+WRONG += [(FILE, "--json no/such/folder/out.json"), (FILE, "--picture no/such/folder/out.png")]
 
 
-@pytest.mark.parametrize(
-    ("text", "options"), [(None, ""), ("raise SystemExit", "")] + [(FILE, o) for o in WRONG]
-)
+@pytest.mark.parametrize(("text", "options"), WRONG)
 def test_whatever_prevents_an_audit_is_status_2(text, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if text:
