@@ -47,6 +47,3 @@ def test_a_run_is_what_its_records_say(finished, short):
     also_none, loss = model(window[:, :-1], window[:, 1:])
     assert none is also_none is None and logits.shape == (1, 24, 512) and loss.dim() == 0
     assert sum(model.parameter_ledger().values()) == run.experiment.model.n_parameters
-    measured = musota.evaluate(model, short.valid, short.words["valid"], short.bytes["valid"])
-    assert measured["ppl"] == pytest.approx(run.summary["ppl"], rel=1e-4)
-    assert measured["word_ppl"] == pytest.approx(run.summary["word_ppl"], rel=1e-4)

@@ -353,7 +353,6 @@ def test_what_valid_repeats_of_train_is_reported(rows, tmp_path, monkeypatch):
         ({"train": {"a": ["x"], "b": ["y"]}}, "nor a single one of strings, among a, b"),
         ({"test": {"text": ["x"]}}, "has no rows in a split `train`, only in test."),
         ({}, "my set cannot be loaded .*: check the name"),
-        ({"train": {"text": ["x"]}}, "The valid text of hf:my set is empty"),
     ],
 )
 def test_a_dataset_that_cannot_be_used_gets_one_sentence(splits, message, tmp_path, monkeypatch):

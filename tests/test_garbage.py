@@ -56,9 +56,11 @@ def test_configurations(name, value, kind):
 @example("\0")
 @example("~\0")
 @example("x" * 500)
+@example("no-one/nothing")
 def test_names(name):
     for find in (find_experiment, find_profile, musota.load_corpus):
         _answer(find, name)
+    assert _answer(musota.CausalLM.from_pretrained, name) is None
 
 
 @given(config=JSON, weights=st.binary(max_size=300))
@@ -140,12 +142,6 @@ def test_notebook_parameters(name, value, text_folder):
 
     given = {"profile": "tiny", "corpus": str(text_folder), name: value}
     assert _answer(Workbook, **given) is None
-
-
-@pytest.mark.parametrize("name", ["/nothing", "no-one/nothing", "a b/c\0"])
-def test_a_model_that_is_nowhere(name):
-    with pytest.raises(MusotaError, match="There is no model"):
-        musota.CausalLM.from_pretrained(name)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"ppl": 3, "sha256": ""}', b"\xff"])

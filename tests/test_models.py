@@ -143,12 +143,6 @@ def test_forward_returns_logits_or_loss(model):
         model(torch.zeros(1, 13, dtype=torch.long))
 
 
-@pytest.mark.parametrize("wrong", [{"max_new_tokens": 2.5}, {"temperature": None}, {"top_p": "x"}])
-def test_generate_refuses_what_is_no_number(model, wrong):
-    with pytest.raises(MusotaError, match="generate needs numbers"):
-        model.generate([1, 2], **{"max_new_tokens": 3, **wrong})
-
-
 def test_generate_is_seeded_bounded_and_honours_its_filters(model):
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
     first = model.generate(prompt, 15, temperature=0.9, top_k=20, top_p=0.9, seed=3)
@@ -161,6 +155,9 @@ def test_generate_is_seeded_bounded_and_honours_its_filters(model):
     allowed = model.eval()(prompt)[0][:, -1].topk(5).indices
     drawn = torch.cat([model.generate(prompt, 1, top_k=5, seed=s)[:, -1:] for s in range(20)], 1)
     assert torch.isin(drawn[0], allowed[0]).all() and torch.isin(drawn[1], allowed[1]).all()
+    for wrong in ({"max_new_tokens": 2.5}, {"temperature": None}, {"top_p": "x"}):
+        with pytest.raises(MusotaError, match="generate needs numbers"):
+            model.generate(prompt, **{"max_new_tokens": 3, **wrong})
 
 
 def test_a_saved_model_is_loaded_with_its_tokenizer(model, corpus, tmp_path, monkeypatch):

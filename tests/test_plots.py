@@ -123,12 +123,10 @@ def test_the_seeds_of_a_model_are_one_line_with_a_band(runs):
 
 
 def test_sizes_are_drawn_against_parameters_and_operations(runs):
-    left, right = plots.sizes(runs).axes
-    found = {float(line.get_xdata()[0]) for line in left.lines}
-    assert found == {run.summary["parameters"] / 1e6 for run in runs}
-    assert {float(line.get_xdata()[0]) for line in right.lines} == {
-        run.experiment.model.flops_per_token / 1e6 for run in runs
-    }
+    models = [run.experiment.model for run in runs]
+    for axis, name in zip(plots.sizes(runs).axes, ("n_parameters", "flops_per_token"), strict=True):
+        drawn = {float(line.get_xdata()[0]) for line in axis.lines}
+        assert drawn == {getattr(model, name) / 1e6 for model in models}
 
 
 def test_decisions_on_root_causes_differ_without_colour():

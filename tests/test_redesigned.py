@@ -12,9 +12,7 @@ import musota
 from musota.lab.profiles import scaled
 from musota.matching import is_match
 
-SMALL = musota.RedesignedConfig(
-    vocab_size=60, max_seq_len=12, n_layer=2, block_size=6, d_ff=90, dropout=0.0
-)
+SMALL = musota.RedesignedConfig(60, 12, n_layer=2, block_size=6, d_ff=90, dropout=0.0)
 SWITCHES = [(True, True), (True, False), (False, True), (False, False)]
 
 
@@ -87,9 +85,8 @@ def test_every_layer_starts_as_the_identity_with_open_gates():
 
 @pytest.mark.parametrize("profile", ["full", "study", "quick", "tiny"])
 def test_it_and_its_matched_transformer_have_the_size_of_optimized(profile):
-    optimized, redesigned, modern = (
-        scaled(name, profile) for name in ("optimized", "redesigned", "modern_twin")
-    )
+    names = "optimized", "redesigned", "modern_twin"
+    optimized, redesigned, modern = (scaled(name, profile) for name in names)
     for experiment in (redesigned, modern):
         share = experiment.model.n_parameters / optimized.model.n_parameters
         assert abs(share - 1) < 0.001

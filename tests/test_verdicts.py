@@ -138,8 +138,8 @@ def test_a_sentence_has_every_part_of_its_verdict():
 def test_the_bigram_is_the_baseline_to_beat():
     ppls = {"uniform": 8192, "unigram": 800, "bigram": 200, "trigram": 170}
     found = [verdicts.against_ngrams(make_run(np.log(ppl)), ppls) for ppl in (9000, 201, 199)]
-    assert [verdict.good for verdict in found] == [False, False, True]
-    assert [verdict.decision for verdict in found] == ["no", "no", "yes"]
+    judged = [(verdict.decision, verdict.good) for verdict in found]
+    assert judged == [("no", False), ("no", False), ("yes", True)]
     assert verdicts.least_to_beat(ppls).value == 200
     reported = verdicts.least_to_beat(ppls, 402.2)
     assert reported.good is False and "402 was reported" in reported.reason
@@ -182,9 +182,8 @@ def test_the_plans_thresholds_apply_to_its_own_setting_only():
     small, corpus = experiments["optimized"].with_(vocab_size=8192), {"name": "python-docs"}
     other = make_run(experiment=small, profile="study", config={"corpus": corpus})
     reason = plan_rules.plan_applies(other)
-    assert all(
-        word in reason for word in ("python-docs", "8,192", "study", "sizes are not the plan's")
-    )
+    words = "python-docs", "8,192", "study", "sizes are not the plan's"
+    assert all(word in reason for word in words)
     assert plan("thresholds apply", other).decision == "not applicable"
     assert not plan("scenarios", other) and not plan("under 200", other)
     part = {"name": "wikitext-2", "words": {"valid": 900}}
