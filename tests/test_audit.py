@@ -310,7 +310,6 @@ def test_the_exit_status_says_honest_or_not_or_not_audited(name, tmp_path):
         assert [*one] == ["question", "decision", "value", "unit", "reason", "next_step"]
     if name == "ahead":
         assert found["findings"][0]["decision"] == "looks ahead"
-        assert found["findings"][0]["reason"] == "the logits at t read token t+1"
 
 
 WRONG = [(None, ""), ("raise SystemExit", ""), (FILE, "--loss nothing"), (FILE, "--loss FILE")]

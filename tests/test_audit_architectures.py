@@ -138,10 +138,6 @@ def test_planted_faults_are_found_with_ten_seeds(name, transformers):
         found = audit(model, V, T, loss)
         faults = [one.decision for one in found.findings if one.next_step]
         assert not found.honest and faults[:1] == [decision], (seed, str(found))
-        if name == "mask one too wide":
-            assert found.findings[0].reason == "the logits at t read token t+1"
-        if name == "leak in training only":
-            assert found.findings[0].reason.endswith("(only in training)")
 
 
 def test_a_leak_of_many_tokens_together_is_found(transformers):

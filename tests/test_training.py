@@ -1,6 +1,5 @@
 """The loop, evaluation and the run folder, where nothing fails."""
 
-import copy
 import functools
 import math
 import re
@@ -18,7 +17,7 @@ from musota.config import TrainConfig
 from musota.data.corpus import window_starts
 from musota.errors import MusotaError
 from musota.models.base import score
-from musota.models.module import WrappedModule
+from musota.models.module import WrappedModule, module_config
 from musota.training.device import make_accelerator
 from musota.training.optim import learning_rate_at, update_ratios
 from musota.training.state import Batches, TrainState, train_step
@@ -297,26 +296,59 @@ def scripted():
     return torch.jit.script(Sparse())
 
 
+class Shared(torch.nn.Module):
+    """Tied weights, a buffer whose elements share memory, and no length."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.mix = torch.nn.Embedding(512, 4), torch.nn.Linear(4, 4)
+        self.register_buffer("mask", torch.zeros(1, 8).expand(3, 8))
+        self.head = torch.nn.Linear(4, 512, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def __len__(self):
+        return 0
+
+    def forward(self, ids):
+        return self.head(self.mix(self.embedding(ids)))
+
+
+def compiled():
+    return torch.compile(Shared(), backend="eager")
+
+
+def part_compiled():
+    module = Shared()
+    module.mix = torch.compile(module.mix, backend="eager")
+    return module
+
+
 TRAINING = TrainConfig(2, 3e-3, 10, 8, 1)
+ALIKE = [Shared, compiled, part_compiled]  # take each other's weights
 
 
-@pytest.mark.parametrize("kind", [Recurrent, Complex, Sparse, scripted])
+@pytest.mark.parametrize("kind", [Recurrent, Complex, Sparse, scripted, *ALIKE])
 def test_a_module_trains_resumes_and_gets_its_weights(kind, corpus, tmp_path):
     train = functools.partial(musota.train, training=TRAINING, max_seq_len=np.int64(24))
     torch.manual_seed(0)
     module = kind()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    same = copy.deepcopy(module)
     whole = train(module, corpus, tmp_path / "whole")
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    train(same, corpus, tmp_path / "cut", options=RunOptions(stop_at=0.7))
+    torch.manual_seed(0)
+    train(kind(), corpus, tmp_path / "cut", options=RunOptions(stop_at=0.7))
     resumed = train(kind(), corpus, tmp_path / "cut")  # with other weights
     assert resumed.summary["weights_sha256"] == whole.summary["weights_sha256"]
-    assert whole.summary["ppl"] < 512 and len(whole.samples) and whole.key == resumed.key
-    fresh = kind()
-    whole.load_weights(fresh)
-    measured = musota.evaluate(WrappedModule(fresh, whole.experiment.model), corpus.valid)
-    assert measured["ppl"] == pytest.approx(whole.summary["ppl"], rel=1e-5)
+    assert whole.history.ppl[1] < whole.history.ppl[0] and len(whole.samples)
+    assert whole.key == resumed.key
+    for make in ALIKE if kind in ALIKE else [kind]:
+        fresh = make()
+        whole.load_weights(fresh)
+        assert len([*fresh.parameters()]) == len([*module.parameters()])  # tied as before
+        config = module_config(fresh, 512, 24)
+        assert config.shapes_sha256 == whole.experiment.model.shapes_sha256
+        measured = musota.evaluate(WrappedModule(fresh, config), corpus.valid)
+        assert measured["ppl"] == pytest.approx(whole.summary["ppl"], rel=1e-5)
 
 
 def test_a_module_may_start_far_above_a_uniform_guess(corpus, tmp_path):
