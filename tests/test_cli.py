@@ -155,6 +155,9 @@ def test_runs_are_compared_and_scored(results, tmp_path):
     assert (results.parent / "compared" / "curves.png").stat().st_size > 10_000
     answer = invoke("score", NAME, tmp_path / "note.txt", *where).output
     assert "bits per byte" in answer and (results / f"{NAME}-seed0" / "score-note.csv").exists()
+    (tmp_path / "same.txt").write_bytes(b"\xef\xbb\xbfReturn the name of the file.  \r\n")
+    again = invoke("score", NAME, tmp_path / "same.txt", *where).output  # read as corpora are
+    assert again.splitlines()[:2] == answer.splitlines()[:2]
     with pytest.raises(MusotaError, match="two models or more"):
         invoke("compare", NAME, f"{NAME}-seed0", *where)
 

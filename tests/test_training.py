@@ -380,7 +380,8 @@ def test_a_module_that_cannot_be_trained_gets_one_sentence(corpus, tmp_path):
 
 def test_what_load_runs_leaves_out_and_refuses(finished, short, tmp_path, capsys):
     shutil.copytree(finished.path, tmp_path / "b")
-    musota.train(EXPERIMENT, short, tmp_path / "a", seed=1, options=RunOptions(stop_at=0.6))
+    options = RunOptions(stop_at=0.6, device=torch.device("cpu"))
+    musota.train(EXPERIMENT, short, tmp_path / "a", seed=np.int64(1), options=options)
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.json").write_text("{}")
     with pytest.raises(KeyboardInterrupt), interrupted_at(2):
