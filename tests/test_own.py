@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 import musota
@@ -118,6 +119,9 @@ def test_a_config_and_a_matched_transformer_describe_a_module_without_changing_i
     assert config.n_parameters == sum(p.numel() for p in module.parameters())
     per_token = 2 * 2 * 4 * 16 * 16 + 16 * 512  # two layers of two maps of four gates; the output
     assert config.flops_per_token == pytest.approx(3 * 2 * per_token, rel=0.05)
+    encoder = load_module(f"{ROOT}/notebooks/examples/my_transformer.py:Transformer", 512, 64)
+    encoder = module_config(encoder, 512, 64)  # torch's fast path is counted
+    assert encoder.flops_per_token > 5 * encoder.n_parameters
     twin = musota.twin(module, vocab_size=512, max_seq_len=24).model
     assert (twin.n_layer, twin.dropout, twin.max_seq_len) == (2, 0.1, 24)
     assert abs(twin.n_parameters / config.n_parameters - 1) < 0.15

@@ -4,7 +4,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from numbers import Integral
 from pathlib import Path
 from types import CellType, FunctionType
@@ -12,6 +12,7 @@ from types import CellType, FunctionType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -104,13 +105,15 @@ def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> Modul
     device = next(measured.parameters()).device
     ids = torch.linspace(0, vocab_size - 1, max_seq_len, device=device).long()
     with (
-        warnings.catch_warnings(
-            action="ignore"
-        ),  # gradients stay on: torch's fast path is not counted
+        warnings.catch_warnings(action="ignore"),
+        torch.no_grad(),
         sdpa_kernel(SDPBackend.MATH),  # fused kernels are not counted
         torch.backends.mkldnn.flags(enabled=False),
         FlopCounterMode(display=False) as counter,
+        ExitStack() as after,
     ):
+        after.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)  # nor is this one
         checked_logits(measured, ids[None], vocab_size)
     shapes = sorted((_plain(name), tuple(p.shape)) for name, p in parameters.items())
     n_layer, dropout = _depth_and_dropout(measured)
