@@ -211,9 +211,8 @@ def _documents(roots: list[str]) -> set[str]:
     left_out = {"site-packages", "test", "tests", "__pycache__"}
     found = ((root, path) for root in roots for path in Path(root).rglob("*.py"))
     files = [path for root, path in found if left_out.isdisjoint(path.relative_to(root).parts)]
-    return set(
-        chain.from_iterable(map(docstrings, tqdm(files, "reading files", delay=2, file=sys.stdout)))
-    )
+    shown = tqdm(files, "reading files", delay=2, file=sys.stdout)
+    return set(chain.from_iterable(map(docstrings, shown)))
 
 
 def _split(documents: set[str]) -> dict[str, list[str]]:

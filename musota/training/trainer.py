@@ -36,10 +36,8 @@ COMPILE_STEPS = 2000  # GPU runs of at least this many steps regain the compile 
 CPU_TOKENS = 1536  # tokens of a micro-batch on a CPU
 COPY_SECONDS = 600  # between copies; a run ends with one, however it ends
 LOG_LINES = 250  # about this many step records per run
-EXPLODED_NATS, EXPLODED = (
-    2,
-    1.2,
-)  # the training loss may exceed a uniform guess and its start by this
+# A training loss has exploded when both of these put it above a uniform guess and above its start.
+EXPLODED_NATS, EXPLODED = 2.0, 1.2
 
 
 class Diverged(MusotaError):
