@@ -135,7 +135,7 @@ def test_every_run_learns_and_is_reported(headless):
     assert len([name for name in runs if "@" in name]) == 2  # a module and its transformer
     assert str(folder / "report.html") in output
     for number in range(1, 9):  # a headline each
-        assert re.search(rf"^0{number}  [✓✗?] .+", output, re.MULTILINE), output
+        assert re.search(rf"^0{number}  ([✓✗?=] )?.+[:?] .+", output, re.MULTILINE), output
     assert len((folder / "grid.csv").read_text().splitlines()) == 5
     assert (runs["redesigned"].path / "ablations.json").exists()
     drawn = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.png")}
