@@ -85,26 +85,27 @@ def find_source(source: str) -> tuple[Path, str]:
     return path, name
 
 
-_loaded: dict[Path, types.ModuleType] = {}  # the last load of each file
-
-
-def load_object(source: str, fresh: bool = True) -> object:
-    """The object NAME of FILE.py, loaded anew if `fresh`. Raises MusotaError if there is none, or
-    FILE.py raises."""
+def load_objects(source: str, *others: str) -> list:
+    """The object NAME of FILE.py, and `others` of that file by name. Each call loads the file anew.
+    Raises MusotaError if one is not there, or FILE.py raises."""
     path, name = find_source(source)
     with blaming(path.name):
-        if fresh or path not in _loaded:
-            _loaded[path] = _Source(path).module
-    module = _loaded[path]
-    if not hasattr(module, name):
-        raise MusotaError(f"{path} defines no {name!r}.")
-    return getattr(module, name)
+        module = _Source(path).module
+    for one in (name, *others):
+        if not hasattr(module, one):
+            raise MusotaError(f"{path} defines no {one!r}.")
+    return [getattr(module, one) for one in (name, *others)]
 
 
 def load_module(source: str, vocab_size: int, max_seq_len: int):
-    """The torch module that NAME returns when called, with `vocab_size` and `max_seq_len` if it
-    takes them. Raises MusotaError as `load_object` does, and if NAME raises."""
-    make = load_object(source)
+    """The torch module that NAME of FILE.py makes. Raises MusotaError as `load_objects` and
+    `make_module` do."""
+    return make_module(load_objects(source)[0], source, vocab_size, max_seq_len)
+
+
+def make_module(make, source: str, vocab_size: int, max_seq_len: int):
+    """The torch module that `make`, loaded from `source`, returns when it is called: with
+    `vocab_size` and `max_seq_len`, if it takes them. Raises MusotaError if that fails."""
     from torch import nn  # after the file is found: a wrong name is reported at once
 
     if isinstance(make, nn.Module) or not callable(make):

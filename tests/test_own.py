@@ -11,7 +11,7 @@ import musota
 from musota.errors import MusotaError
 from musota.models.base import score, weights_sha256
 from musota.models.module import WrappedModule, copy_module, logits_of, module_config
-from musota.own import load_module, load_object
+from musota.own import load_module, load_objects
 
 SOURCE = """
 from __future__ import annotations
@@ -73,7 +73,7 @@ def test_a_module_is_built_with_the_sizes_that_its_maker_takes(source):
     assert load_module(f"{source}:Recurrent", 30, 8).embedding.weight.shape == (30, 16)
     assert load_module(f"{source}:build", 30, 8).embedding.weight.shape == (30, 8)
     source.write_text(SOURCE.replace("width: int = 16", "width: int = 10"))
-    assert load_object(f"{source}:Settings")().width == 10  # read again
+    assert load_objects(f"{source}:Settings")[0]().width == 10  # read again
 
 
 def test_two_files_do_not_share_the_modules_beside_them(tmp_path):

@@ -118,8 +118,7 @@ def audit(module: nn.Module, vocab_size: int, max_seq_len: int, loss: Loss | Non
     """
     _check(module, vocab_size, max_seq_len)
     vocab_size, max_seq_len = int(vocab_size), int(max_seq_len)
-    device = next(module.parameters(), torch.empty(0)).device
-    prepare_memory(device)
+    prepare_memory(device := next(module.parameters(), torch.empty(0)).device)
     with torch.random.fork_rng(), ExitStack() as after:
         after.callback(random.setstate, random.getstate())
         after.callback(np.random.set_state, np.random.get_state())
@@ -229,9 +228,10 @@ def _changes(
     """(positions, T): largest change of a logit at each place after replacing, in every row,
     `length` tokens from each position on. All calls have one shape; each is the first of a copy."""
     base, changes = _fresh_logits(module, training, ids), [torch.zeros(0, ids.shape[1])]
+    others = (ids + (vocab_size // 2 | 1)) % vocab_size  # nearly all of the other half
     for t in positions:
         other = ids.clone()
-        other[:, t : t + length] = (ids[:, t : t + length] + (vocab_size // 2 | 1)) % vocab_size
+        other[:, t : t + length] = others[:, t : t + length]
         moved = _fresh_logits(module, training, other).sub_(base).abs_()
         changes.append(moved.amax((0, 2))[None].cpu())
     return torch.cat(changes)
@@ -252,7 +252,7 @@ def _probe(settings: tuple[str, str], module: nn.Module, ids: Tensor, vocab_size
     positions = [t for t in sorted({1, last // 3, last // 2, last}) if 0 < t <= last]
     change, rest = (_changes(module, training, ids, vocab_size, positions, n) for n in (1, last))
     ahead = _ahead(change > tolerance, positions)
-    other = torch.cat([(ids[:1] + (vocab_size // 2 | 1)) % vocab_size, ids[1:]])
+    other = ids[1:].expand_as(ids)  # the first row is replaced by the second
     seen = {
         "looks ahead": ahead or _ahead(rest > tolerance, positions),
         "mixes rows": (called(other) - base)[1].abs().max() > tolerance,

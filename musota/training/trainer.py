@@ -36,7 +36,8 @@ COMPILE_STEPS = 2000  # GPU runs of at least this many steps regain the compile 
 CPU_TOKENS = 1536  # tokens of a micro-batch on a CPU
 COPY_SECONDS = 600  # between copies; a run ends with one, however it ends
 LOG_LINES = 250  # about this many step records per run
-# A training loss has exploded when both of these put it above a uniform guess and above its start.
+# A training loss has exploded if it is above a uniform guess, and above the first loss, by more
+# than these nats and by more than this factor.
 EXPLODED_NATS, EXPLODED = 2.0, 1.2
 
 

@@ -225,23 +225,22 @@ def audit(model, vocab_size, max_seq_len, loss, picture, record):
     called with vocab_size and max_seq_len if it takes them.
     """
     from musota.files import write_json
-    from musota.own import load_module, load_object
+    from musota.own import load_objects, make_module
 
     data = {"honest": None, "findings": []}
     data |= {"model": model, "vocab_size": vocab_size, "max_seq_len": max_seq_len}
     try:
         if record:
             write_json(record, data)  # as it stays if the model cannot be audited
-        find_source(model)  # a wrong name is reported before torch is imported
+        make, *given = load_objects(model, *filter(None, [loss]))  # a wrong name ends here
         import torch
 
         torch.manual_seed(0)
-        module = load_module(model, vocab_size, max_seq_len)
+        module = make_module(make, model, vocab_size, max_seq_len)
         from musota.lab.audit import audit as audited
         from musota.workbook.style import save_figure
 
-        given = load_object(f"{model.rpartition(':')[0]}:{loss}", fresh=False) if loss else None
-        found = audited(module, vocab_size, max_seq_len, given)
+        found = audited(module, vocab_size, max_seq_len, *given)
         click.echo(f"{found}")
         if picture:
             save_figure(found.figure(), picture, f"measured: {model}, not trained")

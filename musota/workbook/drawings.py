@@ -12,10 +12,9 @@ from musota.lab.plan_rules import REPORTED
 from musota.models.layout import SEMANTIC_NAMES, BlockLayout
 from musota.workbook.style import BLUE, HATCHES, PLAIN, SHADES, literal, new_figure, wrapped
 
-GROUPS = (  # of parameters, with a colour each
-    *("embedding", "affinity tables", "feed-forward", "attention", "block attention"),
-    *("cross attention", "output", "embedding (also output)", "norms", "gate", "positions"),
-)
+# Groups of parameters, in the order of their colours.
+GROUPS = ("embedding", "affinity tables", "feed-forward", "attention", "block attention")
+GROUPS += ("cross attention", "output", "embedding (also output)", "norms", "gate", "positions")
 
 
 def ledgers(ledgers: Mapping[str, Mapping[str, int]]) -> Figure:

@@ -15,9 +15,8 @@ from musota.files import as_path, write_text
 from musota.lab.ablate import weak_spots
 from musota.lab.plan_rules import REPORTED
 from musota.lab.verdicts import Verdict
-from musota.training.run import Run
 from musota.workbook import drawings, plots, tables
-from musota.workbook.results import QUESTIONS, Results, progress
+from musota.workbook.results import QUESTIONS, Results, label, progress
 from musota.workbook.style import save_figure
 
 FRONT_MARKS = ("<!-- results -->", "<!-- end of results -->")
@@ -106,18 +105,16 @@ def _figures(results: Results) -> dict[str, Figure]:
 def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Section]:
     """The folded questions, some of them empty."""
 
-    def label(run: Run) -> str:  # the title alone may be that of several models
-        return f"{results.titles[run.key]}, seed {run.seed}"
-
-    shown = [group[0] for group in results.measured]
+    shown = {group[0]: label(group[0], results.titles[group[0].key]) for group in results.measured}
     parts = {
-        label(run): tables.verdict_table(weak_spots(run, effects))
+        label(run, results.titles[run.key]): tables.verdict_table(weak_spots(run, effects))
         for run, effects in results.ablated.items()
     }
     judged = {name: {"": tables.verdict_table(found)} for name, found in verdicts.items()}
     judged["causes"]["Suspects"] = tables.causes_table(results.grid)
-    last = {label(r): r.samples.drop_duplicates("prompt", keep="last") for r in shown}
+    last = {t: r.samples.drop_duplicates("prompt", keep="last") for r, t in shown.items()}
     written = {title: samples[["prompt", "text"]] for title, samples in last.items()}
+    healths = {title: tables.health_table(run) for run, title in shown.items()}
     grid_note = _grid_note(results) if results.grid_rows else ""
 
     def drawn(*starts: str) -> list[str]:
@@ -128,7 +125,7 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
         Section(QUESTIONS["causes"], grid_note, drawn("root"), judged["causes"]),
         Section(QUESTIONS["rate"], "", drawn("rate"), judged["rate"]),
         Section(QUESTIONS["parts"], "", drawn("parameters", "ablations"), parts),
-        Section("Was training healthy?", tables={label(r): tables.health_table(r) for r in shown}),
+        Section("Was training healthy?", tables=healths),
         Section("What do the models write?", tables=written),
         Section(QUESTIONS["plan"], tables=judged["plan"]),
         Section(

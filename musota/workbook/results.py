@@ -60,9 +60,9 @@ def by_title(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return found
 
 
-def label(run: Run) -> str:
-    """The title of a run with its seed."""
-    return f"{run.title}, seed {run.seed}"
+def label(run: Run, title: str = "") -> str:
+    """The title of a run (or another for its model) with its seed."""
+    return f"{title or run.title}, seed {run.seed}"
 
 
 def progress(run: Run) -> str:
