@@ -226,7 +226,7 @@ def _changes(
     module: nn.Module, training: bool, ids: Tensor, vocab_size: int, positions, length: int = 1
 ) -> Tensor:
     """(positions, T): largest change of a logit at each place after replacing, in every row,
-    `length` tokens from each position on. All calls have one shape; each is the first of a copy."""
+    `length` tokens from each position on. Every call is the first one of a fresh copy."""
     base, changes = _fresh_logits(module, training, ids), [torch.zeros(0, ids.shape[1])]
     others = (ids + (vocab_size // 2 | 1)) % vocab_size  # nearly all of the other half
     for t in positions:

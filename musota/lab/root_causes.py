@@ -213,9 +213,7 @@ def advice(causes: Sequence[Cause]) -> Verdict:
     question = "Which cause holds the model back most?"
     left = [cause for cause in causes if cause.decision == "cause" and cause.advice]
     if not left:
-        reason = (
-            f"of {len(causes)} measured here, none lowers the loss by {RELEVANT} nats for certain"
-        )
+        reason = f"suspects measured: {len(causes)}; none certainly costs {RELEVANT} nats"
         return Verdict(question, "none found", reason=reason)
     most, steps = left[0], list(dict.fromkeys(cause.advice for cause in left))[:3]
     order = f"{', then '.join(steps)}; measure again after each"

@@ -58,7 +58,7 @@ def run_sweeps(
 
 
 def rates_left(rows: Sequence[Row], profile: Profile) -> list[float]:
-    """The rates of a sweep so far: the first six, all measured ones, and those beyond an edge."""
+    """The learning rates of a sweep: the first six, all measured ones, and those beyond an edge."""
     rates = {*FIRST_RATES}
     for losses in swept(rows, profile).values():
         rates |= losses.keys()

@@ -84,10 +84,10 @@ def compare(a: Run | Sequence[Run], b: Run | Sequence[Run]) -> Verdict:
     or unfinished, where a run has not ended.
 
     The value is the valid loss of a minus that of b. Two or more common seeds: Student's interval
-    over them decides. Otherwise a difference is a tie if it is within two standard deviations that
-    seeds alone would give it, by their spread at `study`. The reason says where test disagrees with
-    valid. Raises MusotaError for runs that have not ended an epoch, for runs of several models
-    on one side, and for different valid texts.
+    over them decides. Otherwise a difference is a tie within two standard deviations of what seeds
+    alone cause, as measured at `study`. The reason says where test disagrees with valid. Raises
+    MusotaError for runs that have not ended an epoch, for runs of several models on one side, and
+    for different valid texts.
     """
     a, b = as_runs(a), as_runs(b)
     names = _labels(a[0], b[0])

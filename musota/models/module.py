@@ -135,7 +135,7 @@ def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> Modul
 
 
 def _code_of(module: nn.Module) -> bytes:
-    """What is known of a module without a file: its parts, and the methods of their classes."""
+    """The code of a module that no file defines: its parts as printed, its classes' methods."""
     kinds = dict.fromkeys(type(part) for part in module.modules())
     own = [kind for kind in kinds if not kind.__module__.startswith("torch.")]
     methods = [f for kind in own for f in vars(kind).values() if inspect.isfunction(f)]
