@@ -9,7 +9,7 @@ import re
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import metadata
 from itertools import chain, product
@@ -30,7 +30,7 @@ HUB_REPOSITORY = "Salesforce/wikitext"
 HUB_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 HUB_TIMEOUT = 5  # seconds
 UNAVAILABLE = "is not on this machine and the Hugging Face hub does not provide it"
-DOCS_PACKAGES = ("numpy", "pandas", "matplotlib", "torch")
+DOCS_PACKAGES = ("numpy", "pandas", "matplotlib")
 LONG_LINE = 60  # characters; python-docs has no line of this length in two splits
 RECIPE = "4"  # raise when the same text should give other tokens or another python-docs
 # Texts that are recognised in any folder, by `Corpus.text_hash`.
@@ -193,7 +193,7 @@ def _read_dataset(name: str) -> tuple[str, str, dict[str, str]]:
 
 
 def _python_docs() -> tuple[str, dict[str, str]]:
-    """Docstrings of the standard library and four big packages, split 90/5/5."""
+    """Docstrings of the standard library and three packages, split 90/5/5."""
     versions = [f"{name} {metadata.version(name)}" for name in DOCS_PACKAGES]
     folder = cache_folder() / f"python-docs-{content_hash(RECIPE, sys.version, *versions)}"
     if not (folder / "test.txt").exists():  # it is written last
@@ -237,14 +237,23 @@ def _content_lines(document: str) -> set[str]:
 def docstrings(path: Path) -> list[str]:
     """The docstrings of a source file of at least 20 words. The file is parsed, not run."""
     try:
-        nodes = ast.walk(ast.parse(path.read_bytes()))
+        module = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return []  # written for other Python versions, or a template
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
+    nodes = (node for node in _statements(module) if isinstance(node, kinds))
+    found = [ast.get_docstring(node) or "" for node in nodes]
     # Escapes in a docstring can give characters that UTF-8 cannot encode.
     cleaned = [text.encode(errors="replace").decode().strip() for text in found]
     return [text for text in cleaned if len(text.split()) >= 20]
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and the statements in it; `ast.walk` visits expressions too, which takes longer."""
+    yield node
+    for part in ("body", "orelse", "handlers", "finalbody", "cases"):
+        for child in getattr(node, part, ()):
+            yield from _statements(child)
 
 
 # A corpus is one row: its reader returns (description of the source, text by split).

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-from scipy import signal
 
 from musota.lab.stats import Interval, paired_bootstrap
 from musota.lab.verdicts import PERCENT, Verdict, decide
@@ -112,6 +111,8 @@ def oscillation(run: Run) -> Verdict:
     losses = run.steps.loss[after_warmup].dropna().to_numpy(float)
     if len(losses) < 4 * STRETCHES:
         return Verdict(question, "too early", reason=f"{len(losses)} logged losses after warm-up")
+    from scipy import signal  # which takes a second to import
+
     stretches = np.array_split(losses, STRETCHES)
     means = np.array([stretch.mean() for stretch in stretches])
     noise = [signal.detrend(stretch).std(ddof=2) for stretch in stretches]  # around a line

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 SEED_SPREAD = 0.013  # nats/token: standard deviation of a run over seeds, measured at `study`
 RELEVANT = 0.05  # nats/token, 5 % of the perplexity: a smaller effect decides nothing
@@ -83,5 +83,5 @@ def pooled_contrast(
 
 
 def _student(mean: float, error: float, freedom: int) -> Interval:
-    half = float(stats.t.ppf(TAILS[1], freedom)) * error if freedom else math.inf
+    half = float(stdtrit(freedom, TAILS[1])) * error if freedom else math.inf
     return Interval(mean, mean - half, mean + half)

@@ -16,7 +16,6 @@ from musota.errors import MusotaError
 from musota.models.base import CausalLM
 from musota.training.optim import OPTIMIZERS, learning_rate_at, update_ratios
 
-COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
 OUT_OF_MEMORY = "out of memory|ALLOC_FAILED|can't allocate memory"  # in a message, of any library
 # Fields kept as JSON, besides tensors.
 RESTORED = ("step", "applied", "first_loss", "update_ratio", "summary")
@@ -147,7 +146,10 @@ def train_step(state: TrainState, batches: Batches) -> tuple[Tensor, Tensor] | N
         norm = state.accelerator.clip_grad_norm_(state.model.parameters(), training.grad_clip)
         before = [p.detach().clone() for p in state.model.parameters()] if middle else None
         state.optimizer.step()
-    except COMPILE_ERRORS as error:
+    except (  # looked up when something was raised: torch._dynamo takes seconds to import
+        torch._dynamo.exc.TorchDynamoException,
+        torch._dynamo.exc.FailOnRecompileLimitHit,
+    ) as error:
         failed = f"torch.compile failed ({str(error).strip().splitlines()[0]})"
         raise MusotaError(f"{failed}: train with compile=False (--no-compile).") from error
     except RuntimeError as error:
