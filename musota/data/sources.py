@@ -241,8 +241,7 @@ def docstrings(path: Path) -> list[str]:
     except (SyntaxError, ValueError, OSError):
         return []  # written for other Python versions, or a template
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = (node for node in _statements(module) if isinstance(node, kinds))
-    found = [ast.get_docstring(node) or "" for node in nodes]
+    found = [ast.get_docstring(one) or "" for one in _statements(module) if isinstance(one, kinds)]
     # Escapes in a docstring can give characters that UTF-8 cannot encode.
     cleaned = [text.encode(errors="replace").decode().strip() for text in found]
     return [text for text in cleaned if len(text.split()) >= 20]
