@@ -75,7 +75,8 @@ def model_table(results: Results) -> pd.DataFrame:
         rows.append({"model": "MU-SOTA, reported", **reported, "accuracy": accuracy})
     for group in results.measured:
         model, training = group[0].experiment.model, group[0].experiment.training
-        size = f"{model.n_parameters / 1e6:.1f} M parameters, {model.n_layer} layers, context "
+        layers = f"{model.n_layer} layer{'s' * (model.n_layer != 1)}"
+        size = f"{model.n_parameters / 1e6:.1f} M parameters, {layers}, context "
         values[len(rows)] = mean = {name: _mean(group, key) for name, (key, _) in METRICS.items()}
         row = {
             "model": results.titles[group[0].key],
