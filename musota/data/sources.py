@@ -15,8 +15,7 @@ from importlib import metadata
 from itertools import chain, product
 from pathlib import Path
 
-from tqdm import tqdm
-
+from musota.data.tokenizer import progress
 from musota.errors import MusotaError, nearest_name
 from musota.files import as_path, cache_folder, write_text
 
@@ -211,8 +210,7 @@ def _documents(roots: list[str]) -> set[str]:
     left_out = {"site-packages", "test", "tests", "__pycache__"}
     found = ((root, path) for root in roots for path in Path(root).rglob("*.py"))
     files = [path for root, path in found if left_out.isdisjoint(path.relative_to(root).parts)]
-    shown = tqdm(files, "reading files", delay=2, file=sys.stdout)
-    return set(chain.from_iterable(map(docstrings, shown)))
+    return set(chain.from_iterable(map(docstrings, progress(files, "reading files"))))
 
 
 def _split(documents: set[str]) -> dict[str, list[str]]:

@@ -40,7 +40,7 @@ class TextTokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        lines = tqdm(text.split("\n"), "learning a tokenizer from train", delay=2, unit="lines")
+        lines = progress(text.split("\n"), "learning a tokenizer from train")
         backend.train_from_iterator(lines, trainer)
         # The trainer makes both tokens special; `<unk>` must be found in texts, LINE_END not.
         described = json.loads(backend.to_str())
@@ -57,7 +57,7 @@ class TextTokenizer:
         """Token ids of a text, int32. Raises MusotaError for text that UTF-8 cannot encode."""
         lines, ids = text.split("\n"), array("i")
         try:
-            for start in tqdm(range(0, len(lines), 10_000), "tokenizing", delay=2, file=sys.stdout):
+            for start in progress(range(0, len(lines), 10_000), "tokenizing"):
                 for line in self.backend.encode_batch_fast(lines[start : start + 10_000]):
                     ids.extend([*line.ids, self.line_end])
         except TypeError:
@@ -83,3 +83,8 @@ class TextTokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         self.backend.save(str(path))
+
+
+def progress(steps, what: str) -> tqdm:
+    """Steps with a bar after two seconds, on stdout: notebooks show stderr in red."""
+    return tqdm(steps, what, delay=2, mininterval=1, file=sys.stdout)

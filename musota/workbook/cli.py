@@ -281,9 +281,7 @@ def evidence(seeds, only, listed, **parameters):
 
     if listed:
         if parameters["save_to"] or parameters["fresh"]:
-            raise MusotaError(
-                "--list needs the runs in one folder: leave out --save-to and --fresh."
-            )
+            raise MusotaError("--list needs one folder: leave out --save-to and --fresh.")
         with contextlib.redirect_stdout(sys.stderr):
             commands = [*missing(parts, seeds, **parameters)]
         return click.echo("\n".join(commands), nl=bool(commands))
