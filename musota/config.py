@@ -7,7 +7,7 @@ import dataclasses
 import numbers
 from dataclasses import dataclass
 
-from musota.errors import MusotaError, nearest_name
+from musota.errors import MusotaError, find_named
 from musota.models.layout import BlockLayout
 
 HEADS_PER_BLOCK = 2  # of MU-SOTA's attention inside a block
@@ -237,8 +237,8 @@ class Experiment:
 
     def with_(self, **changes) -> "Experiment":
         """A copy with fields of the model or of the training changed, by name."""
-        for name in changes.keys() - self.fields().keys():
-            raise nearest_name("experiment field", name, sorted(self.fields()))
+        for name in changes:
+            find_named("experiment field", name, sorted(self.fields()))
 
         def changed(part):
             names = changes.keys() & {field.name for field in dataclasses.fields(part)}

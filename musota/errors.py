@@ -4,6 +4,7 @@ import difflib
 import numbers
 import os
 import traceback
+from collections.abc import Mapping
 from contextlib import contextmanager
 
 
@@ -11,12 +12,14 @@ class MusotaError(ValueError):
     """A mistake that the user can correct: one sentence with the value and advice."""
 
 
-def nearest_name(kind: str, name: str, known) -> MusotaError:
-    """The error for an unknown `name`, which suggests the closest of the `known` ones."""
-    known = list(known)
+def find_named(kind: str, name: str, known):
+    """`known[name]`, or `name` itself if `known` is a list of names. Raises MusotaError for an
+    unknown name, with the closest of the known ones."""
+    if name in [*known]:  # a list: the name may not be hashable
+        return known[name] if isinstance(known, Mapping) else name
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}."
-    return MusotaError(f"Unknown {kind} {name!r}: {hint}")
+    raise MusotaError(f"Unknown {kind} {name!r}: {hint}")
 
 
 def check_seed(seed) -> int:

@@ -1,11 +1,11 @@
 """The named experiments: one row each, with title, plot style, and what it is matched to."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 from musota.config import Experiment, ModelConfig, MuConfig, TrainConfig
-from musota.errors import nearest_name
+from musota.errors import find_named
 from musota.matching import match_redesign, match_transformer
 
 
@@ -18,15 +18,10 @@ class Row:
     style: tuple[str, str, str]  # colour, line style, marker
     model: ModelConfig | None = None
     matched_to: str = ""  # another row
-    match: str = "transformer"  # a key of MATCHES
+    match: Callable = match_transformer
     training: Mapping = field(default_factory=dict)
 
 
-MATCHES = {
-    "transformer": match_transformer,
-    "redesign": match_redesign,
-    "modern transformer": partial(match_redesign, blocks=False, gate=False),
-}
 # Learning rate and warm-up were found on small runs; the plan's are for MU-SOTA.
 _REDESIGN_TRAINING = {"learning_rate": 3e-3, "warmup_steps": 500}
 _ORIGINAL_TRAINING = {
@@ -63,33 +58,26 @@ REGISTRY: dict[str, Row] = {
         "Redesign",
         ("#009E73", "-", "P"),
         matched_to="optimized",
-        match="redesign",
+        match=match_redesign,
         training=_REDESIGN_TRAINING,
     ),
     "modern_twin": Row(
         "Transformer matched to the redesign (modern)",
         ("#7A5C00", "--", "X"),
         matched_to="optimized",
-        match="modern transformer",
+        match=partial(match_redesign, blocks=False, gate=False),
         training=_REDESIGN_TRAINING,
     ),
 }
 
 
-def find_row(name: str) -> Row:
-    """A row by name. Raises MusotaError for an unknown one."""
-    if name not in REGISTRY:
-        raise nearest_name("experiment", name, REGISTRY)
-    return REGISTRY[name]
-
-
 def find_experiment(name: str) -> Experiment:
     """The experiment of a row at full size. Raises MusotaError for an unknown name."""
-    row = find_row(name)
+    row = find_named("experiment", name, REGISTRY)
     if not row.matched_to:
         return Experiment(row.model, TrainConfig(**row.training))
     other = find_experiment(row.matched_to)
-    return Experiment(MATCHES[row.match](other.model), other.training).with_(**row.training)
+    return Experiment(row.match(other.model), other.training).with_(**row.training)
 
 
 _PUBLIC = ("original", "optimized", "baseline", "simplified", "redesigned")

@@ -16,7 +16,7 @@ from itertools import chain, product
 from pathlib import Path
 
 from musota.data.tokenizer import progress
-from musota.errors import MusotaError, nearest_name
+from musota.errors import MusotaError, find_named
 from musota.files import as_path, cache_folder, write_text
 
 SPLITS = ("train", "valid", "test")
@@ -75,7 +75,7 @@ def find_text(name: str, data_dir) -> Path | None:
         return None
     if "/" in name or os.sep in name:
         raise MusotaError(f"There is no {name}: give the path of a folder or of one text.")
-    raise nearest_name("corpus", name, ["auto", *SOURCES])
+    return find_named("corpus", name, ["auto", *SOURCES])  # raises: it is none of them
 
 
 def read_text(path: str | os.PathLike) -> str:

@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from musota.config import Experiment, RedesignedConfig, check_field
-from musota.errors import MusotaError, nearest_name
-from musota.matching import OWN_SIZES
-from musota.registry import MATCHES, experiments, find_experiment, find_row
+from musota.errors import MusotaError, find_named
+from musota.matching import OWN_SIZES, match_transformer
+from musota.registry import REGISTRY, experiments, find_experiment
 
 # The plan reports 16,733 training sequences of 128 tokens; its share of warm-up follows from that.
 PLAN_TRAIN_TOKENS = 16_733 * 128
@@ -54,9 +54,7 @@ def find_profile(name: str, grid: bool = False) -> Profile:
         import torch
 
         name = ("study" if grid else "full") if torch.cuda.is_available() else "quick"
-    if not isinstance(name, str) or name not in PROFILES:
-        raise nearest_name("profile", name, ["auto", *PROFILES])
-    return (GRID_PROFILES if grid else PROFILES)[name]
+    return find_named("profile", name, GRID_PROFILES if grid else PROFILES)
 
 
 def check_changes(changes: dict) -> dict:
@@ -66,10 +64,7 @@ def check_changes(changes: dict) -> dict:
         raise MusotaError(f'changes must be like {{"learning_rate": 0.003}}, not {changes!r}.')
     parts = [part for one in experiments.values() for part in (one.model, one.training)]
     known = {field.name: field for part in parts for field in dataclasses.fields(part)}
-    for name in changes:
-        if name not in known:
-            raise nearest_name("field", name, sorted(known))
-    return {name: check_field(known[name], value) for name, value in changes.items()}
+    return {n: check_field(find_named("field", n, known), value) for n, value in changes.items()}
 
 
 def scaled(experiment: str | Experiment, profile: str | Profile, **changes) -> Experiment:
@@ -82,17 +77,17 @@ def scaled(experiment: str | Experiment, profile: str | Profile, **changes) -> E
     profile = find_profile(profile) if isinstance(profile, str) else profile
     if isinstance(experiment, Experiment):
         return _scale(experiment, profile).with_(**changes)
-    row = find_row(experiment)
+    row = find_named("experiment", experiment, REGISTRY)
     if not row.matched_to:
         return _scale(find_experiment(experiment), profile).with_(**changes)
     shared = {name: value for name, value in changes.items() if name not in OWN_SIZES}
     switches = {}
-    if row.match != "transformer":  # a redesign, whose blocks are its own
+    if row.match is not match_transformer:  # a redesign, whose blocks are its own
         switches = {name: shared.pop(name) for name in REDESIGN_SWITCHES if name in shared}
     other = scaled(row.matched_to, profile, **shared)
     training = _scale(find_experiment(experiment), profile).training
     own = {name: changes[name] for name in changes if name in OWN_SIZES or name in vars(training)}
-    return Experiment(MATCHES[row.match](other.model, **switches), training).with_(**own)
+    return Experiment(row.match(other.model, **switches), training).with_(**own)
 
 
 def _scale(experiment: Experiment, profile: Profile) -> Experiment:

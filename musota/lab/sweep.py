@@ -13,7 +13,7 @@ from musota.lab.grid_runs import GridRun, Row, run_many
 from musota.lab.profiles import Profile, scaled
 from musota.lab.stats import RELEVANT
 from musota.lab.verdicts import PPL, Verdict
-from musota.registry import find_experiment, find_row
+from musota.registry import REGISTRY, find_experiment
 
 SWEEP_EPOCHS = 5  # of the plan's 30
 # Rates are about a factor of 3 apart. A sweep starts with six of them and is widened as needed.
@@ -78,7 +78,7 @@ def swept(rows: Sequence[Row], profile: Profile) -> dict[str, dict[float, list[f
             if experiment.with_(learning_rate=rate) == row.experiment:
                 losses.setdefault(rate, []).append(row.best_valid_loss)
         if losses:
-            found[find_row(name).title] = dict(sorted(losses.items()))
+            found[REGISTRY[name].title] = dict(sorted(losses.items()))
     return found
 
 
@@ -120,7 +120,7 @@ def tuned(name: str, profile: Profile, rows: Sequence[Row]) -> Experiment:
 
     Raises MusotaError where the rows have no sweep of it.
     """
-    losses = swept(rows, profile).get(find_row(name).title, {})
+    losses = swept(rows, profile).get(REGISTRY[name].title, {})
     if not {*FIRST_RATES} <= {*losses}:
         raise MusotaError(
             f"No whole learning-rate sweep of {name} is recorded at profile {profile.name}: run "

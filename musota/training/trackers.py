@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker
 
-from musota.errors import nearest_name
+from musota.errors import find_named
 from musota.files import write_text
 from musota.training.checkpoint import RunDir
 
@@ -20,8 +20,8 @@ def check_trackers(log_with) -> tuple[str | GeneralTracker, ...]:
     """`log_with` as a tuple of names and trackers. Raises MusotaError for anything else."""
     given = log_with if isinstance(log_with, list | tuple) else (log_with,)
     for one in given:
-        if not isinstance(one, GeneralTracker) and one not in [*LOGGER_TYPE_TO_CLASS]:
-            raise nearest_name("tracker", one, LOGGER_TYPE_TO_CLASS)
+        if not isinstance(one, GeneralTracker):
+            find_named("tracker", one, LOGGER_TYPE_TO_CLASS)
     return tuple(dict.fromkeys(given))
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from musota.config import Experiment, ModuleConfig, TrainConfig
 from musota.data.corpus import Corpus
-from musota.errors import MusotaError, check_seed, nearest_name
+from musota.errors import MusotaError, check_seed, find_named
 from musota.models.base import score, weights_sha256
 from musota.models.diagnostics import evaluating
 from musota.models.hub import build_model
@@ -138,9 +138,7 @@ def _checked(experiment, corpus, training, max_seq_len) -> tuple[Experiment, nn.
     elif training or max_seq_len:
         raise MusotaError("training and max_seq_len are for modules: use experiment.with_(…).")
     for kind, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        name = getattr(experiment.training, kind)
-        if name not in table:
-            raise nearest_name(kind, name, table)
+        find_named(kind, getattr(experiment.training, kind), table)
     size = experiment.model.vocab_size
     if corpus.tokenizer.size > size:
         large = f"The corpus uses {corpus.tokenizer.size} tokens but the model's vocab_size is"

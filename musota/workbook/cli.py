@@ -13,11 +13,11 @@ import sys
 import click
 
 from musota.data.sources import find_text
-from musota.errors import MusotaError, check_seed, nearest_name
+from musota.errors import MusotaError, check_seed, find_named
 from musota.files import as_path, sentence
 from musota.lab.profiles import PROFILES, check_changes, find_profile
 from musota.own import find_source
-from musota.registry import REGISTRY, find_row
+from musota.registry import REGISTRY
 from musota.workbook.naming import checkout, find_folders, is_module, results_root
 
 os.environ["MPLBACKEND"] = "Agg"  # one inherited from a notebook would fail in a script
@@ -108,9 +108,8 @@ def run(only, parameters, **values):
         if name == "runs":  # one run, or a list
             value = _literal(text)
             runs += value if isinstance(value, list) else [text]
-        elif name not in values:
-            raise nearest_name("notebook parameter", name, [*values, "runs"])
         else:
+            find_named("notebook parameter", name, [*values, "runs"])
             values[name] = text if name in TEXTS else _literal(text)
     run_notebooks(notebooks, values, runs)
 
@@ -139,7 +138,7 @@ def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options)
     if is_module(experiment):
         find_source(experiment.removesuffix("_twin"))
     elif experiment not in REGISTRY:
-        find_row(experiment.removesuffix("_twin"))
+        find_named("experiment", experiment.removesuffix("_twin"), REGISTRY)
     from musota.training.trackers import check_trackers
     from musota.workbook.notebook import Interrupted, Workbook
     from musota.workbook.results import label
@@ -272,10 +271,7 @@ def evidence(seeds, only, listed, **parameters):
 
     With --list, a `musota train` command for each run that is left, for a cluster or GNU parallel.
     """
-    parts = [part.strip() for part in only.split(",")]
-    for part in parts:
-        if part not in PARTS:
-            raise nearest_name("part", part, PARTS)
+    parts = [find_named("part", part.strip(), PARTS) for part in only.split(",")]
     from musota.workbook.evidence import carry_out, missing
     from musota.workbook.report import write_report
 

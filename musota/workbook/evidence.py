@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from musota.errors import MusotaError, nearest_name
+from musota.errors import MusotaError, find_named
 from musota.lab.grid_runs import GridRun, find_jobs, identity_of, print_run, read_table, run_many
 from musota.lab.root_causes import grid
 from musota.lab.sweep import SWEPT, TUNED, rates_left, run_sweeps, sweep_runs, tuned
@@ -70,10 +70,8 @@ def train_row(name: str, seed: int, **parameters) -> None:
     part, _, run = name.partition("/")
     book = Workbook(seed=seed, grid=part == "grid", **parameters)
     runs, table = _rows(part, book)
-    if run not in runs:
-        raise nearest_name("run", run, runs)
-    where = table, book.folder / part
-    run_many({run: runs[run]}, [seed], book.profile, book.corpus, *where, fresh=book.fresh)
+    where = book.profile, book.corpus, table, book.folder / part
+    run_many({run: find_named("run", run, runs)}, [seed], *where, fresh=book.fresh)
 
 
 def _rows(part: str, book: Workbook) -> tuple[dict[str, GridRun], Path]:

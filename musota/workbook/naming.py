@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from musota.config import Experiment, RedesignedConfig
-from musota.errors import MusotaError, nearest_name
+from musota.errors import MusotaError, find_named
 from musota.files import as_path, read_sealed, sha256
 from musota.registry import REGISTRY
 
@@ -49,9 +49,7 @@ def find_folders(name: str, root: str | os.PathLike, profile: str) -> list[Path]
                 known.setdefault(each, []).append(config.parent)
     if not known:
         raise MusotaError(f"There is no run {name!r}: {folder} holds none.")
-    if path.name not in known:
-        raise nearest_name("run", path.name, sorted(known))
-    return known[path.name]
+    return find_named("run", path.name, known)
 
 
 def safe_name(text: str) -> str:

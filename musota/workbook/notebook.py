@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from musota.config import Experiment
 from musota.data.corpus import load_corpus
 from musota.data.tokenizer import TextTokenizer
-from musota.errors import MusotaError, check_seed, nearest_name
+from musota.errors import MusotaError, check_seed, find_named
 from musota.files import as_path, write_json
 from musota.lab import root_causes
 from musota.lab.ablate import look_inside, measure_ablations, weak_spots
@@ -322,8 +322,8 @@ def refuse_unknown_parameters() -> None:
     for own, injected in pairwise(shell.user_ns["In"] if shell else ()):
         known = _assigned(own) if injected.startswith("# Parameters\n") else set()
         if known & {*PARAMETERS}:  # the parameters cell, after which papermill adds its own
-            for name in _assigned(injected) - known:
-                raise nearest_name("notebook parameter", name, sorted(known))
+            for name in _assigned(injected):
+                find_named("notebook parameter", name, sorted(known))
 
 
 def _assigned(cell: str) -> set[str]:

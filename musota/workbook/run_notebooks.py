@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import nbformat
 
-from musota.errors import MusotaError, nearest_name
+from musota.errors import MusotaError, find_named
 from musota.files import METRICS
 
 COMPARES_RUNS, OWN_MODULE = "04_compare", "08_your_model"
@@ -24,10 +24,7 @@ def chosen_notebooks(repository: Path | None, only: str | None) -> list[Path]:
         )
     found = {path.name[:2]: path for path in sorted(repository.glob("notebooks/[0-9]*.ipynb"))}
     wanted = [part.strip().zfill(2) for part in only.split(",")] if only else [*found]
-    for number in wanted:
-        if number not in found:
-            raise nearest_name("notebook number", number, found)
-    return [found[number] for number in sorted(set(wanted))]
+    return [find_named("notebook number", number, found) for number in sorted({*wanted})]
 
 
 def run_notebooks(notebooks: Sequence[Path], values: dict, runs: Sequence[str]) -> None:
