@@ -43,11 +43,9 @@ def test_the_plateau_rule_doubts_noise_and_can_be_moved():
 
 
 def test_a_long_warm_up_is_named_before_a_plateau_is_blamed_on_the_rate():
-    for steps, decision in ((900, None), (901, "too long"), (3001, "never ends")):  # of 3,000
+    for steps, long in ((900, False), (901, True)):  # of 3,000
         run = make_run(losses=FLAT, noise=0.02, experiment=warming(steps))
-        found = curves.warmup(run)
-        assert (found and found.decision) == decision
-        assert ("warmup_steps=300" in curves.plateau(run).next_step) == bool(decision)
+        assert ("warmup_steps=300" in curves.plateau(run).next_step) == long
 
 
 def drawn(curve, seed=0):

@@ -13,23 +13,18 @@ from musota.lab.profiles import PROFILES, scaled
 STUDY = ROOT / "results" / "study"
 
 
-def test_a_best_rate_at_the_edge_widens_the_sweep_of_both_models(monkeypatch):
-    tried, best = {}, {"optimized": 1e-1, "baseline": 3e-5}
-
-    def run_many(runs, seeds, profile, *_, **__):  # the loss is the distance from the best rate
-        rows = {}
-        for label, run in runs.items():
+def test_a_best_rate_at_the_edge_widens_the_sweep_of_both_models():
+    rows, best, profile = [], {"optimized": 1e-1, "baseline": 3e-5}, PROFILES["full"]
+    while len(runs := sweep.sweep(profile, rows)) > len(rows):
+        rows, tried = [], {}
+        for label, run in runs.items():  # the loss is the distance from the best rate
             name, rate = label.split("_rate_")
             tried.setdefault(name, []).append(float(rate))
             loss = abs(math.log(float(rate) / best[name]))
-            rows[label] = {0: SimpleNamespace(experiment=run.at(profile), best_valid_loss=loss)}
-        return rows
-
-    monkeypatch.setattr(sweep, "run_many", run_many)
-    losses = sweep.run_sweeps(PROFILES["full"], None, "table.csv", "folder")
-    assert sorted(tried["optimized"]) == sorted(tried["baseline"])
-    assert sorted(tried["baseline"]) == [1e-5, 3e-5, *sweep.FIRST_RATES, 1e-1, 3e-1]
-    found = [sweep.lowest(of_one) for of_one in losses.values()]
+            rows.append(SimpleNamespace(experiment=run.at(profile), best_valid_loss=loss))
+    assert tried["optimized"] == tried["baseline"]
+    assert tried["baseline"] == [1e-5, 3e-5, *sweep.FIRST_RATES, 1e-1, 3e-1]
+    found = [sweep.lowest(of_one) for of_one in sweep.swept(rows, profile).values()]
     assert found == pytest.approx([1e-1, 3e-5])
 
 
@@ -53,7 +48,7 @@ def test_the_recorded_sweep_is_read_and_its_best_rates_are_those_of_the_tuned_ru
     profile, rows = PROFILES["study"], read_table(STUDY / "sweep.csv")
     losses = sweep.swept(rows, profile)
     assert [[*of_one] for of_one in losses.values()] == 2 * [[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]]
-    short = sweep.sweep_runs("baseline", profile, [1e-3])["baseline_rate_0.001"].experiment.training
+    short = sweep.sweep_run("baseline", profile, 1e-3).experiment.training
     assert (short.epochs, short.warmup_steps) == (5, 333)  # of thirty, the same share of warm-up
     recorded = read_sealed(STUDY / "tuned-seed0" / "config.json")["experiment"]
     best = sweep.tuned("optimized", profile, rows)

@@ -4,12 +4,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from musota.data.corpus import Corpus
 from musota.errors import MusotaError
-from musota.lab.stats import RELEVANT, Interval, paired_bootstrap
+from musota.lab.stats import RELEVANT, Interval, block_bootstrap
 from musota.lab.verdicts import Verdict, in_nats
 from musota.models.base import CausalLM, score
 from musota.models.diagnostics import evaluating, hooked
@@ -115,7 +116,8 @@ def ablation_effects(measured: Mapping) -> dict[str, Interval]:
     """The cost of disabling each part, from what `measure_ablations` returned."""
     whole, tokens = measured["nats"]["none"], measured["tokens"]
     parts = {part: nats for part, nats in measured["nats"].items() if part != "none"}
-    return {part: paired_bootstrap(nats, whole, tokens) for part, nats in parts.items()}
+    costs = {part: np.subtract(nats, whole) for part, nats in parts.items()}
+    return {part: block_bootstrap(cost, tokens) for part, cost in costs.items()}
 
 
 CONTEXT = ("attention", "both attentions")  # without it no token reads another

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from musota.lab.stats import Interval, paired_bootstrap
+from musota.lab.stats import Interval, block_bootstrap
 from musota.lab.verdicts import PERCENT, Verdict, decide
 from musota.training.run import Run
 
@@ -36,9 +36,10 @@ def plateau(run: Run, window: int = PLATEAU_EPOCHS, least_gain: float = PLATEAU_
     if len(run.history) <= window:
         return Verdict(question, "too early", reason=f"{len(run.history)} epochs; {rule}")
     best, gain, slope = _progress(run, window)
-    start, slow = plateau_start(run, window, least_gain), warmup(run)
-    since = f"since epoch {start}"
-    step = slow.next_step if slow else "measure the learning rate (a sweep) before training on"
+    start, steps = plateau_start(run, window, least_gain), run.total_steps
+    since, step = f"since epoch {start}", "measure the learning rate (a sweep) before training on"
+    if run.experiment.training.warmup_steps > LONG_WARMUP * steps:  # looks like a plateau
+        step = f"set warmup_steps={max(1, steps // 10)}, a tenth of the steps"
     return decide(
         question,
         f"valid PPL {best[-1 - window]:.1f} → {best[-1]:.1f} over {span}, valid loss per doubling "
@@ -73,28 +74,8 @@ def _progress(run: Run, window: int) -> tuple[np.ndarray, float, Interval]:
     centred = doublings - doublings.mean()
     weights = centred / (centred**2).sum()  # of a least-squares slope
     per_block = weights @ np.array(run.valid_block_nats[-len(weights) :], float)
-    tokens = run.summary["valid_block_tokens"]
-    slope = paired_bootstrap(per_block, np.zeros_like(per_block), tokens)
+    slope = block_bootstrap(per_block, run.summary["valid_block_tokens"])
     return best, float(1 - best[-1] / best[-1 - window]), slope
-
-
-def warmup(run: Run) -> Verdict | None:
-    """Whether warm-up is too long, or never ends; None where it is neither. A long warm-up looks
-    like a plateau."""
-    if run.history.empty:
-        return None
-    first, training = run.history.iloc[0], run.experiment.training
-    steps = int(first.step / first.epoch) * training.epochs
-    if (share := training.warmup_steps / steps) <= LONG_WARMUP:
-        return None
-    step = f"set warmup_steps={max(1, steps // 10)}, a tenth of the steps"
-    peak = f"the learning rate reaches {1 / share:.0%} of its setting"
-    return decide(
-        "Is the warm-up short enough?",
-        f"{training.warmup_steps:,} warm-up steps of {steps:,}, at most {LONG_WARMUP:.0%} is usual",
-        (share > 1, "never ends", f"{peak}, which looks like a plateau", step),
-        (True, "too long", "most steps have a lower rate, which looks like a plateau", step),
-    )
 
 
 def oscillation(run: Run) -> Verdict:
@@ -152,12 +133,12 @@ def _training_health(run: Run) -> Iterator[Verdict]:
     by_epoch = [epoch["update_ratio"] for epoch in epochs]
     ratios = {name: float(np.median([_number(e[name]) for e in by_epoch])) for name in by_epoch[-1]}
     least, most = min(ratios, key=ratios.get), max(ratios, key=ratios.get)
-    middle, (low, high), slow = float(np.median([*ratios.values()])), UPDATE_RATIO, warmup(run)
+    middle, (low, high) = float(np.median([*ratios.values()])), UPDATE_RATIO
     yield _judge(
         "Update of a step ÷ weights",
         middle,
         f"{ratios[least]:.1e} ({least}) to {ratios[most]:.1e} ({most}); {low:g} to {high:g} usual",
-        (slow is not None and slow.decision == "never ends", "warming up", "the rate never peaks"),
+        (training.warmup_steps > run.total_steps, "warming up", "the rate never peaks"),
         (middle < low, "too low", "the weights hardly move: the learning rate is too low"),
         (middle > high, "too high", "the learning rate is too high"),
     )

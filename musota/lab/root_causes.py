@@ -9,7 +9,6 @@ import numpy as np
 
 from musota.lab.grid_runs import GridRun, Row
 from musota.lab.stats import RELEVANT, Interval, pooled_contrast
-from musota.lab.sweep import lowest
 from musota.lab.verdicts import Verdict, in_nats
 from musota.registry import experiments
 
@@ -89,18 +88,23 @@ def grid(profile: str) -> tuple[dict[str, GridRun], list[Suspect], range]:
         return {key: runs[key] for key in ("original", "learning_rate")}, suspects[1:2], range(2)
     for factor in FACTORS:
         changed = original.with_(learning_rate=factor * original.training.learning_rate)
-        end = "" if factor == 1 else f"_rate_x{factor:.3g}"
-        runs[f"dense{end}"] = GridRun(changed, matched=True)
-        if factor not in (1 / 3, 1):  # a third is the plan's own 1e-4
-            runs[f"original{end}"] = GridRun(changed)
+        runs[at_rate("dense", factor)] = GridRun(changed, matched=True)
+        runs.setdefault(after := at_rate("original", factor), GridRun(changed))
         if factor > 1:
-            name, after = f"learning rate too low (× {factor})", f"original{end}"
+            name = f"learning rate too low (× {factor})"
             suspects.append(Suspect(name, MISSED, "original", after, "raise the learning rate"))
     twice = original.with_(epochs=2 * original.training.epochs)
     runs["original_half"] = GridRun(twice, 1 / 2)  # in equally many steps
     suspects.append(Suspect(DATA, "30 %", "original_half", "original", MORE_TEXT))
     suspects.append(Suspect(ARCHITECTURE, "unknown", "original", "dense", COMPARE))
     return runs, suspects, range(2 if profile == "quick" else 3)
+
+
+def at_rate(name: str, factor: float) -> str:
+    """The grid run that is `original` or `dense` at a factor of its learning rate."""
+    if (name, factor) == ("original", 1 / 3):
+        return "learning_rate"  # the plan's own 1e-4
+    return name if factor == 1 else f"{name}_rate_x{factor:.3g}"
 
 
 def varied_fields(runs: Mapping[str, GridRun]) -> set[str]:
@@ -130,21 +134,9 @@ def valid_losses(rows: Rows) -> dict[str, dict[int, float]]:
 
 def sweep_losses(rows: Rows, name: str) -> dict[float, list[float]]:
     """Valid losses of every seed by learning rate, all else as in the grid run `name`."""
-    losses = valid_losses(rows)
-    return {rate: [*losses[run].values()] for rate, run in _sweep(rows, name).items()}
-
-
-def _sweep(rows: Rows, name: str) -> dict[float, str]:
-    """By learning rate, the grid runs that differ from the run `name` in nothing else."""
-    firsts, found = {run: _first(rows, run) for run in valid_losses(rows)}, {}
-    if name not in firsts:
-        return {}
-    for run, row in firsts.items():
-        rate = row.experiment.training.learning_rate
-        alike = firsts[name].experiment.with_(learning_rate=rate), firsts[name].fingerprint
-        if alike == (row.experiment, row.fingerprint):
-            found[rate] = run
-    return dict(sorted(found.items()))
+    losses, runs = valid_losses(rows), [at_rate(name, factor) for factor in FACTORS]
+    rates = {r: _first(rows, r).experiment.training.learning_rate for r in runs if r in losses}
+    return {rate: [*losses[run].values()] for run, rate in rates.items()}
 
 
 def _first(rows: Rows, name: str) -> Row:
@@ -162,13 +154,13 @@ def judge(rows: Rows) -> list[Cause]:
     losses = valid_losses(rows)
     judged = (_judge_one(one, rows, losses) for one in grid("full")[1])
     causes = [cause for cause in judged if cause]
-    sweeps = {name: sweep_losses(rows, name) for name in ("original", "dense")}
-    if all(len(sweep) > 1 for sweep in sweeps.values()):
-        best = {name: lowest(sweep) for name, sweep in sweeps.items()}
-        pair = [_sweep(rows, name)[rate] for name, rate in best.items()]
+    sweeps = [[at_rate(name, factor) for factor in FACTORS] for name in ("original", "dense")]
+    sweeps = [[run for run in sweep if run in losses] for sweep in sweeps]
+    if all(len(sweep) > 1 for sweep in sweeps):
+        pair = [min(sweep, key=lambda run: np.mean([*losses[run].values()])) for sweep in sweeps]
         name = f"{ARCHITECTURE}, each at its best rate"
         fair = _judge_one(Suspect(name, "unknown", *pair, PREFER), rows, losses)
-        if any(best[name] in (min(sweep), max(sweep)) for name, sweep in sweeps.items()):
+        if any(run in (sweep[0], sweep[-1]) for run, sweep in zip(pair, sweeps, strict=True)):
             fair = replace(fair, name=f"{name} (at an edge)", decision="undecided")
         else:  # the comparison at the best rates has been made
             causes = [replace(c, advice="") if c.advice == COMPARE else c for c in causes]

@@ -1,15 +1,13 @@
 """Learning-rate sweeps of MU-SOTA and its parameter-matched transformer, and their best rates."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from musota.config import Experiment
-from musota.data.corpus import Corpus
 from musota.errors import MusotaError
-from musota.lab.grid_runs import GridRun, Row, run_many
+from musota.lab.grid_runs import GridRun, Row
 from musota.lab.profiles import Profile, scaled
 from musota.lab.stats import RELEVANT
 from musota.lab.verdicts import PPL, Verdict
@@ -27,52 +25,32 @@ TUNED = {  # titles of both at their best rate
 Losses = Mapping[float, Sequence[float]]  # best valid loss of every seed, by learning rate
 
 
-def sweep_runs(name: str, profile: Profile, rates: Iterable[float]) -> dict[str, GridRun]:
-    """Short runs of `optimized` or `baseline`, with the same share of warm-up; `rates` are those at
+def sweep_run(name: str, profile: Profile, rate: float) -> GridRun:
+    """A short run of `optimized` or `baseline`, with the same share of warm-up; `rate` is that at
     the size of the profile."""
     whole = find_experiment("optimized")
     warmup = round(SWEEP_EPOCHS / whole.training.epochs * whole.training.warmup_steps)
-    short = whole.with_(epochs=SWEEP_EPOCHS, warmup_steps=warmup)
-    runs = {}
-    for rate in rates:
-        at_full_size = short.with_(learning_rate=rate / profile.learning_rate)
-        runs[f"{name}_rate_{rate:g}"] = GridRun(at_full_size, matched=SWEPT[name])
-    return runs
+    changes = {"warmup_steps": warmup, "learning_rate": rate / profile.learning_rate}
+    return GridRun(whole.with_(epochs=SWEEP_EPOCHS, **changes), matched=SWEPT[name])
 
 
-def run_sweeps(
-    profile: Profile, corpus: Corpus, table: Path, folder: Path, seed: int = 0, **options
-) -> dict[str, Losses]:
-    """Train both models at the same rates, and at further rates until the best rate of each lies
-    between two others. Returns losses by title and rate; arguments are those of `run_many`."""
-    rates, rows = FIRST_RATES, []
-    while rates:
-        runs = {}
-        for name in SWEPT:
-            runs |= sweep_runs(name, profile, rates)
-        trained = run_many(runs, [seed], profile, corpus, table, folder, **options)
-        rows += [row for by_seed in trained.values() for row in by_seed.values()]
-        losses = swept(rows, profile)
-        rates = sorted({rate for of_one in losses.values() for rate in next_rates(of_one)})
-    return losses
-
-
-def rates_left(rows: Sequence[Row], profile: Profile) -> list[float]:
-    """The learning rates of a sweep: the first six, all measured ones, and those beyond an edge."""
+def sweep(profile: Profile, rows: Sequence[Row]) -> dict[str, GridRun]:
+    """The runs of both models by name, at the same rates: the first six, those of the recorded
+    rows, and one beyond the best rate of a model while that is the lowest or the highest."""
     rates = {*FIRST_RATES}
     for losses in swept(rows, profile).values():
         rates |= losses.keys()
         if {*FIRST_RATES} <= {*losses}:
             rates |= {*next_rates(losses)}
-    return sorted(rates)
+    each = [(name, rate) for name in SWEPT for rate in sorted(rates)]
+    return {f"{name}_rate_{rate:g}": sweep_run(name, profile, rate) for name, rate in each}
 
 
 def swept(rows: Sequence[Row], profile: Profile) -> dict[str, dict[float, list[float]]]:
     """Losses by title and learning rate, of the models whose sweep is among the rows."""
     found = {}
     for name in SWEPT:
-        (run,) = sweep_runs(name, profile, FIRST_RATES[:1]).values()
-        experiment, losses = run.at(profile), {}
+        experiment, losses = sweep_run(name, profile, FIRST_RATES[0]).at(profile), {}
         for row in rows:
             rate = row.experiment.training.learning_rate
             if experiment.with_(learning_rate=rate) == row.experiment:

@@ -2,18 +2,15 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from musota.errors import MusotaError, find_named
-from musota.lab.grid_runs import GridRun, find_jobs, identity_of, print_run, read_table, run_many
-from musota.lab.root_causes import grid
-from musota.lab.sweep import SWEPT, TUNED, rates_left, run_sweeps, sweep_runs, tuned
+from musota.lab.grid_runs import find_jobs, identity_of, read_table, run_many
+from musota.lab.sweep import TUNED, tuned
 from musota.registry import REGISTRY
 from musota.training.trainer import Diverged
 from musota.workbook.naming import train_command
 from musota.workbook.notebook import Workbook
 
-SWEEP = "sweep.csv"
 TABLES = ("grid", "sweep")  # parts whose runs are rows of a table
 
 
@@ -23,17 +20,13 @@ def carry_out(parts: Sequence[str], seeds: int, seed: int = 0, **parameters) -> 
     book = Workbook(seed=seed, **parameters)
     for part in parts:
         print(f"--- {part} ---")
-        if part == "grid":
-            Workbook(seed=seed, grid=True, **parameters).run_grid()
-        elif part == "sweep":
-            how = {"seed": seed, "fresh": book.fresh, "each": book.saving(SWEEP, print_run)}
-            where = book.folder / SWEEP, book.folder / "sweep"
-            run_sweeps(book.profile, book.corpus, *where, **how)
-        else:
-            for model, changes, about in _models(part, book):
-                for each in range(seed, seed + seeds):
-                    with suppress(Diverged):  # which is recorded
-                        Workbook(seed=each, changes=changes, **parameters).train(model, **about)
+        if part in TABLES:
+            Workbook(seed=seed, grid=part == "grid", **parameters).run_table(part)
+            continue
+        for model, changes, about in _models(part, book):
+            for each in range(seed, seed + seeds):
+                with suppress(Diverged):  # which is recorded
+                    Workbook(seed=each, changes=changes, **parameters).train(model, **about)
     _ = book.ngrams  # measured for the report
     return book
 
@@ -47,10 +40,8 @@ def missing(parts: Sequence[str], seeds: int, seed: int = 0, **parameters) -> It
     for part in parts:
         if part in TABLES:
             on = Workbook(seed=seed, grid=part == "grid", **parameters)
-            runs, table = _rows(part, on)
-            rows = {row.identity for row in read_table(table)}
-            of_grid = [seed + each for each in grid(book.profile.name)[2]]
-            jobs = find_jobs(runs, of_grid if part == "grid" else [seed], on.profile, on.corpus)
+            rows = {row.identity for row in read_table(on.folder / f"{part}.csv")}
+            jobs = find_jobs(*on.planned(part), on.profile, on.corpus)
             for (name, each), job in jobs.items():
                 if identity_of(job) not in rows:
                     yield train_command(f"{part}/{name}", {}, **where, seed=each)
@@ -69,20 +60,9 @@ def train_row(name: str, seed: int, **parameters) -> None:
     for an unknown name."""
     part, _, run = name.partition("/")
     book = Workbook(seed=seed, grid=part == "grid", **parameters)
-    runs, table = _rows(part, book)
-    where = book.profile, book.corpus, table, book.folder / part
+    runs, _ = book.planned(part)
+    where = book.profile, book.corpus, book.folder / f"{part}.csv", book.folder / part
     run_many({run: find_named("run", run, runs)}, [seed], *where, fresh=book.fresh)
-
-
-def _rows(part: str, book: Workbook) -> tuple[dict[str, GridRun], Path]:
-    """The runs of the grid or of the sweep by name, and the table of those trained."""
-    table = book.folder / f"{part}.csv"
-    if part == "grid":
-        return grid(book.profile.name)[0], table
-    rates, runs = rates_left(read_table(table), book.profile), {}
-    for name in SWEPT:
-        runs |= sweep_runs(name, book.profile, rates)
-    return runs, table
 
 
 def _models(part: str, book: Workbook) -> Iterator[tuple[str, Mapping, Mapping]]:
@@ -91,7 +71,7 @@ def _models(part: str, book: Workbook) -> Iterator[tuple[str, Mapping, Mapping]]
     if part == "models":
         yield from ((model, {}, {}) for model in REGISTRY)
         return
-    rows = read_table(book.folder / SWEEP)
+    rows = read_table(book.folder / "sweep.csv")
     for model, name in (("optimized", "tuned"), ("baseline", "tuned_baseline")):
         rate = tuned(model, book.profile, rows).training.learning_rate
         yield model, {"learning_rate": rate}, {"name": name, "title": TUNED[model]}

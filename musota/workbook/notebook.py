@@ -1,7 +1,7 @@
 """The session of a notebook: checked parameters, the corpus, experiments, the results folder."""
 
 import ast
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import pairwise
@@ -20,11 +20,12 @@ from musota.errors import MusotaError, check_seed, find_named
 from musota.files import as_path, write_json
 from musota.lab import root_causes
 from musota.lab.ablate import look_inside, measure_ablations, weak_spots
-from musota.lab.grid_runs import Row, read_table, run_many
+from musota.lab.grid_runs import GridRun, Row, read_table, run_many
 from musota.lab.ngrams import measure_ngrams
 from musota.lab.plan_rules import CORPUS, VOCAB_SIZE
 from musota.lab.profiles import check_changes, find_profile
 from musota.lab.stats import Interval
+from musota.lab.sweep import sweep
 from musota.models.base import CausalLM
 from musota.training.device import about_machine
 from musota.training.run import Run
@@ -39,7 +40,6 @@ from musota.workbook.show import show_errors_as_sentences, show_verdicts
 from musota.workbook.style import save_figure
 from musota.workbook.widgets import Explorer
 
-GRID = "grid.csv"
 PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to", "log_with", "changes")
 
 
@@ -242,28 +242,33 @@ class Workbook(Session):
         self.save()
         return run
 
-    def run_grid(self) -> dict[str, dict[int, Row]]:
-        """Train what is missing of the root-cause grid. Returns all recorded rows by name and seed,
-        as the report reads them."""
+    def planned(self, part: str) -> tuple[dict[str, GridRun], list[int]]:
+        """The runs of the grid or of the sweep by name, and their seeds. Those of the sweep depend
+        on the recorded ones."""
+        if part == "sweep":
+            return sweep(self.profile, read_table(self.folder / "sweep.csv")), [self.seed]
         runs, _, seeds = root_causes.grid(self.profile.name)
-        place = self.profile, self.corpus, self.folder / GRID, self.folder / "grid"
-        panel = GridPanel(self.footer)
-        how = {"fresh": self.fresh, "changes": self.changes}
-        how["each"] = self.saving(GRID, panel.update)
-        with stopping("The grid"):
-            trained = run_many(runs, [self.seed + seed for seed in seeds], *place, **how)
-            panel.draw(trained, 0)
-        return root_causes.by_name(read_table(self.folder / GRID)) | trained
+        return runs, [self.seed + seed for seed in seeds]
 
-    def saving(self, table: str, show: Callable) -> Callable:
-        """`show`, for `run_many(each=…)`, with the table copied to `home` after each run."""
+    def run_table(self, part: str) -> dict[str, dict[int, Row]]:
+        """Train what is missing of the grid, or of the sweep until it need not be wider. Returns
+        all recorded rows by name and seed, as the report reads them."""
+        table, panel, trained = self.folder / f"{part}.csv", GridPanel(self.footer), {}
 
         def each(row: Row | None, *progress) -> None:
-            show(row, *progress)
+            panel.update(row, *progress)
             if row:
-                self.save(self.folder / table)
+                self.save(table)
 
-        return each
+        how = {"fresh": self.fresh, "changes": self.changes, "each": each}
+        with stopping(f"The {part}"):
+            runs, seeds = self.planned(part)
+            while left := {name: runs[name] for name in runs if name not in trained}:
+                where = self.profile, self.corpus, table, self.folder / part
+                trained |= run_many(left, seeds, *where, **how)
+                panel.draw(trained, 0)
+                runs, _ = self.planned(part)
+        return root_causes.by_name(read_table(table)) | trained
 
     def show(self, figure: Figure, name: str, run=None, about: str | None = None) -> None:
         """Save a figure as `figures/<name>.png` in the results folder, or in the folder of `run`,
