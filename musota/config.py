@@ -21,22 +21,24 @@ BOUNDS = {
     "grad_clip": (1e-15, MOST),
     "matrix_size": (1, 64),
     "n_block": (1, 4096),
+    "seed": (0, 2**31 - 1),
 }
 
 
-def check_field(field: dataclasses.Field, value):
-    """`value`, numpy's numbers as Python's. Raises MusotaError if a configuration field cannot have
-    this value."""
-    name, kind = field.name, field.type
+def check_value(name: str, value, kind: type, low: float | None = None, high: float = MOST):
+    """`value`, numpy's numbers as Python's. Raises MusotaError if it is not of this kind (bool,
+    str, int, float) or, as a number, not from `low` to `high` (by default as in BOUNDS)."""
     if kind is bool and type(value).__module__ == "numpy" and not getattr(value, "shape", 1):
         value = value.item()
     if kind in (bool, str):
         fits, allowed = isinstance(value, kind), "True or False" if kind is bool else "a name"
     else:
-        low, high = BOUNDS.get(name, (int(kind is int), MOST))
+        if low is None:
+            low, high = BOUNDS.get(name, (int(kind is int), MOST))
         number = numbers.Integral if kind is int else numbers.Real
         fits = isinstance(value, number) and not isinstance(value, bool) and low <= value <= high
-        allowed = f"a {'whole ' if kind is int else ''}number from {low} to {high:,}"
+        bounds = f"of at least {low}" if high == MOST else f"from {low} to {high:,}"
+        allowed = f"a {'whole ' if kind is int else ''}number {bounds}"
     if not fits:
         raise MusotaError(f"{name} must be {allowed}, not {value!r}.")
     return value if type(value) in (int, float, bool, str) else kind(value)
@@ -47,13 +49,15 @@ class Checked:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, check_field(field, getattr(self, field.name)))
+            value = check_value(field.name, getattr(self, field.name), field.type)
+            object.__setattr__(self, field.name, value)
 
 
 @dataclass(frozen=True)
 class Sizes(Checked):
-    """Fields and checks common to the models. A subclass adds `d_model`, `n_head`, `n_parameters`
-    and `layer_products`, the multiply-adds of one layer's linear maps for one token."""
+    """Fields and checks common to the models. A subclass adds `d_model`, `n_head`, `n_parameters`,
+    `layer_products` (the multiply-adds of one layer's linear maps for one token), `kind`, its name
+    in records, and `built_by`, the place and name of the model's class."""
 
     vocab_size: int = 50_000
     max_seq_len: int = 192
@@ -87,6 +91,7 @@ class MuConfig(Sizes):
     matrix_size: int = 8
     n_block: int = 16
     attentions_per_layer = 2
+    kind, built_by = "mu", "musota.models.mu_sota:MuSota"
 
     def __post_init__(self):
         super().__post_init__()
@@ -121,6 +126,7 @@ class DenseConfig(Sizes):
     dropout: float = 0.1
     d_model: int = 208
     layout = None  # no blocks
+    kind, built_by = "dense", "musota.models.dense:DenseTransformer"
 
     @property
     def n_parameters(self) -> int:
@@ -144,6 +150,7 @@ class RedesignedConfig(Sizes):
     dropout: float = 0.1
     blocks: bool = True
     gate: bool = True
+    kind, built_by = "redesigned", "musota.models.redesigned:Redesigned"
 
     def __post_init__(self):
         super().__post_init__()
@@ -191,22 +198,16 @@ class ModuleConfig:
     flops_per_token: int
     n_layer: int  # this and dropout are those of its parameter-matched transformer
     dropout: float
+    kind = "module"
 
 
 ModelConfig = MuConfig | DenseConfig | RedesignedConfig | ModuleConfig
-# Names of the classes in records.
-KINDS = {
-    "mu": MuConfig,
-    "dense": DenseConfig,
-    "redesigned": RedesignedConfig,
-    "module": ModuleConfig,
-}
+KINDS = {c.kind: c for c in (MuConfig, DenseConfig, RedesignedConfig, ModuleConfig)}  # in records
 
 
 def describe(model: ModelConfig) -> dict:
     """A model's configuration for JSON."""
-    kind = next(kind for kind, its_class in KINDS.items() if type(model) is its_class)
-    return {"kind": kind, **dataclasses.asdict(model)}
+    return {"kind": model.kind, **dataclasses.asdict(model)}
 
 
 @dataclass(frozen=True)

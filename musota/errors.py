@@ -1,7 +1,6 @@
 """The user-facing error: one sentence with what is wrong, the value, and what to do."""
 
 import difflib
-import numbers
 import os
 import traceback
 from collections.abc import Mapping
@@ -20,13 +19,6 @@ def find_named(kind: str, name: str, known):
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}."
     raise MusotaError(f"Unknown {kind} {name!r}: {hint}")
-
-
-def check_seed(seed) -> int:
-    """`seed` as an int. Raises MusotaError for anything but a whole number from 0 to 2³¹ − 1."""
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**31:
-        raise MusotaError(f"seed must be a whole number from 0 to {2**31 - 1}, not {seed!r}.")
-    return int(seed)
 
 
 # Code of this package, the standard library and no file: never the place of a user's mistake.

@@ -79,13 +79,7 @@ def sha256(data: bytes) -> str:
 
 def jsonable(value):
     """`value` with None in place of infinite numbers and NaN."""
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def nan_for_null(value):

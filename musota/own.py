@@ -33,11 +33,7 @@ class _Source:
         importlib.invalidate_caches()
         spec = spec_from_file_location(f"{self.package}.{path.stem}", path)
         self.module = sys.modules[spec.name] = module_from_spec(spec)
-        try:
-            self.execute(self.module)
-        except BaseException:
-            sys.meta_path.remove(self)
-            raise
+        self.execute(self.module)
 
     def execute(self, module: types.ModuleType) -> None:
         """Runs a module as the file is now: cached bytecode may be of an earlier one."""
@@ -97,15 +93,10 @@ def load_objects(source: str, *others: str) -> list:
     return [getattr(module, one) for one in (name, *others)]
 
 
-def load_module(source: str, vocab_size: int, max_seq_len: int):
-    """The torch module that NAME of FILE.py makes. Raises MusotaError as `load_objects` and
-    `make_module` do."""
-    return make_module(load_objects(source)[0], source, vocab_size, max_seq_len)
-
-
-def make_module(make, source: str, vocab_size: int, max_seq_len: int):
-    """The torch module that `make`, loaded from `source`, returns when it is called: with
-    `vocab_size` and `max_seq_len`, if it takes them. Raises MusotaError if that fails."""
+def load_module(source: str, vocab_size: int, max_seq_len: int, make=None):
+    """The torch module that NAME of FILE.py (or `make`, loaded from it) returns when it is called:
+    with `vocab_size` and `max_seq_len`, if it takes them. Raises MusotaError if that fails."""
+    make = load_objects(source)[0] if make is None else make
     from torch import nn  # after the file is found: a wrong name is reported at once
 
     if isinstance(make, nn.Module) or not callable(make):

@@ -14,7 +14,7 @@ import musota
 from musota.config import KINDS
 from musota.data.sources import SOURCES
 from musota.lab.profiles import scaled
-from musota.models.hub import ARCHITECTURES, build_model
+from musota.models.hub import build_model
 from musota.registry import REGISTRY, find_experiment
 from musota.training.optim import OPTIMIZERS, SCHEDULES
 from musota.workbook.cli import cli
@@ -53,7 +53,7 @@ def test_python_blocks_parse_and_runnable_ones_run(name, monkeypatch, tmp_path, 
     monkeypatch.setitem(sys.modules, page.__name__, page)
     monkeypatch.chdir(tmp_path)
     with ExitStack() as restored:
-        for table in (ARCHITECTURES, KINDS, OPTIMIZERS, REGISTRY, SCHEDULES, SOURCES):
+        for table in (KINDS, OPTIMIZERS, REGISTRY, SCHEDULES, SOURCES):
             restored.enter_context(patch.dict(table))
         for code in blocks(name, "python", runnable=True):
             exec(compile(code, name, "exec"), vars(page))

@@ -11,7 +11,7 @@ from conftest import EXPERIMENT
 
 import musota
 from musota.errors import MusotaError
-from musota.models.base import weights_sha256
+from musota.models.hub import weights_sha256
 
 
 def test_the_card_states_what_was_measured_and_the_answer_of_the_audit(finished, tmp_path):

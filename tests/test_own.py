@@ -9,7 +9,8 @@ from torch import nn
 
 import musota
 from musota.errors import MusotaError
-from musota.models.base import score, weights_sha256
+from musota.models.base import score
+from musota.models.hub import weights_sha256
 from musota.models.module import WrappedModule, copy_module, logits_of, module_config
 from musota.own import load_module, load_objects
 

@@ -176,7 +176,7 @@ def test_evaluation_equals_one_token_at_a_time(n, stride):
     assert measured["loss"] == pytest.approx(np.mean(nats), rel=1e-5)
     assert measured["ppl"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
     assert measured["accuracy"] == pytest.approx(np.mean(hits))
-    with pytest.raises(MusotaError, match="stride must lie between 1 and max_seq_len=12"):
+    with pytest.raises(MusotaError, match="stride must be a whole number from 1 to 12"):
         musota.evaluate(model, tokens, stride=13)
 
 

@@ -5,7 +5,6 @@ hashes of what they were made from: a changed text is never read from the cache.
 """
 
 import hashlib
-import numbers
 import os
 import re
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from musota.config import check_value
 from musota.data.sources import KNOWN_TEXTS, LONG_LINE, RECIPE, SPLITS, content_hash, read_texts
 from musota.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer
 from musota.errors import MusotaError
@@ -93,9 +93,7 @@ def load_corpus(
     wikitext-2 where it is available, else python-docs. `data_dir` (default `$MUSOTA_DATA_DIR`) may
     hold local copies in folders named like the corpora. Raises MusotaError.
     """
-    if not isinstance(vocab_size, numbers.Integral) or vocab_size < SMALLEST_VOCABULARY:
-        least = f"a whole number of at least {SMALLEST_VOCABULARY}, every byte and two more"
-        raise MusotaError(f"vocab_size must be {least}, not {vocab_size!r}.")
+    vocab_size = check_value("vocab_size", vocab_size, int, SMALLEST_VOCABULARY)
     data_dir = data_dir or os.environ.get("MUSOTA_DATA_DIR")
     name, source, texts = read_texts(str(name), data_dir)
     for split, text in texts.items():

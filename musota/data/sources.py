@@ -10,7 +10,6 @@ import sys
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from importlib import metadata
 from itertools import chain, product
 from pathlib import Path
@@ -25,6 +24,7 @@ FILE_NAMES = {"train": ["train"], "valid": ["valid", "validation", "val", "dev"]
 ENDINGS = (".txt", ".tokens", ".raw", ".txt.gz", ".tokens.gz", ".raw.gz")
 SHARES = {"train": (0, 0.90), "valid": (0.90, 0.95), "test": (0.95, 1)}  # of one text
 HUB_PREFIX = "hf:"  # before the name of any other dataset of the hub
+HUB_TEXTS = ("wikitext-2", "wikitext-2-raw", "wikitext-103", "wikitext-103-raw")
 HUB_REPOSITORY = "Salesforce/wikitext"
 HUB_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 HUB_TIMEOUT = 5  # seconds
@@ -54,8 +54,8 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, str]]:
     if place is None:
         return (name, *SOURCES[name]()) if name in SOURCES else _read_dataset(name)
     if place.is_dir():
-        known = name if name in SOURCES else place.resolve().name
-        return known, "local folder", _read_folder(place)
+        named = name if name in (*HUB_TEXTS, *SOURCES) else place.resolve().name
+        return named, "local folder", _read_folder(place)
     texts = _split_text(read_text(place))
     stem = Path(place.resolve().name.removesuffix(".gz")).stem
     return stem, f"local file {place.name}, split 90/5/5", texts
@@ -64,7 +64,8 @@ def read_texts(name: str, data_dir) -> tuple[str, str, dict[str, str]]:
 def find_text(name: str, data_dir) -> Path | None:
     """The folder or file of a corpus; None for `auto`, a dataset of the hub, and one of SOURCES
     without a local copy. Raises MusotaError if there is no such corpus."""
-    is_named = name in ("auto", *SOURCES) or name.startswith(HUB_PREFIX)
+    known = ("auto", *HUB_TEXTS, *SOURCES)
+    is_named = name in known or name.startswith(HUB_PREFIX)
     places = [as_path(data_dir) / name] if data_dir else []
     if not is_named:
         places.insert(0, as_path(name))
@@ -75,7 +76,7 @@ def find_text(name: str, data_dir) -> Path | None:
         return None
     if "/" in name or os.sep in name:
         raise MusotaError(f"There is no {name}: give the path of a folder or of one text.")
-    return find_named("corpus", name, ["auto", *SOURCES])  # raises: it is none of them
+    return find_named("corpus", name, known)  # raises: it is none of them
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -160,18 +161,14 @@ def _text_of(rows, column: str) -> str:
     return _clean("\n".join(lines) + "\n")
 
 
-def _read_hub(name: str) -> tuple[str, dict[str, str]]:
-    """WikiText from the Hugging Face cache or the hub. Raises HubUnreachable within seconds."""
-    source, rows = _load_dataset(name, HUB_REPOSITORY, f"{name}-v1", HUB_REVISION)
-    hub_splits = zip(SPLITS, ("train", "validation", "test"), strict=True)
-    return source, {split: _text_of(rows[hub_split], "text") for split, hub_split in hub_splits}
-
-
 def _read_dataset(name: str) -> tuple[str, str, dict[str, str]]:
-    """(name, source, text by split) of the dataset `hf:NAME` or `hf:NAME:CONFIG`. Its text is the
-    column `text`, or its only column of strings. Splits that it lacks are cut off its train."""
+    """(name, source, text by split) of one of HUB_TEXTS, `hf:NAME` or `hf:NAME:CONFIG`. Its text is
+    the column `text`, or its only column of strings. Splits that it lacks are cut off its train."""
     place, _, config = name.removeprefix(HUB_PREFIX).partition(":")
-    source, rows = _load_dataset(name, place, config or None)
+    where = place, config or None
+    if name in HUB_TEXTS:
+        where = HUB_REPOSITORY, f"{name}-v1", HUB_REVISION
+    source, rows = _load_dataset(name, *where)
     splits = {split: next(filter(rows.get, names), None) for split, names in FILE_NAMES.items()}
     if not splits["train"]:
         raise MusotaError(f"{name} has no rows in a split `train`, only in {', '.join(rows)}.")
@@ -253,9 +250,5 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
             yield from _statements(child)
 
 
-# A corpus is one row: its reader returns (description of the source, text by split).
-HUB_TEXTS = ("wikitext-2", "wikitext-2-raw", "wikitext-103", "wikitext-103-raw")
-SOURCES: dict[str, Callable[[], tuple[str, dict[str, str]]]] = {
-    **{name: partial(_read_hub, name) for name in HUB_TEXTS},
-    "python-docs": _python_docs,
-}
+# A corpus of its own is one row: its reader returns (description of the source, text by split).
+SOURCES: dict[str, Callable[[], tuple[str, dict[str, str]]]] = {"python-docs": _python_docs}

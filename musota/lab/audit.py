@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from musota.config import check_value
 from musota.errors import MusotaError, blaming
 from musota.lab.verdicts import Verdict
 from musota.matching import match_transformer
@@ -160,9 +160,8 @@ def causality_matrix(model: CausalLM, tokens: Tensor, positions: int = 32) -> Te
 def _check(module, vocab_size, max_seq_len) -> None:
     if not isinstance(module, nn.Module):
         raise MusotaError(f"audit needs a torch.nn.Module, not {type(module).__name__}.")
-    for name, value, least in (("vocab_size", vocab_size, 2), ("max_seq_len", max_seq_len, 1)):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-            raise MusotaError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+    check_value("vocab_size", vocab_size, int, 2)
+    check_value("max_seq_len", max_seq_len, int)
     places = sorted({str(tensor.device) for tensor in (*module.parameters(), *module.buffers())})
     if len(places) > 1 or "meta" in places:
         raise MusotaError(f"The model is on {' and '.join(places)}: move it to one device first.")

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from musota.config import Experiment, RedesignedConfig, check_field
+from musota.config import Experiment, RedesignedConfig, check_value
 from musota.errors import MusotaError, find_named
 from musota.matching import OWN_SIZES, match_transformer
 from musota.registry import REGISTRY, experiments, find_experiment
@@ -63,8 +63,8 @@ def check_changes(changes: dict) -> dict:
     if not isinstance(changes, dict):
         raise MusotaError(f'changes must be like {{"learning_rate": 0.003}}, not {changes!r}.')
     parts = [part for one in experiments.values() for part in (one.model, one.training)]
-    known = {field.name: field for part in parts for field in dataclasses.fields(part)}
-    return {n: check_field(find_named("field", n, known), value) for n, value in changes.items()}
+    kinds = {field.name: field.type for part in parts for field in dataclasses.fields(part)}
+    return {n: check_value(n, v, find_named("field", n, kinds)) for n, v in changes.items()}
 
 
 def scaled(experiment: str | Experiment, profile: str | Profile, **changes) -> Experiment:

@@ -1,6 +1,5 @@
 """CausalLM, the base class of all models: logits, loss, scoring, generation, parameters."""
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -15,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musota.config import ModelConfig
+from musota.config import ModelConfig, check_value
 from musota.data.tokenizer import TextTokenizer
-from musota.errors import MusotaError, check_seed
+from musota.errors import MusotaError
 from musota.models.diagnostics import Diagnostics, evaluating
 from musota.models.hub import HubModel
 from musota.models.loss import linear_cross_entropy, score_tokens
@@ -190,7 +189,7 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
             raise MusotaError("generate needs token ids of shape (B, T) with at least one token.")
         self.check_tokens(ids)
         # On the CPU: the same draw on any device.
-        generator = torch.Generator().manual_seed(check_seed(seed))
+        generator = torch.Generator().manual_seed(check_value("seed", seed, int))
         ids = ids.to(self.device)
         with evaluating(self):
             for _ in range(max_new_tokens):
@@ -227,10 +226,8 @@ def score(
     windows but the first score only tokens that have at least max_seq_len − stride before them.
     Raises MusotaError for too few tokens, an id out of range or a stride out of bounds."""
     length = model.config.max_seq_len
-    stride = length if stride is None else stride
+    stride = check_value("stride", length if stride is None else stride, int, 1, length)
     batch_size = batch_size or (16 if model.device.type == "cpu" else 64)
-    if not isinstance(stride, Integral) or not 1 <= stride <= length:
-        raise MusotaError(f"stride must lie between 1 and max_seq_len={length}, not {stride!r}.")
     if tokens.dim() != 1 or len(tokens) < 2:
         raise MusotaError("Scoring needs a 1-D tensor of at least two tokens.")
     model.check_tokens(tokens)
@@ -251,16 +248,6 @@ def score(
                 nats.append(losses.flatten())
                 hits.append(correct.flatten())
     return torch.cat(nats).cpu(), torch.cat(hits).cpu()
-
-
-def weights_sha256(model: CausalLM) -> str:
-    """A hash of all weights and their names: equal for bit-identical models only."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        data = value.detach().cpu().contiguous().flatten().view(torch.uint8)  # bf16 has no numpy
-        digest.update(data.numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Dropout(nn.Dropout):

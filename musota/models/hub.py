@@ -1,5 +1,6 @@
 """Building, saving and loading models. Loading runs no code from a folder."""
 
+import hashlib
 import json
 import os
 import pkgutil
@@ -9,17 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
-from musota.config import (
-    DenseConfig,
-    Experiment,
-    ModelConfig,
-    ModuleConfig,
-    MuConfig,
-    RedesignedConfig,
-    describe,
-)
+from musota.config import Experiment, ModelConfig, ModuleConfig, describe
 from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError, blaming
 from musota.files import as_path, nan_for_null, write_bytes, write_json, write_whole
@@ -27,12 +20,6 @@ from musota.files import as_path, nan_for_null, write_bytes, write_json, write_w
 if TYPE_CHECKING:
     from musota.models.base import CausalLM
 
-# The class of each configuration, by name: the modules that define them import this one.
-ARCHITECTURES = {
-    MuConfig: "musota.models.mu_sota:MuSota",
-    DenseConfig: "musota.models.dense:DenseTransformer",
-    RedesignedConfig: "musota.models.redesigned:Redesigned",
-}
 CARD = """---
 {{ card_data }}
 ---
@@ -74,7 +61,7 @@ def build_model(config: ModelConfig) -> "CausalLM":
     if isinstance(config, ModuleConfig):
         advice = "build the module and fill it with Run.load_weights(module)"
         raise MusotaError(f"{config.source} is your own code: {advice}.")
-    return pkgutil.resolve_name(ARCHITECTURES[type(config)])(config)
+    return pkgutil.resolve_name(config.built_by)(config)
 
 
 def save_model(
@@ -90,6 +77,16 @@ def save_model(
     write_json(folder / "config.json", describe(config))
     if tokenizer:
         write_whole(folder / "tokenizer.json", tokenizer.save)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """A hash of all weights and their names: equal for bit-identical models only."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8)  # bf16 has no numpy
+        digest.update(data.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") -> "CausalLM":
@@ -146,8 +143,6 @@ class HubModel(ModelHubMixin, **ABOUT, model_card_template=CARD):
             return super().push_to_hub(repo_id, **options)
 
     def generate_model_card(self, audit=None, **options) -> ModelCard:
-        from musota.models.base import weights_sha256  # which imports this module
-
         same = self.measured.get("best_weights_sha256") == weights_sha256(self)  # as measured
         with blaming(f"The model card, made from {MEASURED} and the audit,"):
             if audit and not hasattr(audit, "honest"):

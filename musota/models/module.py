@@ -5,7 +5,6 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from numbers import Integral
 from pathlib import Path
 from types import CellType, FunctionType
 
@@ -16,7 +15,7 @@ from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from musota.config import ModuleConfig
+from musota.config import ModuleConfig, check_value
 from musota.errors import MusotaError, blaming
 from musota.files import sha256
 from musota.models.base import CausalLM
@@ -55,8 +54,7 @@ def checked_logits(module: nn.Module, ids: Tensor, vocab_size: int) -> Tensor:
 def call_once(module: nn.Module, max_seq_len: int) -> Tensor:
     """The logits of one sequence of zeros; the call creates lazy parameters and buffers. The random
     state stays as it is. Raises MusotaError for another length, and if the module fails."""
-    if not isinstance(max_seq_len, Integral) or max_seq_len < 1:
-        raise MusotaError(f"max_seq_len must be a whole number of at least 1, not {max_seq_len!r}.")
+    max_seq_len = check_value("max_seq_len", max_seq_len, int)
     device = next(module.parameters(), torch.empty(0)).device
     ids = torch.zeros(1, max_seq_len, dtype=torch.long, device=device)
     whose = f"The model, given token ids of 0 in shape (1, {max_seq_len}),"

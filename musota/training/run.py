@@ -28,8 +28,8 @@ from musota.files import (
     read_sealed,
     sha256,
 )
-from musota.models.base import CausalLM, weights_sha256
-from musota.models.hub import load_model
+from musota.models.base import CausalLM
+from musota.models.hub import load_model, weights_sha256
 from musota.models.module import call_once, load_state
 
 # Folders in that of a run, and the weights in BEST.

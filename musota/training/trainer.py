@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 
 import torch
 from accelerate.tracking import GeneralTracker
@@ -17,12 +16,12 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from musota.config import Experiment, ModuleConfig, TrainConfig
+from musota.config import Experiment, ModuleConfig, TrainConfig, check_value
 from musota.data.corpus import Corpus
-from musota.errors import MusotaError, check_seed, find_named
-from musota.models.base import score, weights_sha256
+from musota.errors import MusotaError, find_named
+from musota.models.base import score
 from musota.models.diagnostics import evaluating
-from musota.models.hub import build_model
+from musota.models.hub import build_model, weights_sha256
 from musota.models.module import WrappedModule, call_once, materialized_copy, module_config
 from musota.training import device as machine
 from musota.training.checkpoint import RunDir
@@ -60,12 +59,10 @@ class RunOptions:
     log_with: str | GeneralTracker | Sequence = ()  # accelerate's trackers: "tensorboard", "wandb"
 
     def __post_init__(self):
-        size, share = self.micro_batch, self.stop_at
-        if size is not None and not (isinstance(size, Integral) and size >= 1):
-            raise MusotaError(f"micro_batch must be a whole number of at least 1, not {size!r}.")
-        object.__setattr__(self, "micro_batch", size and int(size))  # numpy's become Python's
-        if not isinstance(share, Real) or not 0 < share <= 1:
-            raise MusotaError(f"stop_at must lie in (0, 1], not {share!r}.")
+        if self.micro_batch is not None:
+            size = check_value("micro_batch", self.micro_batch, int)
+            object.__setattr__(self, "micro_batch", size)
+        check_value("stop_at", self.stop_at, float, 1e-15, 1)
         object.__setattr__(self, "log_with", check_trackers(self.log_with))
 
 
@@ -91,7 +88,7 @@ def train(
     Raises MusotaError for what cannot be trained or saved; Diverged for a loss that is not finite
     or explodes.
     """
-    seed = check_seed(seed)
+    seed = check_value("seed", seed, int)
     experiment, module = _checked(experiment, corpus, training, max_seq_len)
     accelerator = machine.make_accelerator(options.device, options.precision, module is not None)
     identity = {"name": name, **options.about, "experiment": experiment.to_dict(), "seed": seed}

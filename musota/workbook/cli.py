@@ -12,8 +12,9 @@ import sys
 
 import click
 
+from musota.config import check_value
 from musota.data.sources import find_text
-from musota.errors import MusotaError, check_seed, find_named
+from musota.errors import MusotaError, find_named
 from musota.files import as_path, sentence
 from musota.lab.profiles import PROFILES, check_changes, find_profile
 from musota.own import find_source
@@ -59,6 +60,10 @@ def _corpus(context, parameter, name: str) -> str:
     return name
 
 
+def _seed(context, parameter, seed: int) -> int:
+    return check_value("seed", seed, int)
+
+
 def _together(*options):
     """Several options as one decorator."""
     return lambda command: functools.reduce(lambda made, add: add(made), options[::-1], command)
@@ -69,7 +74,7 @@ experiment_options = _together(
         "--profile", default="quick", callback=_profile, help=f"auto, {', '.join(PROFILES)}."
     ),
     click.option("--corpus", default="auto", callback=_corpus, help=CORPUS_HELP),
-    click.option("--seed", default=0, callback=lambda context, option, seed: check_seed(seed)),
+    click.option("--seed", default=0, callback=_seed),
     click.option("--fresh", is_flag=True, help="Train again what is already trained."),
     click.option("--save-to", default="", show_default="results", help="Folder for results."),
 )
@@ -224,7 +229,7 @@ def audit(model, vocab_size, max_seq_len, loss, picture, record):
     called with vocab_size and max_seq_len if it takes them.
     """
     from musota.files import write_json
-    from musota.own import load_objects, make_module
+    from musota.own import load_module, load_objects
 
     data = {"honest": None, "findings": []}
     data |= {"model": model, "vocab_size": vocab_size, "max_seq_len": max_seq_len}
@@ -235,7 +240,7 @@ def audit(model, vocab_size, max_seq_len, loss, picture, record):
         import torch
 
         torch.manual_seed(0)
-        module = make_module(make, model, vocab_size, max_seq_len)
+        module = load_module(model, vocab_size, max_seq_len, make)
         from musota.lab.audit import audit as audited
         from musota.workbook.style import save_figure
 

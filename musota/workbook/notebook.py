@@ -13,10 +13,10 @@ from IPython import get_ipython
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 
-from musota.config import Experiment
+from musota.config import Experiment, check_value
 from musota.data.corpus import load_corpus
 from musota.data.tokenizer import TextTokenizer
-from musota.errors import MusotaError, check_seed, find_named
+from musota.errors import MusotaError, find_named
 from musota.files import as_path, write_json
 from musota.lab import root_causes
 from musota.lab.ablate import look_inside, measure_ablations, weak_spots
@@ -75,10 +75,8 @@ class Session:
         show_errors_as_sentences()
         refuse_unknown_parameters()
         self.profile, self.is_grid = find_profile(profile, grid), grid
-        check_seed(seed)
-        if not isinstance(fresh, bool):
-            raise MusotaError(f"fresh must be True or False, not {fresh!r}.")
-        self.seed, self.fresh, self.corpus_name = int(seed), fresh, str(corpus)
+        self.seed, self.corpus_name = check_value("seed", seed, int), str(corpus)
+        self.fresh = check_value("fresh", fresh, bool)
         self.changes = check_changes(changes)
         self.log_with = check_trackers(log_with) if log_with else ()
         if grid and (varied := root_causes.varied_fields(root_causes.grid(self.profile.name)[0])):
