@@ -1,6 +1,7 @@
 """A researcher's own experiments: changed, named, continued, copied, compared, scored."""
 
 import os
+import shlex
 import shutil
 import sys
 
@@ -10,7 +11,9 @@ from conftest import ROOT, in_a_process, interrupted_at
 
 import musota
 from musota.errors import MusotaError
-from musota.lab.profiles import scaled
+from musota.lab import sweep
+from musota.lab.grid_runs import read_table
+from musota.lab.profiles import PROFILES, scaled
 from musota.workbook import cli
 from musota.workbook.naming import results_root, safe_name
 from musota.workbook.notebook import Interrupted, Workbook
@@ -173,6 +176,21 @@ def test_the_report_is_written_of_all_results_or_of_some(results, tmp_path, monk
     assert all(os.path.getsize(file) > 1000 for file in invoke("report").output.splitlines())
     assert (tmp_path / "results" / "redesign" / "path.png").exists()
     assert "MU-SOTA, optimized settings" in (tmp_path / "README.md").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_evidence_lists_the_runs_that_are_left_and_trains_them(made, text_folder, monkeypatch):
+    monkeypatch.setattr(sweep, "FIRST_RATES", (1e-3, 3e-3))  # of six
+    where = ["evidence", "--profile", "tiny", "--corpus", text_folder, "--only"]
+    for part, count in (("grid", 4), ("sweep", 4)):
+        first, *others = invoke(*where, part, "--list").stdout.splitlines()
+        assert first.startswith(f"musota train {part}/") and len(others) == count - 1
+        invoke(*shlex.split(first)[1:])
+        assert invoke(*where, part, "--list").stdout.splitlines() == others
+        assert invoke(*where, part).output.rstrip().endswith("report.html")
+        assert not invoke(*where, part, "--list").stdout
+    losses = [*sweep.swept(read_table(made().folder / "sweep.csv"), PROFILES["tiny"]).values()]
+    assert [*losses[0]] == [*losses[1]] and not any(map(sweep.next_rates, losses))
 
 
 @pytest.mark.parametrize(
