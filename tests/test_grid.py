@@ -1,4 +1,3 @@
-import itertools
 import math
 from dataclasses import replace
 
@@ -18,25 +17,9 @@ RECORDED = read_table(STUDY / "grid.csv")
 SMALL = Profile("small", 512, 4000, 1200, 1 / 12, 1 / 8, 1 / 10, 1 / 4, 30.0, 1)
 
 
-def test_each_run_changes_what_it_says_and_nothing_else():
-    runs, suspects, seeds = grid("quick")
-    original = musota.experiments["original"].fields()
-
-    def changed(name):
-        fields = runs[name].experiment.fields()
-        return {field: fields[field] for field in fields if fields[field] != original.get(field)}
-
-    assert changed("original") == changed("dense") == {}
-    assert changed("epochs") == {"epochs": 30} and changed("original_half") == {"epochs": 20}
-    assert changed("learning_rate") == {"learning_rate": 1e-4}
-    assert changed("warmup") == {"warmup_steps": 2000}
-    longer = {"max_seq_len": 192, "batch_size": 4, "accumulation_steps": 8}
-    assert changed("sequence") == longer and changed("layers_8") == {"n_layer": 8}
-    assert changed("matrix_6") == {"matrix_size": 6, "n_block": 8, "n_head": 6}
-    assert list(seeds) == [0, 1] and runs["original_half"].share == 0.5 and runs["dense"].matched
-    for factor, name in itertools.product((0.1, 3, 10, 30, 100), ("original", "dense")):
-        assert changed(f"{name}_rate_x{factor}")["learning_rate"] == pytest.approx(3e-4 * factor)
-    assert {name for s in suspects for name in (s.before, s.after)} <= set(runs)
+def test_a_small_grid_is_part_of_the_whole():
+    runs, _, seeds = grid("quick")
+    assert list(seeds) == [0, 1]
     assert root_causes.varied_fields(runs) >= {"learning_rate", "n_block", "warmup_steps"}
     smaller = scaled("original", GRID_PROFILES["study"], n_layer=2)
     assert runs["dense"].at(GRID_PROFILES["study"], n_layer=2) == musota.twin(smaller)

@@ -83,7 +83,9 @@ def test_an_unfinished_run_gets_no_verdict(tiny, short, tmp_path):
     shutil.rmtree(folder / "its-seed0")
     half = musota.RunOptions(stop_at=0.5, about={"title": "The transformer"})
     musota.train(musota.twin(MODEL), short, folder / "its-seed0", options=half)
-    page = _shown(report.write_report(folder).read_text("utf-8"))
+    whole = report.write_report(folder).read_text("utf-8")
+    assert whole.count("1 of 2") == 3  # in the answer, the models and the runs
+    page = _shown(whole)
     assert "**The transformer: 1 of 2 epochs.**" in page and "architecture of" not in page
 
 

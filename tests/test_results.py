@@ -10,7 +10,7 @@ from conftest import EXPERIMENT, ROOT, flip_bit
 import musota
 from musota.errors import MusotaError
 from musota.workbook import tables
-from musota.workbook.results import Results, by_title, find_results, find_runs, progress
+from musota.workbook.results import Results, by_title, find_results, find_runs
 
 FROZEN = json.loads((ROOT / "tests" / "data" / "frozen_results.json").read_text("utf-8"))
 TWIN = musota.twin(EXPERIMENT)
@@ -58,17 +58,6 @@ def test_a_model_is_compared_with_its_transformer_at_the_same_rate_first(folder,
     assert results.matched_to(slower)[0].path.name == "d"
     assert results.matched_to(results.matched_to(slower)) is None
     assert len(results.verdicts()["architecture"]) == 2
-
-
-def test_an_unfinished_run_is_shown_as_unfinished_and_not_judged(folder, short):
-    shutil.rmtree(folder / "baseline-seed0")
-    half = musota.RunOptions(stop_at=0.5)
-    run = musota.train(TWIN, short, folder / "c", options=half)
-    assert not run.finished and progress(run) == "1 of 2"
-    results = Results(folder)
-    for table in (tables.model_table(results), tables.runs_table(results.runs)):
-        assert "1 of 2" in set(table["epochs"])
-    assert not results.verdicts()["architecture"]
 
 
 def test_damage_and_models_without_a_run_are_left_out(folder, capsys):
