@@ -141,6 +141,8 @@ def test_every_run_learns_and_is_reported(headless):
     drawn = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.png")}
     assert all(path.stat().st_size > 3_000 for path in drawn.values())
     assert {"figures/explorer.png", "root_causes.png", "optimized-seed0/blocks.png"} <= {*drawn}
+    executed = "".join(path.read_text("utf-8") for path in folder.glob("executed/*.ipynb"))
+    assert not re.search(r'"(papermill|execution|widgets)": {', executed)
 
 
 @pytest.mark.slow

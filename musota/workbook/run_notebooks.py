@@ -83,7 +83,7 @@ def execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None
     how |= {"extra_arguments": ["--log-level=CRITICAL"], "iopub_timeout": 60, "start_timeout": 120}
     try:
         papermill.execute_notebook(notebook, output, parameters, **how)
-        remove_paths(output)
+        tidy(output)
         return click.echo(f"{prefix} {notebook.stem} done in {time.perf_counter() - started:.0f} s")
     except KeyboardInterrupt:
         stopped = "was stopped."
@@ -95,11 +95,13 @@ def execute(notebook: Path, output: Path, parameters: dict, prefix: str) -> None
     raise MusotaError(f"{notebook.stem} {stopped} Repeat the command to continue.")
 
 
-def remove_paths(executed: Path) -> None:
-    """Remove papermill's notes from an executed notebook: they hold paths of this machine."""
+def tidy(executed: Path) -> None:
+    """Remove paths of this machine (papermill's notes), times and the state of widgets from an
+    executed notebook."""
     book = nbformat.read(executed, as_version=4)
     for part in (book, *book.cells):
-        part.metadata.pop("papermill", None)
+        for name in ("papermill", "execution", "widgets"):
+            part.metadata.pop(name, None)
     nbformat.write(book, executed)
 
 
