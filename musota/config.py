@@ -37,7 +37,8 @@ def check_value(name: str, value, kind: type, low: float | None = None, high: fl
             low, high = BOUNDS.get(name, (int(kind is int), MOST))
         number = numbers.Integral if kind is int else numbers.Real
         fits = isinstance(value, number) and not isinstance(value, bool) and low <= value <= high
-        bounds = f"of at least {low}" if high == MOST else f"from {low} to {high:,}"
+        open_ended = high == MOST and not (isinstance(value, number) and value > high)
+        bounds = f"of at least {low}" if open_ended else f"from {low} to {high:,}"
         allowed = f"a {'whole ' if kind is int else ''}number {bounds}"
     if not fits:
         raise MusotaError(f"{name} must be {allowed}, not {value!r}.")
@@ -206,7 +207,9 @@ KINDS = {c.kind: c for c in (MuConfig, DenseConfig, RedesignedConfig, ModuleConf
 
 
 def describe(model: ModelConfig) -> dict:
-    """A model's configuration for JSON."""
+    """A model's configuration for JSON. Raises MusotaError for a class that KINDS does not have."""
+    if KINDS.get(model.kind) is not type(model):
+        raise MusotaError(f"{type(model).__name__} needs a kind, built_by and a row of KINDS.")
     return {"kind": model.kind, **dataclasses.asdict(model)}
 
 

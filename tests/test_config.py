@@ -77,6 +77,7 @@ def test_profiles_keep_the_plans_proportions(profile):
         (lambda: DenseConfig(dropout=1.0), "dropout must be a number from 0 to 0.99"),
         (lambda: RedesignedConfig(gate="no"), "gate must be True or False, not 'no'"),
         (lambda: RedesignedConfig(block_size=5), "block_size must be even, not 5"),
+        (lambda: TrainConfig(epochs=10**16), "epochs must be a whole number from 1 to 1,000,000"),
         (lambda: TrainConfig(learning_rate=0), "learning_rate must be a number of at least 1e-15"),
     ],
 )

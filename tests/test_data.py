@@ -159,6 +159,15 @@ def test_auto_falls_back_on_python_docs_and_reports_it(monkeypatch, text_folder)
     assert corpus.source.startswith("docstrings; wikitext-2 is not on this machine and the Hugging")
 
 
+def test_a_folder_of_that_name_does_not_rename_wikitext(monkeypatch, tmp_path):
+    (tmp_path / "wikitext-103").mkdir()
+    monkeypatch.chdir(tmp_path)
+    rows = datasets.Dataset.from_dict({"text": ["a line"]})
+    loaded = "the Hugging Face cache", dict.fromkeys(("train", "validation", "test"), rows)
+    monkeypatch.setattr(sources, "_load_dataset", lambda *_: loaded)
+    assert sources.read_texts("wikitext-103", None)[:2] == ("wikitext-103", loaded[0])
+
+
 def test_python_docs_are_split_by_document_without_repeated_lines(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "broken.py").write_text("def (:\n")

@@ -28,6 +28,7 @@ HUB_TEXTS = ("wikitext-2", "wikitext-2-raw", "wikitext-103", "wikitext-103-raw")
 HUB_REPOSITORY = "Salesforce/wikitext"
 HUB_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 HUB_TIMEOUT = 5  # seconds
+LOCAL_DATASET = "local dataset"
 UNAVAILABLE = "is not on this machine and the Hugging Face hub does not provide it"
 DOCS_PACKAGES = ("numpy", "pandas", "matplotlib")
 LONG_LINE = 60  # characters; python-docs has no line of this length in two splits
@@ -133,7 +134,7 @@ def _load_dataset(name: str, place: str, config: str | None, revision: str | Non
     source, refused, was_offline = "the Hugging Face hub", None, datasets.config.HF_HUB_OFFLINE
     try:
         if os.path.isdir(place):
-            source = "local dataset"
+            source = LOCAL_DATASET
         else:
             HfApi().dataset_info(place, revision=revision, timeout=HUB_TIMEOUT)
     except Exception as error:  # the hub's client raises many types
@@ -165,10 +166,10 @@ def _read_dataset(name: str) -> tuple[str, str, dict[str, str]]:
     """(name, source, text by split) of one of HUB_TEXTS, `hf:NAME` or `hf:NAME:CONFIG`. Its text is
     the column `text`, or its only column of strings. Splits that it lacks are cut off its train."""
     place, _, config = name.removeprefix(HUB_PREFIX).partition(":")
-    where = place, config or None
+    revision = None
     if name in HUB_TEXTS:
-        where = HUB_REPOSITORY, f"{name}-v1", HUB_REVISION
-    source, rows = _load_dataset(name, *where)
+        place, config, revision = HUB_REPOSITORY, f"{name}-v1", HUB_REVISION
+    source, rows = _load_dataset(name, place, config or None, revision)
     splits = {split: next(filter(rows.get, names), None) for split, names in FILE_NAMES.items()}
     if not splits["train"]:
         raise MusotaError(f"{name} has no rows in a split `train`, only in {', '.join(rows)}.")
@@ -183,7 +184,7 @@ def _read_dataset(name: str) -> tuple[str, str, dict[str, str]]:
         shares = {"train": (0, 0.95), missing[0]: (0.95, 1)} if len(missing) == 1 else SHARES
         texts |= _split_text(texts["train"], shares)
         source += f", {' and '.join(missing)} cut off train, 5% each"
-    if os.path.isdir(place):
+    if source == LOCAL_DATASET:
         name = f"{HUB_PREFIX}{Path(place).resolve().name}:{config}".rstrip(":")
     return name, source, {split: texts[split] for split in SPLITS}
 

@@ -54,7 +54,8 @@ def find_profile(name: str, grid: bool = False) -> Profile:
         import torch
 
         name = ("study" if grid else "full") if torch.cuda.is_available() else "quick"
-    return find_named("profile", name, GRID_PROFILES if grid else PROFILES)
+    find_named("profile", name, ["auto", *PROFILES])
+    return (GRID_PROFILES if grid else PROFILES)[name]
 
 
 def check_changes(changes: dict) -> dict:

@@ -133,7 +133,7 @@ def valid_losses(rows: Rows) -> dict[str, dict[int, float]]:
 
 
 def sweep_losses(rows: Rows, name: str) -> dict[float, list[float]]:
-    """Valid losses of every seed by learning rate, all else as in the grid run `name`."""
+    """Valid losses of every seed by learning rate, of `original` or `dense` at each rate."""
     losses, runs = valid_losses(rows), [at_rate(name, factor) for factor in FACTORS]
     rates = {r: _first(rows, r).experiment.training.learning_rate for r in runs if r in losses}
     return {rate: [*losses[run].values()] for run, rate in rates.items()}

@@ -21,7 +21,8 @@ def carry_out(parts: Sequence[str], seeds: int, seed: int = 0, **parameters) -> 
     for part in parts:
         print(f"--- {part} ---")
         if part in TABLES:
-            Workbook(seed=seed, grid=part == "grid", **parameters).run_table(part)
+            on = Workbook(seed=seed, grid=True, **parameters) if part == "grid" else book
+            on.run_table(part)
             continue
         for model, changes, about in _models(part, book):
             for each in range(seed, seed + seeds):

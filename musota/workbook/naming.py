@@ -49,7 +49,7 @@ def find_folders(name: str, root: str | os.PathLike, profile: str) -> list[Path]
                 known.setdefault(each, []).append(config.parent)
     if not known:
         raise MusotaError(f"There is no run {name!r}: {folder} holds none.")
-    return find_named("run", path.name, known)
+    return find_named("run", path.name, dict(sorted(known.items())))
 
 
 def safe_name(text: str) -> str:

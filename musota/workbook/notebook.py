@@ -240,17 +240,19 @@ class Workbook(Session):
         self.save()
         return run
 
-    def planned(self, part: str) -> tuple[dict[str, GridRun], list[int]]:
+    def planned(self, part: str, fresh: bool = False) -> tuple[dict[str, GridRun], list[int]]:
         """The runs of the grid or of the sweep by name, and their seeds. Those of the sweep depend
-        on the recorded ones."""
+        on the recorded ones of all seeds, unless it starts `fresh`."""
         if part == "sweep":
-            return sweep(self.profile, read_table(self.folder / "sweep.csv")), [self.seed]
+            rows = [] if fresh else read_table(self.folder / "sweep.csv")
+            return sweep(self.profile, rows), [self.seed]
         runs, _, seeds = root_causes.grid(self.profile.name)
         return runs, [self.seed + seed for seed in seeds]
 
     def run_table(self, part: str) -> dict[str, dict[int, Row]]:
-        """Train what is missing of the grid, or of the sweep until it need not be wider. Returns
-        all recorded rows by name and seed, as the report reads them."""
+        """Train what is missing of the grid (with the changes), or of the sweep until it need not
+        be wider. Returns all recorded rows by name and seed, as the report reads them."""
+        find_named("table", part, ("grid", "sweep"))
         table, panel, trained = self.folder / f"{part}.csv", GridPanel(self.footer), {}
 
         def each(row: Row | None, *progress) -> None:
@@ -258,9 +260,10 @@ class Workbook(Session):
             if row:
                 self.save(table)
 
-        how = {"fresh": self.fresh, "changes": self.changes, "each": each}
+        how = {"fresh": self.fresh, "each": each}
+        how["changes"] = self.changes if part == "grid" else {}
         with stopping(f"The {part}"):
-            runs, seeds = self.planned(part)
+            runs, seeds = self.planned(part, self.fresh)
             while left := {name: runs[name] for name in runs if name not in trained}:
                 where = self.profile, self.corpus, table, self.folder / part
                 trained |= run_many(left, seeds, *where, **how)
