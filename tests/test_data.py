@@ -336,6 +336,7 @@ def test_a_dataset_that_lacks_splits_has_them_cut_off_its_train(tmp_path, monkey
     (tmp_path / "one.txt").write_text("\n".join(ROWS) + "\n")
     assert corpus.fingerprint == load_corpus(tmp_path / "one.txt", 300).fingerprint  # 90/5/5
     assert corpus.source == "local dataset, valid and test cut off train, 5% each"
+    assert corpus.name == "hf:my set"
     splits = {"train": {"text": ROWS[:200]}, "test": {"text": ROWS[200:]}}
     corpus = load_corpus(_dataset(tmp_path, monkeypatch, **splits), 300)
     texts = [corpus.tokenizer.decode(corpus.split(split)) for split in sources.SPLITS]

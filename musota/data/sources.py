@@ -28,7 +28,6 @@ HUB_TEXTS = ("wikitext-2", "wikitext-2-raw", "wikitext-103", "wikitext-103-raw")
 HUB_REPOSITORY = "Salesforce/wikitext"
 HUB_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 HUB_TIMEOUT = 5  # seconds
-LOCAL_DATASET = "local dataset"
 UNAVAILABLE = "is not on this machine and the Hugging Face hub does not provide it"
 DOCS_PACKAGES = ("numpy", "pandas", "matplotlib")
 LONG_LINE = 60  # characters; python-docs has no line of this length in two splits
@@ -77,7 +76,7 @@ def find_text(name: str, data_dir) -> Path | None:
         return None
     if "/" in name or os.sep in name:
         raise MusotaError(f"There is no {name}: give the path of a folder or of one text.")
-    return find_named("corpus", name, known)  # raises: it is none of them
+    return find_named("corpus", name, known)  # always raises here
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -134,7 +133,7 @@ def _load_dataset(name: str, place: str, config: str | None, revision: str | Non
     source, refused, was_offline = "the Hugging Face hub", None, datasets.config.HF_HUB_OFFLINE
     try:
         if os.path.isdir(place):
-            source = LOCAL_DATASET
+            source = "local dataset"
         else:
             HfApi().dataset_info(place, revision=revision, timeout=HUB_TIMEOUT)
     except Exception as error:  # the hub's client raises many types
@@ -184,7 +183,7 @@ def _read_dataset(name: str) -> tuple[str, str, dict[str, str]]:
         shares = {"train": (0, 0.95), missing[0]: (0.95, 1)} if len(missing) == 1 else SHARES
         texts |= _split_text(texts["train"], shares)
         source += f", {' and '.join(missing)} cut off train, 5% each"
-    if source == LOCAL_DATASET:
+    if name not in HUB_TEXTS and os.path.isdir(place):
         name = f"{HUB_PREFIX}{Path(place).resolve().name}:{config}".rstrip(":")
     return name, source, {split: texts[split] for split in SPLITS}
 

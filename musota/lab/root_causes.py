@@ -134,9 +134,14 @@ def valid_losses(rows: Rows) -> dict[str, dict[int, float]]:
 
 def sweep_losses(rows: Rows, name: str) -> dict[float, list[float]]:
     """Valid losses of every seed by learning rate, of `original` or `dense` at each rate."""
-    losses, runs = valid_losses(rows), [at_rate(name, factor) for factor in FACTORS]
-    rates = {r: _first(rows, r).experiment.training.learning_rate for r in runs if r in losses}
+    losses = valid_losses(rows)
+    rates = {r: _first(rows, r).experiment.training.learning_rate for r in _swept(losses, name)}
     return {rate: [*losses[run].values()] for run, rate in rates.items()}
+
+
+def _swept(losses: Mapping, name: str) -> list[str]:
+    """The recorded grid runs that are `original` or `dense` at each learning rate, ascending."""
+    return [run for run in (at_rate(name, factor) for factor in FACTORS) if run in losses]
 
 
 def _first(rows: Rows, name: str) -> Row:
@@ -154,8 +159,7 @@ def judge(rows: Rows) -> list[Cause]:
     losses = valid_losses(rows)
     judged = (_judge_one(one, rows, losses) for one in grid("full")[1])
     causes = [cause for cause in judged if cause]
-    sweeps = [[at_rate(name, factor) for factor in FACTORS] for name in ("original", "dense")]
-    sweeps = [[run for run in sweep if run in losses] for sweep in sweeps]
+    sweeps = [_swept(losses, name) for name in ("original", "dense")]
     if all(len(sweep) > 1 for sweep in sweeps):
         pair = [min(sweep, key=lambda run: np.mean([*losses[run].values()])) for sweep in sweeps]
         name = f"{ARCHITECTURE}, each at its best rate"
