@@ -31,10 +31,12 @@ class Interval:
 
 
 def block_bootstrap(nats: Sequence[float], tokens: Sequence[int]) -> Interval:
-    """Nats per token, by resampling whole blocks of text (Koehn 2004), given the total nats and the
-    number of tokens of each block. Of a difference of two trained models, the interval is about
-    these two, not other seeds. Fewer than ten blocks give none. Raises ValueError for unlike
-    blocks."""
+    """Nats per token, with a 95 % interval from resampling whole blocks of text (Koehn 2004).
+
+    Arguments: the total nats (or the difference of two models' nats) and the number of tokens of
+    each block. The interval says nothing about other seeds. Fewer than ten blocks give none. Raises
+    ValueError for arguments of different lengths.
+    """
     nats, tokens = np.asarray(nats, float), np.asarray(tokens, float)
     if nats.shape != tokens.shape or not len(tokens):
         raise ValueError("block_bootstrap needs the nats and the tokens of the same blocks.")

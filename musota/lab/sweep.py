@@ -36,7 +36,7 @@ def sweep_run(name: str, profile: Profile, rate: float) -> GridRun:
 
 def sweep(profile: Profile, rows: Sequence[Row]) -> dict[str, GridRun]:
     """The runs of both models by name, at the same rates: the first six, those of the recorded
-    rows, and one beyond the best rate of a model while that is the lowest or the highest."""
+    rows and, if the best rate of a model is the lowest or the highest, the next one."""
     rates = {*FIRST_RATES}
     for losses in swept(rows, profile).values():
         rates |= losses.keys()

@@ -241,8 +241,8 @@ class Workbook(Session):
         return run
 
     def planned(self, part: str, fresh: bool = False) -> tuple[dict[str, GridRun], list[int]]:
-        """The runs of the grid or of the sweep by name, and their seeds. Those of the sweep depend
-        on the recorded ones of all seeds, unless it starts `fresh`."""
+        """The runs of the grid or of the sweep by name, and their seeds. The rates of the sweep
+        follow from its recorded runs; a `fresh` sweep begins with the first six rates."""
         if part == "sweep":
             rows = [] if fresh else read_table(self.folder / "sweep.csv")
             return sweep(self.profile, rows), [self.seed]
@@ -250,8 +250,9 @@ class Workbook(Session):
         return runs, [self.seed + seed for seed in seeds]
 
     def run_table(self, part: str) -> dict[str, dict[int, Row]]:
-        """Train what is missing of the grid (with the changes), or of the sweep until it need not
-        be wider. Returns all recorded rows by name and seed, as the report reads them."""
+        """Train the missing runs of the grid, with the changes applied, or of the sweep, which is
+        widened until each best rate lies between two others. Returns all recorded rows by name and
+        seed."""
         find_named("table", part, ("grid", "sweep"))
         table, panel, trained = self.folder / f"{part}.csv", GridPanel(self.footer), {}
 
