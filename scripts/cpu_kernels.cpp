@@ -1,0 +1,347 @@
+// Kernels of scripts/fast_cpu.py, for one CPU thread and float32: causal attention of narrow heads,
+// and the softmax and cross-entropy of bf16 logits. They need GCC or Clang.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <iterator>
+#include <memory>
+
+namespace {
+
+constexpr int LANES = 16;
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef float LooseVec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t Half __attribute__((vector_size(2 * LANES), aligned(2)));  // bf16
+
+const Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// exp(x) for x <= 0, with a relative error of about 2e-7 (the polynomial of Cephes' expf).
+inline Vec exp_negative(Vec x) {
+  x = x < -87.0f ? Vec{} - 87.0f : x;
+  Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);  // rounds toward zero
+  Vec whole = __builtin_convertvector(n, Vec);
+  Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  return y * (Vec)((n + 127) << 23);
+}
+
+inline float sum_of(Vec x) {
+  float total = 0;
+  for (int lane = 0; lane < LANES; ++lane) total += x[lane];
+  return total;
+}
+
+inline float largest_of(Vec x) {
+  float largest = x[0];
+  for (int lane = 1; lane < LANES; ++lane) largest = std::max(largest, x[lane]);
+  return largest;
+}
+
+struct Vectors {  // zeros at first
+  std::unique_ptr<Vec[]> data;
+  explicit Vectors(int64_t n) : data(new Vec[n]()) {}
+  Vec& operator[](int64_t i) { return data[i]; }
+  Vec* at(int64_t i) { return data.get() + i; }
+  float* floats() { return reinterpret_cast<float*>(data.get()); }
+  void clear(int64_t n) { std::memset((void*)data.get(), 0, n * sizeof(Vec)); }
+  // n numbers of each of up to 16 heads, one head a lane; unused lanes are zero.
+  void load_heads(const float* from, int64_t heads, int64_t n) {
+    if (heads < LANES) clear(n);
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t i = 0; i < n; ++i) floats()[i * LANES + h] = from[h * n + i];
+  }
+  void store_heads(float* to, int64_t heads, int64_t n) {
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t i = 0; i < n; ++i) to[h * n + i] = floats()[i * LANES + h];
+  }
+};
+
+// What every attention kernel reads and writes. q, k, v, out and gradients: (G, T, C); the rest:
+// (G, T). `lse` is the logarithm of the summed exponentials, `mean` the mean score. `d_entropy`,
+// the gradient of the entropy lse - mean, may be null.
+struct Attention {
+  const float *q, *k, *v;
+  float *out, *lse, *mean;
+  const float *d_out, *d_entropy;
+  float *dq, *dk, *dv;
+  int64_t G, T;
+};
+
+// 16 heads of C channels at a time, one head a lane.
+template <int C>
+void forward(const Attention& a) {
+  const int64_t T = a.T, size = T * C;
+  Vectors q(size), k(size), v(size), out(size), lse(T), mean(T), scores(T);
+  for (int64_t g = 0; g < a.G; g += LANES) {
+    const int64_t heads = std::min<int64_t>(LANES, a.G - g);
+    q.load_heads(a.q + g * size, heads, size);
+    k.load_heads(a.k + g * size, heads, size);
+    v.load_heads(a.v + g * size, heads, size);
+    for (int64_t i = 0; i < T; ++i) {
+      const Vec* qi = q.at(i * C);
+      Vec highest = Vec{} - INFINITY;
+      for (int64_t j = 0; j <= i; ++j) {
+        const Vec* kj = k.at(j * C);
+        Vec s = qi[0] * kj[0];
+        for (int c = 1; c < C; ++c) s += qi[c] * kj[c];
+        scores[j] = s;
+        highest = s > highest ? s : highest;
+      }
+      Vec total{}, weighted{}, sums[C]{};
+      for (int64_t j = 0; j <= i; ++j) {
+        const Vec s = scores[j], weight = exp_negative(s - highest);
+        total += weight;
+        weighted += weight * s;
+        for (int c = 0; c < C; ++c) sums[c] += weight * v[j * C + c];
+      }
+      for (int c = 0; c < C; ++c) out[i * C + c] = sums[c] / total;
+      mean[i] = weighted / total;
+      for (int lane = 0; lane < LANES; ++lane) lse[i][lane] = highest[lane] + std::log(total[lane]);
+    }
+    out.store_heads(a.out + g * size, heads, size);
+    lse.store_heads(a.lse + g * T, heads, T);
+    mean.store_heads(a.mean + g * T, heads, T);
+  }
+}
+
+// With p a weight and s its score: d out / d s = p (v - out), d entropy / d s = -p (s - mean).
+template <int C>
+void backward(const Attention& a) {
+  const int64_t T = a.T, size = T * C;
+  Vectors q(size), k(size), v(size), out(size), d_out(size), dq(size), dk(size), dv(size);
+  Vectors lse(T), mean(T), d_entropy(T);
+  for (int64_t g = 0; g < a.G; g += LANES) {
+    const int64_t heads = std::min<int64_t>(LANES, a.G - g);
+    q.load_heads(a.q + g * size, heads, size);
+    k.load_heads(a.k + g * size, heads, size);
+    v.load_heads(a.v + g * size, heads, size);
+    out.load_heads(a.out + g * size, heads, size);
+    d_out.load_heads(a.d_out + g * size, heads, size);
+    lse.load_heads(a.lse + g * T, heads, T);
+    mean.load_heads(a.mean + g * T, heads, T);
+    if (a.d_entropy) d_entropy.load_heads(a.d_entropy + g * T, heads, T);
+    dk.clear(size);
+    dv.clear(size);
+    for (int64_t i = 0; i < T; ++i) {
+      Vec qi[C], d_outi[C], dqi[C]{}, dot{};
+      for (int c = 0; c < C; ++c) {
+        qi[c] = q[i * C + c];
+        d_outi[c] = d_out[i * C + c];
+        dot += d_outi[c] * out[i * C + c];
+      }
+      const Vec spread = d_entropy[i], constant = spread * mean[i] - dot, total = lse[i];
+      for (int64_t j = 0; j <= i; ++j) {
+        const Vec *kj = k.at(j * C), *vj = v.at(j * C);
+        Vec *dkj = dk.at(j * C), *dvj = dv.at(j * C);
+        Vec s = qi[0] * kj[0], d_weight = d_outi[0] * vj[0];
+        for (int c = 1; c < C; ++c) {
+          s += qi[c] * kj[c];
+          d_weight += d_outi[c] * vj[c];
+        }
+        const Vec below = s - total, weight = exp_negative(below > 0.0f ? Vec{} : below);
+        const Vec ds = weight * (d_weight + constant - spread * s);
+        for (int c = 0; c < C; ++c) {
+          dqi[c] += ds * kj[c];
+          dkj[c] += ds * qi[c];
+          dvj[c] += weight * d_outi[c];
+        }
+      }
+      for (int c = 0; c < C; ++c) dq[i * C + c] = dqi[c];
+    }
+    dq.store_heads(a.dq + g * size, heads, size);
+    dk.store_heads(a.dk + g * size, heads, size);
+    dv.store_heads(a.dv + g * size, heads, size);
+  }
+}
+
+// Heads of 16 channels, one after the other: a vector holds a token's channels, or one channel of
+// 16 tokens.
+struct Tokens {
+  int64_t T, blocks;
+  Vectors rows, columns;
+  explicit Tokens(int64_t T) : T(T), blocks((T + 15) / 16), rows(T), columns(16 * blocks) {}
+  void load(const float* from) {
+    std::memcpy((void*)rows.at(0), from, T * sizeof(Vec));
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t c = 0; c < 16; ++c) columns.floats()[c * 16 * blocks + t] = from[t * 16 + c];
+  }
+  // The inner products of the channels x with those of 16 tokens.
+  Vec products(const float* x, int64_t block) {
+    Vec even{}, odd{};
+    for (int c = 0; c < 16; c += 2) {
+      even += x[c] * columns[c * blocks + block];
+      odd += x[c + 1] * columns[(c + 1) * blocks + block];
+    }
+    return even + odd;
+  }
+};
+
+void forward_16(const Attention& a) {
+  const int64_t T = a.T;
+  Tokens k(T), v(T);
+  Vectors weights(k.blocks);
+  const float* p = weights.floats();
+  for (int64_t g = 0; g < a.G; ++g) {
+    k.load(a.k + g * T * 16);
+    v.load(a.v + g * T * 16);
+    for (int64_t i = 0; i < T; ++i) {
+      const int64_t row = g * T + i;
+      Vec highest = Vec{} - INFINITY, totals{}, weighted{}, sums[4]{};
+      for (int64_t block = 0; block <= i / 16; ++block) {
+        Vec s = k.products(a.q + row * 16, block);
+        weights[block] = s;
+        s = LANE + int32_t(16 * block) > int32_t(i) ? Vec{} - INFINITY : s;
+        highest = s > highest ? s : highest;
+      }
+      const float top = largest_of(highest);
+      for (int64_t block = 0; block <= i / 16; ++block) {
+        const Vec s = weights[block], below = s - top;
+        Vec weight = exp_negative(below > 0.0f ? Vec{} : below);
+        weight = LANE + int32_t(16 * block) > int32_t(i) ? Vec{} : weight;
+        totals += weight;
+        weighted += weight * s;
+        weights[block] = weight;
+      }
+      int64_t j = 0;
+      for (; j + 4 <= i + 1; j += 4)  // four sums, as each addition waits for the last
+        for (int n = 0; n < 4; ++n) sums[n] += p[j + n] * v.rows[j + n];
+      for (; j <= i; ++j) sums[0] += p[j] * v.rows[j];
+      const float total = sum_of(totals);
+      const Vec out = (sums[0] + sums[1] + sums[2] + sums[3]) / total;
+      std::memcpy(a.out + row * 16, &out, sizeof(Vec));
+      a.lse[row] = top + std::log(total);
+      a.mean[row] = sum_of(weighted) / total;
+    }
+  }
+}
+
+void backward_16(const Attention& a) {
+  const int64_t T = a.T;
+  Tokens k(T), v(T);
+  Vectors dk(T), dv(T), weights(k.blocks), errors(k.blocks);
+  const float *p = weights.floats(), *ds = errors.floats();
+  for (int64_t g = 0; g < a.G; ++g) {
+    k.load(a.k + g * T * 16);
+    v.load(a.v + g * T * 16);
+    dk.clear(T);
+    dv.clear(T);
+    for (int64_t i = 0; i < T; ++i) {
+      const int64_t row = g * T + i;
+      Vec qi, d_outi, outi, dqi[2]{};
+      std::memcpy(&qi, a.q + row * 16, sizeof(Vec));
+      std::memcpy(&d_outi, a.d_out + row * 16, sizeof(Vec));
+      std::memcpy(&outi, a.out + row * 16, sizeof(Vec));
+      const float spread = a.d_entropy ? a.d_entropy[row] : 0.0f;
+      const float constant = spread * a.mean[row] - sum_of(d_outi * outi);
+      for (int64_t block = 0; block <= i / 16; ++block) {
+        const Vec s = k.products(a.q + row * 16, block), below = s - a.lse[row];
+        Vec weight = exp_negative(below > 0.0f ? Vec{} : below);
+        weight = LANE + int32_t(16 * block) > int32_t(i) ? Vec{} : weight;
+        weights[block] = weight;
+        errors[block] = weight * (v.products(a.d_out + row * 16, block) + constant - spread * s);
+      }
+      for (int64_t j = 0; j <= i; ++j) {
+        dqi[j % 2] += ds[j] * k.rows[j];
+        dk[j] += ds[j] * qi;
+        dv[j] += p[j] * d_outi;
+      }
+      dqi[0] += dqi[1];
+      std::memcpy(a.dq + row * 16, &dqi[0], sizeof(Vec));
+    }
+    std::memcpy(a.dk + g * T * 16, dk.at(0), T * sizeof(Vec));
+    std::memcpy(a.dv + g * T * 16, dv.at(0), T * sizeof(Vec));
+  }
+}
+
+typedef void (*Kernel)(const Attention&);
+
+struct Kernels {
+  int64_t C;
+  Kernel forward, backward;
+};
+
+const Kernels KERNELS[] = {
+    {2, forward<2>, backward<2>}, {3, forward<3>, backward<3>},    {6, forward<6>, backward<6>},
+    {8, forward<8>, backward<8>}, {16, forward_16, backward_16},    {26, forward<26>, backward<26>},
+};
+
+const Kernels& kernels_for(int64_t C) {
+  return *std::find_if(std::begin(KERNELS), std::end(KERNELS), [C](auto& k) { return k.C == C; });
+}
+
+}  // namespace
+
+extern "C" {
+
+// C: one of those in KERNELS.
+void attention_forward(const float* q, const float* k, const float* v, float* out, float* lse,
+                       float* mean, int64_t G, int64_t T, int64_t C) {
+  kernels_for(C).forward({q, k, v, out, lse, mean, 0, 0, 0, 0, 0, G, T});
+}
+
+void attention_backward(const float* q, const float* k, const float* v, float* out, float* lse,
+                        float* mean, const float* d_out, const float* d_entropy, float* dq,
+                        float* dk, float* dv, int64_t G, int64_t T, int64_t C) {
+  kernels_for(C).backward({q, k, v, out, lse, mean, d_out, d_entropy, dq, dk, dv, G, T});
+}
+
+// Turns bf16 logits (n, V) into softmax - onehot, in place, and returns the summed cross-entropy in
+// nats. `bias` (V) is added to the logits first, and the sum of the gradient over rows to `d_bias`
+// (V); both may be null.
+double cross_entropy(uint16_t* logits, const float* bias, const int64_t* targets, float* d_bias,
+                     int64_t n, int64_t V) {
+  const int64_t full = V / LANES, whole = (V + LANES - 1) / LANES;
+  Vectors values(whole);
+  float* x = values.floats();
+  double loss = 0;
+  for (int64_t r = 0; r < n; ++r) {
+    uint16_t* row = logits + r * V;
+    Vec highest = Vec{} - INFINITY, sums{};
+    for (int64_t i = full * LANES; i < whole * LANES; ++i) {
+      const uint32_t bits = i < V ? uint32_t(row[i]) << 16 : 0xff800000u;  // -infinity
+      std::memcpy(x + i, &bits, 4);
+      if (bias && i < V) x[i] += bias[i];
+    }
+    if (whole > full) highest = values[full];
+    for (int64_t i = 0; i < full; ++i) {
+      const Half half = *reinterpret_cast<Half*>(row + i * LANES);
+      Vec value = (Vec)(__builtin_convertvector(half, Ints) << 16);
+      if (bias) value += *reinterpret_cast<const LooseVec*>(bias + i * LANES);
+      values[i] = value;
+      highest = value > highest ? value : highest;
+    }
+    const float top = largest_of(highest), of_target = x[targets[r]];
+    for (int64_t i = 0; i < whole; ++i) {
+      values[i] = exp_negative(values[i] - top);
+      sums += values[i];
+    }
+    double total = 0;
+    for (int lane = 0; lane < LANES; ++lane) total += sums[lane];
+    loss += top + std::log(total) - of_target;
+    x[targets[r]] -= float(total);
+    for (int64_t i = 0; i < whole; ++i) {
+      const Vec p = values[i] * float(1 / total);
+      Ints bits = (Ints)p;
+      bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest bf16
+      if (i < full) {
+        *reinterpret_cast<Half*>(row + i * LANES) = __builtin_convertvector(bits, Half);
+        if (d_bias) *reinterpret_cast<LooseVec*>(d_bias + i * LANES) += p;
+      } else {
+        for (int lane = 0; i * LANES + lane < V; ++lane) {
+          row[i * LANES + lane] = uint16_t(bits[lane]);
+          if (d_bias) d_bias[i * LANES + lane] += p[lane];
+        }
+      }
+    }
+  }
+  return loss;
+}
+
+}  // extern "C"
