@@ -145,7 +145,7 @@ if __name__ == "__main__":
 
     def about_machine_and_kernels(used: torch.device | None = None) -> dict:
         about = about_machine(used)
-        return about | {"device": about["device"] + ", scripts/fast_cpu.py"}
+        return about | {"device": f"{about['device']} (scripts/fast_cpu.py)"}
 
     device.about_machine = about_machine_and_kernels
     use_kernels()
