@@ -22,6 +22,7 @@ EXPERIMENT = musota.Experiment(  # MU-SOTA, two epochs of a second
     musota.MuConfig(vocab_size=512, max_seq_len=24, n_layer=1),
     musota.TrainConfig(2, learning_rate=3e-3, warmup_steps=5, batch_size=4, accumulation_steps=4),
 )
+STILL = EXPERIMENT.with_(dropout=0.0)
 
 
 @contextmanager
@@ -84,6 +85,17 @@ class Recurrent(torch.nn.Module):
         return (self.output(hidden),)
 
 
+class OneLength(torch.nn.Embedding):
+    """Mixes exactly `length` positions, each with those before it."""
+
+    def __init__(self, vocab_size, length):
+        super().__init__(vocab_size, vocab_size)
+        self.length = length
+
+    def forward(self, ids):
+        return torch.ones(self.length, self.length).tril() @ super().forward(ids)
+
+
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
     """Within it, `elements` is the size of the largest tensor that any operation has made."""
 
@@ -144,6 +156,12 @@ def finished(short, tmp_path_factory):
     """EXPERIMENT trained on `short`. Do not change it."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     return musota.train(EXPERIMENT, short, folder, name="finished")
+
+
+@pytest.fixture(scope="session")
+def still(short, tmp_path_factory):
+    """STILL trained on `short`: the random numbers of dropout depend on the shapes."""
+    return musota.train(STILL, short, tmp_path_factory.mktemp("still"))
 
 
 @pytest.fixture(scope="session")

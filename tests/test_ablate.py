@@ -119,7 +119,9 @@ def test_weak_spots_name_the_parts_that_are_used_and_those_that_are_not():
     }  # fmt: skip
     effects = {part: Interval(*span) for part, span in spans.items()}
     ledger = {"block attention": 5, "cross attention": 20, "affinity tables": 75}
-    run = _recorded(ledger, ("A", "B", "C"))
+    model = SimpleNamespace(layout=SimpleNamespace(names=("A", "B", "C")))
+    experiment = SimpleNamespace(model=model)
+    run = SimpleNamespace(summary={"parameter_ledger": ledger}, experiment=experiment)
     found = ablate.weak_spots(run, effects)
     context, block, cross, gate, tables, blocks = found
     decisions = ["used", "hardly used", "used", "undecided", "hardly used", "hardly used"]
@@ -130,13 +132,6 @@ def test_weak_spots_name_the_parts_that_are_used_and_those_that_are_not():
     assert blocks.value == 0.3 and "2 of 3" in blocks.reason and "block B" in blocks.reason
     effects["both attentions"] = Interval(0.01, 0.0, 0.02)
     assert "little better than a bigram" in ablate.weak_spots(run, effects)[0].reason
-    unsure = dict.fromkeys("AB", Interval(0.001, -math.inf, math.inf))  # too little text
-    (blocks,) = ablate.weak_spots(_recorded(ledger, ("A", "B")), unsure)
+    unsure = dict.fromkeys("ABC", Interval(0.001, -math.inf, math.inf))  # too little text
+    (blocks,) = ablate.weak_spots(run, unsure)
     assert blocks.decision == "undecided"
-
-
-def _recorded(ledger, blocks):
-    """A run as far as `weak_spots` reads it."""
-    model = SimpleNamespace(layout=SimpleNamespace(names=blocks))
-    experiment = SimpleNamespace(model=model)
-    return SimpleNamespace(summary={"parameter_ledger": ledger}, experiment=experiment)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from conftest import Recurrent
+from conftest import OneLength, Recurrent
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -22,7 +22,6 @@ from musota.models.hub import build_model
 from musota.workbook.cli import cli
 
 V, T, D = 40, 24, 32
-LENGTH = 40  # of a model that takes no other
 
 
 class Attention(nn.Module):
@@ -107,13 +106,6 @@ class SkippedLayers(Attention):
     def forward(self, ids):
         skips = self.training and self.draw() < 0.5
         return self.output(self.embedding(ids)) if skips else super().forward(ids)
-
-
-class OneLength(nn.Embedding):
-    """Mixes exactly LENGTH positions, each with those before it."""
-
-    def forward(self, ids):
-        return torch.ones(LENGTH, LENGTH).tril() @ super().forward(ids)
 
 
 def one_token(sparse=False, lazy=False):
@@ -236,7 +228,7 @@ def test_what_cannot_be_audited_raises_one_sentence(module, sizes, message):
 
 
 def test_a_model_of_one_length_is_audited_at_it():
-    found = audit(OneLength(V, V), V, LENGTH)
+    found = audit(OneLength(V, 40), V, 40)
     assert found.honest and found.change.shape == (24, 24)
 
 
@@ -277,9 +269,6 @@ def ends_when_called(vocab_size):
 
 def stopped():
     raise KeyboardInterrupt
-
-def no_model():
-    return "a model"
 """
 STATUS = {
     "honest": (0, True, "This model is honest."),
@@ -288,7 +277,6 @@ STATUS = {
     "ending": (2, None, "model.py:ending ended with SystemExit(0)."),
     "ends_when_called": (2, None, "ended with SystemExit(0)."),
     "stopped": (2, None, "ended with KeyboardInterrupt()."),
-    "no_model": (2, None, "made str, not a torch.nn.Module."),
     "nothing": (2, None, "defines no 'nothing'."),
 }
 
@@ -312,7 +300,7 @@ def test_the_exit_status_says_honest_or_not_or_not_audited(name, tmp_path):
         assert found["findings"][0]["decision"] == "looks ahead"
 
 
-WRONG = [(None, ""), ("raise SystemExit", ""), (FILE, "--loss nothing"), (FILE, "--loss FILE")]
+WRONG = [("raise SystemExit", ""), (FILE, "--loss nothing"), (FILE, "--loss FILE")]
 WRONG += [(FILE, "--vocab-size many"), (FILE, "--vocab-size 0")]
 WRONG += [(FILE, "--json no/such/folder/out.json"), (FILE, "--picture no/such/folder/out.png")]
 
@@ -320,8 +308,7 @@ WRONG += [(FILE, "--json no/such/folder/out.json"), (FILE, "--picture no/such/fo
 @pytest.mark.parametrize(("text", "options"), WRONG)
 def test_whatever_prevents_an_audit_is_status_2(text, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if text:
-        (tmp_path / "model.py").write_text(text)
+    (tmp_path / "model.py").write_text(text)
     answer = CliRunner().invoke(cli, ["audit", "model.py:honest", *options.split()])
     assert answer.exit_code == 2 and "Traceback" not in answer.output, answer.output
     assert answer.output.strip().splitlines()[-1].startswith("Error: ")

@@ -68,18 +68,17 @@ def test_an_index_left_on_the_cpu_is_seen(card, monkeypatch):
         _evaluate(model, card)
 
 
-@pytest.mark.parametrize("name", CARDS)
-def test_defaults_on_a_card(name, monkeypatch):
-    with fake_card(monkeypatch, name) as device:
-        assert machine.PRECISIONS[machine.default_precision(device)] == CARDS[name][1]
-        assert machine.autocast_on(device)._enabled
-        for steps in (99, 9999):
-            batches = SimpleNamespace(sequences=32, length=192, total_steps=steps)
-            chosen = choose(RunOptions(), batches, device, None)
-            assert chosen == {"micro_batch": 32, "compile": steps == 9999}
-        assert machine.find_device() == torch.device("cuda")
-        assert find_profile("auto").name == "full"
-        assert find_profile("auto", grid=True).name == "study"  # not twenty hours
+def test_defaults_on_a_card(card):
+    device, half = card
+    assert machine.PRECISIONS[machine.default_precision(device)] == half
+    assert machine.autocast_on(device)._enabled
+    for steps in (99, 9999):
+        batches = SimpleNamespace(sequences=32, length=192, total_steps=steps)
+        chosen = choose(RunOptions(), batches, device, None)
+        assert chosen == {"micro_batch": 32, "compile": steps == 9999}
+    assert machine.find_device() == torch.device("cuda")
+    assert find_profile("auto").name == "full"
+    assert find_profile("auto", grid=True).name == "study"  # not twenty hours
 
 
 @pytest.mark.parametrize("name", ["optimized", "baseline", "redesigned"])

@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -112,29 +113,24 @@ def machine(text_folder, tmp_path, monkeypatch):
     return open_on
 
 
-def test_a_run_goes_on_on_another_machine(machine):
+def test_a_run_goes_on_on_another_machine_and_a_third_leaves_it_alone(machine):
+    def checkpoints(folder: Path) -> list[str]:
+        return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+
     first = machine("a")
     part = first.train("optimized", stop_at=0.5)
-    assert musota.Run(first.home / part.path.name).history.equals(part.history)
-    second = machine("b")
+    assert checkpoints(first.home / part.path.name) == checkpoints(part.path)
+    second, third = machine("b"), machine("c")  # with copies of the run as it is now
     assert second.folder != first.folder
-    run = second.train("optimized")
-    assert run.finished and musota.Run(second.home / run.path.name).finished
-    kept = sorted(path.name for path in (run.path / "checkpoints").glob("step-*"))
-    there = (second.home / run.path.name / "checkpoints").glob("step-*")
-    assert kept == sorted(path.name for path in there)
-
-
-def test_a_machine_leaves_the_runs_of_others_alone_and_mends_its_own_copy(machine):
-    first = machine("a")
-    first.train("optimized", stop_at=0.5)
-    second = machine("b")  # has a copy of the run as it is now
-    run = first.train("optimized")
-    second.copy.push()
-    assert musota.Run(first.home / run.path.name).finished
-    newest = max((first.home / run.path.name / "checkpoints").glob("step-*"))
+    assert musota.Run(second.folder / part.path.name).history.equals(part.history)
+    run, copy = second.train("optimized"), second.home / part.path.name
+    assert run.finished and musota.Run(copy).finished
+    assert checkpoints(copy) == checkpoints(run.path)
+    third.copy.push()
+    assert musota.Run(copy).finished
+    newest = max((copy / "checkpoints").glob("step-*"))
     newest.write_bytes(newest.read_bytes()[:100])
-    first.save()
+    second.save()  # mends it
     assert newest.stat().st_size > 100
 
 

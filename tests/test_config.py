@@ -29,6 +29,8 @@ def test_the_experiments_are_the_plans_and_the_redesign():
         described["training"]["started_from"] = ""  # in older records
         assert musota.Experiment.from_dict(described) == experiment
         assert scaled(name, "full") == scaled(experiment, "full") == experiment
+        for value in experiment.fields().values():  # of the types that trackers take
+            assert isinstance(value, bool | int | float | str | None)
 
 
 @pytest.mark.parametrize("target", [10_000, 300_000, 5_000_000])

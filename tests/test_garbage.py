@@ -18,6 +18,7 @@ from musota.errors import MusotaError
 from musota.files import read_sealed, write_sealed
 from musota.lab.profiles import GRID_PROFILES, find_profile, scaled
 from musota.registry import find_experiment
+from musota.workbook import Workbook
 
 settings.register_profile("garbage", max_examples=60, deadline=None)
 settings.load_profile("garbage")
@@ -138,8 +139,6 @@ def test_training(name, value, corpus, tmp_path):
 
 @_each(PARAMETERS)
 def test_notebook_parameters(name, value, text_folder):
-    from musota.workbook import Workbook
-
     given = {"profile": "tiny", "corpus": str(text_folder), name: value}
     assert _answer(Workbook, **given) is None
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, OneLength
 from torch import nn
 
 import musota
@@ -205,15 +205,6 @@ class Stateful(Lazy):
         return {"steps": 3}
 
 
-class FixedLength(nn.Embedding):
-    def __init__(self):
-        super().__init__(30, 30)
-        self.places = nn.Parameter(torch.zeros(8, 30))
-
-    def forward(self, ids):
-        return super().forward(ids) + self.places
-
-
 def test_modules_of_every_kind_are_taken_or_refused_in_one_sentence():
     scripted = torch.jit.script(nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 30)))
     assert wrapped(scripted)(torch.arange(8)[None])[0].shape == (1, 8, 30)
@@ -223,7 +214,7 @@ def test_modules_of_every_kind_are_taken_or_refused_in_one_sentence():
         (nn.Embedding(30, 8), r"returned \(1, 8, 8\) and not \(1, 8, 30\): use vocab_size=8"),
         (nn.Sequential(nn.Embedding(30, 8), nn.Flatten()), "logits of every position are needed"),
         (Stateful(), "state must be a tensor, not dict"),
-        (FixedLength(), r"given token ids of 0 in shape \(1, 7\), raised RuntimeError"),
+        (OneLength(30, 8), r"given token ids of 0 in shape \(1, 7\), raised RuntimeError"),
     ]:
         with pytest.raises(MusotaError, match=message):
             wrapped(module)

@@ -80,8 +80,7 @@ class Launcher:
         return subprocess.Popen(command, env=self.environment, cwd=self.home, **pipes)
 
     def script_at(self, launcher, folder, *killed):
-        command = *launcher, str(self.script), self.text, str(folder), *killed
-        process = self.start(*command)
+        process = self.start(*launcher, self.script, self.text, folder, *killed)
         output = process.communicate(timeout=300)[0]
         return process.returncode, output
 

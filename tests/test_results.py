@@ -50,11 +50,10 @@ def test_models_of_equal_titles_and_folders_stay_apart(folder, tmp_path):
 def test_a_model_is_compared_with_its_transformer_at_the_same_rate_first(folder, short):
     results = Results(folder)
     assert results.matched_to(results.group("optimized"))[0].experiment == TWIN
-    slower = next(g for g in results.groups.values() if g[0].path.name == "b")
+    slower = results.group("b")
     assert results.matched_to(slower)[0].experiment == TWIN  # at another rate, as nothing else is
     musota.train(TWIN.with_(learning_rate=1e-3), short, folder / "d")
     results = Results(folder)
-    slower = next(g for g in results.groups.values() if g[0].path.name == "b")
     assert results.matched_to(slower)[0].path.name == "d"
     assert results.matched_to(results.matched_to(slower)) is None
     assert len(results.verdicts()["architecture"]) == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXPERIMENT, ROOT, each_step, flip_bit, in_a_process
+from conftest import EXPERIMENT, ROOT, STILL, each_step, flip_bit, in_a_process
 from filelock import FileLock
 
 import musota
@@ -24,10 +24,6 @@ from musota.training.trainer import Diverged, RunOptions
 SHA = "weights_sha256"
 
 
-def _losses(run):
-    return [record["loss"] for record in run.records if record["kind"] == "step"]
-
-
 @pytest.fixture
 def always_due(monkeypatch):
     monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0)
@@ -36,11 +32,9 @@ def always_due(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the drill forks")
 def test_killed_runs_end_the_same(text_folder):
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import drill; "
-        f"print(drill.drill({str(text_folder)!r}, 3))"
-    )  # in a process of its own: forks of this one would inherit its threads
-    done = in_a_process(code)
+    # In a process of its own: forks of this one would inherit its threads.
+    code = "import drill, sys; print(drill.drill(sys.argv[1], 3))"
+    done = in_a_process(code, text_folder, PYTHONPATH=str(ROOT / "tests"))
     assert "['same', 'same', 'same']" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count(": killed") >= 2
 
@@ -79,7 +73,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(half_way, finishe
     run = musota.train(EXPERIMENT, short, folder)
     said = capsys.readouterr().out
     assert f"{newest} is damaged and is skipped" in said
-    assert run.summary[SHA] == finished.summary[SHA] and _losses(run) == _losses(finished)
+    assert run.summary[SHA] == finished.summary[SHA]
+    assert run.steps.loss.equals(finished.steps.loss)
 
 
 def test_where_no_checkpoint_can_be_read_nothing_is_deleted(half_way, short):
@@ -153,7 +148,7 @@ def test_a_full_disk_is_reported_and_saved_later(finished, short, tmp_path, caps
         run = musota.train(EXPERIMENT, short, tmp_path)
     assert re.search("could not be saved.*No space left on device", capsys.readouterr().out)
     assert run.summary[SHA] == finished.summary[SHA]
-    assert _losses(run) == _losses(finished) and run.load_model()
+    assert run.steps.loss.equals(finished.steps.loss) and run.load_model()
 
 
 def test_best_weights_that_could_not_be_written_are_kept_with_the_checkpoint(short, tmp_path):
@@ -199,21 +194,19 @@ def _too_large(patch, sequences):
     return sizes
 
 
-def test_out_of_memory_halves_the_micro_batch_and_nothing_else(short, tmp_path):
-    still = EXPERIMENT.with_(dropout=0.0)
-    plain = musota.train(still, short, tmp_path / "plain")
+def test_out_of_memory_halves_the_micro_batch_and_nothing_else(short, still, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         _too_large(patch, 4)
         options = RunOptions(micro_batch=16, stop_at=0.5)
-        musota.train(still, short, tmp_path / "run", options=options)
+        musota.train(STILL, short, tmp_path, options=options)
     with pytest.MonkeyPatch.context() as patch:
         sizes = _too_large(patch, 99)
-        run = musota.train(still, short, tmp_path / "run")
+        run = musota.train(STILL, short, tmp_path)
     assert max(sizes) == 4  # which is remembered
     events = [event for _, event in run.events]
     assert events == [f"out of memory: micro-batch {n} → {n // 2}" for n in (16, 8)]
-    assert _losses(run) == pytest.approx(_losses(plain), rel=1e-5)
-    assert list(run.history.ppl) == pytest.approx(list(plain.history.ppl), rel=1e-4)
+    assert list(run.steps.loss) == pytest.approx(list(still.steps.loss), rel=1e-5)
+    assert list(run.history.ppl) == pytest.approx(list(still.history.ppl), rel=1e-4)
 
 
 def test_where_not_even_one_sequence_fits_the_plans_remedy_is_named(short, tmp_path, monkeypatch):

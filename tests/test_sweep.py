@@ -29,19 +29,17 @@ def test_a_best_rate_at_the_edge_widens_the_sweep_of_both_models():
 
 
 @pytest.mark.parametrize(
-    ("low", "middle", "high", "decision", "next_step"),  # losses by rate; the usual rate is the low
-    [([7.0], [6.0], [5.5], "at the edge", "widen"), ([6.0], [5.98], [6.4], "bracketed", ""),
-     ([7.0], [5.0, 5.2], [math.inf], "bracketed", "raise")],
+    ("low", "middle", "high", "usual", "decision", "next_step"),  # losses by rate; the usual rate
+    [([7.0], [6.0], [5.5], 1e-4, "at the edge", "widen"),
+     ([6.0], [5.98], [6.4], 1e-4, "bracketed", ""),
+     ([7.0], [5.0, 5.2], [math.inf], 1e-4, "bracketed", "raise"),
+     ([6.0], [5.0], [math.inf], 1e-2, "bracketed", "lower")],
 )  # fmt: skip
-def test_the_verdict_on_a_sweep(low, middle, high, decision, next_step):
-    verdict = sweep.best_rate("MU-SOTA", {1e-4: low, 1e-3: middle, 1e-2: high}, 1e-4)
+def test_the_verdict_on_a_sweep(low, middle, high, usual, decision, next_step):
+    verdict = sweep.best_rate("MU-SOTA", {1e-4: low, 1e-3: middle, 1e-2: high}, usual)
     assert verdict.decision == decision and verdict.next_step.split(" ")[0] == next_step
     assert verdict.value == pytest.approx(math.exp(min(low + high + [sum(middle) / len(middle)])))
-
-
-def test_a_usual_rate_that_diverges_is_named():
-    verdict = sweep.best_rate("MU-SOTA", {1e-4: [6.0], 1e-3: [5.0], 1e-2: [math.inf]}, 1e-2)
-    assert "against 0.01: which diverges" in verdict.reason and "lower" in verdict.next_step
+    assert ("against 0.01: which diverges" in verdict.reason) == (usual == 1e-2)
 
 
 def test_the_recorded_sweep_is_read_and_its_best_rates_are_those_of_the_tuned_runs():

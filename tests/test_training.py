@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EXPERIMENT, Recurrent, each_step, interrupted_at
+from conftest import EXPERIMENT, STILL, Recurrent, each_step, interrupted_at
 
 import musota
 from musota.config import TrainConfig
@@ -25,17 +25,10 @@ from musota.training.trainer import RunOptions
 
 CLOCKS = {"seconds", "tokens_per_second", "peak_memory_bytes", "date", "metrics_sha256"}
 CLOCKS |= {"metrics_bytes"}  # depends on the digits of seconds
-STILL = EXPERIMENT.with_(dropout=0.0)
 
 
 def _history(run):
     return [{k: v for k, v in record.items() if k not in CLOCKS} for record in run.records]
-
-
-@pytest.fixture(scope="module")
-def still(short, tmp_path_factory):
-    """A run without dropout, whose random numbers depend on the shapes."""
-    return musota.train(STILL, short, tmp_path_factory.mktemp("still"))
 
 
 def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
@@ -261,14 +254,19 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(finished, short, corp
 
 def test_what_cannot_be_trained_gets_one_sentence(short, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    small = EXPERIMENT.with_(vocab_size=300)
-    for experiment, name, device, message in [
-        (EXPERIMENT, "file/run", None, "cannot be used"),
-        (small, "run", None, "The corpus uses 512 tokens but the model's vocab_size"),
-        (EXPERIMENT, "run", "tpu", "no device 'tpu' here: use .*cpu"),
+    small, size = EXPERIMENT.with_(vocab_size=300), {"max_seq_len": 24}
+    for trained, name, how, message in [
+        (EXPERIMENT, "file/run", {}, "cannot be used"),
+        (small, "run", {}, "The corpus uses 512 tokens but the model's vocab_size"),
+        (EXPERIMENT, "run", {"options": RunOptions("tpu")}, "no device 'tpu' here: use .*cpu"),
+        (EXPERIMENT, "run", size, "are for modules"),
+        (Recurrent().requires_grad_(False), "run", size, "Recurrent has no parameters to train"),
+        (Recurrent(), "run", {}, "A module needs max_seq_len"),
+        (Recurrent(), "run", {"max_seq_len": -1}, "max_seq_len must be a whole number"),
+        (Recurrent(300), "run", size, "the model's vocab_size is 300"),
     ]:
         with pytest.raises(MusotaError, match=message):
-            musota.train(experiment, short, tmp_path / name, options=RunOptions(device=device))
+            musota.train(trained, short, tmp_path / name, **how)
 
 
 def test_accelerates_environment_variables_change_no_weight(finished, short, tmp_path, monkeypatch):
@@ -349,6 +347,10 @@ def test_a_module_trains_resumes_and_gets_its_weights(kind, corpus, tmp_path):
         assert config.shapes_sha256 == whole.experiment.model.shapes_sha256
         measured = musota.evaluate(WrappedModule(fresh, config), corpus.valid)
         assert measured["ppl"] == pytest.approx(whole.summary["ppl"], rel=1e-5)
+    with pytest.raises(MusotaError, match="do not fit this Recurrent"):
+        whole.load_weights(Recurrent(width=8))
+    with pytest.raises(MusotaError, match="load_weights"):
+        whole.load_model()
 
 
 def test_a_module_may_start_far_above_a_uniform_guess(corpus, tmp_path):
@@ -357,25 +359,6 @@ def test_a_module_may_start_far_above_a_uniform_guess(corpus, tmp_path):
     module[1].weight.data *= 10
     run = musota.train(module, corpus, tmp_path, training=TRAINING, max_seq_len=24)
     assert run.finished and run.steps.loss[0] > math.log(512) + 2
-
-
-def test_a_module_that_cannot_be_trained_gets_one_sentence(corpus, tmp_path):
-    size = {"max_seq_len": 24}
-    for module, sizes, message in [
-        (Recurrent().requires_grad_(False), size, "Recurrent has no parameters to train"),
-        (Recurrent(), {}, "A module needs max_seq_len"),
-        (Recurrent(), {"max_seq_len": -1}, "max_seq_len must be a whole number"),
-        (Recurrent(300), size, "the model's vocab_size is 300"),
-        (EXPERIMENT, size, "are for modules"),
-    ]:
-        with pytest.raises(MusotaError, match=message):
-            musota.train(module, corpus, tmp_path / "run", **sizes)
-    options = RunOptions(stop_at=0.6)
-    run = musota.train(Recurrent(), corpus, tmp_path, training=TRAINING, options=options, **size)
-    with pytest.raises(MusotaError, match="do not fit this Recurrent"):
-        run.load_weights(Recurrent(width=8))
-    with pytest.raises(MusotaError, match="load_weights"):
-        run.load_model()
 
 
 def test_what_load_runs_leaves_out_and_refuses(finished, short, tmp_path, capsys):

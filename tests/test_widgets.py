@@ -49,21 +49,16 @@ def notebook(monkeypatch):
     return seen
 
 
-def test_each_control_replaces_the_one_picture(runs, tmp_path, notebook):
-    values = {"chosen": ("the baseline model",), "metric": "training loss", "log_x": True}
-    values |= {"log_y": False, "smoothing": 9}
-    explorer = widgets.Explorer(runs, NGRAMS, tmp_path / "out.png")
-    assert len(notebook.controls) == 1
-    for control, value in values.items():
-        getattr(explorer, control).value = value
-    assert len({*notebook.pictures()}) == 6 and len(notebook.outputs) == 3  # with status and table
-
-
-def test_the_table_follows_the_controls_and_the_picture_is_saved(runs, tmp_path, notebook):
+def test_picture_and_table_follow_the_controls_in_place(runs, tmp_path, notebook):
     explorer = widgets.Explorer(runs, NGRAMS, tmp_path / "out.png")
     heads, _, first, *others = notebook.table.splitlines()
     assert "against the optimized model" in heads and first.startswith("| the optimized model |")
     assert any("| the baseline model |" in row and "nats/token" in row for row in others)
+    values = {"chosen": ("the baseline model",), "metric": "training loss", "log_x": True}
+    for control, value in (values | {"log_y": False, "smoothing": 9}).items():
+        getattr(explorer, control).value = value
+    assert len({*notebook.pictures()}) == 6  # another one for each
+    assert len(notebook.controls) == 1 and len(notebook.outputs) == 3  # with status and table
     explorer.window.value = 1
     assert "over 1 epoch" in notebook.table and notebook.text == "Saved as out.png."
     assert (tmp_path / "out.png").read_bytes() == notebook.pictures()[-1]
