@@ -60,9 +60,12 @@ def test_a_flipped_bit_in_any_file_of_a_finished_run_is_seen(finished, tmp_path,
 def half_way(short, tmp_path, monkeypatch):
     """A run stopped in its second epoch, with two checkpoints by the clock."""
     monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0)
-    run = musota.train(EXPERIMENT, short, tmp_path / "half", options=RunOptions(stop_at=0.7))
+    folder, copied = tmp_path / "half" / "checkpoints", []
+    options = RunOptions(stop_at=0.7, copy=lambda: copied.append(max(folder.glob("step-*"))))
+    run = musota.train(EXPERIMENT, short, tmp_path / "half", options=options)
     monkeypatch.undo()
-    newest, older = sorted((run.path / "checkpoints").glob("step-*"), reverse=True)
+    newest, older = sorted(folder.glob("step-*"), reverse=True)
+    assert copied[-1] == newest
     return run.path, newest, older
 
 
