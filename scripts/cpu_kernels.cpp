@@ -13,11 +13,12 @@ constexpr int LANES = 16;
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef float LooseVec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint16_t Half __attribute__((vector_size(2 * LANES), aligned(2)));  // bf16
+typedef uint16_t Bf16 __attribute__((vector_size(2 * LANES), aligned(2)));
 
 const Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// exp(x) for x <= 0, with a relative error of about 2e-7 (the polynomial of Cephes' expf).
+// exp(x) for x <= 0, with a relative error of about 2e-7 (the polynomial of Cephes' expf); exp(-87)
+// for all smaller x. NaN stays NaN.
 inline Vec exp_negative(Vec x) {
   x = x < -87.0f ? Vec{} - 87.0f : x;
   Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);  // rounds toward zero
@@ -136,7 +137,7 @@ void backward(const Attention& a) {
         d_outi[c] = d_out[i * C + c];
         dot += d_outi[c] * out[i * C + c];
       }
-      const Vec spread = d_entropy[i], constant = spread * mean[i] - dot, total = lse[i];
+      const Vec de = d_entropy[i], constant = de * mean[i] - dot, total = lse[i];
       for (int64_t j = 0; j <= i; ++j) {
         const Vec *kj = k.at(j * C), *vj = v.at(j * C);
         Vec *dkj = dk.at(j * C), *dvj = dv.at(j * C);
@@ -146,7 +147,7 @@ void backward(const Attention& a) {
           d_weight += d_outi[c] * vj[c];
         }
         const Vec below = s - total, weight = exp_negative(below > 0.0f ? Vec{} : below);
-        const Vec ds = weight * (d_weight + constant - spread * s);
+        const Vec ds = weight * (d_weight + constant - de * s);
         for (int c = 0; c < C; ++c) {
           dqi[c] += ds * kj[c];
           dkj[c] += ds * qi[c];
@@ -186,7 +187,7 @@ struct Tokens {
 void forward_16(const Attention& a) {
   const int64_t T = a.T;
   Tokens k(T), v(T);
-  Vectors weights(k.blocks);
+  Vectors weights(k.blocks);  // first the scores
   const float* p = weights.floats();
   for (int64_t g = 0; g < a.G; ++g) {
     k.load(a.k + g * T * 16);
@@ -204,9 +205,10 @@ void forward_16(const Attention& a) {
       for (int64_t block = 0; block <= i / 16; ++block) {
         const Vec s = weights[block], below = s - top;
         Vec weight = exp_negative(below > 0.0f ? Vec{} : below);
-        weight = LANE + int32_t(16 * block) > int32_t(i) ? Vec{} : weight;
+        const Ints later = LANE + int32_t(16 * block) > int32_t(i);
+        weight = later ? Vec{} : weight;
         totals += weight;
-        weighted += weight * s;
+        weighted += later ? Vec{} : weight * s;
         weights[block] = weight;
       }
       int64_t j = 0;
@@ -225,8 +227,8 @@ void forward_16(const Attention& a) {
 void backward_16(const Attention& a) {
   const int64_t T = a.T;
   Tokens k(T), v(T);
-  Vectors dk(T), dv(T), weights(k.blocks), errors(k.blocks);
-  const float *p = weights.floats(), *ds = errors.floats();
+  Vectors dk(T), dv(T), weights(k.blocks), d_scores(k.blocks);
+  const float *p = weights.floats(), *ds = d_scores.floats();
   for (int64_t g = 0; g < a.G; ++g) {
     k.load(a.k + g * T * 16);
     v.load(a.v + g * T * 16);
@@ -238,14 +240,14 @@ void backward_16(const Attention& a) {
       std::memcpy(&qi, a.q + row * 16, sizeof(Vec));
       std::memcpy(&d_outi, a.d_out + row * 16, sizeof(Vec));
       std::memcpy(&outi, a.out + row * 16, sizeof(Vec));
-      const float spread = a.d_entropy ? a.d_entropy[row] : 0.0f;
-      const float constant = spread * a.mean[row] - sum_of(d_outi * outi);
+      const float de = a.d_entropy ? a.d_entropy[row] : 0.0f;
+      const float constant = de * a.mean[row] - sum_of(d_outi * outi);
       for (int64_t block = 0; block <= i / 16; ++block) {
         const Vec s = k.products(a.q + row * 16, block), below = s - a.lse[row];
         Vec weight = exp_negative(below > 0.0f ? Vec{} : below);
         weight = LANE + int32_t(16 * block) > int32_t(i) ? Vec{} : weight;
         weights[block] = weight;
-        errors[block] = weight * (v.products(a.d_out + row * 16, block) + constant - spread * s);
+        d_scores[block] = weight * (v.products(a.d_out + row * 16, block) + constant - de * s);
       }
       for (int64_t j = 0; j <= i; ++j) {
         dqi[j % 2] += ds[j] * k.rows[j];
@@ -297,41 +299,41 @@ void attention_backward(const float* q, const float* k, const float* v, float* o
 // (V); both may be null.
 double cross_entropy(uint16_t* logits, const float* bias, const int64_t* targets, float* d_bias,
                      int64_t n, int64_t V) {
-  const int64_t full = V / LANES, whole = (V + LANES - 1) / LANES;
-  Vectors values(whole);
+  const int64_t full = V / LANES, vectors = (V + LANES - 1) / LANES;  // the last may be partial
+  Vectors values(vectors);
   float* x = values.floats();
   double loss = 0;
   for (int64_t r = 0; r < n; ++r) {
     uint16_t* row = logits + r * V;
     Vec highest = Vec{} - INFINITY, sums{};
-    for (int64_t i = full * LANES; i < whole * LANES; ++i) {
+    for (int64_t i = full * LANES; i < vectors * LANES; ++i) {
       const uint32_t bits = i < V ? uint32_t(row[i]) << 16 : 0xff800000u;  // -infinity
       std::memcpy(x + i, &bits, 4);
       if (bias && i < V) x[i] += bias[i];
     }
-    if (whole > full) highest = values[full];
+    if (vectors > full) highest = values[full];
     for (int64_t i = 0; i < full; ++i) {
-      const Half half = *reinterpret_cast<Half*>(row + i * LANES);
-      Vec value = (Vec)(__builtin_convertvector(half, Ints) << 16);
+      const Bf16 number = *reinterpret_cast<Bf16*>(row + i * LANES);
+      Vec value = (Vec)(__builtin_convertvector(number, Ints) << 16);
       if (bias) value += *reinterpret_cast<const LooseVec*>(bias + i * LANES);
       values[i] = value;
       highest = value > highest ? value : highest;
     }
     const float top = largest_of(highest), of_target = x[targets[r]];
-    for (int64_t i = 0; i < whole; ++i) {
+    for (int64_t i = 0; i < vectors; ++i) {
       values[i] = exp_negative(values[i] - top);
       sums += values[i];
     }
     double total = 0;
     for (int lane = 0; lane < LANES; ++lane) total += sums[lane];
     loss += top + std::log(total) - of_target;
-    x[targets[r]] -= float(total);
-    for (int64_t i = 0; i < whole; ++i) {
+    x[targets[r]] -= float(total);  // softmax - onehot, times the total
+    for (int64_t i = 0; i < vectors; ++i) {
       const Vec p = values[i] * float(1 / total);
       Ints bits = (Ints)p;
       bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest bf16
       if (i < full) {
-        *reinterpret_cast<Half*>(row + i * LANES) = __builtin_convertvector(bits, Half);
+        *reinterpret_cast<Bf16*>(row + i * LANES) = __builtin_convertvector(bits, Bf16);
         if (d_bias) *reinterpret_cast<LooseVec*>(d_bias + i * LANES) += p;
       } else {
         for (int lane = 0; i * LANES + lane < V; ++lane) {

@@ -1,8 +1,8 @@
 """`musota` with C++ kernels for CPUs: python scripts/fast_cpu.py train optimized --precision bf16
 
-Replaces causal attention, and in bf16 the cross-entropy of the output layer, by the kernels of
-cpu_kernels.cpp, which compute the same in less time. Takes the arguments of `python -m musota`.
-Needs g++ and one thread a run (OMP_NUM_THREADS=1).
+Takes the arguments of `python -m musota`. Causal attention and, in bf16, the cross-entropy of the
+output layer are computed by cpu_kernels.cpp, which g++ compiles at the first start. The kernels use
+one thread: set OMP_NUM_THREADS=1. GPUs, torch.compile and heads of other widths use the package.
 """
 
 import ctypes
@@ -10,16 +10,21 @@ import hashlib
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
+from musota.files import cache_folder
 from musota.models import attention, base, dense, loss, mu_sota, redesigned
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-COMPILE = ["g++", "-std=c++17", "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only"]
-COMPILE += ["-mprefer-vector-width=512", "-shared", "-fPIC"]
+# Not -ffast-math: GCC before 13 would switch on flush-to-zero in the whole process.
+COMPILE = ["g++", "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-Wno-psabi"]
+COMPILE += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+COMPILE += ["-freciprocal-math"]
 CHUNK = 512  # tokens whose logits are computed at once
 WIDTHS = 2, 3, 6, 8, 16, 26  # of heads; the package computes all others
 
@@ -29,15 +34,19 @@ package_cross_entropy = loss.linear_cross_entropy
 
 
 def load_kernels() -> ctypes.CDLL:
-    """The kernels, compiled for this CPU unless a compiled copy of the same source exists."""
-    flags = subprocess.run([*COMPILE, "-Q", "--help=target"], capture_output=True).stdout
-    name = "cpu_kernels_" + hashlib.sha256(SOURCE.read_bytes() + flags).hexdigest()[:16]
-    library = Path(tempfile.gettempdir(), f"{name}.so")
-    if not library.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            built = Path(folder, library.name)
-            subprocess.run([*COMPILE, str(SOURCE), "-o", str(built)], check=True)
-            built.replace(library)
+    """The kernels, compiled for this CPU unless that was done before. Exits if g++ fails."""
+    run = partial(subprocess.run, check=True)
+    try:
+        target = run([*COMPILE, "-Q", "--help=target"], capture_output=True).stdout
+        source = SOURCE.read_bytes() + " ".join(COMPILE).encode() + target
+        library = cache_folder() / f"cpu_kernels_{hashlib.sha256(source).hexdigest()[:16]}.so"
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                built = Path(folder, library.name)
+                run([*COMPILE, str(SOURCE), "-o", str(built)])
+                built.replace(library)
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"The kernels could not be compiled with g++ ({error}). Use python -m musota.")
     kernels = ctypes.CDLL(str(library))
     kernels.cross_entropy.restype = ctypes.c_double
     return kernels
@@ -61,7 +70,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx, q, k, v, with_entropy):
-        q, k, v = (x.contiguous() for x in (q, k, v))
+        q, k, v = (x.float().contiguous() for x in (q, k, v))
         out, lse, mean = torch.empty_like(q), q.new_empty(q.shape[:2]), q.new_empty(q.shape[:2])
         call(KERNELS.attention_forward, q, k, v, out, lse, mean, *q.shape)
         ctx.save_for_backward(q, k, v, out, lse, mean)
@@ -78,32 +87,41 @@ class Attention(torch.autograd.Function):
         return *gradients, None
 
 
+def has_kernel(q: Tensor) -> bool:
+    """Whether the kernels compute these heads; the package computes all others."""
+    on_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_cpu and q.shape[-1] in WIDTHS
+
+
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """`musota.models.attention.causal_attention`."""
-    attend = Attention.apply if q.shape[-1] in WIDTHS else package_attention
+    attend = Attention.apply if has_kernel(q) else package_attention
     return attend(q, k, v, with_entropy)
 
 
 def library_attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
     """`musota.models.attention.library_attention`."""
-    if q.shape[-1] not in WIDTHS:
+    if not has_kernel(q):
         return package_library_attention(q, k, v, scale)
     with torch.autocast("cpu", enabled=False):
-        heads = (x.float().reshape(-1, *x.shape[-2:]) for x in (q * scale, k, v))
+        heads = (x.reshape(-1, *x.shape[-2:]) for x in (q.float() * scale, k, v))
         return Attention.apply(*heads, False)[0].view(q.shape).to(v)
 
 
 class CrossEntropy(torch.autograd.Function):
-    """`musota.models.loss._LinearCrossEntropy` in bf16."""
+    """`musota.models.loss._LinearCrossEntropy` in bf16. Holds the logits of all tokens, in bf16."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
         x, cast_weight = hidden.bfloat16(), weight.bfloat16()
-        columns = cast_weight.T.contiguous()  # the product with it takes a fifth to a half the time
+        columns = (
+            cast_weight.T.contiguous()
+        )  # with a view the product takes two to five times as long
         logits = x.new_empty(len(x), len(weight))
-        d_hidden, d_bias = torch.empty_like(hidden), None if bias is None else bias * 0
+        d_hidden = torch.empty_like(hidden)
+        d_bias = None if bias is None else torch.zeros_like(bias)
         total = 0.0
         for start in range(0, len(x), CHUNK):
             chunk = slice(start, start + CHUNK)
@@ -124,9 +142,12 @@ def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> Tensor:
     """`musota.models.loss.linear_cross_entropy`."""
-    if loss._matmul_dtype(hidden) != torch.bfloat16:
+    if hidden.device.type != "cpu" or loss._matmul_dtype(hidden) != torch.bfloat16:
         return package_cross_entropy(hidden, weight, bias, targets)
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
+    if targets.min() < 0 or targets.max() >= len(weight):  # the kernel would write elsewhere
+        raise IndexError("A target lies outside the vocabulary.")
+    bias = None if bias is None else bias.float()
     with torch.autocast("cpu", enabled=False):
         return CrossEntropy.apply(hidden.float(), weight, bias, targets.contiguous())
 
@@ -137,9 +158,11 @@ def use_kernels() -> None:
     dense.library_attention = redesigned.library_attention = library_attention
 
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):  # also in the processes that this one starts
     from musota.training import device
-    from musota.workbook.cli import main
+
+    # The moments of rare tokens become subnormal numbers, with which AdamW is ten times as slow.
+    torch.set_flush_denormal(True)
 
     about_machine = device.about_machine
 
@@ -149,4 +172,7 @@ if __name__ == "__main__":
 
     device.about_machine = about_machine_and_kernels
     use_kernels()
+if __name__ == "__main__":
+    from musota.workbook.cli import main
+
     sys.exit(main())

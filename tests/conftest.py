@@ -16,6 +16,11 @@ from musota.data.corpus import load_corpus
 from musota.data.sources import docstrings
 from musota.training import trainer
 
+try:
+    from scripts import fast_cpu
+except SystemExit:  # without g++
+    fast_cpu = None
+
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 EXPERIMENT = musota.Experiment(  # MU-SOTA, two epochs of a second

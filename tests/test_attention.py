@@ -1,11 +1,12 @@
 import pytest
 import torch
-from conftest import LargestTensor
+from conftest import LargestTensor, fast_cpu
 
 from musota.models import attention
 from musota.models.attention import attend_with_library, causal_attention
 
 WAYS = {"tiled": causal_attention, "library": attend_with_library}
+WAYS |= {"kernels": fast_cpu.causal_attention} if fast_cpu else {}
 
 
 def reference(q, k, v):
@@ -20,15 +21,15 @@ def reference(q, k, v):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("with_entropy", [False, True])
-@pytest.mark.parametrize(("T", "width"), [(1, 2), (33, 18)])
+@pytest.mark.parametrize(("T", "width"), [(1, 2), (37, 3), (33, 6), (48, 8), (33, 16), (33, 26)])
 def test_equals_the_reference_in_value_and_gradient(way, with_entropy, T, width, monkeypatch):
     # Tiles of ten rows and launches of three heads do not divide the sizes above.
     for name, size in {"TILE_ROWS": 10, "TILE_SIZE": 500, "MOST_HEADS": 3}.items():
         monkeypatch.setattr(attention, name, size)
     torch.manual_seed(T)
-    leaves = [torch.randn(5, T, width, dtype=torch.double, requires_grad=True) for _ in range(3)]
+    leaves = [torch.randn(19, T, width, dtype=torch.double, requires_grad=True) for _ in range(3)]
     got, wanted = WAYS[way](*leaves, with_entropy), reference(*leaves)
-    loose = {"rtol": 1e-5, "atol": 1e-5} if way == "library" else {}  # in float32
+    loose = {} if way == "tiled" else {"rtol": 1e-4, "atol": 1e-4}  # in float32
     if not with_entropy:
         assert got[1] is None
         got, wanted = got[:1], wanted[:1]

@@ -1,36 +1,17 @@
-"""The kernels of scripts/fast_cpu.py against the package."""
-
-import shutil
+"""Training with scripts/fast_cpu.py; test_attention.py and test_loss.py check its kernels."""
 
 import pytest
 import torch
-from test_attention import reference
+from conftest import fast_cpu
 
 import musota
 from musota.lab import scaled
 from musota.models import base, dense, mu_sota, redesigned
 
-if not shutil.which("g++"):
-    pytest.skip("The kernels need g++.", allow_module_level=True)
-from scripts import fast_cpu
+pytestmark = pytest.mark.skipif(not fast_cpu, reason="needs g++")
 
 
-@pytest.mark.parametrize("with_entropy", [False, True])
-@pytest.mark.parametrize("width", [2, 3, 8, 16])
-def test_attention_equals_the_reference_in_value_and_gradient(with_entropy, width):
-    torch.manual_seed(width)
-    leaves = [torch.randn(19, 37, width, requires_grad=True) for _ in range(3)]
-    directions = torch.randn(19, 37, width), torch.randn(19, 37) * with_entropy
-    found = []
-    for y, entropy in (fast_cpu.Attention.apply(*leaves, with_entropy), reference(*leaves)):
-        total = (y * directions[0]).sum()
-        total += (entropy * directions[1]).sum() if with_entropy else 0
-        found.append((y, *torch.autograd.grad(total, leaves)))
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
-
-
-@pytest.mark.parametrize("name", ["optimized", "baseline"])
+@pytest.mark.parametrize("name", ["optimized", "baseline", "simplified", "redesigned"])
 def test_a_step_equals_that_of_the_package(name, monkeypatch):
     model = musota.build_model(scaled(name, "tiny", vocab_size=1003).model).train()
     ids = torch.randint(1003, (3, 20))
@@ -41,14 +22,27 @@ def test_a_step_equals_that_of_the_package(name, monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(ids, ids.roll(-1, 1))[1]
         loss.backward()
-        return {"loss": loss, **{name: p.grad for name, p in model.named_parameters()}}
+        return {name: p.grad for name, p in model.named_parameters()} | {"loss": loss}
 
     wanted = step()
-    attentions = (dense, "library_attention"), (redesigned, "library_attention")
-    parts = (base, "linear_cross_entropy"), (mu_sota, "causal_attention"), *attentions
-    for module, part in parts:
-        monkeypatch.setattr(module, part, getattr(module, part))  # restored after the test
+    parts = dict.fromkeys((dense, redesigned), "library_attention")
+    parts |= {base: "linear_cross_entropy", mu_sota: "causal_attention"}
+    for module, part in parts.items():
+        monkeypatch.setattr(module, part, None)  # until the next line; restored after the test
     fast_cpu.use_kernels()
-    assert all(getattr(module, part) is getattr(fast_cpu, part) for module, part in parts)
     for part, value in step().items():
         assert (value - wanted[part]).norm() < 0.1 * wanted[part].norm() + 1e-6, part
+
+
+def test_scaled_attention_equals_that_of_the_package():
+    q, k, v = (torch.randn(2, 3, 37, 16) for _ in range(3))
+    wanted = fast_cpu.package_library_attention(q, k, v, 0.5)
+    torch.testing.assert_close(fast_cpu.library_attention(q, k, v, 0.5), wanted)
+
+
+@pytest.mark.parametrize(("place", "bad"), [(0, torch.nan), (1002, torch.inf)])  # the ends
+def test_a_loss_that_is_not_finite_is_seen(place, bad):
+    hidden, weight = torch.ones(3, 4), torch.ones(1003, 4).index_fill(0, torch.tensor(place), bad)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fast_cpu.linear_cross_entropy(hidden, weight, None, torch.arange(3))
+    assert not loss.isfinite()
