@@ -270,28 +270,31 @@ struct Kernels {
 };
 
 const Kernels KERNELS[] = {
-    {2, forward<2>, backward<2>}, {3, forward<3>, backward<3>},    {6, forward<6>, backward<6>},
-    {8, forward<8>, backward<8>}, {16, forward_16, backward_16},    {26, forward<26>, backward<26>},
+    {2, forward<2>, backward<2>},    {3, forward<3>, backward<3>}, {6, forward<6>, backward<6>},
+    {8, forward<8>, backward<8>},    {16, forward_16, backward_16},
+    {26, forward<26>, backward<26>},
 };
 
-const Kernels& kernels_for(int64_t C) {
-  return *std::find_if(std::begin(KERNELS), std::end(KERNELS), [C](auto& k) { return k.C == C; });
+const Kernels* kernels_for(int64_t C) {
+  return std::find_if(std::begin(KERNELS), std::end(KERNELS), [C](auto& k) { return k.C == C; });
 }
 
 }  // namespace
 
 extern "C" {
 
-// C: one of those in KERNELS.
+int has_kernels(int64_t C) { return kernels_for(C) != std::end(KERNELS); }
+
+// C: a number of channels for which has_kernels is 1.
 void attention_forward(const float* q, const float* k, const float* v, float* out, float* lse,
                        float* mean, int64_t G, int64_t T, int64_t C) {
-  kernels_for(C).forward({q, k, v, out, lse, mean, 0, 0, 0, 0, 0, G, T});
+  kernels_for(C)->forward({q, k, v, out, lse, mean, 0, 0, 0, 0, 0, G, T});
 }
 
 void attention_backward(const float* q, const float* k, const float* v, float* out, float* lse,
                         float* mean, const float* d_out, const float* d_entropy, float* dq,
                         float* dk, float* dv, int64_t G, int64_t T, int64_t C) {
-  kernels_for(C).backward({q, k, v, out, lse, mean, d_out, d_entropy, dq, dk, dv, G, T});
+  kernels_for(C)->backward({q, k, v, out, lse, mean, d_out, d_entropy, dq, dk, dv, G, T});
 }
 
 // Turns bf16 logits (n, V) into softmax - onehot, in place, and returns the summed cross-entropy in

@@ -2,7 +2,8 @@
 
 Takes the arguments of `python -m musota`. Causal attention and, in bf16, the cross-entropy of the
 output layer are computed by cpu_kernels.cpp, which g++ compiles at the first start. The kernels use
-one thread: set OMP_NUM_THREADS=1. GPUs, torch.compile and heads of other widths use the package.
+one thread: set OMP_NUM_THREADS=1. On GPUs, with torch.compile and for heads of a width that has no
+kernel the package computes them.
 """
 
 import ctypes
@@ -26,7 +27,6 @@ COMPILE = ["g++", "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-Wn
 COMPILE += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
 COMPILE += ["-freciprocal-math"]
 CHUNK = 512  # tokens whose logits are computed at once
-WIDTHS = 2, 3, 6, 8, 16, 26  # of heads; the package computes all others
 
 package_attention = attention.causal_attention
 package_library_attention = attention.library_attention
@@ -65,7 +65,7 @@ def call(function, *arguments: Tensor | int | None) -> float:
 
 
 class Attention(torch.autograd.Function):
-    """`musota.models.attention._TiledAttention` of heads as wide as one of WIDTHS."""
+    """`musota.models.attention._TiledAttention` of heads that have a kernel."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
@@ -88,9 +88,9 @@ class Attention(torch.autograd.Function):
 
 
 def has_kernel(q: Tensor) -> bool:
-    """Whether the kernels compute these heads; the package computes all others."""
+    """Whether there is a kernel for these heads, (…, T, c); the package computes all others."""
     on_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
-    return on_cpu and q.shape[-1] in WIDTHS
+    return on_cpu and bool(call(KERNELS.has_kernels, q.shape[-1]))
 
 
 def causal_attention(
@@ -116,9 +116,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
         x, cast_weight = hidden.bfloat16(), weight.bfloat16()
-        columns = (
-            cast_weight.T.contiguous()
-        )  # with a view the product takes two to five times as long
+        columns = cast_weight.T.contiguous()  # the product with a view takes 2 to 5 times as long
         logits = x.new_empty(len(x), len(weight))
         d_hidden = torch.empty_like(hidden)
         d_bias = None if bias is None else torch.zeros_like(bias)

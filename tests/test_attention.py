@@ -29,7 +29,8 @@ def test_equals_the_reference_in_value_and_gradient(way, with_entropy, T, width,
     torch.manual_seed(T)
     leaves = [torch.randn(19, T, width, dtype=torch.double, requires_grad=True) for _ in range(3)]
     got, wanted = WAYS[way](*leaves, with_entropy), reference(*leaves)
-    loose = {} if way == "tiled" else {"rtol": 1e-4, "atol": 1e-4}  # in float32
+    error = {"library": 1e-5, "kernels": 1e-4}.get(way)  # in float32
+    loose = {"rtol": error, "atol": error} if error else {}
     if not with_entropy:
         assert got[1] is None
         got, wanted = got[:1], wanted[:1]

@@ -33,8 +33,6 @@ ALL = CONFIGS | {
     "gate alone": replace(REDESIGNED, blocks=False),
     "modern transformer": replace(REDESIGNED, blocks=False, gate=False),
 }
-
-
 MODULE = {"source": "my.py:Net", "file_sha256": "", "shapes_sha256": "", "n_parameters": 1}
 MODULE |= {"vocab_size": 9, "max_seq_len": 4, "flops_per_token": 6, "n_layer": 1, "dropout": 0.0}
 
@@ -43,6 +41,11 @@ MODULE |= {"vocab_size": 9, "max_seq_len": 4, "flops_per_token": 6, "n_layer": 1
 def model(request):
     torch.manual_seed(0)
     return musota.build_model(ALL[request.param])
+
+
+def test_ledger_sums_to_the_built_models_parameters_and_to_the_formula(model):
+    built = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(model.parameter_ledger().values()) == built == model.config.n_parameters
 
 
 @pytest.mark.parametrize("name", REGISTRY)
@@ -144,7 +147,6 @@ def test_a_saved_model_is_loaded_with_its_tokenizer(model, corpus, tmp_path, mon
     loaded = musota.CausalLM.from_pretrained("~/model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]  # and no folder "~"
     assert type(loaded) is type(model) and loaded.config == model.config
-    assert sum(loaded.parameter_ledger().values()) == model.config.n_parameters
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name])
     assert loaded.tokenizer.backend.to_str() == corpus.tokenizer.backend.to_str()
