@@ -132,9 +132,9 @@ FAULTS = {  # model, loss, and the decision that names it
     "keeps a hidden state": (lambda: Recurrent(V, D, keeps_state=True), None, "keeps a state"),
     "targets not shifted": (Attention, partial(shifted, 0), "not shifted"),
     "targets shifted twice": (Attention, partial(shifted, 2), "shifted twice"),
-    "targets in the loss's input": (Attention, with_hint, "under the floor"),
+    "targets in the loss's input": (Attention, with_hint, "better than chance"),
     "writes": (lambda: Around(lambda ids: ids.clamp_(max=V)), None, "writes into its input"),
-    "that in half precision": (lambda: Attention().half(), with_hint, "under the floor"),
+    "that in half precision": (lambda: Attention().half(), with_hint, "better than chance"),
     "a leak of one bit": (lambda: Threshold(), None, "looks ahead"),
     "a small leak": (lambda: Around(after=lambda x: x + 1e-3 * x.roll(-1, 1)), None, "looks ahead"),
 }
@@ -204,7 +204,7 @@ def test_the_first_distance_is_named_and_drawn():
     assert found.change.tril(-1).any() and not found.change.tril(-2).any()
     only = audit(Attention(window=None, only_in_training=True), V, T).findings[0]
     assert only.reason == f"the logits at t read token t+1, and up to t+{T - 1} (only in training)"
-    assert found.figure()._suptitle.get_text() == "NOT honest: looks ahead, under the floor"
+    assert found.figure()._suptitle.get_text() == "NOT honest: looks ahead, better than chance"
     assert audit(one_token(), V, 1).honest  # one token is a sequence too
     model = build_model(DenseConfig(V, T, 2, 2, 0.1, D)).eval()
     change = causality_matrix(model, torch.arange(40) % V)

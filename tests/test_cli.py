@@ -13,9 +13,9 @@ from conftest import ROOT, in_a_process, interrupted_at
 import musota
 from musota.errors import MusotaError
 from musota.lab import sweep
-from musota.lab.grid_runs import read_table
+from musota.lab.grid_runs import add_row, read_table
 from musota.lab.profiles import PROFILES, scaled
-from musota.workbook import cli
+from musota.workbook import cli, evidence, notebook
 from musota.workbook.naming import results_root, safe_name
 from musota.workbook.notebook import Interrupted, Workbook
 from musota.workbook.saved_copy import SavedCopy
@@ -125,6 +125,7 @@ def test_a_run_goes_on_on_another_machine_and_a_third_leaves_it_alone(machine):
     assert musota.Run(second.folder / part.path.name).history.equals(part.history)
     run, copy = second.train("optimized"), second.home / part.path.name
     assert run.finished and musota.Run(copy).finished
+    assert musota.Run(machine("a").folder / part.path.name).finished  # it takes over the rest
     assert checkpoints(copy) == checkpoints(run.path)
     third.copy.push()
     assert musota.Run(copy).finished
@@ -132,6 +133,34 @@ def test_a_run_goes_on_on_another_machine_and_a_third_leaves_it_alone(machine):
     newest.write_bytes(newest.read_bytes()[:100])
     second.save()  # mends it
     assert newest.stat().st_size > 100
+
+
+def test_machines_that_share_a_drive_keep_each_others_rows(machine, monkeypatch):
+    rows = iter(read_table(ROOT / "results" / "study" / "grid.csv"))
+
+    def add_one(runs, seeds, profile, corpus, table, folder, each, **_):
+        assert len(read_table(table)) == len(read_table(drive))
+        add_row(drive, next(rows))  # by a third machine
+        add_row(table, row := next(rows))
+        each(row, {}, 0)
+        return {name: {} for name in runs}
+
+    monkeypatch.setattr(notebook, "run_many", add_one)
+    first, second = machine("a"), machine("b")
+    drive = first.home / "grid.csv"
+    for book in (first, second, first, machine("a")):
+        book.run_table("grid")
+    assert [len(read_table(path)) for path in (drive, first.folder / "grid.csv")] == [8, 8]
+
+
+def test_the_plans_numbers_are_of_its_whole_text(made, monkeypatch):
+    whole = made().whole_corpus
+    monkeypatch.setattr(notebook, "CORPUS", whole.name)
+    monkeypatch.setattr(notebook, "VOCAB_SIZE", made().profile.vocab_size)
+    monkeypatch.setattr(notebook, "WORDS", whole.words["valid"])
+    assert made().corpus.words != whole.words and not made().at_plan_size
+    monkeypatch.setattr(notebook, "WORDS", made().corpus.words["valid"])
+    assert made().at_plan_size
 
 
 def test_a_vanished_drive_fails_the_run_that_it_should_hold(machine, capsys):
@@ -172,6 +201,17 @@ def test_the_report_is_written_of_all_results_or_of_some(results, tmp_path, monk
     assert all(os.path.getsize(file) > 1000 for file in invoke("report").output.splitlines())
     assert (tmp_path / "results" / "redesign" / "path.png").exists()
     assert "MU-SOTA, optimized settings" in (tmp_path / "README.md").read_text("utf-8")
+
+
+def test_a_fresh_run_at_the_usual_rate_is_trained_once(made, text_folder, monkeypatch):
+    usual = scaled("optimized", "tiny").training.learning_rate
+    both = [("optimized", {"learning_rate": rate}, {}) for rate in (usual, 2 * usual)]
+    monkeypatch.setattr(evidence, "_models", lambda *_: both)
+    trained = []
+    noted = lambda book, _: trained.append((book.changes, book.fresh))  # noqa: E731
+    monkeypatch.setattr(Workbook, "train", noted)
+    evidence.carry_out(["tuned"], 1, profile="tiny", corpus=str(text_folder), fresh=True)
+    assert trained == [(both[0][1], False), (both[1][1], True)]
 
 
 @pytest.mark.slow

@@ -31,6 +31,8 @@ ODD = [
 def test_any_text_survives_the_tokenizer_and_the_tokenizer_its_file(text_folder, tmp_path):
     tokenizer = TextTokenizer.train((text_folder / "train.txt").read_text("utf-8"), 400)
     tokenizer.save(tmp_path / "tokenizer.json")
+    with pytest.raises(OSError):
+        tokenizer.save(tmp_path / "nowhere" / "tokenizer.json")
     for text in ODD:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
@@ -68,6 +70,9 @@ def test_nothing_is_read_stale_or_damaged_from_the_cache(tmp_path, monkeypatch):
     before = load_corpus(folder, 300)
     for path in [*(tmp_path / "cache").glob("*.bin"), *(tmp_path / "cache").glob("*.json")]:
         flip_bit(path, path.stat().st_size // 2)
+    assert load_corpus(folder, 300).fingerprint == before.fingerprint
+    for path in (tmp_path / "cache").glob("*.sha256"):
+        path.write_bytes(b"\xff")
     assert load_corpus(folder, 300).fingerprint == before.fingerprint
     (folder / "valid.txt").write_text("zebra words entirely\n" * 30, "utf-8")
     after = load_corpus(folder, 300)

@@ -128,13 +128,15 @@ def _each(table):
 
 
 @_each(TRAINING)
-def test_training(name, value, corpus, tmp_path):
+def test_training(name, value, corpus, short, tmp_path):
     given = {"experiment": EXPERIMENT, "corpus": corpus, name: value}
     with pytest.raises(MusotaError, match="train needs|must"):
         if name == "options":
             given["options"] = musota.RunOptions(**value)
         musota.train(run_dir=tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
+    with pytest.raises(MusotaError, match="too long"):
+        musota.train(EXPERIMENT, short, 300 * "x")
 
 
 @_each(PARAMETERS)

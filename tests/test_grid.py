@@ -45,6 +45,8 @@ def test_the_recorded_grid_counts_as_done(corpus, tmp_path, monkeypatch):
 
 def test_the_recorded_grid_is_judged_as_before():
     causes = judge(root_causes.by_name(RECORDED))
+    stray = replace(RECORDED[0], name="original", seed=7)
+    assert judge(root_causes.by_name([*RECORDED, stray])) == causes
     decisions = ["cause"] * 6 + ["undecided"] * 2 + ["not a cause"] * 7
     assert [cause.decision for cause in causes] == decisions
     epochs = causes[0]

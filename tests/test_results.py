@@ -86,8 +86,14 @@ def test_a_name_of_several_models_is_refused(folder, short):
         find_runs("optimized", folder.parent, folder.name)
 
 
-def test_a_seed_that_diverged_leaves_its_model_without_numbers(folder, monkeypatch):
-    monkeypatch.setattr(musota.Run, "diverged_at", property(lambda run: 7 if run.seed else None))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_seed_that_diverged_leaves_its_model_without_numbers(folder, monkeypatch, seed):
+    diverged = property(lambda run: 7 if run.name == "optimized" and run.seed == seed else None)
+    monkeypatch.setattr(musota.Run, "diverged_at", diverged)
+    (folder / Results(folder).group("optimized")[seed].path.name / "summary.json").unlink()
+    found = Results(folder).architecture()["the optimized model"]
+    assert Results(folder).group("optimized")[0].summary  # what is shown of the model
+    assert found.decision == "hurts" and f"seed {seed}, diverged at step 7" in found.reason
     row = tables.model_table(Results(folder)).set_index("model").loc["the optimized model"]
     assert row["epochs"] == "diverged at step 7" and row["valid PPL"] == row["accuracy"] == "–"
 

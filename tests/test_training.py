@@ -375,6 +375,10 @@ def test_what_load_runs_leaves_out_and_refuses(finished, short, tmp_path, capsys
     assert runs[0].key == runs[1].key and not runs[0].ended and runs[1].ended
     left_out = capsys.readouterr().out.splitlines()
     assert ["c is left out: " in left_out[0], "d is left out: " in left_out[1]] == [True, True]
+    last = int(finished.steps.step.iloc[-1])
+    with pytest.raises(KeyboardInterrupt), interrupted_at(last):  # what comes next must not begin
+        musota.train(EXPERIMENT, short, tmp_path / "f", seed=3)
+    assert musota.Run(tmp_path / "f").finished
     shutil.copytree(finished.path, tmp_path / "e")
     with pytest.raises(MusotaError, match="b and .*e are the same run"):
         musota.load_runs(tmp_path)

@@ -73,7 +73,7 @@ def test_with_one_seed_the_measured_spread_of_seeds_decides():
         found = compare(make_run(5 + difference), make_run(5.0, title="b"))
         assert found.decision == decision and found.value == pytest.approx(difference)
     assert found.high - found.value == pytest.approx(2 * 2**0.5 * stats.SEED_SPREAD)
-    assert "one seed; the interval is from the spread of seeds at study" in found.reason
+    assert "one seed; the interval is from seeds of smaller models" in found.reason
 
 
 def test_the_reason_says_where_test_disagrees_with_valid():
@@ -97,6 +97,7 @@ def test_with_several_seeds_their_interval_decides():
     # Seeds without a partner are left out.
     found = compare([*seeds(5.0, 5.01), make_run(9.0, 7)], seeds(5.1, 5.112, 5.1, title="b"))
     assert found.decision == "better" and "2 seeds" in found.reason
+    assert "valid PPL 149.2 against 165.0" in found.reason
     apart = compare(make_run(5.0, seed=0), make_run(5.1, seed=1, title="b"))
     assert apart.decision == "better" and "no seed in common" in apart.reason
 

@@ -120,7 +120,7 @@ def load_corpus(
     tokens = {}
     for split, text in texts.items():
         file_name = f"tokens-{content_hash(tokenizer_key, hashes[split])}.bin"
-        path = _cached(file_name, lambda to, text=text: tokenizer.encode(text).tofile(to))
+        path = _cached(file_name, lambda to, text=text: to.write_bytes(tokenizer.encode(text)))
         # Mapped from the file, tokens take no memory of their own.
         tokens[split] = torch.from_file(str(path), size=path.stat().st_size // 4, dtype=torch.int32)
     text_hash = content_hash(*hashes.values())
@@ -166,7 +166,7 @@ def _cached(name: str, write: Callable[[Path], object]) -> Path:
     path = cache_folder() / name
     hash_path = path.with_suffix(".sha256")
     exist = path.exists() and hash_path.exists()
-    if not exist or hash_path.read_text() != sha256(path.read_bytes()):
+    if not exist or hash_path.read_bytes() != sha256(path.read_bytes()).encode():
         write_whole(path, write)
         write_text(hash_path, sha256(path.read_bytes()))
     return path

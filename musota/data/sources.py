@@ -192,7 +192,7 @@ def _python_docs() -> tuple[str, dict[str, str]]:
     """Docstrings of the standard library and three packages, split 90/5/5."""
     versions = [f"{name} {metadata.version(name)}" for name in DOCS_PACKAGES]
     folder = cache_folder() / f"python-docs-{content_hash(RECIPE, sys.version, *versions)}"
-    if not (folder / "test.txt").exists():  # it is written last
+    if not all((folder / f"{split}.txt").exists() for split in SPLITS):
         folder.mkdir(exist_ok=True)
         roots = [sysconfig.get_paths()["stdlib"]]
         for name in DOCS_PACKAGES:

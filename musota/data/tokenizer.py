@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from array import array
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -82,7 +83,7 @@ class TextTokenizer:
         return cls(Tokenizer.from_file(str(path)))
 
     def save(self, path: str | os.PathLike) -> None:
-        self.backend.save(str(path))
+        Path(path).write_bytes(self.backend.to_str(pretty=True).encode())
 
 
 def progress(steps, what: str) -> tqdm:

@@ -140,7 +140,7 @@ def weak_spots(run: Run, effects: Mapping[str, Interval]) -> list[Verdict]:
         question, groups = f"Is the part “{part}” used?", [part]
         side = effects[part].beyond(RELEVANT)
         if part in CONTEXT:
-            question = "Does the model read the text before the current token?"
+            question = "Is the text before the current token used?"
             groups = [group for group in ledger if "attention" in group]
         share = sum(ledger.get(group, 0) for group in groups) / sum(ledger.values())
         reason = f"cost of disabling {part}, {share:.1%} of the parameters"

@@ -39,7 +39,7 @@ FAULTS = {  # decisions that make a model dishonest, and what to do
     "mixes rows": "normalise and mix within a sequence only",
     "keeps a state": "start every call afresh",
     "writes into its input": "let the model work on a copy: ids = ids.clone()",
-    "under the floor": "check the mask, the shift of the targets, and the inputs of the loss",
+    "better than chance": "check the mask, the shift of the targets, and the inputs of the loss",
     "not shifted": "compare logits[:, :-1] with ids[:, 1:]",
     "shifted twice": "shift the targets in one place only",
 }
@@ -355,7 +355,7 @@ def _random_floor(losses: Sequence[float], symbols: int) -> Verdict:
     if len(last) < 2 or not np.isfinite(last).all():
         return _found(question, "undecided", "the loss is no number, or could not be trained")
     mean, error = float(last.mean()), float(last.std(ddof=1)) / math.sqrt(len(last))
-    decision = "under the floor" if mean < floor - SURE * error else "no"
+    decision = "better than chance" if mean < floor - SURE * error else "no"
     reason = f"± {error:.3f}, ln {symbols} is {floor:.3f}; after {len(losses)} training steps"
     return _found(question, decision, reason, value=mean, unit="nats")
 

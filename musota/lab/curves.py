@@ -12,7 +12,7 @@ from musota.training.run import Run
 PLATEAU_GAIN, PLATEAU_EPOCHS = 0.01, 3  # the plan's rule: 1 % over three epochs
 STRETCHES, SWING_NATS, SWINGS = 25, 0.05, 3
 LONG_WARMUP = 0.3  # of all steps
-LOWER_RATE = "halve the learning rate (the plan, coming from 1e-4: 5e-5)"
+LOWER_RATE = "halve the learning rate (the plan: from 1e-4 to 5e-5)"
 # Bands of the health statistics (sources: docs/metrics-and-verdicts.md).
 UPDATE_RATIO = 1e-4, 1e-2
 CLIPPED_STEPS = 50  # percent

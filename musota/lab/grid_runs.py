@@ -107,6 +107,14 @@ def add_row(path: Path, row: Row) -> None:
         write_text(path, table.to_csv(index=False, lineterminator="\n"))
 
 
+def merge_table(path: Path, other: Path) -> None:
+    """Add to a csv table the rows of another one whose runs it lacks."""
+    known = {row.identity for row in read_table(path)}
+    for row in read_table(other):
+        if row.identity not in known:
+            add_row(path, row)
+
+
 def print_run(row: Row | None, rows: Mapping[str, Mapping[int, Row | None]], left: int) -> None:
     """Print a line about the run that has ended (None before the first), of a grid whose `rows`
     are None where a run is left to train."""

@@ -2,6 +2,7 @@
 they say."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 
@@ -124,7 +125,8 @@ def by_name(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
 def valid_losses(rows: Rows) -> dict[str, dict[int, float]]:
     """Best valid losses of recorded runs by name and seed, of those trained with every seed of the
     grid. Runs that are no longer part of the grid count too: they share the spread of seeds."""
-    seeds = {seed for name in grid("full")[0] for seed in rows.get(name, ())}
+    runs = Counter(seed for name in grid("full")[0] for seed in rows.get(name, ()))
+    seeds = {seed for seed in runs if 2 * runs[seed] > max(runs.values())}  # no stray runs
     return {
         name: {seed: by_seed[seed].best_valid_loss for seed in sorted(seeds)}
         for name, by_seed in rows.items()

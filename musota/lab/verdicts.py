@@ -177,6 +177,8 @@ def _compare(a: list[Run], b: list[Run], question: str, words: tuple[str, str]) 
     if facts := [f"{name} diverged at step {r.diverged_at}" for name, r in runs if r.diverged]:
         side = any(run.diverged for run in a) - any(run.diverged for run in b)
         return Verdict(question, **decided[side], unit=NATS, reason="; ".join(facts))
+    if common := {run.seed for run in a} & {run.seed for run in b}:
+        a, b = ([run for run in side if run.seed in common] for side in (a, b))
     interval, about_seeds, next_step = _difference(a, b, "valid_loss")
     ppls = "valid PPL {:,.1f} against {:,.1f}".format(*map(_ppl, (a, b)))
     measured = in_nats(interval) | decided[interval.beyond(0)]
@@ -199,11 +201,10 @@ def _difference(a: list[Run], b: list[Run], loss: str) -> tuple[Interval, str, s
     about, next_step = "no seed in common", "train both with the same seeds"
     if common:
         about, next_step = "one seed", "train both with more seeds"
-        of_a, of_b = ({seed: side[seed] for seed in common} for side in (of_a, of_b))
     mean = float(np.mean([*of_a.values()]) - np.mean([*of_b.values()]))
     half = 2 * SEED_SPREAD * math.sqrt(1 / len(of_a) + 1 / len(of_b))
     interval = Interval(mean, mean - half, mean + half)
-    return interval, f"{about}; the interval is from the spread of seeds at study", next_step
+    return interval, f"{about}; the interval is from seeds of smaller models", next_step
 
 
 def _ppl(side: list[Run]) -> float:

@@ -44,7 +44,7 @@ class RunDir:
     @property
     def finished(self) -> bool:
         """Whether the folder holds this run, finished. Raises MusotaError for another run."""
-        if not self.config_path.exists():
+        if not os.path.exists(self.config_path):  # False for a path that cannot be read, too
             return False
         run = Run(self.path)
         self._refuse_other(run.config, f"folder {self.path}")

@@ -221,6 +221,8 @@ class Trainer:
                 print(f"\nInterrupted after step {state.step} of {total}: repeat to continue.")
             if not state.summary:  # nothing was measured that could be returned
                 raise KeyboardInterrupt
+        elif stopped:  # too late for this run, not for those after it
+            raise KeyboardInterrupt
         state.accelerator.wait_for_everyone()
         return Run(folder.path)
 

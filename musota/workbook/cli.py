@@ -125,7 +125,7 @@ def run(only, parameters, **values):
 @changes_option
 @click.option("--compile/--no-compile", default=None, show_default="in long runs on a GPU")
 @click.option("--device", show_default="the best one here", help="cpu or cuda.")
-@click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]), show_default="the fastest")
+@click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]), show_default="by device")
 @click.option("--log-with", multiple=True, metavar="NAME", help="tensorboard, wandb, trackio, …")
 def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options):
     """Train an EXPERIMENT, or a module FILE.py:NAME.
@@ -135,7 +135,7 @@ def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options)
     """
     if experiment.startswith(TABLES):
         if changes or save_to or any(value not in (None, ()) for value in options.values()):
-            raise MusotaError(f"{experiment} is trained as the plan says: leave out other options.")
+            raise MusotaError(f"{experiment} has fixed settings: leave out --set and the like.")
         from musota.workbook.evidence import train_row
 
         where = {"profile": profile, "corpus": corpus, "fresh": fresh}
@@ -295,7 +295,7 @@ def evidence(seeds, only, listed, **parameters):
 
 @cli.command(epilog="Example: musota bench --repeats 3")
 @click.option("--device", show_default="cuda if there is one", help="cpu or cuda.")
-@click.option("--repeats", default=7, type=click.IntRange(1), help="Number of rounds.")
+@click.option("--repeats", default=7, type=click.IntRange(1), help="Number of steps.")
 def bench(device, repeats):
     """Time our training step against the reference.
 

@@ -20,9 +20,9 @@ from musota.errors import MusotaError, find_named
 from musota.files import as_path, write_json
 from musota.lab import root_causes
 from musota.lab.ablate import look_inside, measure_ablations, weak_spots
-from musota.lab.grid_runs import GridRun, Row, read_table, run_many
+from musota.lab.grid_runs import GridRun, Row, merge_table, read_table, run_many
 from musota.lab.ngrams import measure_ngrams
-from musota.lab.plan_rules import CORPUS, VOCAB_SIZE
+from musota.lab.plan_rules import CORPUS, VOCAB_SIZE, WORDS
 from musota.lab.profiles import check_changes, find_profile
 from musota.lab.stats import Interval
 from musota.lab.sweep import sweep
@@ -94,7 +94,8 @@ class Session:
         self.figures = self.folder / "figures"
         self.figures.mkdir(parents=True, exist_ok=True)
         here = self.corpus
-        self.at_plan_size = (here.name, vocab_size) == (CORPUS, VOCAB_SIZE)
+        size = here.name, vocab_size, here.words["valid"]
+        self.at_plan_size = size == (CORPUS, VOCAB_SIZE, WORDS)
         self.footer = results.footer(here.name, here.tokenizer.size, self.profile.name)
         device, place = about_machine()["device"], naming.shown(self.home)
         print(
@@ -255,10 +256,12 @@ class Workbook(Session):
         seed."""
         find_named("table", part, ("grid", "sweep"))
         table, panel, trained = self.folder / f"{part}.csv", GridPanel(self.footer), {}
+        merge_table(table, self.home / table.name)
 
         def each(row: Row | None, *progress) -> None:
             panel.update(row, *progress)
             if row:
+                merge_table(table, self.home / table.name)  # other machines add rows, too
                 self.save(table)
 
         how = {"fresh": self.fresh, "each": each}

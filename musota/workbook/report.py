@@ -75,7 +75,7 @@ def _page(results: Results) -> dict:
         "sections": sections,
         "corpus": results.runs[0].config["corpus"],
         "devices": sorted({summary["device"] for summary in summaries}),
-        "date": max(summary["date"] for summary in summaries),
+        "dates": sorted({end(summary["date"] for summary in summaries) for end in (min, max)}),
     }
 
 
@@ -116,6 +116,7 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
     written = {title: samples[["prompt", "text"]] for title, samples in last.items()}
     healths = {title: tables.health_table(run) for run, title in shown.items()}
     grid_note = _grid_note(results) if results.grid_rows else ""
+    plan_note = f"Applied to: {results.titles[results.judged[0].key]}." if results.judged else ""
 
     def drawn(*starts: str) -> list[str]:
         return [name for name in figures if name.startswith(starts)]
@@ -127,7 +128,7 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
         Section(QUESTIONS["parts"], "", drawn("parameters", "ablations"), parts),
         Section("Was training healthy?", tables=healths),
         Section("What do the models write?", tables=written),
-        Section(QUESTIONS["plan"], tables=judged["plan"]),
+        Section(QUESTIONS["plan"], plan_note, tables=judged["plan"]),
         Section(
             "How can this be repeated?",
             tables={"Every run": tables.runs_table(results.runs)},

@@ -24,7 +24,7 @@ from musota.training.run import Run, load_runs
 from musota.workbook.naming import find_folders, shown
 
 Key = tuple[Experiment, str]  # of a model: experiment and corpus fingerprint
-JUDGED = ("optimized", "original")  # the first that has ended is judged by the plan's rules
+JUDGED = ("optimized", "original")  # the plan's rules are applied to the first that has ended
 QUESTIONS = {
     "best": "Is the redesign better?",
     "architecture": "Does the architecture help or hurt?",
@@ -94,16 +94,17 @@ class Results:
         place = {name: index for index, name in enumerate(REGISTRY)}
         self.runs = sorted(
             (run for run in found if run.fingerprint == self.fingerprint),
-            key=lambda run: (place.get(run.name, len(place)), run.title, run.name, run.seed),
+            key=lambda r: (place.get(r.name, len(place)), r.title, r.name, not r.summary, r.seed),
         )
         if (others := len(found) - len(self.runs)) and not fingerprint:
             print(f"{self.folder}: {others} runs on other texts are left out.")
         self.groups = group_runs(self.runs)
         self.titles = {group[0].key: title for title, group in by_title(self.runs).items()}
-        # Models all of whose seeds have ended an epoch, and those of them that verdicts are on.
-        measured = [g for g in self.groups.values() if all(run.summary for run in g)]
+        # Models a seed of which has ended an epoch, and those of them that verdicts are on.
+        measured = [g for g in self.groups.values() if any(run.summary for run in g)]
         self.ended = [g for g in measured if all(run.ended for run in g)]
         self.measured = [*self.ended, *(group for group in measured if group not in self.ended)]
+        self.judged = next((g for name in JUDGED if (g := self.group(name)) in self.ended), [])
 
     def group(self, name: str) -> list[Run]:
         """The seeds of the first model of that name; empty where there is none."""
@@ -186,9 +187,8 @@ class Results:
         usual = {run.title: run.experiment.training.learning_rate for run in self.runs}
         for title, losses in self.sweeps.items():
             found["rate"].append(best_rate(title, losses, usual.get(title)))
-        judged = [g for name in JUDGED if (g := self.group(name)) in self.ended]
-        if judged:
-            found["plan"] = plan_verdicts(judged[0], self.matched_to(judged[0]))
+        if self.judged:
+            found["plan"] = plan_verdicts(self.judged, self.matched_to(self.judged))
         return found
 
 

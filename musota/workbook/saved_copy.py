@@ -14,14 +14,17 @@ class SavedCopy:
     the runs trained here; those of other machines are never changed at `remote`."""
 
     def __init__(self, remote: Path):
-        """Copies from `remote` what is missing here. Raises OSError for an unusable folder."""
+        """Copies from `remote` what is missing here, and runs that another machine has continued.
+        Raises OSError for an unusable folder."""
         place = sha256(str(remote.parent.absolute()).encode())[:12]
         self.local, self.remote = cache_folder() / "work" / place / remote.name, remote
         self.own: set[Path] = set()
         remote.mkdir(parents=True, exist_ok=True)
         self.disk = remote.stat().st_dev
+        newer = {run for run in remote.iterdir() if _newest(run) > _newest(self.local / run.name)}
         for path in _files(remote):
-            if not (here := self.local / path.relative_to(remote)).exists():
+            here = self.local / path.relative_to(remote)
+            if not here.exists() or not newer.isdisjoint(path.parents):
                 _copy(path, here)
 
     def push(self) -> None:
@@ -64,6 +67,11 @@ def _files(folder: Path) -> list[Path]:
     """All files, those last that refer to others."""
     found = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
     return sorted(found, key=lambda path: (path.name in ("summary.json", "config.json"), path))
+
+
+def _newest(run: Path) -> str:
+    """The name of a run's newest checkpoint, which begins with its step."""
+    return max((path.name for path in run.glob("checkpoints/step-*")), default="")
 
 
 def _same(path: Path, copy: Path) -> bool:
