@@ -131,6 +131,9 @@ def test_an_interrupted_grid_stops_and_keeps_its_checkpoint(short, tmp_path):
         run_many(runs, (0,), *where)
     (only,) = (tmp_path / "runs").iterdir()
     assert not Run(only).ended and [*only.glob("checkpoints/step-*")]
+    with interrupted_at(Run(only).total_steps), pytest.raises(KeyboardInterrupt):
+        run_many(runs, (0,), *where)
+    assert Run(only).ended and [*(tmp_path / "runs").iterdir()] == [only]
     rows = run_many(runs, (0,), *where)
     assert all(by_seed[0].best_valid_loss < 10 for by_seed in rows.values())
 

@@ -9,7 +9,7 @@ from conftest import EXPERIMENT, ROOT, flip_bit
 
 import musota
 from musota.errors import MusotaError
-from musota.workbook import tables
+from musota.workbook import report, tables
 from musota.workbook.results import Results, by_title, find_results, find_runs
 
 FROZEN = json.loads((ROOT / "tests" / "data" / "frozen_results.json").read_text("utf-8"))
@@ -91,8 +91,11 @@ def test_a_seed_that_diverged_leaves_its_model_without_numbers(folder, monkeypat
     diverged = property(lambda run: 7 if run.name == "optimized" and run.seed == seed else None)
     monkeypatch.setattr(musota.Run, "diverged_at", diverged)
     (folder / Results(folder).group("optimized")[seed].path.name / "summary.json").unlink()
-    found = Results(folder).architecture()["the optimized model"]
-    assert Results(folder).group("optimized")[0].summary  # what is shown of the model
+    results = Results(folder)
+    found = results.architecture()["the optimized model"]
+    assert results.group("optimized")[0].summary  # what is shown of the model
+    answer = [bold for bold, _ in report._answer(results, results.verdicts())]
+    assert "the optimized model: diverged at step 7." in answer
     assert found.decision == "hurts" and f"seed {seed}, diverged at step 7" in found.reason
     row = tables.model_table(Results(folder)).set_index("model").loc["the optimized model"]
     assert row["epochs"] == "diverged at step 7" and row["valid PPL"] == row["accuracy"] == "–"

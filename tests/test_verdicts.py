@@ -73,7 +73,7 @@ def test_with_one_seed_the_measured_spread_of_seeds_decides():
         found = compare(make_run(5 + difference), make_run(5.0, title="b"))
         assert found.decision == decision and found.value == pytest.approx(difference)
     assert found.high - found.value == pytest.approx(2 * 2**0.5 * stats.SEED_SPREAD)
-    assert "one seed; the interval is from seeds of smaller models" in found.reason
+    assert "one seed; the interval is from the usual spread of seeds" in found.reason
 
 
 def test_the_reason_says_where_test_disagrees_with_valid():
@@ -186,6 +186,8 @@ def test_the_plans_thresholds_apply_to_its_own_setting_only():
     assert all(word in reason for word in words)
     assert plan("thresholds apply", other).decision == "not applicable"
     assert not plan("scenarios", other) and not plan("under 200", other)
+    both = [make_run(), make_run(seed=1, key="a", diverged_at=5)]
+    assert "diverged at step 5" in plan("thresholds apply", both).reason
     part = {"name": "wikitext-2", "words": {"valid": 900}}
     assert "or a part" in plan_rules.plan_applies(make_run(config={"corpus": part}))
     short = experiments["optimized"].with_(epochs=10)

@@ -58,7 +58,8 @@ def plan_verdicts(
     not missed."""
     runs = as_runs(run)
     others = [other for other in as_runs(baseline) if other.ended] if baseline else []
-    first, reason = runs[0], plan_applies(runs[0])
+    first = next((one for one in runs if one.diverged), runs[0])
+    reason = plan_applies(first)
     if reason:
         question, step = "Do the plan's thresholds apply?", "compare with the n-gram baselines"
         verdicts = [Verdict(question, "not applicable", reason=reason, next_step=step)]

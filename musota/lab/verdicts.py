@@ -204,7 +204,7 @@ def _difference(a: list[Run], b: list[Run], loss: str) -> tuple[Interval, str, s
     mean = float(np.mean([*of_a.values()]) - np.mean([*of_b.values()]))
     half = 2 * SEED_SPREAD * math.sqrt(1 / len(of_a) + 1 / len(of_b))
     interval = Interval(mean, mean - half, mean + half)
-    return interval, f"{about}; the interval is from seeds of smaller models", next_step
+    return interval, f"{about}; the interval is from the usual spread of seeds", next_step
 
 
 def _ppl(side: list[Run]) -> float:

@@ -82,8 +82,9 @@ def train(
 
     A finished run of the same experiment, corpus and seed is loaded; an unfinished one continues
     from its last checkpoint; `resume=False` starts over. After Ctrl-C or SIGTERM the run finishes
-    the step, saves it and returns what has been measured. The best epoch is chosen on valid. With
-    `accelerate launch` or torchrun, every process computes a share of each step.
+    the step, saves it and returns what has been measured; if that is nothing, or everything, it
+    raises KeyboardInterrupt. The best epoch is chosen on valid. With `accelerate launch` or
+    torchrun, every process computes a share of each step.
     `training`, `max_seq_len`: only for a module (default: the plan's training).
     Raises MusotaError for what cannot be trained or saved; Diverged for a loss that is not finite
     or explodes.

@@ -25,11 +25,13 @@ def carry_out(parts: Sequence[str], seeds: int, seed: int = 0, **parameters) -> 
             on.run_table(part)
             continue
         for model, changes, about in _models(part, book):
-            usual = changes and book.experiment(model).with_(**changes) == book.experiment(model)
-            how = parameters | ({"fresh": False} if usual else {})  # trained with the models
+            if changes and book.experiment(model).with_(**changes) == book.experiment(model):
+                if "models" in parts:
+                    continue  # it was one of them
+                changes, about = {}, {}
             for each in range(seed, seed + seeds):
                 with suppress(Diverged):  # which is recorded
-                    Workbook(seed=each, changes=changes, **how).train(model, **about)
+                    Workbook(seed=each, changes=changes, **parameters).train(model, **about)
     _ = book.ngrams  # measured for the report
     return book
 

@@ -91,6 +91,8 @@ class Session:
         self.home = as_path(save_to or naming.results_root()) / name
         self.copy = SavedCopy(self.home) if save_to else None
         self.folder = self.copy.local if self.copy else self.home
+        for table in ("grid.csv", "sweep.csv") if self.copy else ():
+            merge_table(self.folder / table, self.home / table)
         self.figures = self.folder / "figures"
         self.figures.mkdir(parents=True, exist_ok=True)
         here = self.corpus
@@ -256,13 +258,15 @@ class Workbook(Session):
         seed."""
         find_named("table", part, ("grid", "sweep"))
         table, panel, trained = self.folder / f"{part}.csv", GridPanel(self.footer), {}
-        merge_table(table, self.home / table.name)
+
+        def share() -> None:
+            merge_table(table, self.home / table.name)  # other machines add rows, too
+            self.save(table)
 
         def each(row: Row | None, *progress) -> None:
             panel.update(row, *progress)
             if row:
-                merge_table(table, self.home / table.name)  # other machines add rows, too
-                self.save(table)
+                share()
 
         how = {"fresh": self.fresh, "each": each}
         how["changes"] = self.changes if part == "grid" else {}
@@ -273,6 +277,7 @@ class Workbook(Session):
                 trained |= run_many(left, seeds, *where, **how)
                 panel.draw(trained, 0)
                 runs, _ = self.planned(part)
+        share()  # also what a copy that failed has left
         return root_causes.by_name(read_table(table)) | trained
 
     def show(self, figure: Figure, name: str, run=None, about: str | None = None) -> None:

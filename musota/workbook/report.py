@@ -14,6 +14,7 @@ from musota.errors import MusotaError
 from musota.files import as_path, write_text
 from musota.lab.ablate import weak_spots
 from musota.lab.plan_rules import REPORTED
+from musota.lab.root_causes import valid_losses
 from musota.lab.verdicts import Verdict
 from musota.workbook import drawings, plots, tables
 from musota.workbook.results import QUESTIONS, Results, label, progress
@@ -139,13 +140,13 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
 
 def _grid_note(results: Results) -> str:
     """The size of the runs of the root-cause grid."""
-    by_seed = next(iter(results.grid_rows.values()))
-    row = next(iter(by_seed.values()))
+    row = next(iter(next(iter(results.grid_rows.values())).values()))
+    seeds = next(iter(valid_losses(results.grid_rows).values()), ())
     model = row.experiment.model
     return (
         f"One change at a time, in smaller runs than above: {model.n_layer} layers, sequences of "
         f"{model.max_seq_len} tokens, {row.train_tokens:,} training tokens, epochs: "
-        f"{row.experiment.training.epochs}, seeds: {len(by_seed)}. Intervals are 95 %, pooled over "
+        f"{row.experiment.training.epochs}, seeds: {len(seeds)}. Intervals are 95 %, pooled over "
         "all runs."
     )
 
@@ -156,7 +157,7 @@ def _answer(results: Results, verdicts: dict[str, list[Verdict]]) -> list[tuple[
     if results.at_plan_size:
         epochs, ppl = REPORTED["epochs"], REPORTED["ppl"]
         reported = f"MU-SOTA's reported PPL is {ppl:.0f} after {epochs} epochs"
-        if original in results.ended:
+        if original in results.ended and not any(run.diverged for run in original):
             reported += f"; the same settings reach {original[0].summary['ppl']:,.1f} here"
         lines.append((f"{reported}.", ""))
     for name in ("best", "architecture", "causes"):
@@ -164,7 +165,8 @@ def _answer(results: Results, verdicts: dict[str, list[Verdict]]) -> list[tuple[
     if {"bigram", "trigram"} <= ngrams.keys():
         ppls = f"bigram {ngrams['bigram']:,.0f}, trigram {ngrams['trigram']:,.0f}"
         lines.append((f"PPL of the n-gram baselines, which count tokens: {ppls}.", ""))
-    for key, (run, *_) in results.groups.items():
+    for key, group in results.groups.items():
+        run = next((run for run in group if run.diverged), group[0])
         if run.diverged:
             lines.append((f"{results.titles[key]}: {progress(run)}.", ""))
         elif not run.finished:

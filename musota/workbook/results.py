@@ -36,12 +36,13 @@ QUESTIONS = {
 
 
 def group_runs(runs: Iterable[Run]) -> dict[Key, list[Run]]:
-    """The seeds of each model, in the order given; unfinished seeds of a model that has ended ones
-    are left out."""
+    """The seeds of each model in the order given, those last that diverged in their first epoch;
+    unfinished seeds of a model that has ended ones are left out."""
     groups: dict[Key, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.key, []).append(run)
-    return {key: [run for run in g if run.ended] or g for key, g in groups.items()}
+    ended = {key: [run for run in g if run.ended] or g for key, g in groups.items()}
+    return {key: sorted(group, key=lambda run: not run.summary) for key, group in ended.items()}
 
 
 def mean_loss(group: Sequence[Run]) -> float:
@@ -94,7 +95,7 @@ class Results:
         place = {name: index for index, name in enumerate(REGISTRY)}
         self.runs = sorted(
             (run for run in found if run.fingerprint == self.fingerprint),
-            key=lambda r: (place.get(r.name, len(place)), r.title, r.name, not r.summary, r.seed),
+            key=lambda run: (place.get(run.name, len(place)), run.title, run.name, run.seed),
         )
         if (others := len(found) - len(self.runs)) and not fingerprint:
             print(f"{self.folder}: {others} runs on other texts are left out.")

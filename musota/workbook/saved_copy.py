@@ -21,10 +21,16 @@ class SavedCopy:
         self.own: set[Path] = set()
         remote.mkdir(parents=True, exist_ok=True)
         self.disk = remote.stat().st_dev
-        newer = {run for run in remote.iterdir() if _newest(run) > _newest(self.local / run.name)}
+        started_over = set()
+        for run in remote.iterdir():
+            (start, step), (own_start, own_step) = map(_progress, (run, self.local / run.name))
+            if own_start and start != own_start:
+                started_over.add(run)
+            elif own_start and step > own_step:  # another machine has continued it
+                shutil.rmtree(self.local / run.name)
         for path in _files(remote):
             here = self.local / path.relative_to(remote)
-            if not here.exists() or not newer.isdisjoint(path.parents):
+            if not here.exists() and started_over.isdisjoint(path.parents):
                 _copy(path, here)
 
     def push(self) -> None:
@@ -69,9 +75,12 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path.name in ("summary.json", "config.json"), path))
 
 
-def _newest(run: Path) -> str:
-    """The name of a run's newest checkpoint, which begins with its step."""
-    return max((path.name for path in run.glob("checkpoints/step-*")), default="")
+def _progress(run: Path) -> tuple[bytes, str]:
+    """The first record of a run, which has its time and so differs where it was started over, and
+    the step of its newest checkpoint."""
+    records = run / "metrics.jsonl"
+    first = records.read_bytes().partition(b"\n")[0] if records.exists() else b""
+    return first, max((path.name[:14] for path in run.glob("checkpoints/step-*")), default="")
 
 
 def _same(path: Path, copy: Path) -> bool:
