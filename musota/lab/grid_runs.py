@@ -221,7 +221,8 @@ def _no_bar(run: Run) -> None:
 
 def _train_one(how: dict, in_worker: bool = False) -> Row:
     """The row of a trained run. A stopped training raises KeyboardInterrupt, or ends the worker."""
-    with suppress(*((Diverged, KeyboardInterrupt) if in_worker else (Diverged,))):
+    handled = (Diverged, KeyboardInterrupt) if in_worker else (Diverged,)
+    with suppress(*handled):
         train(**how)
     path = how["run_dir"]
     if (path / "config.json").exists() and (run := Run(path)).ended:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from musota.config import MuConfig
 from musota.lab import curves
 from musota.lab.stats import Interval, seed_interval
-from musota.lab.verdicts import PPL, Verdict, as_runs, compare_with_matched, decide
+from musota.lab.verdicts import PPL, Verdict, as_runs, compare_with_matched, decide, representative
 from musota.registry import experiments
 from musota.training.evaluate import exp_nats
 from musota.training.run import Run
@@ -58,9 +58,8 @@ def plan_verdicts(
     not missed."""
     runs = as_runs(run)
     others = [other for other in as_runs(baseline) if other.ended] if baseline else []
-    first = next((one for one in runs if one.diverged), runs[0])
-    reason = plan_applies(first)
-    if reason:
+    first = representative(runs)
+    if reason := plan_applies(first):
         question, step = "Do the plan's thresholds apply?", "compare with the n-gram baselines"
         verdicts = [Verdict(question, "not applicable", reason=reason, next_step=step)]
     else:

@@ -151,6 +151,11 @@ def as_runs(side: Run | Sequence[Run]) -> list[Run]:
     return runs
 
 
+def representative(runs: Sequence[Run]) -> Run:
+    """The run that says how far the seeds of one model are: one that diverged, else the first."""
+    return next((run for run in runs if run.diverged), runs[0])
+
+
 def _labels(a: Run, b: Run) -> tuple[str, str]:
     """What to call two runs: their titles, or names or folders where those are equal."""
     labels = [(a.title, b.title), (a.name, b.name), (str(a.path), str(b.path))]

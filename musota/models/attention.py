@@ -68,9 +68,9 @@ def merge_heads(y: Tensor, h: int) -> Tensor:
 
 
 def largest_score(q: Tensor, k: Tensor) -> Tensor:
-    """The largest |q · k| of a query and a key not after it; (…, T, c) each."""
+    """The largest |q · k| of a query and a key not after it; (…, T, c) each. 16 heads at a time."""
     some = zip(q.flatten(0, -3).split(16), k.flatten(0, -3).split(16), strict=True)
-    return torch.stack([(a @ b.mT).tril().abs().amax() for a, b in some]).amax()  # 16 heads a time
+    return torch.stack([(a @ b.mT).tril().abs().amax() for a, b in some]).amax()
 
 
 def mean_entropy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ from musota.errors import MusotaError
 from musota.models.base import CausalLM
 from musota.training.optim import OPTIMIZERS, learning_rate_at, update_ratios
 
-# In a message, of any library.
-OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
+OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"  # in messages
 # Fields kept as JSON, besides tensors.
 RESTORED = ("step", "applied", "first_loss", "update_ratio", "summary")
 CHOSEN = ("micro_batch", "compile")  # kept too, but a resumed run may choose anew

@@ -15,7 +15,7 @@ from musota.files import as_path, write_text
 from musota.lab.ablate import weak_spots
 from musota.lab.plan_rules import REPORTED
 from musota.lab.root_causes import valid_losses
-from musota.lab.verdicts import Verdict
+from musota.lab.verdicts import Verdict, representative
 from musota.workbook import drawings, plots, tables
 from musota.workbook.results import QUESTIONS, Results, label, progress
 from musota.workbook.style import save_figure
@@ -157,7 +157,7 @@ def _answer(results: Results, verdicts: dict[str, list[Verdict]]) -> list[tuple[
     if results.at_plan_size:
         epochs, ppl = REPORTED["epochs"], REPORTED["ppl"]
         reported = f"MU-SOTA's reported PPL is {ppl:.0f} after {epochs} epochs"
-        if original in results.ended and not any(run.diverged for run in original):
+        if original in results.ended and not representative(original).diverged:
             reported += f"; the same settings reach {original[0].summary['ppl']:,.1f} here"
         lines.append((f"{reported}.", ""))
     for name in ("best", "architecture", "causes"):
@@ -166,7 +166,7 @@ def _answer(results: Results, verdicts: dict[str, list[Verdict]]) -> list[tuple[
         ppls = f"bigram {ngrams['bigram']:,.0f}, trigram {ngrams['trigram']:,.0f}"
         lines.append((f"PPL of the n-gram baselines, which count tokens: {ppls}.", ""))
     for key, group in results.groups.items():
-        run = next((run for run in group if run.diverged), group[0])
+        run = representative(group)
         if run.diverged:
             lines.append((f"{results.titles[key]}: {progress(run)}.", ""))
         elif not run.finished:

@@ -15,7 +15,7 @@ from musota.lab.curves import health, plateau
 from musota.lab.plan_rules import REPORTED
 from musota.lab.root_causes import Cause
 from musota.lab.stats import seed_interval
-from musota.lab.verdicts import Verdict, compare, measured
+from musota.lab.verdicts import Verdict, compare, measured, representative
 from musota.training.evaluate import exp_nats
 from musota.training.run import Run
 from musota.workbook.results import Results, by_title, mean_loss, progress
@@ -82,7 +82,7 @@ def model_table(results: Results) -> pd.DataFrame:
             "model": results.titles[group[0].key],
             "settings": f"{size}{model.max_seq_len}, learning rate {training.learning_rate:g}",
             "seeds": str(len(group)),
-            "epochs": progress(next((run for run in group if run.diverged), group[0])),
+            "epochs": progress(representative(group)),
             "valid PPL": _ppl(group),
             "accuracy": number(mean["accuracy"], ".1%"),
             "test PPL": number(mean["test PPL"]),
