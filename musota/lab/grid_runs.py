@@ -108,7 +108,7 @@ def add_row(path: Path, row: Row) -> None:
 
 
 def merge_table(path: Path, other: Path) -> None:
-    """Add to a csv table the rows of another one whose runs it lacks."""
+    """Add to a csv table those rows of another one that it does not have."""
     known = {row.identity for row in read_table(path)}
     for row in read_table(other):
         if row.identity not in known:

@@ -152,7 +152,7 @@ def as_runs(side: Run | Sequence[Run]) -> list[Run]:
 
 
 def representative(runs: Sequence[Run]) -> Run:
-    """The run that says how far the seeds of one model are: one that diverged, else the first."""
+    """The run whose progress stands for all seeds of a model: one that diverged, else the first."""
     return next((run for run in runs if run.diverged), runs[0])
 
 

@@ -82,9 +82,9 @@ def train(
 
     A finished run of the same experiment, corpus and seed is loaded; an unfinished one continues
     from its last checkpoint; `resume=False` starts over. After Ctrl-C or SIGTERM the run finishes
-    the step, saves it and returns what has been measured; if that is nothing, or everything, it
-    raises KeyboardInterrupt. The best epoch is chosen on valid. With `accelerate launch` or
-    torchrun, every process computes a share of each step.
+    the step, saves it and returns the unfinished run; before the end of the first epoch, and after
+    the last step, it raises KeyboardInterrupt. The best epoch is chosen on valid. With `accelerate
+    launch` or torchrun, every process computes a share of each step.
     `training`, `max_seq_len`: only for a module (default: the plan's training).
     Raises MusotaError for what cannot be trained or saved; Diverged for a loss that is not finite
     or explodes.
@@ -222,7 +222,7 @@ class Trainer:
                 print(f"\nInterrupted after step {state.step} of {total}: repeat to continue.")
             if not state.summary:  # nothing was measured that could be returned
                 raise KeyboardInterrupt
-        elif stopped:  # too late for this run, not for those after it
+        elif stopped:  # the run is complete, but its caller should not begin another
             raise KeyboardInterrupt
         state.accelerator.wait_for_everyone()
         return Run(folder.path)

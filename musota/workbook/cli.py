@@ -135,7 +135,7 @@ def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options)
     """
     if experiment.startswith(TABLES):
         if changes or save_to or any(value not in (None, ()) for value in options.values()):
-            raise MusotaError(f"{experiment} has fixed settings: leave out --set and the like.")
+            raise MusotaError(f"{experiment} takes no --set, --save-to or --device.")
         from musota.workbook.evidence import train_row
 
         where = {"profile": profile, "corpus": corpus, "fresh": fresh}

@@ -277,7 +277,7 @@ class Workbook(Session):
                 trained |= run_many(left, seeds, *where, **how)
                 panel.draw(trained, 0)
                 runs, _ = self.planned(part)
-        share()  # also what a copy that failed has left
+        share()  # also rows whose copy failed
         return root_causes.by_name(read_table(table)) | trained
 
     def show(self, figure: Figure, name: str, run=None, about: str | None = None) -> None:

@@ -101,7 +101,7 @@ class Results:
             print(f"{self.folder}: {others} runs on other texts are left out.")
         self.groups = group_runs(self.runs)
         self.titles = {group[0].key: title for title, group in by_title(self.runs).items()}
-        # Models a seed of which has ended an epoch, and those of them that verdicts are on.
+        # Models with a seed that has ended an epoch, and those of them that verdicts are on.
         measured = [g for g in self.groups.values() if any(run.summary for run in g)]
         self.ended = [g for g in measured if all(run.ended for run in g)]
         self.measured = [*self.ended, *(group for group in measured if group not in self.ended)]

@@ -76,8 +76,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _progress(run: Path) -> tuple[bytes, str]:
-    """The first record of a run, which has its time and so differs where it was started over, and
-    the step of its newest checkpoint."""
+    """The first record of a run, and the step of its newest checkpoint. The record contains a time,
+    so it differs if the run was started over."""
     records = run / "metrics.jsonl"
     first = records.read_bytes().partition(b"\n")[0] if records.exists() else b""
     return first, max((path.name[:14] for path in run.glob("checkpoints/step-*")), default="")
