@@ -30,13 +30,16 @@ def test_a_step_equals_that_of_the_package(name, monkeypatch):
     for module, part in parts.items():
         monkeypatch.setattr(module, part, None)  # until the next line; restored after the test
     fast_cpu.use_kernels()
+    monkeypatch.setattr(fast_cpu, "package_attention", None)  # it is not called
+    monkeypatch.setattr(fast_cpu, "package_cross_entropy", None)
     for part, value in step().items():
         assert (value - wanted[part]).norm() < 0.1 * wanted[part].norm() + 1e-6, part
 
 
-def test_scaled_attention_equals_that_of_the_package():
+def test_scaled_attention_equals_that_of_the_package(monkeypatch):
     q, k, v = (torch.randn(2, 3, 37, 16) for _ in range(3))
     wanted = fast_cpu.package_library_attention(q, k, v, 0.5)
+    monkeypatch.setattr(fast_cpu, "package_library_attention", None)  # it is not called
     torch.testing.assert_close(fast_cpu.library_attention(q, k, v, 0.5), wanted)
 
 
@@ -46,3 +49,12 @@ def test_a_loss_that_is_not_finite_is_seen(place, bad):
     with torch.autocast("cpu", torch.bfloat16):
         loss = fast_cpu.linear_cross_entropy(hidden, weight, None, torch.arange(3))
     assert not loss.isfinite()
+
+
+def test_gradients_of_logits_are_rounded_to_the_nearest_bf16():
+    logits, bias = torch.randn(40, 1003).bfloat16(), torch.randn(1003)  # 1,003: a partial vector
+    targets, d_bias = torch.randint(1003, (40,)), torch.zeros(1003)
+    exact = (logits.float() + bias).softmax(-1) - torch.eye(1003)[targets]
+    fast_cpu.call(fast_cpu.KERNELS.cross_entropy, logits, bias, targets, d_bias, 40, 1003)
+    torch.testing.assert_close(logits.float(), exact, rtol=1.01 * 2**-8, atol=0)
+    torch.testing.assert_close(d_bias, exact.sum(0))
