@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 
 
 def lazy(package: str, modules: Mapping[str, str]) -> tuple:
@@ -12,6 +13,8 @@ def lazy(package: str, modules: Mapping[str, str]) -> tuple:
     def get(name: str):
         if name in module_of:
             return getattr(import_module(module_of[name]), name)
+        if not name.startswith("_") and find_spec(f"{package}.{name}"):  # a submodule
+            return import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return module_of, get, lambda: [*module_of]

@@ -63,10 +63,8 @@ def read_sealed(path: Path) -> dict:
     except OSError as error:
         raise MusotaError(f"No run can be read from {path}: {error.strerror}.") from None
     except KeyError:
-        instead = "a saved model is loaded with musota.CausalLM.from_pretrained"
-        raise MusotaError(
-            f"{path} has no hash: it is not the record of a run ({instead})."
-        ) from None
+        why = "not the record of a run (a saved model is loaded with CausalLM.from_pretrained)"
+        raise MusotaError(f"{path} has no hash: it is {why}.") from None
     except (ValueError, TypeError):
         pass  # no JSON, or no object
     damaged = f"{path} is damaged or was changed by hand"

@@ -29,9 +29,8 @@ def match_width(target: int, config: DenseConfig) -> DenseConfig:
 
 
 def match_redesign(model: ModelConfig, **switches) -> RedesignedConfig:
-    """The redesign at the parameter count of `model`, with the widest blocks for which the
-    feed-forward layer is still three times as wide as the model. `switches`: n_block, blocks, gate.
-    """
+    """The redesign at the parameter count of `model`, with the widest blocks at which the feed-
+    forward layer is three times as wide as the model. `switches`: n_block, blocks, gate."""
 
     def at(block_size: int) -> RedesignedConfig:
         """With the feed-forward width whose parameter count is nearest."""

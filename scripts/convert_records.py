@@ -77,7 +77,7 @@ def new_config(run: Run) -> dict:
     base = run.experiment if row in TUNED else scaled(find_experiment(row), profile)
     differing = [change.partition("=")[0] for change in run.experiment.differences(base)]
     changes = {field: run.experiment.fields()[field] for field in differing}
-    command = f"musota train {row} --profile {profile}"
+    command = f"musota train {row} --profile {profile} --corpus {run.config['corpus']['name']}"
     command += "".join(f" --set {field}={value}" for field, value in changes.items())
     command += f" --seed {run.seed}" * (run.seed > 0)
     command += " --precision bf16" * (run.config["precision"] == "bf16")
@@ -127,7 +127,7 @@ def table_row(run: Run) -> dict:
 
 def convert_all(source: Path, target: Path) -> None:
     probes, runs = read_probes(source), load_runs(source)
-    ablations = {probe["weights"]: probe for probe in probes.values() if "nats" in probe}
+    ablations = {p["weights"]: p for p in probes.values() if {"weights", "nats"} <= p.keys()}
     for run in filter(buildable, runs):
         convert_folder(run, target, ablations)
     for name in probes.keys() & PROBES:

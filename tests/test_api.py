@@ -27,8 +27,11 @@ def test_names_and_signatures():
     assert parameters(musota.evaluate)[:5] == ["model", "tokens", "words", "bytes", "stride"]
     assert parameters(musota.twin) == ["experiment", "vocab_size", "max_seq_len"]
     assert parameters(musota.audit)[:4] == ["module", "vocab_size", "max_seq_len", "loss"]
+    assert musota.__getattr__("lab").scaled  # without an import of its own
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         musota.nothing  # noqa: B018
+    with pytest.raises(musota.MusotaError, match="such as experiment.model, not 'optimized'"):
+        musota.build_model("optimized")
 
 
 def test_a_run_is_what_its_records_say(finished, short):

@@ -19,6 +19,7 @@ from musota.config import DenseConfig, MuConfig
 from musota.errors import MusotaError
 from musota.lab.audit import audit, causality_matrix
 from musota.models.hub import build_model
+from musota.models.module import module_config
 from musota.workbook.cli import cli
 
 V, T, D = 40, 24, 32
@@ -126,21 +127,64 @@ def with_hint(module, ids):
     return F.cross_entropy((module(ids)[:, :-1] + hint).flatten(0, 1), ids[:, 1:].flatten())
 
 
+def focal(module, ids):
+    """Below the cross-entropy for an honest model, too (Lin et al. 2017)."""
+    nats = F.cross_entropy(module(ids)[:, :-1].mT, ids[:, 1:], reduction="none")
+    return (nats * (1 - (-nats).exp()) ** 2).mean()
+
+
+def padded(module, ids):
+    """The mean over all positions; the last has no target, so its factor depends on the length."""
+    return shifted(1, module, ids) * (1 - 1 / ids.shape[1])
+
+
+class Masked(Attention):
+    """The logits of four tokens are masked."""
+
+    def forward(self, ids):
+        return super().forward(ids).masked_fill(torch.arange(V) >= V - 4, -1e9)
+
+
+class Experts(nn.Module):
+    """A layer with experts: the draws of an expert's dropout depend on the tokens it gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.router, self.output = (
+            nn.Embedding(V, D),
+            nn.Linear(D, 4),
+            nn.Linear(D, V),
+        )
+        experts = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.Dropout(0.1)) for _ in range(4))
+        self.layers = nn.ModuleList([nn.ModuleDict({"experts": experts})])
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        chosen, y = self.router(x).argmax(-1), torch.zeros_like(x)
+        for place, expert in enumerate(self.layers[0]["experts"]):
+            y[chosen == place] = expert(x[chosen == place])
+        return self.output(x + y)
+
+
 FAULTS = {  # model, loss, and the decision that names it
     "behind a zero output": (lambda: Attention(None, zero_output=True), None, "looks ahead"),
     "centred over the batch": (lambda: Around(after=lambda x: x - x.mean(0)), None, "mixes rows"),
     "keeps a hidden state": (lambda: Recurrent(V, D, keeps_state=True), None, "keeps a state"),
     "targets not shifted": (Attention, partial(shifted, 0), "not shifted"),
     "targets shifted twice": (Attention, partial(shifted, 2), "shifted twice"),
-    "targets in the loss's input": (Attention, with_hint, "better than chance"),
+    "targets in the loss's input": (Attention, with_hint, "undecided"),
     "writes": (lambda: Around(lambda ids: ids.clamp_(max=V)), None, "writes into its input"),
-    "that in half precision": (lambda: Attention().half(), with_hint, "better than chance"),
+    "that in half precision": (lambda: Attention().half(), with_hint, "undecided"),
+    "a loss without chance level": (Attention, focal, "undecided"),
+    "behind masked tokens": (lambda: Masked(None), None, "looks ahead"),
     "a leak of one bit": (lambda: Threshold(), None, "looks ahead"),
     "a small leak": (lambda: Around(after=lambda x: x + 1e-3 * x.roll(-1, 1)), None, "looks ahead"),
 }
 HONEST = {
     "LSTM": (lambda: Recurrent(V, D), None),
     "convolutions": (Convolution, None),
+    "mean over all positions": (Attention, padded),
+    "experts": (Experts, None),
     "scaled loss": (Attention, lambda module, ids: shifted(1, module, ids) / 4),
     "MU-SOTA": (lambda: build_model(MuConfig(V, T, 2, 4, 0.1, 4, 4)), None),
     "takes only input_ids=": (lambda: KeywordOnly(V, V), None),
@@ -185,6 +229,10 @@ def test_nobody_honest_is_accused(name):
     if name == "MU-SOTA":
         assert found.findings[-1].value == module.config.n_parameters
         assert all(words in found.findings[-1].reason for words in ("layers 78%", "2 layers: "))
+
+
+def test_experts_are_not_counted_as_layers():
+    assert module_config(Experts(), V, T).n_layer == 1
 
 
 def test_a_smoothed_loss_is_no_cross_entropy_and_no_fault():

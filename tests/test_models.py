@@ -135,7 +135,7 @@ def test_generate_is_seeded_bounded_and_honours_its_filters(model):
     drawn = torch.cat([model.generate(prompt, 1, top_k=5, seed=s)[:, -1:] for s in range(20)], 1)
     assert torch.isin(drawn[0], allowed[0]).all() and torch.isin(drawn[1], allowed[1]).all()
     for wrong in ({"max_new_tokens": 2.5}, {"temperature": None}, {"top_p": "x"}):
-        with pytest.raises(MusotaError, match="generate needs numbers"):
+        with pytest.raises(MusotaError, match="must be a"):
             model.generate(prompt, **{"max_new_tokens": 3, **wrong})
 
 
@@ -150,6 +150,9 @@ def test_a_saved_model_is_loaded_with_its_tokenizer(model, corpus, tmp_path, mon
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name])
     assert loaded.tokenizer.backend.to_str() == corpus.tokenizer.backend.to_str()
+    model.tokenizer = None
+    model.save_pretrained("~/model")  # over one with a tokenizer
+    assert musota.CausalLM.from_pretrained("~/model").tokenizer is None
 
 
 def test_what_cannot_be_loaded_is_refused_in_one_sentence(tmp_path):

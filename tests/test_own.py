@@ -148,10 +148,12 @@ def test_the_code_of_a_module_of_torchs_parts_is_part_of_what_it_is(tmp_path):
 
 def test_a_copy_shares_nothing_with_the_module_not_even_through_a_function():
     module = Lazy()
-    module.head = lambda x: module.output(x)
+    module.head = lambda x, *, scale=2: scale * module.output(x)
+    module.heads, module.by_name = [module.head], {"head": module.head}
     copied = copy_module(module)
-    (held,) = (cell.cell_contents for cell in copied.head.__closure__)
-    assert held is copied and held is not module
+    for head in (copied.head, *copied.heads, *copied.by_name.values()):
+        (held,) = (cell.cell_contents for cell in head.__closure__)
+        assert held is copied and held is not module and head.__kwdefaults__ == {"scale": 2}
 
 
 class Lazy(nn.Module):

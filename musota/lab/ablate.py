@@ -24,11 +24,12 @@ Change = tuple[list[nn.Module], Callable]  # modules, and a forward hook on them
 
 @torch.no_grad()
 def look_inside(model: CausalLM, ids: Tensor) -> dict[str, Tensor]:
-    """The inside of a model with blocks on (T,) tokens: `channels` (L + 1, T, C), embeddings first,
-    and `gate` (L, T, N), the factor of each block, 1 where there is no gate. Raises MusotaError for
-    another model."""
+    """The inside of a model with blocks on (T,) tokens, at most max_seq_len: `channels` (L + 1, T,
+    C), embeddings first, and `gate` (L, T, N), the factor of each block, 1 where there is no gate.
+    Raises MusotaError for another model."""
     require_blocks(model)
-    ids, channels, seen = model.as_ids(ids), [], defaultdict(list)
+    ids, channels, seen = model.as_ids(ids)[: model.config.max_seq_len], [], defaultdict(list)
+    model.check_tokens(ids)
     hooks = model.record(seen)
     for part in (*model.layers, model.norm):
         keep = part.register_forward_pre_hook(lambda _, inputs: channels.append(inputs[0][0]))
@@ -125,7 +126,7 @@ ADVICE = dict.fromkeys(CONTEXT, "give attention a residual path without a gate, 
 ADVICE |= {  # what to do with a part that is hardly used
     "block attention": "give the blocks more channels, or remove their attention",
     "cross attention": "remove it, or widen it until it helps",
-    "gate": "remove it: a fixed number per block does as well",
+    "gate": "replace it by a fixed number for each block",
     "affinity tables": "remove them and spend their parameters on width",
 }
 DECISIONS = {-1: "hardly used", 0: "undecided", 1: "used"}

@@ -149,7 +149,7 @@ def _training_health(run: Run) -> Iterator[Verdict]:
             "Clipped steps",
             clipped,
             f"at most {CLIPPED_STEPS} % is usual",
-            (clipped > CLIPPED_STEPS, "too many", "lower the learning rate"),
+            (clipped > CLIPPED_STEPS, "too many", "raise grad_clip, or lower the learning rate"),
             unit=PERCENT,
         )
     losses = np.array([epoch["valid_loss"] for epoch in epochs], float)

@@ -110,7 +110,7 @@ def _bottom_line(run: Run) -> Verdict:
     return decide(
         "What is the plan's bottom line?",
         f"< {low} · {low}–{high} · > {high}",
-        (ppl < low, "validated", "in the plan's words: architecture validated, ready to publish"),
+        (ppl < low, "validated", "the plan: architecture validated, ready to publish"),
         (ppl <= high, "compare", "compare with the baseline, or train on"),
         (True, "redesign", "the architecture needs redesign"),
         value=ppl,
@@ -170,7 +170,7 @@ def _option_three(runs: list[Run], baseline: list[Run]) -> Verdict:
     about, fails = f"the PPL is {'over' if ppl > least else 'at most'} {least}", ppl > least
     if plan_applies(runs[0]):
         about, fails = "the PPL threshold does not apply", False
-    found = compare_with_matched(runs, baseline).decision if baseline else "not trained to its end"
+    found = compare_with_matched(runs, baseline).decision if baseline else "not compared"
     decision = "yes" if fails or found == "hurts" else "no" if baseline else "undecided"
     question = "Should the architecture be simplified (the plan's option 3)?"
     return Verdict(question, decision, reason=f"{about}; against the baseline: {found}")

@@ -208,7 +208,7 @@ def _changed(before: Row, after: Row) -> str:
 
 def advice(causes: Sequence[Cause]) -> Verdict:
     """The cause with the largest certain gain, and what to change, the largest gain first."""
-    question = "Which cause holds the model back most?"
+    question = "Which cause holds the model back most in the grid runs?"
     left = [cause for cause in causes if cause.decision == "cause" and cause.advice]
     if not left:
         reason = f"suspects measured: {len(causes)}; none certainly costs {RELEVANT} nats"

@@ -100,8 +100,6 @@ def tuned(name: str, profile: Profile, rows: Sequence[Row]) -> Experiment:
     """
     losses = swept(rows, profile).get(REGISTRY[name].title, {})
     if not {*FIRST_RATES} <= {*losses}:
-        raise MusotaError(
-            f"No whole learning-rate sweep of {name} is recorded at profile {profile.name}: run "
-            f"`musota evidence --profile {profile.name} --only sweep` first."
-        )
+        lacks = f"No whole learning-rate sweep of {name} is recorded at profile {profile.name}"
+        raise MusotaError(f"{lacks}: run `musota evidence --profile {profile.name} --only sweep`.")
     return scaled(name, profile, learning_rate=lowest(losses))

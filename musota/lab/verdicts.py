@@ -104,17 +104,21 @@ def compare_with_matched(a: Run | Sequence[Run], transformer: Run | Sequence[Run
 
 
 def against_ngrams(run: Run, ppls: Mapping[str, float]) -> Verdict:
-    """Whether a run is better than the bigram baseline. `ppls`: perplexities of the n-gram
-    baselines, measured on the same tokens, by name."""
-    ppl = _ppl([run])
+    """Whether a run is better than the bigram baseline; a tie within two standard deviations of
+    what seeds alone cause. `ppls`: perplexities of the n-gram baselines, measured on the same
+    tokens, by name."""
+    ppl, step = _ppl([run]), "measure the learning rate, then train longer"
+    ahead = math.log(ppls["bigram"]) - run.valid_loss  # nats
+    side = Interval(ahead, ahead - 2 * SEED_SPREAD, ahead + 2 * SEED_SPREAD).beyond(0)
     return decide(
-        f"Is “{run.title}” better than counting pairs of tokens?",
+        f"Is “{run.title}” better than the bigram baseline?",
         " · ".join(f"{name} {baseline:,.0f}" for name, baseline in ppls.items()),
-        (ppl < ppls["bigram"], "yes", ""),
-        (True, "no", "", "measure the learning rate, then train longer"),
+        (side > 0, "yes", ""),
+        (side < 0, "no", "", step),
+        (True, "tie", "within the spread of seeds", step),
         value=ppl,
         unit=PPL,
-        good=ppl < ppls["bigram"],
+        good={1: True, -1: False}.get(side),
     )
 
 
@@ -124,10 +128,10 @@ def least_to_beat(ppls: Mapping[str, float], reported: float | None = None) -> V
     bigram = ppls["bigram"]
     reason = " · ".join(f"{name} {baseline:,.0f}" for name, baseline in ppls.items())
     if reported is None:
-        question, decision = "Perplexity that a model must beat", "that of counting pairs of tokens"
+        question, decision = "Perplexity that a model must beat", "that of the bigram baseline"
         return Verdict(question, decision, bigram, unit=PPL, reason=reason)
     return decide(
-        "Is the reported result better than counting pairs of tokens?",
+        "Is the reported result better than the bigram baseline?",
         reason,
         (reported < bigram, "yes", ""),
         (True, "no", f"{reported:,.0f} was reported", "measure what the same settings reach here"),
@@ -209,7 +213,8 @@ def _difference(a: list[Run], b: list[Run], loss: str) -> tuple[Interval, str, s
     mean = float(np.mean([*of_a.values()]) - np.mean([*of_b.values()]))
     half = 2 * SEED_SPREAD * math.sqrt(1 / len(of_a) + 1 / len(of_b))
     interval = Interval(mean, mean - half, mean + half)
-    return interval, f"{about}; the interval is from the usual spread of seeds", next_step
+    about += "; the interval is from the spread of seeds at profile study"
+    return interval, about, next_step
 
 
 def _ppl(side: list[Run]) -> float:

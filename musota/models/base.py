@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from numbers import Integral, Real
 from operator import itemgetter
 from typing import ClassVar
 
@@ -178,12 +177,10 @@ class CausalLM(nn.Module, Diagnostics, HubModel):
         token. `top_k` keeps the k likeliest, `top_p` the fewest whose probability reaches p. The
         draw depends on `seed` alone. Raises MusotaError for an empty prompt, a token out of range
         or a setting outside its bounds."""
-        fits = isinstance(max_new_tokens, Integral) and max_new_tokens >= 0
-        fits = fits and (top_k is None or (isinstance(top_k, Integral) and top_k >= 1))
-        fits = fits and (top_p is None or (isinstance(top_p, Real) and 0 < top_p <= 1))
-        if not fits or not (isinstance(temperature, Real) and 0 <= temperature < math.inf):
-            bounds = "max_new_tokens and temperature at least 0, top_k at least 1, top_p in (0, 1]"
-            raise MusotaError(f"generate needs numbers: {bounds}.")
+        check_value("max_new_tokens", max_new_tokens, int, 0)
+        check_value("temperature", temperature, float, 0)
+        check_value("top_k", 1 if top_k is None else top_k, int, 1)
+        check_value("top_p", 1 if top_p is None else top_p, float, 1e-9, 1)
         ids = torch.atleast_2d(self.as_ids(input_ids))
         if ids.dim() != 2 or not ids.numel():
             raise MusotaError("generate needs token ids of shape (B, T) with at least one token.")

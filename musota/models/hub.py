@@ -61,6 +61,9 @@ def build_model(config: ModelConfig) -> "CausalLM":
     if isinstance(config, ModuleConfig):
         advice = "build the module and fill it with Run.load_weights(module)"
         raise MusotaError(f"{config.source} is your own code: {advice}.")
+    if not hasattr(config, "built_by"):
+        wanted = "the configuration of a model, such as experiment.model"
+        raise MusotaError(f"build_model needs {wanted}, not {config!r:.60}.")
     return pkgutil.resolve_name(config.built_by)(config)
 
 
@@ -77,6 +80,8 @@ def save_model(
     write_json(folder / "config.json", describe(config))
     if tokenizer:
         write_whole(folder / "tokenizer.json", tokenizer.save)
+    else:
+        (folder / "tokenizer.json").unlink(missing_ok=True)  # of an earlier model
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -90,7 +95,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") -> "CausalLM":
-    """The model that `save_model` wrote, with its tokenizer. Raises MusotaError if a file is
+    """The model that `save_pretrained` wrote, with its tokenizer. Raises MusotaError if a file is
     missing or damaged, or, before a model is built, if the config has other sizes."""
     folder = as_path(folder)
     with blaming(f"The saved model in {folder}, when read,"):
@@ -108,8 +113,7 @@ def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") ->
         if (folder / "tokenizer.json").exists():
             model.tokenizer = TextTokenizer.load(folder / "tokenizer.json")
         if (folder / MEASURED).exists():
-            known = json.loads((folder / MEASURED).read_text(encoding="utf-8"))
-            model.measured = dict(nan_for_null(known))
+            model.measured = dict(nan_for_null(json.loads((folder / MEASURED).read_text("utf-8"))))
         return model.to(device).eval()
 
 

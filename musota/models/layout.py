@@ -89,10 +89,8 @@ class BlockLayout:
         if (matrix_size, n_block) == (6, 8):  # 36 channels do not split into 8 equal blocks
             return cls.of_bands(2, [[2, 2, 2], [2, 2, 2], [3, 3]])
         if matrix_size**2 % n_block:
-            raise MusotaError(
-                f"{n_block} equal blocks do not tile a {matrix_size}×{matrix_size} matrix: use "
-                "8×8 with 16 or 8 blocks, or 6×6 with 8."
-            )
+            tile = f"{n_block} equal blocks do not tile a {matrix_size}×{matrix_size} matrix"
+            raise MusotaError(f"{tile}: use 8×8 with 16 or 8 blocks, or 6×6 with 8.")
         return cls.of_equal_blocks(n_block, matrix_size**2 // n_block)
 
     @cached_property

@@ -71,12 +71,15 @@ def copy_module(module: nn.Module) -> nn.Module:
     history = {id(v): v.detach().clone() for v in tensors if not v.is_leaf}
     with torch.no_grad():  # else parameters of scripted modules get a history
         copied = copy.deepcopy(plain, history)
-    for part in copied.modules():  # deepcopy leaves functions, and the modules in their closures
-        for name, f in vars(part).items():
+    # deepcopy leaves functions, and the modules in their closures.
+    homes = [h for p in copied.modules() for h in (vars(p), *vars(p).values())]
+    for home in (home for home in homes if isinstance(home, (dict, list))):
+        for name, f in [*(home.items() if isinstance(home, dict) else enumerate(home))]:
             if isinstance(f, FunctionType) and f.__closure__:
                 held = (history.get(id(c.cell_contents), c.cell_contents) for c in f.__closure__)
-                how = f.__code__, f.__globals__, name, f.__defaults__, (*map(CellType, held),)
-                vars(part)[name] = FunctionType(*how)
+                how = f.__globals__, f.__name__, f.__defaults__, (*map(CellType, held),)
+                home[name] = FunctionType(f.__code__, *how)
+                home[name].__kwdefaults__ = f.__kwdefaults__
     for weight, original in zip(copied.parameters(), plain.parameters(), strict=True):
         weight.requires_grad = original.requires_grad
     return copied
@@ -94,7 +97,8 @@ def materialized_copy(module: nn.Module, max_seq_len: int) -> nn.Module:
 def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> ModuleConfig:
     """The description of a module, measured on a copy with one sequence of `max_seq_len` tokens.
     Raises MusotaError for a module without parameters, or whose output does not fit."""
-    vocab_size, max_seq_len = int(vocab_size), int(max_seq_len)
+    vocab_size = check_value("vocab_size", vocab_size, int)
+    max_seq_len = check_value("max_seq_len", max_seq_len, int)
     measured = materialized_copy(module, max_seq_len).eval()
     name = type(measured).__name__
     parameters = dict(measured.named_parameters())
@@ -151,16 +155,18 @@ def _defining_file(kind: type) -> Path | None:
 
 
 def _depth_and_dropout(module: nn.Module) -> tuple[int, float]:
-    """The length of the longest list of equal layers, and the largest dropout."""
-    depths, dropouts = [1], [0.0]
-    for part in module.modules():
+    """The length of the longest list of equal layers that is in no other such list, as that of
+    experts is, and the largest dropout."""
+    depths, dropouts, lists = [1], [0.0], []
+    for name, part in module.named_modules():
         if isinstance(part, nn.RNNBase):
             depths.append(part.num_layers)
             dropouts.append(float(part.dropout))
         elif isinstance(part, nn.Dropout):
             dropouts.append(float(part.p))
         elif isinstance(part, (nn.ModuleList, nn.Sequential)) and len({*map(type, part)}) == 1:
-            depths.append(len(part))
+            depths += [len(part)] * (not name.startswith((*lists,)))
+            lists.append(f"{name}." if name else "")
     return max(depths), max(dropouts)
 
 

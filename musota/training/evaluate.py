@@ -23,10 +23,10 @@ def evaluate(
     bytes: int | None = None,
     stride: int | None = None,
 ) -> dict[str, float]:
-    """`loss` (nats/token), `ppl` and `accuracy` over every token but the first (see `score`) of
-    token ids or a text. Given the counts of the same text also `word_ppl` = exp(total nats /
-    words), line ends counted as words, and `bits_per_byte` = total bits / UTF-8 bytes. Both can be
-    compared between tokenizers."""
+    """`loss` (nats/token), `ppl` and `accuracy` over every token but the first of token ids or a
+    text, in windows without overlap, or with a smaller `stride` in sliding ones. Given the counts
+    of the same text also `word_ppl` = exp(total nats / words), line ends counted as words, and
+    `bits_per_byte` = total bits / UTF-8 bytes. Both can be compared between tokenizers."""
     return metrics_of(*score(model, model.as_ids(tokens), stride), words, bytes)
 
 

@@ -46,16 +46,18 @@ class Diverged(MusotaError):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is executed. These options are not part of the run's identity."""
+    """How a run is executed, which is not part of its identity. `stop_at`: the share of the steps
+    after which to stop. `watch`: called with the run after each record, in place of the progress
+    bar. `copy`: called every ten minutes and at the end. `about`: recorded in config.json."""
 
     device: str | torch.device | None = None  # cpu or cuda; default: the best one here
     precision: str | None = None  # no, bf16 or fp16; default: the fastest that is safe here
     micro_batch: int | None = None  # sequences computed at a time; halved where memory runs out
     compile: bool | None = None  # torch.compile for the layers; default: in long runs on a GPU
-    stop_at: float = 1.0  # share of the steps after which to stop
-    watch: Callable[[Run], None] | None = None  # called after each record; replaces the bar
-    copy: Callable[[], None] | None = None  # called every ten minutes and at the end
-    about: Mapping = field(default_factory=dict)  # recorded in config.json as it is
+    stop_at: float = 1.0
+    watch: Callable[[Run], None] | None = None
+    copy: Callable[[], None] | None = None
+    about: Mapping = field(default_factory=dict)
     log_with: str | GeneralTracker | Sequence = ()  # accelerate's trackers: "tensorboard", "wandb"
 
     def __post_init__(self):

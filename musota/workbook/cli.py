@@ -76,15 +76,27 @@ experiment_options = _together(
     click.option("--corpus", default="auto", callback=_corpus, help=CORPUS_HELP),
     click.option("--seed", default=0, callback=_seed),
     click.option("--fresh", is_flag=True, help="Train again what is already trained."),
-    click.option("--save-to", default="", show_default="results", help="Folder for results."),
+    click.option(
+        "--save-to", default="", show_default=False, help="Also copy the results to this folder."
+    ),
 )
 changes_option = click.option(
-    "--set", "changes", multiple=True, callback=_changes, help="FIELD=VALUE, after the profile."
+    "--set",
+    "changes",
+    multiple=True,
+    callback=_changes,
+    help="FIELD=VALUE, not scaled by --profile.",
 )
 place_options = _together(  # where recorded runs are looked for
-    click.option("--profile", default="quick", help="The folder of results."),
+    click.option("--profile", default="quick", help="The profile of the runs."),
     click.option(
-        "--save-to", "results", default=results_root, show_default="results", type=as_path
+        "--save-to",
+        "results",
+        default=results_root,
+        show_default="results",
+        type=as_path,
+        metavar="FOLDER",
+        help="The folder that holds the results.",
     ),
 )
 
@@ -98,7 +110,7 @@ def cli():
 @experiment_options
 @changes_option
 @click.option("--only", help="Numbers of notebooks, for example 02,04.")
-@click.option("-p", "parameters", nargs=2, multiple=True, help="A parameter: NAME VALUE.")
+@click.option("-p", "parameters", nargs=2, multiple=True, help="A notebook parameter: NAME VALUE.")
 def run(only, parameters, **values):
     """Run the notebooks in order, then print their headlines.
 
@@ -130,8 +142,9 @@ def run(only, parameters, **values):
 def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options):
     """Train an EXPERIMENT, or a module FILE.py:NAME.
 
-    EXPERIMENT_twin and FILE.py:NAME_twin are their parameter-matched transformers; grid/NAME and
-    sweep/NAME are runs of `musota evidence --list`.
+    EXPERIMENT: original, optimized, baseline, simplified, redesigned. EXPERIMENT_twin and
+    FILE.py:NAME_twin are their parameter-matched transformers; grid/NAME and sweep/NAME are runs of
+    `musota evidence --list`.
     """
     if experiment.startswith(TABLES):
         if changes or save_to or any(value not in (None, ()) for value in options.values()):
@@ -167,8 +180,8 @@ def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options)
 def compare(runs, profile, results):
     """Compare recorded RUNs, each with the first one.
 
-    A RUN is a run's folder, or the name or title of a run in results/PROFILE (optimized,epochs=50,
-    with -seed0 for one seed), or of another folder there (study/optimized).
+    A RUN is a folder, or the name or title of recorded runs: optimized (all seeds), optimized-seed0
+    (one seed), optimized,epochs=50 (changed), study/optimized (another profile).
     """
     for name in runs:  # a wrong one is reported before torch is imported
         find_folders(name, results, profile)
@@ -199,8 +212,8 @@ def compare(runs, profile, results):
 def score(run, file, profile, results):
     """Score a text FILE with a recorded RUN (as in `compare`).
 
-    Prints perplexity, bits per byte and the most surprising tokens; every token stands in a table
-    in the run's folder. The first token is scored too, as if it followed a line end."""
+    Prints perplexity, bits per byte and the least likely tokens, and writes a table of all tokens
+    to the run's folder. The first token is scored too, as if it followed a line end."""
     find_folders(run, results, profile)
     from musota.data.sources import read_text
     from musota.workbook.results import find_runs
@@ -311,8 +324,7 @@ def bench(device, repeats):
 def report(folders):
     """Write the pages and figures of results FOLDERS.
 
-    By default of all in results; then also results/redesign/path.png and the table of the
-    repository's own README.
+    Default: all folders in results, results/redesign/path.png and the table in README.md.
     """
     from musota.workbook.report import write_front_page, write_path_figure, write_report
 

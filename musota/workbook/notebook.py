@@ -75,14 +75,14 @@ class Session:
         show_errors_as_sentences()
         refuse_unknown_parameters()
         self.profile, self.is_grid = find_profile(profile, grid), grid
-        self.seed, self.corpus_name = check_value("seed", seed, int), str(corpus)
-        self.fresh = check_value("fresh", fresh, bool)
+        self.seed, self.fresh = check_value("seed", seed, int), check_value("fresh", fresh, bool)
         self.changes = check_changes(changes)
         self.log_with = check_trackers(log_with) if log_with else ()
         if grid and (varied := root_causes.varied_fields(root_causes.grid(self.profile.name)[0])):
             self.changes = {f: value for f, value in self.changes.items() if f not in varied}
         vocab_size = self.changes.get("vocab_size", self.profile.vocab_size or VOCAB_SIZE)
         self.whole_corpus = load_corpus(corpus, vocab_size)
+        self.corpus_name = self.whole_corpus.name if corpus == "auto" else str(corpus)
         limits = self.profile.train_tokens, self.profile.valid_tokens
         self.corpus = self.whole_corpus.limited(*limits)
         known = self.corpus.label == CORPUS
@@ -291,8 +291,7 @@ class Workbook(Session):
     def show_path(self) -> None:
         """The recorded path from MU-SOTA to the redesign, one change at a time."""
         if (path := naming.results_root() / "redesign" / "path.csv").exists():
-            about = "profile study, several seeds, recorded with the repository"
-            self.show(plots.path(pd.read_csv(path)), "path", about=about)
+            self.show(plots.path(pd.read_csv(path)), "path", about=plots.PATH_RUNS)
 
     def explore(self, runs: Sequence[Run], ngrams: Mapping[str, float], about=None) -> None:
         """Curves of runs, with controls; `about` as in `show`."""

@@ -30,9 +30,10 @@ STEPS = {  # kinds of rows in path.csv: colour, marker, what a row is compared w
     "added on the way": (style.BLUE, "o", "change on the way, against the row above"),
     "added": (style.GREEN, "D", "change added to a finished model"),
     "removed": (style.RED, "s", "change removed from the redesign"),
-    "matched transformer": ("#666666", "^", "parameter-matched transformer"),
-    "longer": ("#000080", "P", "trained longer"),
+    "matched transformer": ("#666666", "^", "parameter-matched transformer, against the redesign"),
+    "longer": ("#000080", "P", "trained longer, against MU-SOTA"),
 }
+PATH_RUNS = "profile study, four epochs (trained longer: six), three seeds; drawn from path.csv"
 METRICS = {  # of the explorer: records, column, label, place of an n-gram baseline, if any
     "valid perplexity": ("history", "ppl", "valid perplexity per token", float),
     "valid loss": ("history", "valid_loss", "valid loss (nats/token)", math.log),
@@ -70,6 +71,8 @@ def curves(runs: Sequence[Run], ngrams: Mapping[str, float], reported: bool = Fa
         seeds += " epochs" * (not group[0].ended)
         look = {"color": colour, "linestyle": line, "marker": marker}
         look |= {"markersize": size, "linewidth": size / 3.5}
+        if not getattr(group[0].experiment.model, "layout", None):  # a model without blocks
+            look["fillstyle"] = "none"
         for table in tables if len(group) > 1 else []:
             left.plot(table.index, shown(table[measured]), color=colour, linewidth=0.7, alpha=0.5)
             right.plot(100 * table.accuracy, color=colour, linewidth=0.7, alpha=0.5)
@@ -184,7 +187,7 @@ def difference(verdicts: Mapping[str, Verdict], title: str) -> Figure:
     figure, axis = new_figure(10, 1.9 + 0.5 * len(rows), grid="x")
     draw_intervals(axis, rows, notes)
     axis.margins(x=0.15)
-    axis.set_xlabel("difference in valid loss, nats per token (← the first is better · worse →)")
+    axis.set_xlabel("difference in valid loss, nats per token (← better · worse →)")
     axis.set_title(wrapped(title, 80))
     return figure
 
@@ -194,7 +197,7 @@ def root_causes(causes: Sequence[Cause]) -> Figure:
     figure, axis = new_figure(10.5, 1.9 + 0.36 * len(causes), grid="x")
     rows, notes = {}, []
     for cause in causes:
-        plan = "" if cause.confidence == MISSED else "plan: "
+        plan = "" if cause.confidence == MISSED else "plan's confidence: "
         rows[f"{cause.name}\n{plan}{cause.confidence} · {cause.changed}"] = cause.effect
         after = f"{cause.ppl_after:,.0f}" if cause.effect else "diverges"
         notes.append(f"{cause.ppl_before:,.0f} → {after}")
@@ -238,7 +241,7 @@ def rate_sweep(sweeps: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
     for rate in {rate for mean in means.values() for rate in mean.index[mean > ceiling]}:
         note(axis, "off the scale ↑", (rate, ceiling), (0, 6), ha="center")
     axis.set(xscale="log", xlabel="learning rate (log)", ylabel="valid loss (nats/token)")
-    axis.set_title("Valid loss by learning rate (ring: the best)")
+    axis.set_title("Valid loss by learning rate (dots: seeds, ring: the best mean)")
     axis.margins(y=0.2)
     axis.legend(fontsize=9)
     return figure
@@ -278,7 +281,7 @@ def path(table: pd.DataFrame) -> Figure:
     difference = "difference to the row it is compared with, nats per token (← better · worse →)"
     axis.set(xlabel=difference, title="From MU-SOTA to the redesign")
     handles = [_marker(text, colour, marker) for colour, marker, text in STEPS.values()]
-    figure.legend(handles=handles, fontsize=8, ncols=3, loc="outside lower right")
+    figure.legend(handles=handles, fontsize=8, ncols=3, loc="outside upper center")
     return figure
 
 

@@ -15,6 +15,7 @@ from musota.files import as_path, write_text
 from musota.lab.ablate import weak_spots
 from musota.lab.plan_rules import REPORTED
 from musota.lab.root_causes import valid_losses
+from musota.lab.stats import RELEVANT
 from musota.lab.verdicts import Verdict, representative
 from musota.workbook import drawings, plots, tables
 from musota.workbook.results import QUESTIONS, Results, label, progress
@@ -64,7 +65,8 @@ def _page(results: Results) -> dict:
     """What the templates of a page are rendered with; saves the figures on the way."""
     verdicts, figures = results.verdicts(), _figures(results)
     for name, figure in figures.items():
-        save_figure(figure, results.folder / f"{name}.png", results.footer)
+        about = "counted from the built models" if name == "parameters" else results.footer
+        save_figure(figure, results.folder / f"{name}.png", about)
     sections = [section for section in _sections(results, verdicts, [*figures]) if section]
     if not results.measured:
         return {"table": None, "sections": sections}
@@ -116,7 +118,15 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
     last = {t: r.samples.drop_duplicates("prompt", keep="last") for r, t in shown.items()}
     written = {title: samples[["prompt", "text"]] for title, samples in last.items()}
     healths = {title: tables.health_table(run) for run, title in shown.items()}
+    commands = [run.config["command"] for run in shown if run.config.get("command")]
+    if results.grid_rows and results.runs:
+        run = results.runs[0]
+        where = f"--profile {run.profile} --corpus {run.config['corpus']['name']}"
+        commands.append(f"musota evidence {where}  # every seed, the sweep and the grid")
     grid_note = _grid_note(results) if results.grid_rows else ""
+    tried = [len(seeds) for losses in results.sweeps.values() for seeds in losses.values()]
+    rate_note = f"Seeds of each rate: {min(tried)}." if tried else ""
+    parts_note = f"Hardly used: disabled alone, it costs under {RELEVANT} nats." if parts else ""
     plan_note = f"Applied to: {results.titles[results.judged[0].key]}." if results.judged else ""
 
     def drawn(*starts: str) -> list[str]:
@@ -125,15 +135,16 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
     return [
         Section(QUESTIONS["architecture"], "", drawn("architecture"), judged["architecture"]),
         Section(QUESTIONS["causes"], grid_note, drawn("root"), judged["causes"]),
-        Section(QUESTIONS["rate"], "", drawn("rate"), judged["rate"]),
-        Section(QUESTIONS["parts"], "", drawn("parameters", "ablations"), parts),
+        Section(QUESTIONS["rate"], rate_note, drawn("rate"), judged["rate"]),
+        Section(QUESTIONS["parts"], parts_note, drawn("parameters", "ablations"), parts),
         Section("Was training healthy?", tables=healths),
         Section("What do the models write?", tables=written),
         Section(QUESTIONS["plan"], plan_note, tables=judged["plan"]),
         Section(
             "How can this be repeated?",
+            "Speeds are of different machines, threads and precisions.",
             tables={"Every run": tables.runs_table(results.runs)},
-            commands=[run.config["command"] for run in shown if run.config.get("command")],
+            commands=commands,
         ),
     ]
 
@@ -144,10 +155,10 @@ def _grid_note(results: Results) -> str:
     seeds = next(iter(valid_losses(results.grid_rows).values()), ())
     model = row.experiment.model
     return (
-        f"One change at a time, in smaller runs than above: {model.n_layer} layers, sequences of "
-        f"{model.max_seq_len} tokens, {row.train_tokens:,} training tokens, epochs: "
-        f"{row.experiment.training.epochs}, seeds: {len(seeds)}. Intervals are 95 %, pooled over "
-        "all runs."
+        "Grid runs make one change at a time. They are smaller than the runs above: "
+        f"{model.n_layer} layers, sequences of {model.max_seq_len} tokens, {row.train_tokens:,} "
+        f"training tokens, epochs: {row.experiment.training.epochs}, seeds: {len(seeds)}. "
+        "Intervals are 95 %, pooled over all runs."
     )
 
 
@@ -192,5 +203,5 @@ def write_path_figure(folder: str | Path) -> Path:
     """Draws path.csv of a folder as path.png, the way from MU-SOTA to the redesign."""
     folder = as_path(folder)
     figure = plots.path(pd.read_csv(folder / "path.csv"))
-    save_figure(figure, folder / "path.png", "profile study; drawn from path.csv")
+    save_figure(figure, folder / "path.png", plots.PATH_RUNS)
     return folder / "path.png"
