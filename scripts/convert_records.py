@@ -131,7 +131,9 @@ def convert_all(source: Path, target: Path) -> None:
     for run in filter(buildable, runs):
         convert_folder(run, target, ablations)
     for name in probes.keys() & PROBES:
-        file = name.replace("root_causes/", "grid_").replace("ladder", "ngrams")
+        file = name.replace("root_causes/", "grid_")
+        if name.endswith("ladder"):
+            file = f"ngrams-{probes[name]['fingerprint']}"
         write_json(target / f"{file}.json", probes[name])
     path = target.parent / "redesign" / "path_runs.csv"
     runs = [run for run in runs if not buildable(run)] + read_runs(source, "path")[0]

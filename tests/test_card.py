@@ -14,6 +14,7 @@ from musota.models import base
 from musota.models.base import score
 from musota.models.diagnostics import evaluating
 from musota.training import device as machine
+from musota.training import trainer
 from musota.training.trainer import RunOptions, choose
 
 MODELS = {name: experiment.model for name, experiment in musota.experiments.items()}
@@ -68,14 +69,16 @@ def test_an_index_left_on_the_cpu_is_seen(card, monkeypatch):
         _evaluate(model, card)
 
 
-def test_defaults_on_a_card(card):
+def test_defaults_on_a_card(card, monkeypatch):
     device, half = card
     assert machine.PRECISIONS[machine.default_precision(device)] == half
     assert machine.autocast_on(device)._enabled
     for steps in (99, 9999):
         batches = SimpleNamespace(sequences=32, length=192, total_steps=steps)
-        chosen = choose(RunOptions(), batches, device, None)
-        assert chosen == {"micro_batch": 32, "compile": steps == 9999}
+        for triton in (None, "found"):  # what torch.compile needs on a GPU
+            monkeypatch.setattr(trainer, "find_spec", lambda name, spec=triton: spec)
+            chosen = choose(RunOptions(), batches, device, None)
+            assert chosen == {"micro_batch": 32, "compile": steps == 9999 and triton is not None}
     assert machine.find_device() == torch.device("cuda")
     assert find_profile("auto").name == "full"
     assert find_profile("auto", grid=True).name == "study"  # not twenty hours

@@ -99,6 +99,27 @@ def test_a_stopped_run_ends_the_cell_and_goes_on(made):
     with interrupted_at(20), pytest.raises(Interrupted, match="run this again to continue"):
         made(dropout=0.2).train("optimized")
     assert made(dropout=0.2).train("optimized").finished
+    book = made(dropout=0.2)
+    book.fresh = True
+    with interrupted_at(20), pytest.raises(Interrupted, match="to continue, without --fresh"):
+        book.train("optimized")
+
+
+def test_one_experiment_of_two_names_is_one_run(made):
+    book = made(dropout=0.3)
+    part = book.train("baseline", stop_at=0.5)
+    run = book.train("optimized_twin")
+    assert run.path == part.path and run.finished and run.name == part.name
+    book.fresh = True
+    assert book.train("optimized_twin").path == part.path
+
+
+def test_ablations_are_measured_on_the_text_of_the_run_alone(made, results, tmp_path):
+    (run,) = made().trained("optimized")
+    (tmp_path / "other.txt").write_text("Another text of a few words. " * 2000)
+    other = Workbook("tiny", str(tmp_path / "other.txt"))
+    assert other.ablations(run) == {} and not (run.path / "ablations.json").exists()
+    assert made().ablations(run)["gate"].mean and (run.path / "ablations.json").exists()
 
 
 @pytest.fixture

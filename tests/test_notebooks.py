@@ -14,6 +14,7 @@ import musota
 from musota.errors import MusotaError
 from musota.workbook import run_notebooks
 from musota.workbook.notebook import PARAMETERS, refuse_unknown_parameters
+from musota.workbook.results import Results
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RUNS = ("optimized", "baseline", "simplified", "simplified_twin", "redesigned", "modern_twin")
@@ -125,7 +126,7 @@ def headless(text_folder, tmp_path_factory):
 def test_every_run_learns_and_is_reported(headless):
     folder, output = headless
     report = (folder / "README.md").read_text()
-    ngrams = json.loads((folder / "ngrams.json").read_text())["ppl"]
+    ngrams = Results(folder).ngrams
     runs = {run.name: run for run in musota.load_runs(folder)}
     for name in RUNS:
         run = runs[name]

@@ -55,6 +55,7 @@ def test_figures_are_not_empty_and_say_what_they_are_about(runs):
         "causality": drawings.causality(np.triu(noise.random((8, 8)))),
         "n-grams": drawings.ngrams(NGRAMS, at_plan_size=False),
         "difference": plots.difference(VERDICTS, "Against the first"),
+        "no difference": plots.difference({"a": Verdict("Better?", "unfinished")}, "None yet"),
         "root causes": plots.root_causes(CAUSES),
         "sweep": plots.rate_sweep({"MU-SOTA": SWEEP, "transformer": {1e-3: [6.1], 1e-2: [5.8]}}),
         "ablations": plots.ablations(runs[0], ABLATED),

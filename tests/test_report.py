@@ -10,7 +10,7 @@ import musota
 from musota.errors import MusotaError
 from musota.files import write_json
 from musota.workbook import report
-from musota.workbook.results import Results
+from musota.workbook.results import Results, ngrams_path
 
 MODEL = EXPERIMENT.with_(n_layer=2)
 COMMAND = "musota train optimized --profile tiny"
@@ -23,8 +23,8 @@ def tiny(short, tmp_path_factory):
     about = musota.RunOptions(about={"title": "Mine | <b> $x$", "command": COMMAND})
     musota.train(MODEL, short, folder / "mine-seed0", name="mine", options=about)
     musota.train(musota.twin(MODEL), short, folder / "its-seed0", name="its")
-    ngrams = {"fingerprint": short.fingerprint, "ppl": {"bigram": 150.25, "trigram": 120.5}}
-    write_json(folder / "ngrams.json", ngrams)
+    ngrams = {"ppl": {"bigram": 150.25, "trigram": 120.5}}
+    write_json(ngrams_path(folder, short.fingerprint), ngrams)
     return folder
 
 

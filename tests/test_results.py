@@ -10,7 +10,7 @@ from conftest import EXPERIMENT, ROOT, flip_bit
 import musota
 from musota.errors import MusotaError
 from musota.workbook import report, tables
-from musota.workbook.results import Results, by_title, find_results, find_runs
+from musota.workbook.results import Results, by_title, find_results, find_runs, ngrams_path
 
 FROZEN = json.loads((ROOT / "tests" / "data" / "frozen_results.json").read_text("utf-8"))
 TWIN = musota.twin(EXPERIMENT)
@@ -64,8 +64,10 @@ def test_damage_and_models_without_a_run_are_left_out(folder, capsys):
     flip_bit(folder / "b" / "config.json", 20)
     assert len(Results(folder).runs) == 3
     assert "b is left out" in capsys.readouterr().out
-    (folder / "ngrams.json").write_text("{")
-    with pytest.raises(MusotaError, match="ngrams.json is damaged"):
+    assert Results(folder).ngrams == {}
+    path = ngrams_path(folder, Results(folder).fingerprint)
+    path.write_text("{")
+    with pytest.raises(MusotaError, match=f"{path.name} is damaged"):
         _ = Results(folder).ngrams
 
 
@@ -101,12 +103,14 @@ def test_a_seed_that_diverged_leaves_its_model_without_numbers(folder, monkeypat
     assert row["epochs"] == "diverged at step 7" and row["valid PPL"] == row["accuracy"] == "–"
 
 
-def test_results_fall_back_on_another_folder_and_say_so(trained, tmp_path):
+def test_results_fall_back_on_another_folder_and_say_so(trained, tmp_path, monkeypatch):
     here, there = tmp_path / "here", trained / "tiny"
     found = find_results(["optimized"], [here, there])
     assert found.group("optimized") and str(there) in found.note and str(here) in found.note
     assert find_results(["optimized"], [there, here]).note == f"Runs of {there}."
     assert "run the notebook" in find_results(["nothing"], [here, there]).note
+    monkeypatch.setattr(musota.Run, "finished", False)  # of an unfinished run there is no verdict
+    assert "run the notebook" in find_results(["optimized"], [here, there]).note
 
 
 def test_a_text_without_words_shows_bits_per_byte(folder, monkeypatch):

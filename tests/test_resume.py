@@ -91,6 +91,22 @@ def test_where_no_checkpoint_can_be_read_nothing_is_deleted(half_way, short):
     assert kept.value and musota.train(EXPERIMENT, short, folder, resume=False).finished
 
 
+def test_a_run_recorded_without_weights_is_trained_from_the_start(
+    half_way, finished, short, capsys
+):
+    folder, *checkpoints = half_way
+    for path in checkpoints:
+        path.unlink()
+    with pytest.raises(MusotaError, match="no checkpoint that can be read"):
+        musota.train(EXPERIMENT, short, folder)  # its best weights would be lost
+    shutil.rmtree(folder / "checkpoints")
+    options = RunOptions(micro_batch=1, stop_at=0.7)
+    run = musota.train(EXPERIMENT, short, folder, options=options)
+    assert "recorded without checkpoints: it is trained from the start" in capsys.readouterr().out
+    assert run.config["micro_batch"] == 1 and len(run.history) == 1
+    assert musota.train(EXPERIMENT, short, folder).finished
+
+
 def test_damaged_checkpoints_do_not_push_good_ones_out(half_way, finished, short, always_due):
     folder, newest, _ = half_way
     for number in ("000000900", "000000901"):  # of later steps than any that is to come

@@ -175,6 +175,8 @@ def test_in_scenario_b_the_baseline_decides_what_comes_next():
     unfinished = make_run(losses=[6.0] * 3, title="b", experiment=experiments["baseline"])
     assert "train the" in plan("scenarios", make_run(5.7), unfinished).next_step
     assert "not compared" in plan("option 3", make_run(5.7), unfinished).reason
+    going, baseline = make_run(losses=[6.0] * 3), make_run(5.7, experiment=experiments["baseline"])
+    assert plan("option 3", going, baseline).decision == "undecided"
 
 
 def test_the_plans_thresholds_apply_to_its_own_setting_only():

@@ -116,8 +116,9 @@ def audit(module: nn.Module, vocab_size: int, max_seq_len: int, loss: Loss | Non
     `loss(module, ids)` is the author's own training loss of (B, T) ids, a scalar in nats. Only
     copies of the module are called; random states stay. Raises MusotaError if a call fails.
     """
-    _check(module, vocab_size, max_seq_len)
-    vocab_size, max_seq_len = int(vocab_size), int(max_seq_len)
+    _check(module)
+    vocab_size = check_value("vocab_size", vocab_size, int, 2)
+    max_seq_len = check_value("max_seq_len", max_seq_len, int)
     prepare_memory(device := next(module.parameters(), torch.empty(0)).device)
     with torch.random.fork_rng(), ExitStack() as after:
         after.callback(random.setstate, random.getstate())
@@ -132,7 +133,7 @@ def audit(module: nn.Module, vocab_size: int, max_seq_len: int, loss: Loss | Non
         (mode, weights), positions = shown.settings, range(min(SHOWN, max_seq_len))
         first = _first(module, ids, SHOWN, vocab_size)
         change = _changes(nets[weights], MODES[mode], first, vocab_size, positions)[:, :SHOWN]
-        change = change * (change > shown.tolerance)
+        change *= change > shown.tolerance
         shown.ahead.extend(_ahead(change, positions))
         shown.showed.update(["looks ahead"] if shown.ahead else ())
         few = _first(module, ids, STEP_TOKENS, vocab_size)[:1].expand(STEP_ROWS, -1)
@@ -158,11 +159,9 @@ def causality_matrix(model: CausalLM, tokens: Tensor, positions: int = 32) -> Te
     return _changes(model, False, ids, model.config.vocab_size, range(ids.shape[1]))
 
 
-def _check(module, vocab_size, max_seq_len) -> None:
+def _check(module) -> None:
     if not isinstance(module, nn.Module):
         raise MusotaError(f"audit needs a torch.nn.Module, not {type(module).__name__}.")
-    check_value("vocab_size", vocab_size, int, 2)
-    check_value("max_seq_len", max_seq_len, int)
     places = sorted({str(tensor.device) for tensor in (*module.parameters(), *module.buffers())})
     if len(places) > 1 or "meta" in places:
         raise MusotaError(f"The model is on {' and '.join(places)}: move it to one device first.")
@@ -178,8 +177,7 @@ def _complete(module: nn.Module, ids: Tensor, vocab_size: int) -> nn.Module:
 
 
 def _copy(module: nn.Module, training: bool) -> nn.Module:
-    """A copy, without the dropout of recurrent layers, which cuDNN draws where no seed applies, and
-    of dropout layers: what an expert draws depends on how many tokens it gets."""
+    """A copy without dropout: cuDNN draws it unseeded, and an expert as often as it gets tokens."""
     with blaming("The model, when copied,"):
         copied = copy_module(module).train(training)
     for part in copied.modules():
@@ -224,16 +222,14 @@ def _fresh_logits(module: nn.Module, training: bool, *batches: Tensor) -> Tensor
     return [_logits(called, batch.clone()) for batch in batches][-1]
 
 
-def _changes(
-    module: nn.Module, training: bool, ids: Tensor, vocab_size: int, positions, length: int = 1
-) -> Tensor:
-    """(positions, T): largest change of a logit at each place after replacing, in every row,
-    `length` tokens from each position on. Every call is the first one of a fresh copy."""
+def _changes(module, training: bool, ids: Tensor, vocab_size: int, positions, n=1) -> Tensor:
+    """(positions, T): largest change of a logit at each place after replacing, in every row, the
+    `n` tokens from each position on. Every call is the first one of a fresh copy."""
     base, changes = _fresh_logits(module, training, ids), [torch.zeros(0, ids.shape[1])]
     others = (ids + (vocab_size // 2 | 1)) % vocab_size  # nearly all of the other half
     for t in positions:
         other = ids.clone()
-        other[:, t : t + length] = others[:, t : t + length]
+        other[:, t : t + n] = others[:, t : t + n]
         moved = _fresh_logits(module, training, other).sub_(base).abs_()
         changes.append(moved.amax((0, 2))[None].cpu())
     return torch.cat(changes)
@@ -332,8 +328,7 @@ def _found(question: str, decision: str, reason: str, **value) -> Verdict:
 
 
 def _judge(question: str, probes: Sequence[Probe], may_show: dict, otherwise: tuple) -> Verdict:
-    """The first decision of `may_show` that a probe shows, with its reason and the mode and weights
-    that all these probes share; else `otherwise`."""
+    """The first decision of `may_show` that a probe shows, in which settings; or `otherwise`."""
     for decision, reason in may_show.items():
         if showing := [probe.settings for probe in probes if decision in probe.showed]:
             shared = [names[0] for names in zip(*showing, strict=True) if len(set(names)) == 1]
@@ -353,8 +348,7 @@ def _looks_ahead(probes: Sequence[Probe]) -> Verdict:
 
 
 def _random_floor(losses: Sequence[float], symbols: int, about_loss: str) -> Verdict:
-    """Only a model that reads in advance has a mean loss below ln(symbols) on even draws, if the
-    loss is the cross-entropy, as `about_loss` says."""
+    """Only a model that reads in advance has a mean cross-entropy below ln(symbols) here."""
     question, floor = f"Does it predict random tokens better than ln {symbols}?", math.log(symbols)
     last = np.asarray(losses[-max(2, len(losses) // 4) :], float)
     if len(last) < 2 or not np.isfinite(last).all():

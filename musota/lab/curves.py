@@ -53,9 +53,7 @@ def plateau(run: Run, window: int = PLATEAU_EPOCHS, least_gain: float = PLATEAU_
     )
 
 
-def plateau_start(
-    run: Run, window: int = PLATEAU_EPOCHS, least_gain: float = PLATEAU_GAIN
-) -> int | None:
+def plateau_start(run: Run, window=PLATEAU_EPOCHS, least_gain=PLATEAU_GAIN) -> int | None:
     """The epoch after which all improvement together stays under `least_gain`; None for a run
     without a plateau (see `plateau`)."""
     if len(run.history) <= window:

@@ -171,6 +171,7 @@ def _option_three(runs: list[Run], baseline: list[Run]) -> Verdict:
     if plan_applies(runs[0]):
         about, fails = "the PPL threshold does not apply", False
     found = compare_with_matched(runs, baseline).decision if baseline else "not compared"
-    decision = "yes" if fails or found == "hurts" else "no" if baseline else "undecided"
+    known = baseline and found != "unfinished"
+    decision = "yes" if fails or found == "hurts" else "no" if known else "undecided"
     question = "Should the architecture be simplified (the plan's option 3)?"
     return Verdict(question, decision, reason=f"{about}; against the baseline: {found}")

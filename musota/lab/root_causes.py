@@ -42,19 +42,14 @@ class Cause(Suspect):
 
 # Changes that the plan makes, a grid run each: suspect, the plan's confidence, advice, fields.
 PLANNED = {
-    "epochs": ("too few epochs", "70 %", "train longer", ["epochs"]),
-    "learning_rate": (
-        "learning rate too high",
-        "60 %",
-        "lower the learning rate",
-        ["learning_rate"],
-    ),
-    "warmup": ("warm-up too short", "50 %", "warm up longer", ["warmup_steps"]),
+    "epochs": ("too few epochs", "70 %", "train longer", "epochs"),
+    "learning_rate": ("learning rate too high", "60 %", "lower the learning rate", "learning_rate"),
+    "warmup": ("warm-up too short", "50 %", "warm up longer", "warmup_steps"),
     "sequence": (
         "sequences too short",
         "40 %",
         "train on longer sequences",
-        ["max_seq_len", "batch_size", "accumulation_steps"],
+        "max_seq_len batch_size accumulation_steps",
     ),
 }
 # Changes that the plan is unsure of or did not think of: the same, with new values.
@@ -82,7 +77,7 @@ def grid(profile: str) -> tuple[dict[str, GridRun], list[Suspect], range]:
     runs, suspects = {"original": GridRun(original)}, []
     for key, (name, confidence, advice, changes) in (PLANNED | OTHERS).items():
         if key in PLANNED:
-            changes = {field: planned[field] for field in changes}
+            changes = {field: planned[field] for field in changes.split()}
         runs[key] = GridRun(original.with_(**changes))
         suspects.append(Suspect(name, confidence, "original", key, advice))
     if profile == "tiny":

@@ -101,5 +101,7 @@ def tuned(name: str, profile: Profile, rows: Sequence[Row]) -> Experiment:
     losses = swept(rows, profile).get(REGISTRY[name].title, {})
     if not {*FIRST_RATES} <= {*losses}:
         lacks = f"No whole learning-rate sweep of {name} is recorded at profile {profile.name}"
-        raise MusotaError(f"{lacks}: run `musota evidence --profile {profile.name} --only sweep`.")
+        raise MusotaError(
+            f"{lacks}: run `musota evidence --profile {profile.name} --only sweep` on this corpus."
+        )
     return scaled(name, profile, learning_rate=lowest(losses))

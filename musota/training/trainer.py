@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import torch
 from accelerate.tracking import GeneralTracker
@@ -163,7 +164,8 @@ def _prepare_module(module, corpus, max_seq_len) -> tuple[nn.Module, ModuleConfi
 
 def choose(options: RunOptions, batches: Batches, device: torch.device, saved) -> dict:
     """`micro_batch` and `compile`: as given, else as saved on such a device, else the default."""
-    chosen = {"micro_batch": batches.sequences, "compile": batches.total_steps >= COMPILE_STEPS}
+    compiles = batches.total_steps >= COMPILE_STEPS and find_spec("triton") is not None
+    chosen = {"micro_batch": batches.sequences, "compile": compiles}
     if device.type == "cpu":
         few = max(1, CPU_TOKENS // batches.length)
         chosen = {"micro_batch": min(few, batches.sequences), "compile": False}
@@ -192,6 +194,8 @@ class Trainer:
         total, processes = batches.total_steps, state.accelerator.num_processes
         stop = math.ceil(self.options.stop_at * total)
         folder.discard_later()
+        if (warmup := self.experiment.training.warmup_steps) > total:
+            state.accelerator.print(f"Warm-up takes {warmup:,} steps, the run only {total:,}.")
         if state.step:
             done = f"continues after step {state.step} of {total}"
             state.accelerator.print(f"{folder.path.name}: {done}.")

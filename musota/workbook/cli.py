@@ -196,13 +196,13 @@ def compare(runs, profile, results):
         raise MusotaError("compare needs two models or more that differ in more than the seed.")
     click.echo(f"{tables.differences_table(chosen).to_string()}\n")
     click.echo(f"{tables.runs_table(chosen).T.to_string(header=False)}\n")
-    for other in others:
-        click.echo(f"- {compared(other, first)}")
     there = Results(first[0].path.parent, first[0].fingerprint)
     (results / "compared").mkdir(parents=True, exist_ok=True)
     path = results / "compared" / "curves.png"
     save_figure(plots.curves(chosen, there.ngrams), path, there.footer)
     click.echo(f"Curves: {path}")
+    for other in others:
+        click.echo(f"- {compared(other, first)}")
 
 
 @cli.command(epilog="Example: musota score optimized my_text.txt")

@@ -48,12 +48,13 @@ class Interrupted(MusotaError):
 
 
 @contextmanager
-def stopping(what: str):
+def stopping(what: str, fresh: bool):
     """A context in which an interrupt, or a second one, becomes the error Interrupted."""
+    how = ", without --fresh (in a notebook fresh = False)" if fresh else ""
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(f"{what} was stopped: run this again to continue.") from None
+        raise Interrupted(f"{what} was stopped: run this again to continue{how}.") from None
 
 
 class Session:
@@ -79,6 +80,8 @@ class Session:
         self.changes = check_changes(changes)
         self.log_with = check_trackers(log_with) if log_with else ()
         if grid and (varied := root_causes.varied_fields(root_causes.grid(self.profile.name)[0])):
+            if ignored := self.changes.keys() & varied:
+                print(f"The grid varies {', '.join(sorted(ignored))} itself: not changed here.")
             self.changes = {f: value for f, value in self.changes.items() if f not in varied}
         vocab_size = self.changes.get("vocab_size", self.profile.vocab_size or VOCAB_SIZE)
         self.whole_corpus = load_corpus(corpus, vocab_size)
@@ -123,9 +126,7 @@ class Workbook(Session):
     def examples(self) -> Path:
         """The repository's folder of example models. Raises MusotaError outside a repository."""
         if not (repository := naming.checkout()):
-            raise MusotaError(
-                "The example models are in the repository: clone it, or use your own."
-            )
+            raise MusotaError("The example models are in the repository: clone it or use your own.")
         return repository / "notebooks" / "examples"
 
     @property
@@ -179,17 +180,17 @@ class Workbook(Session):
     @cached_property
     def ngrams(self) -> dict[str, float]:
         """Perplexities of the n-gram baselines, measured once."""
-        path = self.folder / ("grid_ngrams.json" if self.is_grid else "ngrams.json")
-        text = {"fingerprint": self.corpus.fingerprint}
-        if not results.read_ngrams(path, **text):
-            write_json(path, {**text, "ppl": measure_ngrams(self.corpus)})
+        path = results.ngrams_path(self.folder, self.corpus.fingerprint)
+        if not path.exists():
+            write_json(path, {"ppl": measure_ngrams(self.corpus)})
             self.save(path)
-        return results.read_ngrams(path, **text)
+        return results.read_ngrams(path)
 
     def ablations(self, run: Run) -> dict[str, Interval]:
         """The loss from disabling each part of a run's model, measured once; empty for a run that
         is recorded without its checkpoint."""
-        if run.has_model and not results.read_ablations(run):
+        here = run.fingerprint == self.corpus.fingerprint
+        if here and run.has_model and not results.read_ablations(run):
             about = {"fingerprint": run.fingerprint, "weights": run.summary["weights_sha256"]}
             measured = measure_ablations(run, self.corpus)
             write_json(path := run.path / "ablations.json", {**about, **measured})
@@ -209,8 +210,11 @@ class Workbook(Session):
         name = name or naming.run_name(model, changed)
         folder = self.folder / f"{naming.safe_name(name)}-seed{self.seed}"
         panel = RunPanel(self.footer, self.ngrams if in_notebook() else {}, self.at_plan_size)
-        for done in () if self.fresh or folder.exists() else self.results.runs:
-            if done.finished and (done.experiment, done.seed) == (experiment, self.seed):
+        for done in () if folder.exists() else self.results.runs:
+            if (done.experiment, done.seed) != (experiment, self.seed):
+                continue
+            folder = done.path  # also an unfinished one, whatever its name
+            if done.finished and not self.fresh:
                 print(f"{done.path.name}: already finished, loaded.")
                 panel.draw(done)
                 return done
@@ -232,7 +236,7 @@ class Workbook(Session):
         if naming.is_module(model) and not model.endswith("_twin"):
             experiment, like = module_at(model, self.profile, self.changes, self.seed)
             how |= {"training": like.training, "max_seq_len": like.model.max_seq_len}
-        with stopping(name):
+        with stopping(name, self.fresh):
             try:
                 run = train(experiment, self.corpus, folder, **how)
             finally:
@@ -270,7 +274,7 @@ class Workbook(Session):
 
         how = {"fresh": self.fresh, "each": each}
         how["changes"] = self.changes if part == "grid" else {}
-        with stopping(f"The {part}"):
+        with stopping(f"The {part}", self.fresh):
             runs, seeds = self.planned(part, self.fresh)
             while left := {name: runs[name] for name in runs if name not in trained}:
                 where = self.profile, self.corpus, table, self.folder / part

@@ -140,11 +140,10 @@ class GridPanel(Panel):
 
     def draw(self, rows: Mapping, left: int) -> None:
         """Draw the grid as it stands."""
-        total = sum(map(len, rows.values()))
         if in_notebook():
-            self.show(
-                1 - left / total, f"{total - left} of {total} runs are done.", plots.grid(rows)
-            )
+            total = sum(map(len, rows.values()))
+            text = f"{total - left} of {total} runs are done."
+            self.show(1 - left / total, text, plots.grid(rows))
 
 
 def minutes(seconds: float) -> str:

@@ -107,7 +107,7 @@ def training_curve(run: Run, ngrams: Mapping[str, float] = {}, reported: bool = 
     figure, (left, right) = new_figure(10, 3.6, columns=2, grid="y")
     steps, history = run.steps, run.history
     left.plot(steps.step, np.exp(steps.loss), color="0.75", linewidth=0.8, label="training batch")
-    smooth = steps.loss.ewm(halflife=max(1, len(steps) / 25)).mean()
+    smooth = steps.loss.rolling(1 + len(steps) // 25, center=True, min_periods=1).mean()
     left.plot(steps.step, np.exp(smooth), color=style.BLUE, label="training, smoothed")
     if len(history):
         left.plot(history.step, history.ppl, "s--", color=style.RED, label="valid")
@@ -184,6 +184,7 @@ def difference(verdicts: Mapping[str, Verdict], title: str) -> Figure:
             ends = () if verdict.low is None else (verdict.low, verdict.high)
             rows[wrapped(name, 44)] = Interval(verdict.value, *ends)
             notes.append(f"{measured(verdict)}\n{verdict.decision}")
+    rows = rows or {"unfinished or diverged": Interval(math.nan)}
     figure, axis = new_figure(10, 1.9 + 0.5 * len(rows), grid="x")
     draw_intervals(axis, rows, notes)
     axis.margins(x=0.15)
@@ -324,6 +325,8 @@ def explored(
             above = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "right"}
             place_of_text = step / per_epoch, 0.98
             note(axis, style.literal(event), place_of_text, (-2, 0), rotation=90, **above)
+    if len({group[0].valid_text for group in groups}) > 1:
+        name += "\n(different texts: not comparable)"
     axis.set(xlabel="epoch", ylabel=name, xscale="log" if "x" in log else "linear")
     if "x" in log:
         axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), minor_locator=NullLocator())

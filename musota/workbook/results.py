@@ -74,13 +74,11 @@ def progress(run: Run) -> str:
     return str(planned) if run.finished else f"{len(run.history)} of {planned}"
 
 
-def footer(corpus: str, vocabulary: int, profile: str | None) -> str:
+def footer(corpus: str, size: int, profile: str | None) -> str:
     """The line under every figure: what was measured on which text."""
     name = corpus if "wikitext" in corpus else f"{corpus} (not WikiText!)"
     where = f" · profile {profile}" if profile else ""
-    return (
-        f"measured: {name} · byte-level BPE {vocabulary:,}{where} · valid, windows not overlapping"
-    )
+    return f"measured: {name} · byte-level BPE {size:,}{where} · valid, windows not overlapping"
 
 
 class Results:
@@ -126,7 +124,7 @@ class Results:
     @cached_property
     def ngrams(self) -> dict[str, float]:
         """Perplexities of the n-gram baselines on the same tokens; empty if not measured."""
-        return read_ngrams(self.folder / "ngrams.json", self.fingerprint)
+        return read_ngrams(ngrams_path(self.folder, self.fingerprint))
 
     def matched_to(self, group: Sequence[Run]) -> list[Run] | None:
         """The recorded parameter-matched transformer of a model: the one trained at the same
@@ -193,13 +191,15 @@ class Results:
         return found
 
 
-def read_ngrams(path: Path, fingerprint: str) -> dict[str, float]:
-    """Perplexities of the n-gram baselines recorded for a corpus; empty for another corpus. Raises
-    MusotaError for damage."""
-    found = _read_json(path)
-    if found.get("fingerprint") != fingerprint:
-        return {}
-    return {name: float(ppl) for name, ppl in found["ppl"].items()}
+def ngrams_path(folder: Path, fingerprint: str) -> Path:
+    """Where the n-gram baselines of a corpus are recorded."""
+    return folder / f"ngrams-{fingerprint}.json"
+
+
+def read_ngrams(path: Path) -> dict[str, float]:
+    """Recorded perplexities of n-gram baselines; empty if not measured. Raises MusotaError for
+    damage."""
+    return {name: float(ppl) for name, ppl in _read_json(path).get("ppl", {}).items()}
 
 
 def read_ablations(run: Run) -> dict[str, Interval]:
@@ -242,7 +242,7 @@ def find_results(
         first.note = f"{lacks}; run the notebook that trains it first."
         for folder in folders[1:]:
             found = Results(folder)
-            if all(map(found.group, names)):
+            if all(found.group(name) in found.ended for name in names):
                 found.note = f"{lacks}; shown are the results in {shown(folder)}."
                 return found
     return first

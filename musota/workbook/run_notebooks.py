@@ -54,7 +54,7 @@ def run_notebooks(notebooks: Sequence[Path], values: dict, runs: Sequence[str]) 
     new = [r for r in book.results.runs if (r.path / METRICS).stat().st_mtime >= started]
     columns = ["model", "epochs", "minutes", "valid PPL", "accuracy (%)"]
     table = runs_table(new)[columns].to_string(index=False)
-    click.echo(f"\n{table if new else 'Nothing was left to train.'}")
+    click.echo(f"\n{table if new else 'No model was left to train.'}")
     minutes = f"{(time.time() - started) / 60:.1f}"
     click.echo(f"\nDone in {minutes} minutes. The report: {book.home / 'report.html'}")
 

@@ -83,7 +83,7 @@ def draw_ngrams(axis, ngrams: Mapping[str, float], between: str = " ") -> None:
     axis.figure.draw_without_rendering()  # for the positions of the lines
     points, last = 72 / axis.figure.dpi, -np.inf
     for name, level in sorted(ngrams.items(), key=lambda baseline: baseline[1]):
-        text = f"{name}{between}{level:,.4g}"
+        text = f"{name}{between}{format(level, ',.0f' if level > 999 else '.4g')}"
         height = axis.transData.transform((0, level))[1] * points
         last = max(height, last + 10 * (1 + text.count("\n")))
         place = {"xycoords": ("axes fraction", "data"), "va": "center", "color": "0.3"}

@@ -63,17 +63,18 @@ def _ppl(group: Sequence[Run]) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def model_table(results: Results) -> pd.DataFrame:
+def model_table(results: Results, groups: Sequence[Sequence[Run]] = ()) -> pd.DataFrame:
     """One row a model, means over seeds: the reported result first, where it can be compared, then
-    the models, the n-gram baselines and published models."""
+    the models (`groups`, by default all), the n-gram baselines and published models."""
+    groups = groups or results.measured
     rows, values = [], {}  # values: numbers by row and column
-    has_words = any(_mean(group, "word_ppl") < MEANINGLESS for group in results.measured)
+    has_words = any(_mean(group, "word_ppl") < MEANINGLESS for group in groups)
     last, style = ("test word PPL", ",.1f") if has_words else ("bits/byte", ".3f")
     if results.at_plan_size:
         reported = {"valid PPL": number(REPORTED["ppl"]), "epochs": str(REPORTED["epochs"])}
         accuracy = f"{REPORTED['accuracy']:.2%}"
         rows.append({"model": "MU-SOTA, reported", **reported, "accuracy": accuracy})
-    for group in results.measured:
+    for group in groups:
         model, training = group[0].experiment.model, group[0].experiment.training
         layers = f"{model.n_layer} layer{'s' * (model.n_layer != 1)}"
         size = f"{model.n_parameters / 1e6:.1f} M parameters, {layers}, context "
@@ -105,9 +106,8 @@ def model_table(results: Results) -> pd.DataFrame:
 def front_table(results: Results) -> pd.DataFrame:
     """The model table as the front page has it: four columns, without published models and runs
     that have not finished."""
-    table = model_table(results)
+    table = model_table(results, results.ended)
     hidden = {name for name, *_ in PUBLISHED} | {"N-gram baseline: unigram"}
-    hidden |= {results.titles[g[0].key] for g in results.measured if g not in results.ended}
     return table[~table.model.isin(hidden)][["model", "epochs", "valid PPL", "accuracy"]]
 
 
@@ -135,9 +135,8 @@ def ledger_table(runs: Iterable[Run]) -> pd.DataFrame:
 
 def fields_table(columns: Mapping[str, Experiment]) -> pd.DataFrame:
     """The fields of experiments side by side, one row a field, and their parameters."""
-    return _side_by_side(
-        {k: e.fields() | {"parameters": e.model.n_parameters} for k, e in columns.items()}
-    )
+    fields = {k: e.fields() | {"parameters": e.model.n_parameters} for k, e in columns.items()}
+    return _side_by_side(fields)
 
 
 def differences_table(runs: Iterable[Run]) -> pd.DataFrame:
