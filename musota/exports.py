@@ -1,6 +1,7 @@
 """Names that a package imports on first use, so that `musota --help` does not wait for torch."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -13,8 +14,9 @@ def lazy(package: str, modules: Mapping[str, str]) -> tuple:
     def get(name: str):
         if name in module_of:
             return getattr(import_module(module_of[name]), name)
-        if not name.startswith("_") and find_spec(f"{package}.{name}"):  # a submodule
-            return import_module(f"{package}.{name}")
+        with suppress(ValueError):  # of a module without a spec
+            if name.isidentifier() and name[0] != "_" and find_spec(f"{package}.{name}"):
+                return import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return module_of, get, lambda: [*module_of]

@@ -139,10 +139,17 @@ def padded(module, ids):
 
 
 class Masked(Attention):
-    """The logits of four tokens are masked."""
+    """The logits of most tokens are masked."""
 
     def forward(self, ids):
-        return super().forward(ids).masked_fill(torch.arange(V) >= V - 4, -1e9)
+        return super().forward(ids).masked_fill(torch.arange(V) >= V // 4, -1e9)
+
+
+class Padded(Convolution):
+    """The logits of most tokens are always 0."""
+
+    def forward(self, ids):
+        return super().forward(ids) * (torch.arange(V) < V // 4)
 
 
 class Experts(nn.Module):
@@ -156,13 +163,13 @@ class Experts(nn.Module):
             nn.Linear(D, V),
         )
         experts = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.Dropout(0.1)) for _ in range(4))
-        self.layers = nn.ModuleList([nn.ModuleDict({"experts": experts})])
+        self.layers = nn.ModuleList(nn.ModuleDict({"experts": experts}) for _ in range(2))
 
     def forward(self, ids):
         x = self.embedding(ids)
         chosen, y = self.router(x).argmax(-1), torch.zeros_like(x)
         for place, expert in enumerate(self.layers[0]["experts"]):
-            y[chosen == place] = expert(x[chosen == place])
+            y[chosen == place] = F.dropout(expert(x[chosen == place]), 0.1, self.training)
         return self.output(x + y)
 
 
@@ -184,6 +191,7 @@ HONEST = {
     "LSTM": (lambda: Recurrent(V, D), None),
     "convolutions": (Convolution, None),
     "mean over all positions": (Attention, padded),
+    "a padded vocabulary": (Padded, None),
     "experts": (Experts, None),
     "scaled loss": (Attention, lambda module, ids: shifted(1, module, ids) / 4),
     "MU-SOTA": (lambda: build_model(MuConfig(V, T, 2, 4, 0.1, 4, 4)), None),
@@ -232,7 +240,8 @@ def test_nobody_honest_is_accused(name):
 
 
 def test_experts_are_not_counted_as_layers():
-    assert module_config(Experts(), V, T).n_layer == 1
+    assert module_config(Experts(), V, T).n_layer == 2
+    assert module_config(nn.Sequential(Experts()), V, T).n_layer == 2  # which only wraps it
 
 
 def test_a_smoothed_loss_is_no_cross_entropy_and_no_fault():

@@ -54,7 +54,7 @@ def test_a_run_is_named_titled_and_repeated_by_its_changes(results, text_folder)
     assert "4 epochs" in run.title and run.profile == "tiny"
     assert run.config["changes"] == {**FAST, "epochs": 4}
     assert "--set epochs=4" in run.config["command"] and str(text_folder) in run.config["command"]
-    twin = musota.Run(results / f"{LONGER.replace('optimized', 'optimized_twin')}-seed0")
+    twin = musota.Run(results / f"{LONGER.replace('optimized', 'baseline')}-seed0")
     assert twin.experiment == musota.twin(run.experiment)
     assert twin.title.startswith("Transformer matched to optimized (GPT-2 style), ")
 
@@ -109,9 +109,11 @@ def test_one_experiment_of_two_names_is_one_run(made):
     book = made(dropout=0.3)
     part = book.train("baseline", stop_at=0.5)
     run = book.train("optimized_twin")
-    assert run.path == part.path and run.finished and run.name == part.name
+    assert run.path == part.path and run.finished and book.trained("baseline")
+    renamed = part.path.rename(part.path.with_name("renamed"))
     book.fresh = True
-    assert book.train("optimized_twin").path == part.path
+    again = book.train("baseline")
+    assert again.path == renamed and book.trained("baseline")[0].path == renamed
 
 
 def test_ablations_are_measured_on_the_text_of_the_run_alone(made, results, tmp_path):

@@ -152,6 +152,7 @@ def test_a_copy_shares_nothing_with_the_module_not_even_through_a_function():
     module.heads, module.by_name = [module.head], {"head": module.head}
     copied = copy_module(module)
     for head in (copied.head, *copied.heads, *copied.by_name.values()):
+        assert head.__closure__ == copied.head.__closure__  # what functions share they still share
         (held,) = (cell.cell_contents for cell in head.__closure__)
         assert held is copied and held is not module and head.__kwdefaults__ == {"scale": 2}
 

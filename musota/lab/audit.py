@@ -23,14 +23,14 @@ from musota.errors import MusotaError, blaming
 from musota.lab.verdicts import Verdict
 from musota.matching import match_transformer
 from musota.models.base import CausalLM
-from musota.models.module import checked_logits, copy_module, logits_of, module_config
+from musota.models.module import NoDropout, checked_logits, copy_module, logits_of, module_config
 from musota.training.device import prepare_memory
 
 SYMBOLS = 16  # tokens drawn at random: so few that a leak is learned at once
 STEPS, STEP_ROWS, STEP_TOKENS, RATE = 250, 8, 16, 2e-3  # of training on them
 SURE = 5  # standard errors: a false alarm in millions
 SHOWN = 24  # tokens of the figure
-ROUNDING = 1e-5  # of the largest logit: a convolution by FFT spreads as much everywhere
+ROUNDING = 1e-5  # of a token's largest logit: a convolution by FFT spreads as much everywhere
 AGAIN = 8  # repeated calls that must agree before a model is accused
 MODES = {"in evaluation": False, "in training": True}
 SHIFTS = ("not shifted", "yes", "shifted twice")  # targets against logits
@@ -54,7 +54,7 @@ class Audit:
 
     findings: tuple[Verdict, ...]
     change: Tensor  # (T, T): of logits in column u after replacing token t (row); rounding is 0
-    losses: tuple[float, ...]  # of each step on random tokens, in nats
+    losses: tuple[float, ...]  # of each step on random tokens, in nats, without a constant factor
     symbols: int  # the number of tokens that those were drawn from
 
     @property
@@ -78,10 +78,10 @@ class Audit:
         right.plot(losses.rolling(15, min_periods=1).mean(), color="#0072B2", label="mean of 15")
         right.axhline(floor, color="k", linestyle="--", label=f"ln {self.symbols} = {floor:.2f}")
         right.set(ylim=(0, None), xlabel="training step", ylabel="loss (nats/token)")
-        right.set_title("Loss on random tokens: no honest model falls below the line")
+        right.set_title("Loss on random tokens: no honest cross-entropy falls below the line")
         right.legend(fontsize=8, loc="upper right")
-        faults = [finding.decision for finding in self.findings if finding.decision in FAULTS]
-        figure.suptitle(f"NOT honest: {', '.join(faults)}" if faults else "No fault found")
+        faults = ", ".join(one.decision for one in self.findings if one.decision in FAULTS)
+        figure.suptitle(("No fault found", f"NOT honest: {faults}", "Not judged")[self.status])
         return figure
 
     def __str__(self) -> str:
@@ -139,12 +139,12 @@ def audit(module: nn.Module, vocab_size: int, max_seq_len: int, loss: Loss | Non
         few = _first(module, ids, STEP_TOKENS, vocab_size)[:1].expand(STEP_ROWS, -1)
         about_loss, scale = _judge_loss(noisy, few, vocab_size, loss, draw)
         trains = all("keeps a state" not in probe.showed for probe in probes)
-        losses = _on_random_tokens(module, few, vocab_size, loss, draw) if trains else []
         symbols = min(SYMBOLS, vocab_size)
+        losses = _on_random_tokens(module, few, vocab_size, loss, draw, scale) if trains else []
         findings = (
             _looks_ahead(probes),
             _judge("Do the logits of a sequence depend on others?", probes, OTHERS, ("no", "")),
-            _random_floor([one / scale for one in losses], symbols, about_loss.decision),
+            _random_floor(losses, symbols, about_loss.decision),
             about_loss,
             _judge("Does it change the token ids that it is given?", probes, WRITES, ("no", "")),
             _size(module, vocab_size, max_seq_len),
@@ -153,8 +153,8 @@ def audit(module: nn.Module, vocab_size: int, max_seq_len: int, loss: Loss | Non
 
 
 def causality_matrix(model: CausalLM, tokens: Tensor, positions: int = 32) -> Tensor:
-    """(positions, positions): largest change of a logit in column u after replacing token t (row).
-    A causal model has exact zeros wherever u < t."""
+    """(positions, positions): largest relative change of a logit in column u after replacing token
+    t (row). A causal model has exact zeros wherever u < t."""
     ids = tokens[: min(positions, model.config.max_seq_len)].long().to(model.device)[None]
     return _changes(model, False, ids, model.config.vocab_size, range(ids.shape[1]))
 
@@ -177,12 +177,10 @@ def _complete(module: nn.Module, ids: Tensor, vocab_size: int) -> nn.Module:
 
 
 def _copy(module: nn.Module, training: bool) -> nn.Module:
-    """A copy without dropout: cuDNN draws it unseeded, and an expert as often as it gets tokens."""
-    with blaming("The model, when copied,"):
-        copied = copy_module(module).train(training)
-    for part in copied.modules():
-        if isinstance(part, (nn.RNNBase, nn.modules.dropout._DropoutNd)):
-            part.dropout = part.p = 0.0
+    """A copy, without the dropout of recurrent layers, which cuDNN draws where no seed applies."""
+    copied = copy_module(module).train(training)
+    for part in (part for part in copied.modules() if isinstance(part, nn.RNNBase)):
+        part.dropout = 0.0
     return copied
 
 
@@ -204,7 +202,7 @@ def _logits(net: nn.Module, ids: Tensor) -> Tensor:
     """Logits, always from the same random state. The ids are a copy that the net may write into."""
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(0)
-    with blaming("The model"):
+    with blaming("The model"), NoDropout():
         return logits_of(net, ids).float()
 
 
@@ -216,21 +214,22 @@ def _first(module: nn.Module, ids: Tensor, tokens: int, vocab_size: int) -> Tens
     return ids
 
 
-def _fresh_logits(module: nn.Module, training: bool, *batches: Tensor) -> Tensor:
-    """Logits of the last of the batches that a fresh copy of the module is called on."""
+def _fresh_logits(module: nn.Module, training: bool, *batches: Tensor, sizes=1.0) -> Tensor:
+    """Logits (÷ `sizes`) of the last of the batches that a fresh copy of a module is called on."""
     called = _copy(module, training)
-    return [_logits(called, batch.clone()) for batch in batches][-1]
+    return [_logits(called, batch.clone()) for batch in batches][-1] / sizes
 
 
 def _changes(module, training: bool, ids: Tensor, vocab_size: int, positions, n=1) -> Tensor:
-    """(positions, T): largest change of a logit at each place after replacing, in every row, the
-    `n` tokens from each position on. Every call is the first one of a fresh copy."""
+    """(positions, T): largest relative change of a logit at each place after replacing, in every
+    row, the `n` tokens from each position on. Every call is the first one of a fresh copy."""
     base, changes = _fresh_logits(module, training, ids), [torch.zeros(0, ids.shape[1])]
+    sizes = base.abs().amax((0, 1)).clamp_min(1e-30)  # of each token of the vocabulary
     others = (ids + (vocab_size // 2 | 1)) % vocab_size  # nearly all of the other half
     for t in positions:
         other = ids.clone()
         other[:, t : t + n] = others[:, t : t + n]
-        moved = _fresh_logits(module, training, other).sub_(base).abs_()
+        moved = _fresh_logits(module, training, other).sub_(base).abs_().div_(sizes)
         changes.append(moved.amax((0, 2))[None].cpu())
     return torch.cat(changes)
 
@@ -242,12 +241,12 @@ def _ahead(moved: Tensor, positions: Sequence[int]) -> list[int]:
 
 def _probe(settings: tuple[str, str], module: nn.Module, ids: Tensor, vocab_size: int) -> Probe:
     training = MODES[settings[0]]
-    called = partial(_fresh_logits, module, training)
     given = ids.clone()  # its _version counts what is written, even values that it already has
     base = _logits(_copy(module, training), given)
+    base /= (sizes := base.abs().amax((0, 1)).clamp_min(1e-30))
+    called = partial(_fresh_logits, module, training, sizes=sizes)
     noise = float((called(ids) - base).abs().max())
-    largest = float(base.abs().amax((0, 1)).median())  # without tokens masked by a large number
-    tolerance, last = ROUNDING * largest + 4 * noise, ids.shape[1] - 1
+    tolerance, last = ROUNDING + 4 * noise, ids.shape[1] - 1
     positions = [t for t in sorted({1, last // 3, last // 2, last}) if 0 < t <= last]
     change, rest = (_changes(module, training, ids, vocab_size, positions, n) for n in (1, last))
     ahead = _ahead(change > tolerance, positions)
@@ -259,15 +258,15 @@ def _probe(settings: tuple[str, str], module: nn.Module, ids: Tensor, vocab_size
     }
     if any((called(ids) - base).abs().max() > tolerance for _ in range(AGAIN * any(seen.values()))):
         noise, tolerance, ahead, seen = math.inf, math.inf, [], {}  # equal calls differ
-    seen["undecided"] = noise > 1e-3 * largest
+    seen["undecided"] = noise > 1e-3
     seen["writes into its input"] = given._version or not given.equal(ids)
     return Probe(settings, tolerance, ahead, {name for name, holds in seen.items() if holds})
 
 
 def _on_random_tokens(
-    module: nn.Module, like: Tensor, vocab_size: int, loss: Loss | None, draw: Generator
+    module: nn.Module, like: Tensor, vocab_size: int, loss: Loss | None, draw: Generator, scale
 ) -> list[float]:
-    """The training loss of each step, on new tokens drawn uniformly from SYMBOLS of them."""
+    """The training loss (÷ `scale`) of each step, on new tokens drawn from SYMBOLS of them."""
     net, (rows, tokens) = _copy(module, True), like.shape
     weights = [weight for weight in net.parameters() if weight.requires_grad]
     # Adam needs dense gradients and single precision, of which a master is the weight itself.
@@ -281,7 +280,7 @@ def _on_random_tokens(
         with blaming("The loss" if loss else "The model in training"):
             logits = None if loss else logits_of(net, ids[:, :-1].clone())
             value = loss(net, ids) if loss else F.cross_entropy(logits.float().mT, ids[:, 1:])
-            losses.append(float(value.detach()))
+            losses.append(float(value.detach()) / scale)
             if optimizer and value.requires_grad and value.isfinite():
                 value.backward()
                 for weight, master in zip(weights, masters, strict=True):

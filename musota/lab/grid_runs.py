@@ -203,8 +203,8 @@ def _train_all(jobs: list[dict]) -> Iterator[Row]:
         for ended in as_completed([pool.submit(_train_one, job, True) for job in jobs]):
             yield ended.result()
     except BrokenExecutor:
-        main = "in a script, below `if __name__ == '__main__':`"
-        raise MusotaError(f"A process was killed: run this again to continue ({main}).") from None
+        hint = "In a script, call it below `if __name__ == '__main__':`."
+        raise MusotaError(f"A process was killed: run this again to continue. {hint}") from None
     finally:
         for worker in multiprocessing.active_children():
             worker.terminate()  # a training saves its state first

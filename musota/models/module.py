@@ -3,6 +3,7 @@
 import copy
 import inspect
 import warnings
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from musota.config import ModuleConfig, check_value
@@ -20,6 +22,8 @@ from musota.errors import MusotaError, blaming
 from musota.files import sha256
 from musota.models.base import CausalLM
 from musota.models.diagnostics import evaluating
+
+DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout}
 
 
 def logits_of(module: nn.Module, ids: Tensor) -> Tensor:
@@ -63,21 +67,35 @@ def call_once(module: nn.Module, max_seq_len: int) -> Tensor:
         return logits_of(module, ids)
 
 
+class NoDropout(TorchFunctionMode):
+    """A context without dropout: what experts draw depends on how many tokens each of them gets."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0] if function in DROPOUTS else function(*args, **kwargs or {})
+
+
 def copy_module(module: nn.Module) -> nn.Module:
-    """A copy of a module, without torch.compile's wrapper."""
+    """A copy of a module, without torch.compile's wrapper. Raises MusotaError where that fails."""
     plain = getattr(module, "_orig_mod", module)
     tensors = [v for part in plain.modules() for v in vars(part).values() if isinstance(v, Tensor)]
     # Tensors with a history, such as those of weight_norm, are copied by hand.
     history = {id(v): v.detach().clone() for v in tensors if not v.is_leaf}
-    with torch.no_grad():  # else parameters of scripted modules get a history
+    # With gradients, parameters of scripted modules would get a history.
+    with torch.no_grad(), blaming("The model, when copied,"):
         copied = copy.deepcopy(plain, history)
-    # deepcopy leaves functions, and the modules in their closures.
+    cells = {}  # deepcopy leaves functions, and the modules in their closures
+
+    def own(cell: CellType) -> CellType:  # functions that share a cell still do
+        with suppress(ValueError):  # it is empty
+            held = cell.cell_contents
+            return cells.setdefault(id(cell), CellType(history.get(id(held), held)))
+        return cell
+
     homes = [h for p in copied.modules() for h in (vars(p), *vars(p).values())]
-    for home in (home for home in homes if isinstance(home, (dict, list))):
-        for name, f in [*(home.items() if isinstance(home, dict) else enumerate(home))]:
+    for home in (home for home in homes if type(home) in (dict, OrderedDict, defaultdict, list)):
+        for name, f in [*(enumerate(home) if type(home) is list else home.items())]:
             if isinstance(f, FunctionType) and f.__closure__:
-                held = (history.get(id(c.cell_contents), c.cell_contents) for c in f.__closure__)
-                how = f.__globals__, f.__name__, f.__defaults__, (*map(CellType, held),)
+                how = f.__globals__, f.__name__, f.__defaults__, (*map(own, f.__closure__),)
                 home[name] = FunctionType(f.__code__, *how)
                 home[name].__kwdefaults__ = f.__kwdefaults__
     for weight, original in zip(copied.parameters(), plain.parameters(), strict=True):
@@ -88,9 +106,7 @@ def copy_module(module: nn.Module) -> nn.Module:
 def materialized_copy(module: nn.Module, max_seq_len: int) -> nn.Module:
     """A copy of a module with its lazy parameters created. Raises MusotaError for a module that
     cannot be copied or called."""
-    with blaming("The model, when copied,"):
-        copied = copy_module(module)
-    call_once(copied, max_seq_len)
+    call_once(copied := copy_module(module), max_seq_len)
     return copied
 
 
@@ -166,7 +182,7 @@ def _depth_and_dropout(module: nn.Module) -> tuple[int, float]:
             dropouts.append(float(part.p))
         elif isinstance(part, (nn.ModuleList, nn.Sequential)) and len({*map(type, part)}) == 1:
             depths += [len(part)] * (not name.startswith((*lists,)))
-            lists.append(f"{name}." if name else "")
+            lists += [f"{name}." if name else ""] * (len(part) > 1)  # one only wraps
     return max(depths), max(dropouts)
 
 

@@ -170,8 +170,8 @@ class RunDir:
 
     def restore(self) -> tuple[dict[str, Tensor], dict] | None:
         """What `TrainState.state_dict` gave at the last checkpoint; None if nothing was measured.
-        A damaged checkpoint is named, and the one before it taken; records without any weights are
-        replaced. Raises MusotaError for a run without a good checkpoint, and another run's."""
+        A damaged checkpoint is named, and the one before it taken; records without any weights get
+        the suffix .old. Raises MusotaError for another run, and one without a good checkpoint."""
         saved, found = None, sorted(self.checkpoints.glob("step-*.safetensors"))
         for path in reversed(found):
             data = path.read_bytes()
@@ -187,7 +187,9 @@ class RunDir:
         if measured and not found and not any(self.best.glob("*")):  # shared as a record
             if self.writes:
                 print(f"{self.path} is recorded without checkpoints: it is trained from the start.")
-                self._clear(fresh=True)
+                with self._writable():
+                    for path in (self.config_path, self.metrics_path, self.summary_path):
+                        path.replace(f"{path}.old")
         elif not saved and (found or measured):
             none = f"{self.path} has measurements, but no checkpoint that can be read"
             raise MusotaError(f"{none}: start over with {START_OVER}.")

@@ -164,13 +164,14 @@ def _prepare_module(module, corpus, max_seq_len) -> tuple[nn.Module, ModuleConfi
 
 def choose(options: RunOptions, batches: Batches, device: torch.device, saved) -> dict:
     """`micro_batch` and `compile`: as given, else as saved on such a device, else the default."""
-    compiles = batches.total_steps >= COMPILE_STEPS and find_spec("triton") is not None
-    chosen = {"micro_batch": batches.sequences, "compile": compiles}
+    chosen = {"micro_batch": batches.sequences, "compile": batches.total_steps >= COMPILE_STEPS}
     if device.type == "cpu":
         few = max(1, CPU_TOKENS // batches.length)
         chosen = {"micro_batch": min(few, batches.sequences), "compile": False}
     if saved and saved[1]["device"] == device.type:
         chosen = {name: saved[1][name] for name in chosen}
+    if device.type == "cuda" and find_spec("triton") is None:  # there is none for Windows
+        chosen["compile"] = False
     given = {name: getattr(options, name) for name in chosen}
     return chosen | {name: value for name, value in given.items() if value is not None}
 
@@ -195,7 +196,8 @@ class Trainer:
         stop = math.ceil(self.options.stop_at * total)
         folder.discard_later()
         if (warmup := self.experiment.training.warmup_steps) > total:
-            state.accelerator.print(f"Warm-up takes {warmup:,} steps, the run only {total:,}.")
+            short = f"The run has {total:,} steps, its warm-up {warmup:,}"
+            state.accelerator.print(f"{short}: the learning rate will not reach its setting.")
         if state.step:
             done = f"continues after step {state.step} of {total}"
             state.accelerator.print(f"{folder.path.name}: {done}.")

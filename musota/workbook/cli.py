@@ -81,11 +81,7 @@ experiment_options = _together(
     ),
 )
 changes_option = click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    callback=_changes,
-    help="FIELD=VALUE, not scaled by --profile.",
+    "--set", "changes", multiple=True, callback=_changes, help="FIELD=VALUE, used as given."
 )
 place_options = _together(  # where recorded runs are looked for
     click.option("--profile", default="quick", help="The profile of the runs."),

@@ -12,6 +12,8 @@ from musota.errors import MusotaError, find_named
 from musota.files import as_path, read_sealed, sha256
 from musota.registry import REGISTRY
 
+ROWS = {"optimized_twin": "baseline", "redesigned_twin": "modern_twin"}  # of the registry
+
 
 def checkout() -> Path | None:
     """The repository that this package or the working folder lies in; None if there is none."""
@@ -66,6 +68,7 @@ def is_module(model: str) -> bool:
 def run_name(model: str, changed: Mapping) -> str:
     """The name of a run, `optimized,epochs=4,learning_rate=0.002`; of a module, FILE.NAME@hash of
     the file."""
+    model = ROWS.get(model, model)
     if is_module(model):
         file, _, name = model.rpartition(":")
         suffix = "_twin" * name.endswith("_twin")
@@ -77,6 +80,7 @@ def run_name(model: str, changed: Mapping) -> str:
 
 def title_of(model: str, experiment: Experiment, changed: Mapping) -> str:
     """What people read for a run: the model, and its changes in words."""
+    model = ROWS.get(model, model)
     if model in REGISTRY:
         title = REGISTRY[model].title
     else:

@@ -85,7 +85,9 @@ class Session:
             self.changes = {f: value for f, value in self.changes.items() if f not in varied}
         vocab_size = self.changes.get("vocab_size", self.profile.vocab_size or VOCAB_SIZE)
         self.whole_corpus = load_corpus(corpus, vocab_size)
-        self.corpus_name = self.whole_corpus.name if corpus == "auto" else str(corpus)
+        self.corpus_name = str(corpus)
+        if corpus == "auto" and self.whole_corpus.label == CORPUS:  # as another machine finds it
+            self.corpus_name = CORPUS
         limits = self.profile.train_tokens, self.profile.valid_tokens
         self.corpus = self.whole_corpus.limited(*limits)
         known = self.corpus.label == CORPUS
@@ -213,7 +215,7 @@ class Workbook(Session):
         for done in () if folder.exists() else self.results.runs:
             if (done.experiment, done.seed) != (experiment, self.seed):
                 continue
-            folder = done.path  # also an unfinished one, whatever its name
+            folder, name, title = done.path, done.name, done.title  # also of an unfinished one
             if done.finished and not self.fresh:
                 print(f"{done.path.name}: already finished, loaded.")
                 panel.draw(done)

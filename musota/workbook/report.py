@@ -119,10 +119,6 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
     written = {title: samples[["prompt", "text"]] for title, samples in last.items()}
     healths = {title: tables.health_table(run) for run, title in shown.items()}
     commands = [run.config["command"] for run in shown if run.config.get("command")]
-    if results.grid_rows and results.runs:
-        run = results.runs[0]
-        where = f"--profile {run.profile} --corpus {run.config['corpus']['name']}"
-        commands.append(f"musota evidence {where}  # every seed, the sweep and the grid")
     grid_note = _grid_note(results) if results.grid_rows else ""
     tried = [len(seeds) for losses in results.sweeps.values() for seeds in losses.values()]
     rate_note = f"Seeds of each rate: {min(tried)}." if tried else ""
@@ -142,7 +138,8 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
         Section(QUESTIONS["plan"], plan_note, tables=judged["plan"]),
         Section(
             "How can this be repeated?",
-            "Speeds are of different machines, threads and precisions.",
+            "Speeds are of different machines, threads and precisions. `musota evidence`, with the "
+            "same profile and corpus, trains every seed, the sweep and the grid.",
             tables={"Every run": tables.runs_table(results.runs)},
             commands=commands,
         ),

@@ -63,10 +63,10 @@ def _ppl(group: Sequence[Run]) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def model_table(results: Results, groups: Sequence[Sequence[Run]] = ()) -> pd.DataFrame:
+def model_table(results: Results, groups: Sequence[Sequence[Run]] | None = None) -> pd.DataFrame:
     """One row a model, means over seeds: the reported result first, where it can be compared, then
     the models (`groups`, by default all), the n-gram baselines and published models."""
-    groups = groups or results.measured
+    groups = results.measured if groups is None else groups
     rows, values = [], {}  # values: numbers by row and column
     has_words = any(_mean(group, "word_ppl") < MEANINGLESS for group in groups)
     last, style = ("test word PPL", ",.1f") if has_words else ("bits/byte", ".3f")
