@@ -74,10 +74,9 @@ def test_architectures_that_read_both_sides_look_ahead(name, transformers):
     assert found.findings[1].decision == "no"  # and nothing else is claimed
 
 
-def test_what_the_operating_system_draws_is_no_accusation(transformers):
-    """Reformer seeds its dropout anew in every call."""
+def test_dropout_that_is_seeded_anew_in_every_call_is_left_out(transformers):
     found = audit(built(transformers, "ReformerModelWithLMHead", REFORMER), V, T)
-    assert found.status == 2 and found.findings[0].decision == "undecided"
+    assert found.honest, str(found)
 
 
 def attends(model, ahead: int, only_in_training: bool = False) -> None:
