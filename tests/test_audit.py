@@ -169,7 +169,9 @@ class Experts(nn.Module):
         x = self.embedding(ids)
         chosen, y = self.router(x).argmax(-1), torch.zeros_like(x)
         for place, expert in enumerate(self.layers[0]["experts"]):
-            y[chosen == place] = F.dropout(expert(x[chosen == place]), 0.1, self.training)
+            y[chosen == place] = F.dropout(
+                input=expert(x[chosen == place]), p=0.1, training=self.training
+            )
         return self.output(x + y)
 
 

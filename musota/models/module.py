@@ -71,7 +71,10 @@ class NoDropout(TorchFunctionMode):
     """A context without dropout: what experts draw depends on how many tokens each of them gets."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return args[0] if function in DROPOUTS else function(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        if function in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        return function(*args, **kwargs)
 
 
 def copy_module(module: nn.Module) -> nn.Module:

@@ -138,7 +138,7 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
         Section(QUESTIONS["plan"], plan_note, tables=judged["plan"]),
         Section(
             "How can this be repeated?",
-            "Speeds are of different machines, threads and precisions. `musota evidence`, with the "
+            "Speeds are of different machines, threads and precisions. “musota evidence”, with the "
             "same profile and corpus, trains every seed, the sweep and the grid.",
             tables={"Every run": tables.runs_table(results.runs)},
             commands=commands,
