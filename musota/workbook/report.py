@@ -118,7 +118,6 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
     last = {t: r.samples.drop_duplicates("prompt", keep="last") for r, t in shown.items()}
     written = {title: samples[["prompt", "text"]] for title, samples in last.items()}
     healths = {title: tables.health_table(run) for run, title in shown.items()}
-    commands = [run.config["command"] for run in shown if run.config.get("command")]
     grid_note = _grid_note(results) if results.grid_rows else ""
     tried = [len(seeds) for losses in results.sweeps.values() for seeds in losses.values()]
     rate_note = f"Seeds of each rate: {min(tried)}." if tried else ""
@@ -141,7 +140,7 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
             "Speeds are of different machines, threads and precisions. “musota evidence”, with the "
             "same profile and corpus, trains every seed, the sweep and the grid.",
             tables={"Every run": tables.runs_table(results.runs)},
-            commands=commands,
+            commands=[run.config["command"] for run in shown if run.config.get("command")],
         ),
     ]
 
