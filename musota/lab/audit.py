@@ -116,7 +116,11 @@ def audit(module: nn.Module, vocab_size: int, max_seq_len: int, loss: Loss | Non
     `loss(module, ids)` is the author's own training loss of (B, T) ids, a scalar in nats. Only
     copies of the module are called; random states stay. Raises MusotaError if a call fails.
     """
-    _check(module)
+    if not isinstance(module, nn.Module):
+        raise MusotaError(f"audit needs a torch.nn.Module, not {type(module).__name__}.")
+    places = sorted({str(tensor.device) for tensor in (*module.parameters(), *module.buffers())})
+    if len(places) > 1 or "meta" in places:
+        raise MusotaError(f"The model is on {' and '.join(places)}: move it to one device first.")
     vocab_size = check_value("vocab_size", vocab_size, int, 2)
     max_seq_len = check_value("max_seq_len", max_seq_len, int)
     prepare_memory(device := next(module.parameters(), torch.empty(0)).device)
@@ -132,7 +136,8 @@ def audit(module: nn.Module, vocab_size: int, max_seq_len: int, loss: Loss | Non
         shown = next((probe for probe in probes if probe.ahead), probes[1])
         (mode, weights), positions = shown.settings, range(min(SHOWN, max_seq_len))
         first = _first(module, ids, SHOWN, vocab_size)
-        change = _changes(nets[weights], MODES[mode], first, vocab_size, positions)[:, :SHOWN]
+        called = _relative(nets[weights], MODES[mode], first)
+        change = _changes(called, first, vocab_size, positions)[:, :SHOWN]
         change *= change > shown.tolerance
         shown.ahead.extend(_ahead(change, positions))
         shown.showed.update(["looks ahead"] if shown.ahead else ())
@@ -153,18 +158,11 @@ def audit(module: nn.Module, vocab_size: int, max_seq_len: int, loss: Loss | Non
 
 
 def causality_matrix(model: CausalLM, tokens: Tensor, positions: int = 32) -> Tensor:
-    """(positions, positions): largest relative change of a logit in column u after replacing token
-    t (row). A causal model has exact zeros wherever u < t."""
+    """(positions, positions): largest change of a logit in column u after replacing token t (row).
+    A causal model has exact zeros wherever u < t."""
     ids = tokens[: min(positions, model.config.max_seq_len)].long().to(model.device)[None]
-    return _changes(model, False, ids, model.config.vocab_size, range(ids.shape[1]))
-
-
-def _check(module) -> None:
-    if not isinstance(module, nn.Module):
-        raise MusotaError(f"audit needs a torch.nn.Module, not {type(module).__name__}.")
-    places = sorted({str(tensor.device) for tensor in (*module.parameters(), *module.buffers())})
-    if len(places) > 1 or "meta" in places:
-        raise MusotaError(f"The model is on {' and '.join(places)}: move it to one device first.")
+    called = partial(_fresh_logits, model, False)
+    return _changes(called, ids, model.config.vocab_size, range(ids.shape[1]))
 
 
 @torch.no_grad()
@@ -220,16 +218,20 @@ def _fresh_logits(module: nn.Module, training: bool, *batches: Tensor, sizes=1.0
     return [_logits(called, batch.clone()) for batch in batches][-1] / sizes
 
 
-def _changes(module, training: bool, ids: Tensor, vocab_size: int, positions, n=1) -> Tensor:
-    """(positions, T): largest relative change of a logit at each place after replacing, in every
-    row, the `n` tokens from each position on. Every call is the first one of a fresh copy."""
-    base, changes = _fresh_logits(module, training, ids), [torch.zeros(0, ids.shape[1])]
-    sizes = base.abs().amax((0, 1)).clamp_min(1e-30)  # of each token of the vocabulary
+def _relative(module: nn.Module, training: bool, ids: Tensor) -> Callable[..., Tensor]:
+    """`_fresh_logits` of batches, divided by each vocabulary token's largest logit on `ids`."""
+    sizes = _fresh_logits(module, training, ids).abs().amax((0, 1)).clamp_min(1e-30)
+    return partial(_fresh_logits, module, training, sizes=sizes)
+
+
+def _changes(called: Callable, ids: Tensor, vocab_size: int, positions, n: int = 1) -> Tensor:
+    """(positions, T): largest change of logits by place after replacing `n` tokens from each on."""
+    base, changes = called(ids), [torch.zeros(0, ids.shape[1])]
     others = (ids + (vocab_size // 2 | 1)) % vocab_size  # nearly all of the other half
     for t in positions:
         other = ids.clone()
         other[:, t : t + n] = others[:, t : t + n]
-        moved = _fresh_logits(module, training, other).sub_(base).abs_().div_(sizes)
+        moved = called(other).sub_(base).abs_()
         changes.append(moved.amax((0, 2))[None].cpu())
     return torch.cat(changes)
 
@@ -242,13 +244,12 @@ def _ahead(moved: Tensor, positions: Sequence[int]) -> list[int]:
 def _probe(settings: tuple[str, str], module: nn.Module, ids: Tensor, vocab_size: int) -> Probe:
     training = MODES[settings[0]]
     given = ids.clone()  # its _version counts what is written, even values that it already has
-    base = _logits(_copy(module, training), given)
-    base /= (sizes := base.abs().amax((0, 1)).clamp_min(1e-30))
-    called = partial(_fresh_logits, module, training, sizes=sizes)
+    _logits(_copy(module, training), given)
+    base = (called := _relative(module, training, ids))(ids)
     noise = float((called(ids) - base).abs().max())
     tolerance, last = ROUNDING + 4 * noise, ids.shape[1] - 1
     positions = [t for t in sorted({1, last // 3, last // 2, last}) if 0 < t <= last]
-    change, rest = (_changes(module, training, ids, vocab_size, positions, n) for n in (1, last))
+    change, rest = (_changes(called, ids, vocab_size, positions, n) for n in (1, last))
     ahead = _ahead(change > tolerance, positions)
     other = ids[1:].expand_as(ids)  # the first row is replaced by the second
     seen = {

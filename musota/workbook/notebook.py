@@ -85,12 +85,10 @@ class Session:
             self.changes = {f: value for f, value in self.changes.items() if f not in varied}
         vocab_size = self.changes.get("vocab_size", self.profile.vocab_size or VOCAB_SIZE)
         self.whole_corpus = load_corpus(corpus, vocab_size)
-        self.corpus_name = str(corpus)
-        if corpus == "auto" and self.whole_corpus.label == CORPUS:  # as another machine finds it
-            self.corpus_name = CORPUS
         limits = self.profile.train_tokens, self.profile.valid_tokens
         self.corpus = self.whole_corpus.limited(*limits)
         known = self.corpus.label == CORPUS
+        self.corpus_name = CORPUS if known and corpus == "auto" else str(corpus)  # for commands
         name = self.profile.name if known else f"{self.profile.name}-{self.corpus.label}"
         # Where results belong, and where this notebook works: the same, except with save_to.
         self.home = as_path(save_to or naming.results_root()) / name
