@@ -225,7 +225,7 @@ def _relative(module: nn.Module, training: bool, ids: Tensor) -> Callable[..., T
 
 
 def _changes(called: Callable, ids: Tensor, vocab_size: int, positions, n: int = 1) -> Tensor:
-    """(positions, T): largest change of logits by place after replacing `n` tokens from each on."""
+    """(positions, T): largest change of a logit by place; a row each `n` replaced tokens."""
     base, changes = called(ids), [torch.zeros(0, ids.shape[1])]
     others = (ids + (vocab_size // 2 | 1)) % vocab_size  # nearly all of the other half
     for t in positions:

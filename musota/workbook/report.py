@@ -121,7 +121,8 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
     grid_note = _grid_note(results) if results.grid_rows else ""
     tried = [len(seeds) for losses in results.sweeps.values() for seeds in losses.values()]
     rate_note = f"Seeds of each rate: {min(tried)}." if tried else ""
-    parts_note = f"Hardly used: disabled alone, it costs under {RELEVANT} nats." if parts else ""
+    unused = f"A part is hardly used if disabling it alone costs under {RELEVANT} nats per token."
+    parts_note = unused if parts else ""
     plan_note = f"Applied to: {results.titles[results.judged[0].key]}." if results.judged else ""
 
     def drawn(*starts: str) -> list[str]:
