@@ -52,6 +52,12 @@ def _series(runs: Iterable[Run]) -> Iterable[tuple[str, list[Run], tuple[str, st
     return zip(groups.keys(), groups.values(), styles, strict=True)
 
 
+def _look(run: Run, colour: str, line: str, marker: str) -> dict:
+    """The look of a model's curve; the markers of models without blocks are hollow."""
+    fill = "full" if getattr(run.experiment.model, "layout", None) else "none"
+    return {"color": colour, "linestyle": line, "marker": marker, "fillstyle": fill}
+
+
 def curves(runs: Sequence[Run], ngrams: Mapping[str, float], reported: bool = False) -> Figure:
     """Valid PPL (log) and accuracy by epoch, with the n-gram baselines and, if `reported`, the
     plan's reported result. Seeds are thin, their mean (of the losses) is thick. Runs validated on
@@ -63,19 +69,17 @@ def curves(runs: Sequence[Run], ngrams: Mapping[str, float], reported: bool = Fa
     series = list(_series(runs))
     figure, (left, right) = new_figure(10, 4.4 + 0.12 * len(series), columns=2, grid="y")
     sizes, last = np.linspace(8, 5, len(series)), 1  # an equal curve drawn later hides nothing
-    for (title, group, (colour, line, marker)), size in zip(series, sizes, strict=True):
+    for (title, group, looks), size in zip(series, sizes, strict=True):
         tables = [run.history.set_index("epoch")[[measured, "accuracy"]] for run in group]
         mean = (sum(tables) / len(tables)).dropna()  # epochs that every seed has reached
         seeds = f"{len(group)} seeds" if len(group) > 1 else f"seed {group[0].seed}"
         seeds += "" if group[0].finished else f", {progress(group[0])}"
         seeds += " epochs" * (not group[0].ended)
-        look = {"color": colour, "linestyle": line, "marker": marker}
-        look |= {"markersize": size, "linewidth": size / 3.5}
-        if not getattr(group[0].experiment.model, "layout", None):  # a model without blocks
-            look["fillstyle"] = "none"
+        look = _look(group[0], *looks) | {"markersize": size, "linewidth": size / 3.5}
+        thin = {"color": look["color"], "linewidth": 0.7, "alpha": 0.5}
         for table in tables if len(group) > 1 else []:
-            left.plot(table.index, shown(table[measured]), color=colour, linewidth=0.7, alpha=0.5)
-            right.plot(100 * table.accuracy, color=colour, linewidth=0.7, alpha=0.5)
+            left.plot(table.index, shown(table[measured]), **thin)
+            right.plot(100 * table.accuracy, **thin)
         left.plot(mean.index, shown(mean[measured]), label=wrapped(f"{title}, {seeds}", 76), **look)
         right.plot(100 * mean.accuracy, **look)
         last = max(last, *(table.index.max() for table in tables))
@@ -136,10 +140,10 @@ def sizes(runs: Iterable[Run]) -> Figure:
     """Valid PPL by parameters, and by operations a token: a point each model, the mean of its
     seeds."""
     figure, axes = new_figure(10, 4.2, columns=2, grid="both")
-    for index, (title, group, (colour, _, marker)) in enumerate(_series(runs)):
+    for index, (title, group, looks) in enumerate(_series(runs)):
         model, ppl = group[0].experiment.model, float(np.exp(mean_loss(group)))
         for axis, amount in zip(axes, (model.n_parameters, model.flops_per_token), strict=True):
-            look = {"color": colour, "marker": marker, "markersize": 9, "linestyle": "none"}
+            look = _look(group[0], *looks) | {"markersize": 9, "linestyle": "none"}
             axis.plot(amount / 1e6, ppl, label=wrapped(title, 60), **look)
             note(axis, f"{ppl:,.0f}", (amount / 1e6, ppl), (7, 4 - 12 * (index % 2)))
     axes[0].set(xlabel="parameters (millions)", title="Perplexity against size")
@@ -303,8 +307,8 @@ def explored(
     records, column, name, baseline = METRICS[metric]
     figure, axis = new_figure(9, 4.4, grid="both")
     styles = styles_of([group[0].name for group in groups])
-    for place, (group, (colour, line, marker)) in enumerate(zip(groups, styles, strict=True)):
-        run, text = group[0], style.literal(group[0].title)
+    for place, (group, looks) in enumerate(zip(groups, styles, strict=True)):
+        run, text, colour = group[0], style.literal(group[0].title), looks[0]
         per_epoch = run.history.step[0] / run.history.epoch[0]
         seeds = pd.DataFrame({r.seed: getattr(r, records).set_index("step")[column] for r in group})
         seeds = seeds.set_axis(seeds.index / per_epoch)
@@ -314,8 +318,8 @@ def explored(
             text += f", {len(group)} seeds"
             ends = seeds.min(axis=1), seeds.max(axis=1)
             axis.fill_between(seeds.index, *ends, color=colour, alpha=0.25, linewidth=0)
-        look = {"color": colour, "linestyle": line, "label": text}
-        axis.plot(seeds.mean(axis=1), marker=marker if len(seeds) <= 60 else None, **look)
+        look = _look(run, *looks) | {"label": text}
+        axis.plot(seeds.mean(axis=1), **look | {"marker": ""} if len(seeds) > 60 else look)
         if start := plateau_start(run, *rule):
             band = {"ymin": place / len(groups), "ymax": (place + 1) / len(groups), "alpha": 0.15}
             band |= {"facecolor": colour, "edgecolor": colour, "label": f"plateau: {text}"}
