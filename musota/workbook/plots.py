@@ -152,6 +152,7 @@ def sizes(runs: Iterable[Run]) -> Figure:
         axis.set(ylabel="valid perplexity per token (log)")
         style.logarithmic(axis, *axis.dataLim.intervaly)
         axis.margins(x=0.15, y=0.2)
+        axis.locator_params("x", nbins=5)
     key = axes[0].get_legend_handles_labels()
     figure.legend(*key, fontsize=8, ncols=2, loc="outside upper center")
     return figure
