@@ -1,5 +1,5 @@
 // Kernels of scripts/fast_cpu.py, for one CPU thread and float32: causal attention of narrow heads,
-// and the softmax and cross-entropy of bf16 logits. They need GCC or Clang.
+// the cross-entropy of an output layer, and that of bf16 logits. They need GCC or Clang.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -17,11 +17,12 @@ typedef uint16_t Bf16 __attribute__((vector_size(2 * LANES), aligned(2)));
 
 const Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// exp(x) for x <= 0, with a relative error of about 2e-7 (the polynomial of Cephes' expf); exp(-87)
-// for all smaller x. NaN stays NaN.
-inline Vec exp_negative(Vec x) {
+// exp(x) for x < 88, with a relative error of about 2e-7 (the polynomial of Cephes' expf); exp(-87)
+// below x = -87. NaN stays NaN.
+inline Vec exponential(Vec x) {
   x = x < -87.0f ? Vec{} - 87.0f : x;
-  Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);  // rounds toward zero
+  // The conversion rounds toward zero, hence a positive number first.
+  Ints n = __builtin_convertvector(x * 1.44269504f + 128.5f, Ints) - 128;
   Vec whole = __builtin_convertvector(n, Vec);
   Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
   Vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -46,11 +47,15 @@ inline float largest_of(Vec x) {
 }
 
 struct Vectors {  // zeros at first
+  int64_t size;
   std::unique_ptr<Vec[]> data;
-  explicit Vectors(int64_t n) : data(new Vec[n]()) {}
+  explicit Vectors(int64_t n = 0) : size(n), data(new Vec[n]()) {}
   Vec& operator[](int64_t i) { return data[i]; }
   Vec* at(int64_t i) { return data.get() + i; }
   float* floats() { return reinterpret_cast<float*>(data.get()); }
+  void reserve(int64_t n) {
+    if (n > size) data.reset(new Vec[size = n]);
+  }
   void clear(int64_t n) { std::memset((void*)data.get(), 0, n * sizeof(Vec)); }
   // n numbers of each of up to 16 heads, one head a lane; unused lanes are zero.
   void load_heads(const float* from, int64_t heads, int64_t n) {
@@ -97,7 +102,7 @@ void forward(const Attention& a) {
       }
       Vec total{}, weighted{}, sums[C]{};
       for (int64_t j = 0; j <= i; ++j) {
-        const Vec s = scores[j], weight = exp_negative(s - highest);
+        const Vec s = scores[j], weight = exponential(s - highest);
         total += weight;
         weighted += weight * s;
         for (int c = 0; c < C; ++c) sums[c] += weight * v[j * C + c];
@@ -146,7 +151,7 @@ void backward(const Attention& a) {
           s += qi[c] * kj[c];
           d_weight += d_outi[c] * vj[c];
         }
-        const Vec below = s - total, weight = exp_negative(below > 0.0f ? Vec{} : below);
+        const Vec below = s - total, weight = exponential(below > 0.0f ? Vec{} : below);
         const Vec ds = weight * (d_weight + constant - de * s);
         for (int c = 0; c < C; ++c) {
           dqi[c] += ds * kj[c];
@@ -204,7 +209,7 @@ void forward_16(const Attention& a) {
       const float top = largest_of(highest);
       for (int64_t block = 0; block <= i / 16; ++block) {
         const Vec s = weights[block], below = s - top;
-        Vec weight = exp_negative(below > 0.0f ? Vec{} : below);
+        Vec weight = exponential(below > 0.0f ? Vec{} : below);
         const Ints later = LANE + int32_t(16 * block) > int32_t(i);
         weight = later ? Vec{} : weight;
         totals += weight;
@@ -244,7 +249,7 @@ void backward_16(const Attention& a) {
       const float constant = de * a.mean[row] - sum_of(d_outi * outi);
       for (int64_t block = 0; block <= i / 16; ++block) {
         const Vec s = k.products(a.q + row * 16, block), below = s - a.lse[row];
-        Vec weight = exp_negative(below > 0.0f ? Vec{} : below);
+        Vec weight = exponential(below > 0.0f ? Vec{} : below);
         weight = LANE + int32_t(16 * block) > int32_t(i) ? Vec{} : weight;
         weights[block] = weight;
         d_scores[block] = weight * (v.products(a.d_out + row * 16, block) + constant - de * s);
@@ -259,6 +264,75 @@ void backward_16(const Attention& a) {
     }
     std::memcpy(a.dk + g * T * 16, dk.at(0), T * sizeof(Vec));
     std::memcpy(a.dv + g * T * 16, dv.at(0), T * sizeof(Vec));
+  }
+}
+
+// C += A B, with A (rows, K) and B (K, columns). A_row is the distance between two rows of A, in floats;
+// the same for its columns and the rows of B and C.
+struct Product {
+  const float* A;
+  int64_t A_row, A_column;
+  const float* B;
+  int64_t B_row;
+  float* C;
+  int64_t C_row, K;
+};
+
+template <int ROWS, int S>  // S vectors of columns; the sums stay in registers
+void add_rows(const Product& p, int64_t first) {
+  const float* a = p.A + first * p.A_row;
+  float* c = p.C + first * p.C_row;
+  Vec sums[ROWS][S];
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) sums[r][s] = *(const LooseVec*)(c + r * p.C_row + s * LANES);
+  for (int64_t k = 0; k < p.K; ++k) {
+    Vec b[S];
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) b[s] = *(const LooseVec*)(p.B + k * p.B_row + s * LANES);
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+      const float factor = a[r * p.A_row + k * p.A_column];
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) sums[r][s] += factor * b[s];
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) *(LooseVec*)(c + r * p.C_row + s * LANES) = sums[r][s];
+}
+
+template <int S>
+void add_product(const Product& p, int64_t rows) {
+  constexpr int MOST = S < 3 ? 12 : 24 / S;
+  int64_t r = 0;
+  for (; r + MOST <= rows; r += MOST) add_rows<MOST, S>(p, r);
+  if (rows - r >= 8) add_rows<8, S>(p, r), r += 8;
+  if (rows - r >= 4) add_rows<4, S>(p, r), r += 4;
+  if (rows - r >= 2) add_rows<2, S>(p, r), r += 2;
+  if (rows - r >= 1) add_rows<1, S>(p, r);
+}
+
+// `columns` is a multiple of 16.
+void add_product(const Product& all, int64_t rows, int64_t columns) {
+  constexpr int64_t L1_ROWS = 104;  // of B: 64 columns of them stay in the L1 cache
+  for (int64_t k = 0; k < all.K; k += L1_ROWS) {
+    Product p = all;
+    p.A += k * p.A_column;
+    p.B += k * p.B_row;
+    p.K = std::min(L1_ROWS, all.K - k);
+    for (int64_t left = columns / LANES; left > 0;) {
+      const int64_t S = left > 4 && left % 4 ? 3 : std::min<int64_t>(left, 4);
+      if (S == 4) add_product<4>(p, rows);
+      if (S == 3) add_product<3>(p, rows);
+      if (S == 2) add_product<2>(p, rows);
+      if (S == 1) add_product<1>(p, rows);
+      p.B += S * LANES;
+      p.C += S * LANES;
+      left -= S;
+    }
   }
 }
 
@@ -324,7 +398,7 @@ double cross_entropy(uint16_t* logits, const float* bias, const int64_t* targets
     }
     const float top = largest_of(highest), of_target = x[targets[r]];
     for (int64_t i = 0; i < vectors; ++i) {
-      values[i] = exp_negative(values[i] - top);
+      values[i] = exponential(values[i] - top);
       sums += values[i];
     }
     double total = 0;
@@ -344,6 +418,89 @@ double cross_entropy(uint16_t* logits, const float* bias, const int64_t* targets
           if (d_bias) d_bias[i * LANES + lane] += p[lane];
         }
       }
+    }
+  }
+  return loss;
+}
+
+// Whether linear_cross_entropy is fast here: its products need 32 registers of 16 numbers.
+int has_products() {
+#ifdef __AVX512F__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// Cross-entropy of a float32 output layer: hidden states x (n, d), weight w (V, d), bias (V) or null.
+// Returns the sum over rows in nats, and adds its gradients to dx (n, d), dw (V, d) and db (V) or
+// null. d is a multiple of 16; no logit of row r is above limit[r]. Returns NaN where the exponentials
+// of a row become too small.
+double linear_cross_entropy(const float* x, const float* w, const float* bias,
+                            const int64_t* targets, const float* limit, float* dx, float* dw,
+                            float* db, int64_t n, int64_t d, int64_t V) {
+  constexpr int64_t CHUNK = 384, WIDTH = 64;  // tokens of the text, tokens of the vocabulary
+  constexpr float HIGHEST = 70, LOWEST = -60;  // exponents
+  const int64_t panels = (V + WIDTH - 1) / WIDTH;
+  static Vectors columns, exponentials, scaled;  // kept: new memory costs as much as a product
+  columns.reserve(panels * WIDTH * d / LANES);
+  exponentials.reserve(panels * WIDTH * CHUNK / LANES);
+  scaled.reserve(CHUNK * d / LANES);
+  float *w_columns = columns.floats(), *xs = scaled.floats();
+  for (int64_t p = 0; p < panels; ++p)  // (panels, d, WIDTH), zeros after the last
+    for (int64_t k = 0; k < d; ++k)
+      for (int64_t v = p * WIDTH; v < (p + 1) * WIDTH; ++v)
+        *w_columns++ = v < V ? w[v * d + k] : 0;
+  double loss = 0;
+  for (int64_t start = 0; start < n; start += CHUNK) {
+    const int64_t m = std::min(CHUNK, n - start);
+    const float* rows = x + start * d;
+    float shift[CHUNK], inverse[CHUNK], *gradient = dx + start * d;
+    Vec totals[CHUNK]{};
+    for (int64_t r = 0; r < m; ++r) {
+      const int64_t target = targets[start + r];
+      float logit = bias ? bias[target] : 0;
+      for (int64_t k = 0; k < d; ++k) logit += rows[r * d + k] * w[target * d + k];
+      shift[r] = std::max(logit, limit[start + r] - HIGHEST);
+      loss += shift[r] - logit;
+    }
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t first = p * WIDTH, width = std::min(WIDTH, V - first);
+      float* e = exponentials.floats() + first * m;  // (m, WIDTH): first the logits
+      float biases[WIDTH]{};
+      if (bias) std::copy_n(bias + first, width, biases);
+      for (int64_t r = 0; r < m; ++r)
+        for (int64_t v = 0; v < WIDTH; ++v) e[r * WIDTH + v] = biases[v] - shift[r];
+      add_product({rows, d, 1, columns.floats() + first * d, WIDTH, e, WIDTH, d}, m, WIDTH);
+      for (int64_t r = 0; r < m; ++r)
+        for (int64_t v = 0; v < WIDTH; v += LANES) {
+          Vec* values = reinterpret_cast<Vec*>(e + r * WIDTH + v);
+          *values = LANE + int32_t(v) < int32_t(width) ? exponential(*values) : Vec{};
+          totals[r] += *values;
+        }
+      add_product({e, WIDTH, 1, w + first * d, d, gradient, d, width}, m, d);
+    }
+    for (int64_t r = 0; r < m; ++r) {
+      const int64_t target = targets[start + r];
+      const float total = sum_of(totals[r]);
+      if (!(total > std::exp(LOWEST))) return NAN;
+      loss += std::log(total);
+      inverse[r] = 1 / total;
+      for (int64_t k = r * d; k < (r + 1) * d; ++k) {
+        xs[k] = rows[k] * inverse[r];
+        gradient[k] = gradient[k] * inverse[r] - w[target * d + k - r * d];
+        dw[target * d + k - r * d] -= rows[k];
+      }
+      if (db) db[target] -= 1;
+    }
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t first = p * WIDTH, width = std::min(WIDTH, V - first);
+      const float* e = exponentials.floats() + first * m;
+      add_product({e, 1, WIDTH, xs, d, dw + first * d, d, m}, width, d);
+      if (!db) continue;
+      float sums[WIDTH]{};
+      add_product({inverse, 0, 1, e, WIDTH, sums, WIDTH, m}, 1, WIDTH);
+      for (int64_t v = 0; v < width; ++v) db[first + v] += sums[v];
     }
   }
   return loss;

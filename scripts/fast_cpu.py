@@ -1,9 +1,9 @@
 """`musota` with C++ kernels for CPUs: python scripts/fast_cpu.py train optimized --precision bf16
 
-Takes the arguments of `python -m musota`. Causal attention and, in bf16, the cross-entropy of the
-output layer are computed by cpu_kernels.cpp, which g++ compiles at the first start. The kernels use
-one thread: set OMP_NUM_THREADS=1. On GPUs, with torch.compile and for heads of a width that has no
-kernel the package computes them.
+Takes the arguments of `python -m musota`. Causal attention and the cross-entropy of the output
+layer are computed by cpu_kernels.cpp, which g++ compiles at the first start. The kernels use one
+thread: set OMP_NUM_THREADS=1. The package computes them on GPUs, with torch.compile, for heads of a
+width that has no kernel, and the float32 cross-entropy on CPUs without AVX-512.
 """
 
 import ctypes
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
@@ -48,7 +49,7 @@ def load_kernels() -> ctypes.CDLL:
     except (OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"The kernels could not be compiled with g++ ({error}). Use python -m musota.")
     kernels = ctypes.CDLL(str(library))
-    kernels.cross_entropy.restype = ctypes.c_double
+    kernels.cross_entropy.restype = kernels.linear_cross_entropy.restype = ctypes.c_double
     return kernels
 
 
@@ -136,18 +137,44 @@ class CrossEntropy(torch.autograd.Function):
         return *(None if x is None else x.mul_(scale) for x in ctx.saved_tensors), None
 
 
+class ExactCrossEntropy(torch.autograd.Function):
+    """The same in float32. The loss is NaN for logits too different for the kernel."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        (n, d), V = hidden.shape, len(weight)
+        # No logit is larger (Cauchy and Schwarz).
+        limit = hidden.norm(dim=1) * weight.norm(dim=1).max() + (0 if bias is None else bias.max())
+        if d % 16:
+            hidden, weight = (F.pad(x, (0, -d % 16)) for x in (hidden, weight))
+        gradients = [x if x is None else torch.zeros_like(x) for x in (hidden, weight, bias)]
+        given = hidden, weight, bias, targets, limit
+        total = call(KERNELS.linear_cross_entropy, *given, *gradients, n, hidden.shape[1], V)
+        ctx.save_for_backward(gradients[0][:, :d], gradients[1][:, :d], gradients[2])
+        ctx.n_token = n
+        return hidden.new_tensor(total / n)
+
+    backward = CrossEntropy.backward
+
+
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> Tensor:
     """`musota.models.loss.linear_cross_entropy`."""
-    if hidden.device.type != "cpu" or loss._matmul_dtype(hidden) != torch.bfloat16:
+    dtype = loss._matmul_dtype(hidden)
+    exact = dtype == torch.float32 and KERNELS.has_products()
+    if hidden.device.type != "cpu" or not (exact or dtype == torch.bfloat16):
         return package_cross_entropy(hidden, weight, bias, targets)
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
-    if targets.min() < 0 or targets.max() >= len(weight):  # the kernel would write elsewhere
+    x, y = hidden.reshape(-1, hidden.shape[-1]).float(), targets.reshape(-1).long().contiguous()
+    if y.min() < 0 or y.max() >= len(weight):  # the kernel would write elsewhere
         raise IndexError("A target lies outside the vocabulary.")
-    bias = None if bias is None else bias.float()
+    b = None if bias is None else bias.float()
+    function = ExactCrossEntropy if exact else CrossEntropy
     with torch.autocast("cpu", enabled=False):
-        return CrossEntropy.apply(hidden.float(), weight, bias, targets.contiguous())
+        nats = function.apply(x.contiguous(), weight.contiguous(), b, y)
+    if exact and nats.isnan():
+        return package_cross_entropy(hidden, weight, bias, targets)
+    return nats
 
 
 def use_kernels() -> None:

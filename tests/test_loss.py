@@ -7,20 +7,27 @@ from musota.models import loss as loss_module
 from musota.models.loss import linear_cross_entropy, score_tokens
 
 
-def _problem(tokens, bias=True):
+def _problem(tokens, bias=True, d=16):
     torch.manual_seed(0)
-    hidden = torch.randn(tokens, 16, requires_grad=True)
-    weight = torch.randn(97, 16, requires_grad=True)
+    hidden = torch.randn(tokens, d, requires_grad=True)
+    weight = torch.randn(97, d, requires_grad=True)
     bias = torch.randn(97, requires_grad=True) if bias else None
     return hidden, weight, bias, torch.randint(97, (tokens,))
 
 
-@pytest.mark.parametrize(("tokens", "bias"), [(1, True), (512, False), (1025, True)])
-def test_equals_the_plain_loss_in_value_and_gradient(tokens, bias):
-    hidden, weight, bias, targets = _problem(tokens, bias)
+FUNCTIONS = {"package": linear_cross_entropy}
+FUNCTIONS |= {"kernels": fast_cpu.linear_cross_entropy} if fast_cpu else {}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("d, tokens, bias", [(16, 1, True), (76, 512, False), (112, 1025, True)])
+@pytest.mark.parametrize("scale", [0.3, 30])
+def test_equals_the_plain_loss_in_value_and_gradient(d, tokens, bias, scale, function):
+    hidden, weight, bias, targets = _problem(tokens, bias, d)
+    hidden = hidden * scale
     leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None]
     wanted = F.cross_entropy(F.linear(hidden, weight, bias), targets)
-    got = linear_cross_entropy(hidden, weight, bias, targets)
+    got = FUNCTIONS[function](hidden, weight, bias, targets)
     torch.testing.assert_close(got, wanted)
     gradients = (torch.autograd.grad(3 * loss, leaves) for loss in (got, wanted))
     for mine, plain in zip(*gradients, strict=True):
