@@ -442,7 +442,8 @@ double linear_cross_entropy(const float* x, const float* w, const float* bias,
   constexpr int64_t CHUNK = 384, WIDTH = 64;  // tokens of the text, tokens of the vocabulary
   constexpr float HIGHEST = 70, LOWEST = -60;  // exponents
   const int64_t panels = (V + WIDTH - 1) / WIDTH;
-  static Vectors columns, exponentials, scaled;  // kept: new memory costs as much as a product
+  // Kept, as new memory costs as much as a product.
+  static thread_local Vectors columns, exponentials, scaled;
   columns.reserve(panels * WIDTH * d / LANES);
   exponentials.reserve(panels * WIDTH * CHUNK / LANES);
   scaled.reserve(CHUNK * d / LANES);
