@@ -172,7 +172,7 @@ def grid(rows: Mapping[str, Mapping[int, Row | None]]) -> Figure:
         for (row, column), text in np.ndenumerate(ppls[part]):
             axis.text(column, row, text, ha="center", va="center", fontsize=8)
         axis.set_xticks(range(table.shape[1]), [f"seed {seed}" for seed in table])
-        names = table.index[part].str.replace("_", " ")
+        names = table.index[part].str.replace("_rate_x", ", rate × ").str.replace("_", " ")
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
         axis.spines[:].set_visible(False)
