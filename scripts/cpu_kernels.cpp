@@ -267,8 +267,8 @@ void backward_16(const Attention& a) {
   }
 }
 
-// C += A B, with A (rows, K) and B (K, columns). A_row is the distance between two rows of A, in floats;
-// the same for its columns and the rows of B and C.
+// C += A B, with A (rows, K) and B (K, columns). A_row is the distance between two rows of A, in
+// floats; the same for its columns and the rows of B and C.
 struct Product {
   const float* A;
   int64_t A_row, A_column;
@@ -304,7 +304,7 @@ void add_rows(const Product& p, int64_t first) {
     for (int s = 0; s < S; ++s) *(LooseVec*)(c + r * p.C_row + s * LANES) = sums[r][s];
 }
 
-template <int S>
+template <int S>  // as many rows at a time as there are registers
 void add_product(const Product& p, int64_t rows) {
   constexpr int MOST = S < 3 ? 12 : 24 / S;
   int64_t r = 0;
@@ -432,10 +432,10 @@ int has_products() {
 #endif
 }
 
-// Cross-entropy of a float32 output layer: hidden states x (n, d), weight w (V, d), bias (V) or null.
-// Returns the sum over rows in nats, and adds its gradients to dx (n, d), dw (V, d) and db (V) or
-// null. d is a multiple of 16; no logit of row r is above limit[r]. Returns NaN where the exponentials
-// of a row become too small.
+// Cross-entropy of a float32 output layer: hidden states x (n, d), weight w (V, d), bias (V) or
+// null. Returns the sum over rows in nats, and its gradients dx (n, d), dw (V, d) and db (V) or null,
+// which are zeros at first. d is a multiple of 16; no logit of row r is above limit[r]. Returns NaN
+// where the exponentials of a row become too small.
 double linear_cross_entropy(const float* x, const float* w, const float* bias,
                             const int64_t* targets, const float* limit, float* dx, float* dw,
                             float* db, int64_t n, int64_t d, int64_t V) {
