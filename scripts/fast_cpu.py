@@ -138,12 +138,12 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class ExactCrossEntropy(torch.autograd.Function):
-    """The same in float32. The loss is NaN for logits too different for the kernel."""
+    """The same in float32. The loss is NaN if the exponentials of a row are too small to add."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
         (n, d), V = hidden.shape, len(weight)
-        # No logit is larger (Cauchy and Schwarz).
+        # An upper bound of each row's logits (Cauchy-Schwarz inequality).
         limit = hidden.norm(dim=1) * weight.norm(dim=1).max() + (0 if bias is None else bias.max())
         if d % 16:
             hidden, weight = (F.pad(x, (0, -d % 16)) for x in (hidden, weight))

@@ -55,6 +55,14 @@ def test_a_loss_that_is_not_finite_is_seen(place, bad, bf16):
     assert not loss.isfinite()
 
 
+def test_a_large_bias_does_not_overflow(monkeypatch):
+    bias, zeros = torch.arange(97.0) + 104, torch.zeros(97, 16)  # up to 200
+    if fast_cpu.KERNELS.has_products():
+        monkeypatch.setattr(fast_cpu, "package_cross_entropy", None)  # it is not called
+    loss = fast_cpu.linear_cross_entropy(zeros, zeros, bias, torch.arange(97))
+    torch.testing.assert_close(loss, bias.logsumexp(0) - bias.mean())
+
+
 def test_gradients_of_logits_are_rounded_to_the_nearest_bf16():
     logits, bias = torch.randn(40, 1003).bfloat16(), torch.randn(1003)  # 1,003: a partial vector
     targets, d_bias = torch.randint(1003, (40,)), torch.zeros(1003)
