@@ -175,6 +175,8 @@ def test_text_lists_arrays_and_tensors_are_all_taken(model, text_folder, tmp_pat
     assert tokenizer.decode(torch.from_numpy(ids)) == text
     with pytest.raises(MusotaError, match="without its tokenizer"):
         musota.evaluate(model, text)
+    with pytest.raises(MusotaError, match="evaluate needs a model of musota, .* not Linear"):
+        musota.evaluate(torch.nn.Linear(1, 1), ids)
     for wrong in (None, [1.5, 2.0], [[1], [2, 3]], [True, False], {"a": 1}):
         with pytest.raises(MusotaError, match="whole-numbered token ids"):
             musota.evaluate(owned, wrong)

@@ -118,9 +118,9 @@ def test_a_diverged_run_loses_and_an_unfinished_one_is_named():
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
-        ([], make_run(), "a run, or several, on either side"),
+        ([], make_run(), "a run, or several, on each side"),
         ("optimized", make_run(), "runs that have ended an epoch, not 'optimized'"),
-        (make_run(), make_run(valid_text="other"), "were validated on different texts"),
+        (make_run(), make_run(valid_text="other"), "were validated on different tokens"),
         ([make_run(), make_run(seed=1, title="b")], make_run(), "differ in the seed alone"),
     ],
 )

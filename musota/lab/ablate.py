@@ -151,8 +151,8 @@ def weak_spots(run: Run, effects: Mapping[str, Interval]) -> list[Verdict]:
         verdicts.append(Verdict(question, DECISIONS[side], **in_nats(effects[part]), **about))
     idle = [block for block in blocks if effects[block].beyond(RELEVANT) < 0]
     most = max(blocks, key=lambda block: effects[block].mean)
-    reason = f"{len(idle)} of {len(blocks)} hardly used; the largest cost is that of block {most}"
+    reason = f"{len(idle)} of {len(blocks)} hardly used; shown: the largest cost, of block {most}"
     step = "use fewer blocks of more channels" if len(idle) > len(blocks) / 2 else ""
-    decision = DECISIONS[-1 if step else max(0, effects[most].beyond(RELEVANT))]
+    decision = "most hardly used" if step else DECISIONS[max(0, effects[most].beyond(RELEVANT))]
     about = {"reason": reason, "next_step": step}
     return [*verdicts, Verdict("Are the blocks used?", decision, **in_nats(effects[most]), **about)]

@@ -338,7 +338,7 @@ def _judge(question: str, probes: Sequence[Probe], may_show: dict, otherwise: tu
 
 
 def _looks_ahead(probes: Sequence[Probe]) -> Verdict:
-    question = "Does a token move the logits before it?"
+    question = "Does a prediction depend on later tokens?"
     seen = "the logits at t move when all the tokens after it are replaced"
     if ahead := [distance for probe in probes for distance in probe.ahead]:
         seen = f"the logits at t read token t+{min(ahead)}"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from musota.config import MuConfig
 from musota.lab.stats import Interval, block_bootstrap
 from musota.lab.verdicts import PERCENT, Verdict, decide
 from musota.training.run import Run
@@ -143,11 +144,12 @@ def _training_health(run: Run) -> Iterator[Verdict]:
     norms = run.steps.grad_norm[run.steps.step > training.warmup_steps].dropna()  # fp16 skips steps
     if len(norms):
         clipped = 100 * float(np.mean(norms > training.grad_clip))
+        step = "raise grad_clip" + ", or lower the learning rate" * (middle >= low)
         yield _judge(
             "Clipped steps",
             clipped,
             f"at most {CLIPPED_STEPS} % is usual",
-            (clipped > CLIPPED_STEPS, "too many", "raise grad_clip, or lower the learning rate"),
+            (clipped > CLIPPED_STEPS, "too many", step),
             unit=PERCENT,
         )
     losses = np.array([epoch["valid_loss"] for epoch in epochs], float)
@@ -176,13 +178,14 @@ def _inner_health(run: Run) -> Iterator[Verdict]:
     )
     by_layer = np.array(last["attention_entropy"], float)
     lowest, mean = int(by_layer.argmin()), _number(by_layer)
+    which = ", cross attention alone" if isinstance(model, MuConfig) else ""
     uniform = math.lgamma(model.max_seq_len + 1) / model.max_seq_len  # mean of ln t, t = 1 … T
     yield _judge(
-        "Attention entropy (nats, mean of the layers)",
+        f"Attention entropy (nats, mean of the layers{which})",
         mean,
-        f"{by_layer[lowest]:.2f} in the lowest layer, {uniform:.2f} for equal weights",
-        (by_layer[lowest] < LEAST_ENTROPY, "too low", f"layer {lowest + 1} reads one token only"),
-        (mean > UNIFORM_ENTROPY * uniform, "uniform", "all tokens weigh the same"),
+        f"{by_layer[lowest]:.2f} in layer {lowest + 1} (lowest), {uniform:.2f} for equal weights",
+        (by_layer[lowest] < LEAST_ENTROPY, "too low", "that layer hardly reads more than a token"),
+        (mean > UNIFORM_ENTROPY * uniform, "uniform", "all tokens weigh almost the same"),
     )
     if "gate_mean" in last:
         gate, spread = _number(last["gate_mean"]), _number(last["gate_spread"])

@@ -80,7 +80,7 @@ def best_rate(title: str, losses: Losses, usual: float | None = None) -> Verdict
     means = {rate: float(np.mean(of_rate)) for rate, of_rate in losses.items()}
     reason = f"learning rate {best:g} is the best of {len(losses)} rates from {low:g} to {high:g}"
     decision, next_step = "bracketed", ""
-    if usual in means:
+    if usual in means and usual != best:
         gain = means[usual] - means[best]
         seen = "which diverges" if math.isinf(means[usual]) else f"{-gain:+.2f} nats/token"
         reason += f", against {usual:g}: {seen}"

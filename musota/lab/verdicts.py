@@ -145,7 +145,7 @@ def as_runs(side: Run | Sequence[Run]) -> list[Run]:
     """A run, or the seeds of one model, as a list. Raises MusotaError for anything else."""
     runs = list(side) if isinstance(side, Iterable) and not isinstance(side, str) else [side]
     if not runs:
-        raise MusotaError("compare needs a run, or several, on either side.")
+        raise MusotaError("compare needs a run, or several, on each side.")
     for run in runs:
         if not (getattr(run, "summary", None) or getattr(run, "diverged", False)):
             raise MusotaError(f"compare needs runs that have ended an epoch, not {run!r:.80}.")
@@ -170,8 +170,8 @@ def _compare(a: list[Run], b: list[Run], question: str, words: tuple[str, str]) 
     """The verdict on checked runs; `words` are the decisions for better and for worse."""
     if a[0].valid_text != b[0].valid_text:
         raise MusotaError(
-            f"{a[0].path} and {b[0].path} were validated on different texts: "
-            "compare their bits per byte (.summary) alone."
+            f"{a[0].path} and {b[0].path} were validated on different tokens. If only their "
+            "tokenizers differ, compare summary['bits_per_byte']."
         )
     decided = (  # by the side of 0 on which the difference lies
         {"decision": "tie", "good": None},

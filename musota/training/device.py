@@ -49,7 +49,8 @@ def make_accelerator(device=None, precision=None, unused_parameters=False) -> Ac
     chosen = find_device(device)
     precision = precision or default_precision(chosen)
     if precision not in PRECISIONS or (precision == "fp16" and chosen.type == "cpu"):
-        raise MusotaError(f"No precision {precision!r} on {chosen.type}: use no, bf16 or fp16.")
+        usable = "no or bf16" if chosen.type == "cpu" else "no, bf16 or fp16"
+        raise MusotaError(f"No precision {precision!r} on {chosen.type}: use {usable}.")
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first choice
     return Accelerator(
         cpu=chosen.type == "cpu",

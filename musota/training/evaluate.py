@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from musota.data.corpus import Corpus
+from musota.errors import MusotaError
 from musota.models.base import CausalLM, score
 
 BLOCK_TOKENS = 1024  # valid losses are kept by blocks of so many tokens, for the paired bootstrap
@@ -23,10 +24,15 @@ def evaluate(
     bytes: int | None = None,
     stride: int | None = None,
 ) -> dict[str, float]:
-    """`loss` (nats/token), `ppl` and `accuracy` over every token but the first of token ids or a
-    text, in windows without overlap, or with a smaller `stride` in sliding ones. Given the counts
-    of the same text also `word_ppl` = exp(total nats / words), line ends counted as words, and
-    `bits_per_byte` = total bits / UTF-8 bytes. Both can be compared between tokenizers."""
+    """`loss` (nats/token), `ppl` and `accuracy` of a model of this package on a text or token ids.
+
+    Every token but the first is scored. Windows do not overlap, unless `stride` is smaller than
+    max_seq_len. Given the counts of the same text also `word_ppl` = exp(total nats / words), line
+    ends counted as words, and `bits_per_byte` = total bits / UTF-8 bytes. Both can be compared
+    between tokenizers. Raises MusotaError for another model, and as `score` does."""
+    if not isinstance(getattr(model, "_orig_mod", model), CausalLM):
+        needed = "a model of musota, as Run.load_model() returns"
+        raise MusotaError(f"evaluate needs {needed}, not {type(model).__name__}.")
     return metrics_of(*score(model, model.as_ids(tokens), stride), words, bytes)
 
 

@@ -16,7 +16,7 @@ from musota.config import check_value
 from musota.data.sources import find_text
 from musota.errors import MusotaError, find_named
 from musota.files import as_path, sentence
-from musota.lab.profiles import PROFILES, check_changes, find_profile
+from musota.lab.profiles import check_changes, find_profile
 from musota.own import find_source
 from musota.registry import REGISTRY
 from musota.workbook.naming import checkout, find_folders, is_module, results_root
@@ -25,6 +25,9 @@ os.environ["MPLBACKEND"] = "Agg"  # one inherited from a notebook would fail in 
 PARTS = ("models", "sweep", "tuned", "grid")  # of `musota evidence`
 TABLES = ("grid/", "sweep/")  # begin the names of runs that are rows of a table
 TEXTS = ("profile", "corpus", "save_to", "log_with")  # parameters that are always text
+PROFILE_HELP = (
+    "Size of a run: full (the plan's), study, quick or tiny; auto is full on a GPU, else quick."
+)
 CORPUS_HELP = (
     "auto, wikitext-2, wikitext-2-raw, wikitext-103, wikitext-103-raw, python-docs, hf:NAME or "
     "hf:NAME:CONFIG (a dataset of the Hugging Face hub), a folder with train.txt, valid.txt and "
@@ -70,18 +73,16 @@ def _together(*options):
 
 
 experiment_options = _together(
-    click.option(
-        "--profile", default="quick", callback=_profile, help=f"auto, {', '.join(PROFILES)}."
-    ),
+    click.option("--profile", default="quick", callback=_profile, help=PROFILE_HELP),
     click.option("--corpus", default="auto", callback=_corpus, help=CORPUS_HELP),
-    click.option("--seed", default=0, callback=_seed),
+    click.option("--seed", default=0, callback=_seed, help="Of weights, order and dropout."),
     click.option("--fresh", is_flag=True, help="Train again what is already trained."),
     click.option(
         "--save-to", default="", show_default=False, help="Also copy the results to this folder."
     ),
 )
 changes_option = click.option(
-    "--set", "changes", multiple=True, callback=_changes, help="FIELD=VALUE, used as given."
+    "--set", "changes", multiple=True, callback=_changes, help="FIELD=VALUE; no profile scales it."
 )
 place_options = _together(  # where recorded runs are looked for
     click.option("--profile", default="quick", help="The profile of the runs."),
@@ -144,7 +145,7 @@ def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options)
     """
     if experiment.startswith(TABLES):
         if changes or save_to or any(value not in (None, ()) for value in options.values()):
-            raise MusotaError(f"{experiment} takes no --set, --save-to or --device.")
+            raise MusotaError(f"{experiment} takes --profile, --corpus, --seed and --fresh alone.")
         from musota.workbook.evidence import train_row
 
         where = {"profile": profile, "corpus": corpus, "fresh": fresh}

@@ -40,6 +40,7 @@ from musota.workbook.show import show_errors_as_sentences, show_verdicts
 from musota.workbook.style import save_figure
 from musota.workbook.widgets import Explorer
 
+NO_WEIGHTS = "The weights of this recorded run were not kept: set fresh = True to train it again."
 PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to", "log_with", "changes")
 
 
@@ -311,14 +312,14 @@ class Workbook(Session):
             self.show(plots.ablations(run, effects), name, about=about)
             show_verdicts(weak_spots(run, effects))
         else:
-            print("This run is recorded without its checkpoint: train it here to inspect it.")
+            print(NO_WEIGHTS)
 
     def show_blocks(self, run: Run, text: str) -> None:
         """The matrices and gates of the first tokens of a text."""
         if run.has_model:
             self.show(blocks_figure(run.load_model(), self.corpus.tokenizer, text), "blocks", run)
         else:
-            print("This run is recorded without its checkpoint: train it here to inspect it.")
+            print(NO_WEIGHTS)
 
 
 def blocks_figure(model: CausalLM, tokenizer: TextTokenizer, text: str, most: int = 12) -> Figure:

@@ -21,6 +21,7 @@ from musota.workbook import drawings, plots, tables
 from musota.workbook.results import QUESTIONS, Results, label, progress
 from musota.workbook.style import save_figure
 
+EQUAL_PARAMETERS = "Matched models have equal parameters, not equal compute (see notebook 05)."
 FRONT_MARKS = ("<!-- results -->", "<!-- end of results -->")
 
 
@@ -121,7 +122,8 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
     grid_note = _grid_note(results) if results.grid_rows else ""
     tried = [len(seeds) for losses in results.sweeps.values() for seeds in losses.values()]
     rate_note = f"Seeds of each rate: {min(tried)}." if tried else ""
-    unused = f"A part is hardly used if disabling it alone costs under {RELEVANT} nats per token."
+    unused = f"Used: the 95 % interval of what disabling a part costs is above {RELEVANT} nats per "
+    unused += "token. Hardly used: it is below."
     parts_note = unused if parts else ""
     plan_note = f"Applied to: {results.titles[results.judged[0].key]}." if results.judged else ""
 
@@ -129,7 +131,7 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
         return [name for name in figures if name.startswith(starts)]
 
     return [
-        Section(QUESTIONS["architecture"], "", drawn("architecture"), judged["architecture"]),
+        Section(QUESTIONS["architecture"], EQUAL_PARAMETERS, drawn("architecture"), judged["architecture"]),
         Section(QUESTIONS["causes"], grid_note, drawn("root"), judged["causes"]),
         Section(QUESTIONS["rate"], rate_note, drawn("rate"), judged["rate"]),
         Section(QUESTIONS["parts"], parts_note, drawn("parameters", "ablations"), parts),
