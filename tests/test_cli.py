@@ -290,6 +290,8 @@ def test_evidence_lists_the_runs_that_are_left_and_trains_them(made, text_folder
         (["train", "nofile.py:M_twin"], "There is no file"),
         (["train", "baseline", "--seed", "-1"], "seed must be a whole number"),
         (["train", "baseline", "--corpus", "nosuch"], "Unknown corpus 'nosuch'"),
+        (["train", "baseline", "--corpus", ""], "Name a corpus: auto, wikitext-2"),
+        (["train", "optimized", "--set", "epochs={[]: 1}"], "epochs must be a whole number"),
         (["evidence", "--only", "xyz"], "Unknown part 'xyz'"),
         (["--help"], "bench"),
     ],

@@ -1,4 +1,5 @@
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from musota.files import read_sealed
 from musota.lab import sweep
 from musota.lab.grid_runs import read_table
 from musota.lab.profiles import PROFILES, scaled
+from musota.workbook.results import Results
 
 STUDY = ROOT / "results" / "study"
 
@@ -42,9 +44,11 @@ def test_the_verdict_on_a_sweep(low, middle, high, usual, decision, next_step):
     assert ("against 0.01: which diverges" in verdict.reason) == (usual == 1e-2)
 
 
-def test_the_recorded_sweep_is_read_and_its_best_rates_are_those_of_the_tuned_runs():
+def test_the_recorded_sweep_is_read_and_its_best_rates_are_those_of_the_tuned_runs(tmp_path):
     profile, rows = PROFILES["study"], read_table(STUDY / "sweep.csv")
     losses = sweep.swept(rows, profile)
+    shutil.copy(STUDY / "sweep.csv", tmp_path)  # without a run
+    assert Results(tmp_path).sweeps == losses
     assert [[*of_one] for of_one in losses.values()] == 2 * [[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]]
     short = sweep.sweep_run("baseline", profile, 1e-3).experiment.training
     assert (short.epochs, short.warmup_steps) == (5, 333)  # of thirty, the same share of warm-up

@@ -65,6 +65,8 @@ def find_text(name: str, data_dir) -> Path | None:
     """The folder or file of a corpus; None for `auto`, a dataset of the hub, and one of SOURCES
     without a local copy. Raises MusotaError if there is no such corpus."""
     known = ("auto", *HUB_TEXTS, *SOURCES)
+    if not name:  # as a path it would be this folder
+        raise MusotaError(f"Name a corpus: {', '.join(known)}, a folder or a file.")
     is_named = name in known or name.startswith(HUB_PREFIX)
     places = [as_path(data_dir) / name] if data_dir else []
     if not is_named:

@@ -198,6 +198,7 @@ def _train_all(jobs: list[dict]) -> Iterator[Row]:
     if workers <= 1 or torch.cuda.is_available():
         yield from map(_train_one, jobs)
         return
+    others = {*multiprocessing.active_children()}  # of the caller
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
     try:
         for ended in as_completed([pool.submit(_train_one, job, True) for job in jobs]):
@@ -206,7 +207,7 @@ def _train_all(jobs: list[dict]) -> Iterator[Row]:
         hint = "In a script, call it below `if __name__ == '__main__':`."
         raise MusotaError(f"A process was killed: run this again to continue. {hint}") from None
     finally:
-        for worker in multiprocessing.active_children():
+        for worker in {*multiprocessing.active_children()} - others:
             worker.terminate()  # a training saves its state first
         pool.shutdown(cancel_futures=True)
 

@@ -75,10 +75,9 @@ def ngram_nats(train: np.ndarray, tokens: np.ndarray, vocabulary: int) -> dict[s
 
 
 def measure_ngrams(corpus: Corpus) -> dict[str, float]:
-    """Perplexity of each baseline on valid, over the tokens its tokenizer has. A baseline that is
-    not finite is left out. Raises MusotaError for too short a text."""
+    """Perplexity of each baseline on valid, over the tokens its tokenizer has. Raises
+    MusotaError for too short a text."""
     if len(corpus.train) < 3 or len(corpus.valid) < 2:
         raise MusotaError("The text has too few tokens to count n-grams: use more text.")
     nats = ngram_nats(corpus.train.numpy(), corpus.valid.numpy(), corpus.tokenizer.size)
-    means = {name: float(values.mean()) for name, values in nats.items()}
-    return {name: math.exp(mean) for name, mean in means.items() if math.isfinite(mean)}
+    return {name: math.exp(float(values.mean())) for name, values in nats.items()}

@@ -34,12 +34,9 @@ def block_bootstrap(nats: Sequence[float], tokens: Sequence[int]) -> Interval:
     """Nats per token, with a 95 % interval from resampling whole blocks of text (Koehn 2004).
 
     Arguments: the total nats (or the difference of two models' nats) and the number of tokens of
-    each block. The interval says nothing about other seeds. Fewer than ten blocks give none. Raises
-    ValueError for arguments of different lengths.
+    each block. The interval says nothing about other seeds. Fewer than ten blocks give none.
     """
     nats, tokens = np.asarray(nats, float), np.asarray(tokens, float)
-    if nats.shape != tokens.shape or not len(tokens):
-        raise ValueError("block_bootstrap needs the nats and the tokens of the same blocks.")
     mean = float(nats.sum() / tokens.sum())
     if len(tokens) < MIN_BLOCKS:
         return Interval(mean)
@@ -51,10 +48,7 @@ def block_bootstrap(nats: Sequence[float], tokens: Sequence[int]) -> Interval:
 
 
 def seed_interval(differences: Sequence[float]) -> Interval:
-    """Student's t interval of the mean of paired differences, one per seed. Raises ValueError for
-    fewer than two."""
-    if len(differences) < 2:
-        raise ValueError("An interval over seeds needs at least two of them.")
+    """Student's t interval of the mean of paired differences, one for each of two or more seeds."""
     error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
     return _student(float(np.mean(differences)), error, len(differences) - 1)
 

@@ -106,19 +106,12 @@ def copy_module(module: nn.Module) -> nn.Module:
     return copied
 
 
-def materialized_copy(module: nn.Module, max_seq_len: int) -> nn.Module:
-    """A copy of a module with its lazy parameters created. Raises MusotaError for a module that
-    cannot be copied or called."""
-    call_once(copied := copy_module(module), max_seq_len)
-    return copied
-
-
 def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> ModuleConfig:
     """The description of a module, measured on a copy with one sequence of `max_seq_len` tokens.
     Raises MusotaError for a module without parameters, or whose output does not fit."""
     vocab_size = check_value("vocab_size", vocab_size, int)
     max_seq_len = check_value("max_seq_len", max_seq_len, int)
-    measured = materialized_copy(module, max_seq_len).eval()
+    call_once(measured := copy_module(module).eval(), max_seq_len)
     name = type(measured).__name__
     parameters = dict(measured.named_parameters())
     if not parameters:

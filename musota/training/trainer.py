@@ -23,7 +23,7 @@ from musota.errors import MusotaError, find_named
 from musota.models.base import score
 from musota.models.diagnostics import evaluating
 from musota.models.hub import build_model, weights_sha256
-from musota.models.module import WrappedModule, call_once, materialized_copy, module_config
+from musota.models.module import WrappedModule, call_once, copy_module, module_config
 from musota.training import device as machine
 from musota.training.checkpoint import RunDir
 from musota.training.evaluate import blocks_of, exp_nats, health_of, metrics_of, samples_of
@@ -154,11 +154,11 @@ def _prepare_module(module, corpus, max_seq_len) -> tuple[nn.Module, ModuleConfi
     """A copy of a module, and its description with the vocabulary that its output has."""
     if not max_seq_len:
         raise MusotaError("A module needs max_seq_len, the tokens of a training sequence.")
-    module = materialized_copy(module, max_seq_len)
+    logits = call_once(module := copy_module(module), max_seq_len)  # creates lazy parameters
     if not any(parameter.requires_grad for parameter in module.parameters()):
         kind = type(module).__name__
         raise MusotaError(f"{kind} has no parameters to train: set requires_grad of some to True.")
-    shape = getattr(call_once(module, max_seq_len), "shape", None) or (corpus.tokenizer.size,)
+    shape = getattr(logits, "shape", None) or (corpus.tokenizer.size,)
     return module, module_config(module, shape[-1], max_seq_len)
 
 

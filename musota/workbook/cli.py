@@ -39,7 +39,7 @@ def _literal(text: str):
     """A value from the command line: a Python literal if it is one, else the text."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return text
 
 

@@ -74,7 +74,7 @@ def run_name(model: str, changed: Mapping) -> str:
         suffix = "_twin" * name.endswith("_twin")
         file_sha256 = sha256(as_path(file).read_bytes())
         model = f"{Path(file).stem}.{name.removesuffix('_twin')}@{file_sha256[:6]}{suffix}"
-    texts = {f: v if isinstance(v, (str, bool)) else f"{v:.9g}" for f, v in changed.items()}
+    texts = {f: f"{v:.9g}" if isinstance(v, float) else v for f, v in changed.items()}
     return ",".join([model, *(f"{field}={text}" for field, text in texts.items())])
 
 

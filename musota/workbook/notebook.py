@@ -261,7 +261,6 @@ class Workbook(Session):
         """Train the missing runs of the grid, with the changes applied, or of the sweep, which is
         widened until each best rate lies between two others. Returns all recorded rows by name and
         seed."""
-        find_named("table", part, ("grid", "sweep"))
         table, panel, trained = self.folder / f"{part}.csv", GridPanel(self.footer), {}
 
         def share() -> None:

@@ -15,6 +15,7 @@ import psutil  # comes with accelerate
 from IPython import get_ipython
 from IPython.display import HTML, Image, display
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from musota.files import write_bytes
 from musota.lab.grid_runs import Row, print_run
@@ -113,10 +114,10 @@ def run_text(run: Run, done: float, running: bool) -> str:
     if run.diverged:
         parts.append(f"diverged at step {run.diverged_at}")
     elif run.finished:
-        parts.append(f"{epochs} epochs in {minutes(seconds)}")
+        parts.append(f"{epochs} epochs in {tqdm.format_interval(seconds)}")
     else:
         epoch = min(epochs, len(run.history) + 1)
-        left = f"{minutes(seconds / done - seconds)} left" if running else "stopped"
+        left = f"{tqdm.format_interval(seconds / done - seconds)} left" if running else "stopped"
         parts += [f"epoch {epoch} of {epochs}", left]
     if run.summary:
         best = f"best valid PPL {run.summary['ppl']:,.0f}, accuracy {run.summary['accuracy']:.1%}"
@@ -144,9 +145,3 @@ class GridPanel(Panel):
             total = sum(map(len, rows.values()))
             text = f"{total - left} of {total} runs are done."
             self.show(1 - left / total, text, plots.grid(rows))
-
-
-def minutes(seconds: float) -> str:
-    """A time for people: "40 s" or "2 min 5 s"."""
-    whole = round(seconds)
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"

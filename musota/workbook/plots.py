@@ -320,7 +320,8 @@ def explored(
             ends = seeds.min(axis=1), seeds.max(axis=1)
             axis.fill_between(seeds.index, *ends, color=colour, alpha=0.25, linewidth=0)
         look = _look(run, *looks) | {"label": text}
-        axis.plot(seeds.mean(axis=1), **look | {"marker": ""} if len(seeds) > 60 else look)
+        mean = np.exp(np.log(seeds).mean(axis=1)) if column == "ppl" else seeds.mean(axis=1)
+        axis.plot(mean, **look | {"marker": ""} if len(seeds) > 60 else look)
         if start := plateau_start(run, *rule):
             band = {"ymin": place / len(groups), "ymax": (place + 1) / len(groups), "alpha": 0.15}
             band |= {"facecolor": colour, "edgecolor": colour, "label": f"plateau: {text}"}

@@ -21,7 +21,7 @@ from musota.workbook import drawings, plots, tables
 from musota.workbook.results import QUESTIONS, Results, label, progress
 from musota.workbook.style import save_figure
 
-EQUAL_PARAMETERS = "Matched models have equal parameters, not equal compute (see notebook 05)."
+MATCHED = "Matched models have equal parameters, not equal compute (see notebook 05)."
 FRONT_MARKS = ("<!-- results -->", "<!-- end of results -->")
 
 
@@ -131,7 +131,7 @@ def _sections(results: Results, verdicts: dict, figures: list[str]) -> list[Sect
         return [name for name in figures if name.startswith(starts)]
 
     return [
-        Section(QUESTIONS["architecture"], EQUAL_PARAMETERS, drawn("architecture"), judged["architecture"]),
+        Section(QUESTIONS["architecture"], MATCHED, drawn("architecture"), judged["architecture"]),
         Section(QUESTIONS["causes"], grid_note, drawn("root"), judged["causes"]),
         Section(QUESTIONS["rate"], rate_note, drawn("rate"), judged["rate"]),
         Section(QUESTIONS["parts"], parts_note, drawn("parameters", "ablations"), parts),

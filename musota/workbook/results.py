@@ -159,8 +159,8 @@ class Results:
     @cached_property
     def sweeps(self) -> dict[str, dict[float, list[float]]]:
         """Valid losses of every seed by learning rate, by title of the swept model."""
-        profile = PROFILES.get(self.runs[0].profile) if self.runs else None
-        return swept(read_table(self.folder / "sweep.csv"), profile) if profile else {}
+        rows = read_table(self.folder / "sweep.csv")
+        return next(filter(None, (swept(rows, profile) for profile in PROFILES.values())), {})
 
     def architecture(self) -> dict[str, Verdict]:
         """Each model that has ended against its parameter-matched transformer, by title."""

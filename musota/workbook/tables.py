@@ -94,7 +94,8 @@ def model_table(results: Results, groups: Sequence[Sequence[Run]] | None = None)
         row = {"model": f"N-gram baseline: {name}", "settings": f"counts {COUNTED[name]}"}
         rows.append(row | {"valid PPL": number(results.ngrams[name])})
     for name, size, ppl in PUBLISHED if results.at_plan_size else ():
-        rows.append({"model": name, "settings": f"reported: {size} parameters, 100 epochs or more", last: f"{ppl}"})
+        settings = f"reported: {size} parameters, 100 epochs or more"
+        rows.append({"model": name, "settings": settings, last: f"{ppl}"})
     columns = ["model", "settings", "seeds", "epochs", "valid PPL", "accuracy", "test PPL", last]
     table = pd.DataFrame(rows, columns=columns).fillna("–")
     means = pd.DataFrame(values).T.dropna(axis=1, how="all")
@@ -176,7 +177,7 @@ def causes_table(causes: Iterable[Cause]) -> pd.DataFrame:
             "confidence (reported)": cause.confidence,
             "changed": cause.changed,
             "nats/token": str(cause.effect or "a seed diverges").replace(" nats/token", ""),
-            "valid PPL": f"{cause.ppl_before:,.1f} → {number(cause.ppl_after)}",
+            "valid PPL": " → ".join(map(number, (cause.ppl_before, cause.ppl_after))),
             "decision": cause.decision,
         }
         for cause in causes
