@@ -59,6 +59,17 @@ def test_a_run_is_named_titled_and_repeated_by_its_changes(results, text_folder)
     assert twin.title.startswith("Transformer matched to optimized (GPT-2 style), ")
 
 
+def test_a_run_that_is_recorded_under_another_name_is_loaded(made):
+    made().train("modern_twin", stop_at=0.1)
+    done = made(blocks=False, gate=False).train("redesigned")
+    assert made().train("modern_twin").path == done.path
+    for path in (
+        done.path,
+        done.path.with_name(NAME.replace("optimized", "modern_twin") + "-seed0"),
+    ):
+        shutil.rmtree(path)
+
+
 def test_only_changes_that_make_a_difference_are_in_the_name(made):
     book = made(epochs=3, n_head=4, learning_rate=0.002)
     fast = NAME.partition(",")[2].replace("warmup", "learning_rate=0.002,warmup")
@@ -199,6 +210,11 @@ def test_a_run_is_taken_over_where_it_was_continued_not_where_it_was_started_ove
     shutil.rmtree(local / "run")
     write(local, "b", 10)
     assert here() == ("b\n10", [10])
+    copy = SavedCopy(tmp_path / "drive")
+    copy.own.add(copy.local / "run")
+    (there := tmp_path / "drive" / "run" / "summary.json").touch()  # of the run before
+    copy.push()
+    assert not there.exists() and not here()[0].startswith("a")
 
 
 def test_the_plans_numbers_are_of_its_whole_text(made, monkeypatch):
@@ -288,10 +304,11 @@ def test_evidence_lists_the_runs_that_are_left_and_trains_them(made, text_folder
         (["train", "optimized", "--set", "epoch=2"], "Unknown field 'epoch'"),
         (["compare", "nosuch", "other"], "There is no run 'nosuch'"),
         (["train", "nofile.py:M_twin"], "There is no file"),
-        (["train", "baseline", "--seed", "-1"], "seed must be a whole number"),
+        (["train", "baseline", "--seed", "-1"], "Invalid value for '--seed'"),
         (["train", "baseline", "--corpus", "nosuch"], "Unknown corpus 'nosuch'"),
         (["train", "baseline", "--corpus", ""], "Name a corpus: auto, wikitext-2"),
         (["train", "optimized", "--set", "epochs={[]: 1}"], "epochs must be a whole number"),
+        (["run", "--only", ""], "Unknown notebook number '00'"),
         (["evidence", "--only", "xyz"], "Unknown part 'xyz'"),
         (["--help"], "bench"),
     ],

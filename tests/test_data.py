@@ -101,6 +101,9 @@ def test_limits_cut_at_a_line_end_and_recount(text_folder, tmp_path):
     assert cut.fingerprint != whole.fingerprint and cut.text_hash == whole.text_hash
     assert cut.valid_sha256 != whole.valid_sha256
     assert whole.limited(None, None).train is whole.train
+    assert load_corpus(text_folder, 10**12).tokenizer.size < 10**5  # which no memory would hold
+    with pytest.raises(MusotaError, match="limit must be a whole number"):
+        whole.limited(5.5, None)
     endless = load_corpus(_folder(tmp_path / "e", train=">title\n" + "字 and so on " * 2000), 300)
     assert len(endless.limited(40, 40).train) == 40
 

@@ -107,6 +107,12 @@ def test_a_run_recorded_without_weights_is_trained_from_the_start(
     assert musota.train(EXPERIMENT, short, folder).finished
 
 
+def test_a_call_that_trains_nothing_more_keeps_the_records(short, tmp_path):
+    options = RunOptions(stop_at=0.2)
+    first, again = (musota.train(EXPERIMENT, short, tmp_path, options=options) for _ in range(2))
+    assert len(again.steps) == len(first.steps) > 1
+
+
 def test_damaged_checkpoints_do_not_push_good_ones_out(half_way, finished, short, always_due):
     folder, newest, _ = half_way
     for number in ("000000900", "000000901"):  # of later steps than any that is to come

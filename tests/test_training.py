@@ -260,6 +260,12 @@ def test_what_cannot_be_trained_gets_one_sentence(short, tmp_path):
         (small, "run", {}, "The corpus uses 512 tokens but the model's vocab_size"),
         (EXPERIMENT, "run", {"options": RunOptions("tpu")}, "no device 'tpu' here: use .*cpu"),
         (EXPERIMENT, "run", size, "are for modules"),
+        (
+            Recurrent(),
+            "run",
+            {**size, "training": {"epochs": 1}},
+            "must be a TrainConfig, not {'ep",
+        ),
         (Recurrent().requires_grad_(False), "run", size, "Recurrent has no parameters to train"),
         (Recurrent(), "run", {}, "A module needs max_seq_len"),
         (Recurrent(), "run", {"max_seq_len": -1}, "max_seq_len must be a whole number"),

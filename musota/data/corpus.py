@@ -66,11 +66,11 @@ class Corpus:
 
     def limited(self, train_tokens: int | None, valid_tokens: int | None) -> "Corpus":
         """The corpus with its splits cut to so many tokens (test as many as valid; None: all),
-        each at the last line end that fits."""
+        each at the last line end that fits. Raises MusotaError for other limits."""
         splits, words, sizes = {}, dict(self.words), dict(self.bytes)
         for name, limit in zip(SPLITS, (train_tokens, valid_tokens, valid_tokens), strict=True):
             splits[name] = self.split(name)
-            if limit is None or len(splits[name]) <= limit:
+            if limit is None or len(splits[name]) <= check_value("limit", limit, int, 0):
                 continue
             ends = (splits[name][:limit] == self.tokenizer.line_end).nonzero()
             cut = int(ends[-1]) + 1 if len(ends) else 0

@@ -35,8 +35,9 @@ class TextTokenizer:
         steps = [pre_tokenizers.ByteLevel(False), pre_tokenizers.FixedLength(LONGEST_WORD)]
         backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
         backend.decoder = decoders.ByteLevel()
+        most = SMALLEST_VOCABULARY + 4 * len(text)  # a token a byte: memory is reserved for all
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=min(vocab_size, most),
             special_tokens=[UNKNOWN, LINE_END],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,

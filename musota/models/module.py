@@ -112,6 +112,7 @@ def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> Modul
     vocab_size = check_value("vocab_size", vocab_size, int)
     max_seq_len = check_value("max_seq_len", max_seq_len, int)
     call_once(measured := copy_module(module).eval(), max_seq_len)
+    measured.requires_grad_(False)  # the counter of FLOPs fails on views of parameters that train
     name = type(measured).__name__
     parameters = dict(measured.named_parameters())
     if not parameters:

@@ -127,12 +127,13 @@ class RunDir:
             file.write(self.metrics[file.tell() :])
 
     def write_summary(self, summary: Mapping) -> None:
-        """Write summary.json, with the hash of metrics.jsonl, once an epoch has ended."""
-        if summary and self.writes:
+        """Write metrics.jsonl and, once an epoch has ended, summary.json with its hash."""
+        if self.writes:
             known = {"metrics_sha256": sha256(self.metrics), "metrics_bytes": len(self.metrics)}
             with self.attempt():
                 self._write_metrics()
-                write_sealed(self.summary_path, {**summary, **known})
+                if summary:
+                    write_sealed(self.summary_path, {**summary, **known})
 
     def checkpoint_due(self) -> bool:
         return time.monotonic() - self.saved_at > CHECKPOINT_SECONDS

@@ -132,6 +132,8 @@ def _checked(experiment, corpus, training, max_seq_len) -> tuple[Experiment, nn.
     if not (isinstance(experiment, Experiment | nn.Module) and isinstance(corpus, Corpus)):
         given = f"{experiment!r:.60} and {corpus!r:.60}"
         raise MusotaError(f"train needs an Experiment or a module, and a Corpus, not {given}.")
+    if not isinstance(training, TrainConfig | None):
+        raise MusotaError(f"training must be a TrainConfig, not {training!r:.60}.")
     module = None
     if isinstance(experiment, nn.Module):
         module, model = _prepare_module(experiment, corpus, max_seq_len)
@@ -198,6 +200,8 @@ class Trainer:
         if (warmup := self.experiment.training.warmup_steps) > total:
             short = f"The run has {total:,} steps, its warm-up {warmup:,}"
             state.accelerator.print(f"{short}: the learning rate will not reach its setting.")
+        if total == 1:
+            state.accelerator.print("The run's only step has learning rate 0: it learns nothing.")
         if state.step:
             done = f"continues after step {state.step} of {total}"
             state.accelerator.print(f"{folder.path.name}: {done}.")

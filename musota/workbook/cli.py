@@ -12,7 +12,6 @@ import sys
 
 import click
 
-from musota.config import check_value
 from musota.data.sources import find_text
 from musota.errors import MusotaError, find_named
 from musota.files import as_path, sentence
@@ -63,10 +62,6 @@ def _corpus(context, parameter, name: str) -> str:
     return name
 
 
-def _seed(context, parameter, seed: int) -> int:
-    return check_value("seed", seed, int)
-
-
 def _together(*options):
     """Several options as one decorator."""
     return lambda command: functools.reduce(lambda made, add: add(made), options[::-1], command)
@@ -75,7 +70,9 @@ def _together(*options):
 experiment_options = _together(
     click.option("--profile", default="quick", callback=_profile, help=PROFILE_HELP),
     click.option("--corpus", default="auto", callback=_corpus, help=CORPUS_HELP),
-    click.option("--seed", default=0, callback=_seed, help="Of weights, order and dropout."),
+    click.option(
+        "--seed", default=0, type=click.IntRange(0), help="Of weights, order and dropout."
+    ),
     click.option("--fresh", is_flag=True, help="Train again what is already trained."),
     click.option(
         "--save-to", default="", show_default=False, help="Also copy the results to this folder."
@@ -154,14 +151,12 @@ def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options)
         find_source(experiment.removesuffix("_twin"))
     elif experiment not in REGISTRY:
         find_named("experiment", experiment.removesuffix("_twin"), REGISTRY)
-    from musota.training.trackers import check_trackers
     from musota.workbook.notebook import Interrupted, Workbook
     from musota.workbook.results import label
 
-    check_trackers(options["log_with"])  # a wrong one is reported before the corpus is loaded
     if int(os.environ.get("RANK", 0)):  # of several processes one prints
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    book = Workbook(profile, corpus, seed, fresh, save_to, changes)
+    book = Workbook(profile, corpus, seed, fresh, save_to, changes, options.pop("log_with"))
     try:
         run = book.train(experiment, **options)
         reached = f": valid PPL {run.summary['ppl']:,.1f}" if run.summary else ""
@@ -184,7 +179,7 @@ def compare(runs, profile, results):
         find_folders(name, results, profile)
     from musota.lab.verdicts import compare as compared
     from musota.workbook import plots, tables
-    from musota.workbook.results import Results, find_runs, group_runs
+    from musota.workbook.results import find_runs, footer, group_runs, ngrams_path, read_ngrams
     from musota.workbook.style import save_figure
 
     chosen = [run for name in runs for run in find_runs(name, results, profile)]
@@ -193,10 +188,12 @@ def compare(runs, profile, results):
         raise MusotaError("compare needs two models or more that differ in more than the seed.")
     click.echo(f"{tables.differences_table(chosen).to_string()}\n")
     click.echo(f"{tables.runs_table(chosen).T.to_string(header=False)}\n")
-    there = Results(first[0].path.parent, first[0].fingerprint)
+    corpus, folder = first[0].config["corpus"], first[0].path.parent
+    ngrams = read_ngrams(ngrams_path(folder, first[0].fingerprint))
+    about = footer(corpus["name"], corpus["vocabulary_in_use"], first[0].profile)
     (results / "compared").mkdir(parents=True, exist_ok=True)
     path = results / "compared" / "curves.png"
-    save_figure(plots.curves(chosen, there.ngrams), path, there.footer)
+    save_figure(plots.curves(chosen, ngrams), path, about)
     click.echo(f"Curves: {path}")
     for other in others:
         click.echo(f"- {compared(other, first)}")

@@ -17,7 +17,7 @@ from musota.config import Experiment, check_value
 from musota.data.corpus import load_corpus
 from musota.data.tokenizer import TextTokenizer
 from musota.errors import MusotaError, find_named
-from musota.files import as_path, write_json
+from musota.files import SUMMARY, as_path, write_json
 from musota.lab import root_causes
 from musota.lab.ablate import look_inside, measure_ablations, weak_spots
 from musota.lab.grid_runs import GridRun, Row, merge_table, read_table, run_many
@@ -211,7 +211,7 @@ class Workbook(Session):
         name = name or naming.run_name(model, changed)
         folder = self.folder / f"{naming.safe_name(name)}-seed{self.seed}"
         panel = RunPanel(self.footer, self.ngrams if in_notebook() else {}, self.at_plan_size)
-        for done in () if folder.exists() else self.results.runs:
+        for done in () if (folder / SUMMARY).exists() else self.results.runs:
             if (done.experiment, done.seed) != (experiment, self.seed):
                 continue
             folder, name, title = done.path, done.name, done.title  # also of an unfinished one

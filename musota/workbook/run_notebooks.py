@@ -23,7 +23,7 @@ def chosen_notebooks(repository: Path | None, only: str | None) -> list[Path]:
             "`musota train`, which needs none."
         )
     found = {path.name[:2]: path for path in sorted(repository.glob("notebooks/[0-9]*.ipynb"))}
-    wanted = [part.strip().zfill(2) for part in only.split(",")] if only else [*found]
+    wanted = [part.strip().zfill(2) for part in only.split(",")] if only is not None else [*found]
     return [find_named("notebook number", number, found) for number in sorted({*wanted})]
 
 

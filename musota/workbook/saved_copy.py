@@ -35,10 +35,14 @@ class SavedCopy:
 
     def push(self) -> None:
         """Copy what is new of the runs trained here and of all files next to them, and remove
-        checkpoints at `remote` that are gone here. Raises OSError."""
+        summaries and checkpoints at `remote` that are gone here. Raises OSError."""
+        self._remove_gone("*/summary.json")  # first: of an earlier run it does not fit the rest
         files = [path for path in _files(self.local) if self._is_own(path)]
         self._copy_out(path for path in files if not _same(path, self._there(path)))
-        for there in self.remote.glob("*/checkpoints/step-*"):
+        self._remove_gone("*/checkpoints/step-*")
+
+    def _remove_gone(self, pattern: str) -> None:
+        for there in self.remote.glob(pattern):
             here = self.local / there.relative_to(self.remote)
             if self._is_own(here) and not here.exists():
                 os.truncate(there, 0)  # a Drive keeps what is removed in its bin

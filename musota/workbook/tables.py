@@ -126,14 +126,6 @@ def runs_table(runs: Iterable[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*columns, "test PPL"])
 
 
-def ledger_table(runs: Iterable[Run]) -> pd.DataFrame:
-    """Parameters by group, one column a model."""
-    models = by_title(run for run in runs if run.summary)
-    counts = pd.DataFrame({t: group[0].summary["parameter_ledger"] for t, group in models.items()})
-    counts.loc["total"] = counts.sum()
-    return counts.map(lambda count: number(count or None, ",.0f")).rename_axis("group")
-
-
 def fields_table(columns: Mapping[str, Experiment]) -> pd.DataFrame:
     """The fields of experiments side by side, one row a field, and their parameters."""
     fields = {k: e.fields() | {"parameters": e.model.n_parameters} for k, e in columns.items()}
