@@ -92,6 +92,13 @@ def test_commands_options_files_and_links_exist(name):
         assert set(re.findall(r"(?<!\S)--?[a-z][\w-]*", rest)) <= known, f"musota {command}{rest}"
 
 
+def test_links_of_executed_notebooks_exist():
+    for path in (executed := [*ROOT.glob("results/*/executed/*.ipynb")]):
+        for target in re.findall(r"\]\(([\w./]+\.ipynb)\)", path.read_text("utf-8")):
+            assert (path.parent / target).exists(), f"{path}: {target}"
+    assert executed
+
+
 def test_parameter_tables_equal_the_built_models():
     documented = rows(columns=4)
     for column, name in enumerate(("optimized", "simplified")):

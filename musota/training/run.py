@@ -52,7 +52,7 @@ class Run:
         except (KeyError, TypeError, MusotaError) as error:
             raise MusotaError(f"{self.path / CONFIG} does not describe a run: {error}") from None
         self.title = self.config.get("title") or self.name
-        self.profile = self.config.get("profile")
+        self.profile, self.model_name = (self.config.get(of) for of in ("profile", "model"))
         self.key = self.experiment, self.fingerprint  # what seeds of one model share
         # Equal for runs that were validated on the same tokens.
         self.valid_text = self.config["corpus"].get("valid_sha256", self.fingerprint)

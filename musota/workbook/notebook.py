@@ -223,6 +223,7 @@ class Workbook(Session):
         where["precision"] = options.get("precision")
         about = {
             "title": title or naming.title_of(model, experiment, changed),
+            "model": naming.ROWS.get(model, model),
             "profile": self.profile.name,
             "changes": changed,
             "command": naming.train_command(model, changed, **where),

@@ -48,7 +48,7 @@ SWEEP_NATS = 2.5  # losses worse than the best by more are drawn at the upper ed
 def _series(runs: Iterable[Run]) -> Iterable[tuple[str, list[Run], tuple[str, str, str]]]:
     """Title, seeds and style of each model among the runs that have ended an epoch."""
     groups = by_title(run for run in runs if run.summary)
-    styles = styles_of([group[0].name for group in groups.values()])
+    styles = styles_of([group[0].model_name or group[0].name for group in groups.values()])
     return zip(groups.keys(), groups.values(), styles, strict=True)
 
 
@@ -307,7 +307,7 @@ def explored(
     """
     records, column, name, baseline = METRICS[metric]
     figure, axis = new_figure(9, 4.4, grid="both")
-    styles = styles_of([group[0].name for group in groups])
+    styles = styles_of([group[0].model_name or group[0].name for group in groups])
     for place, (group, looks) in enumerate(zip(groups, styles, strict=True)):
         run, text, colour = group[0], style.literal(group[0].title), looks[0]
         per_epoch = run.history.step[0] / run.history.epoch[0]

@@ -21,7 +21,7 @@ from musota.training.run import Run
 from musota.workbook.results import Results, by_title, mean_loss, progress
 
 # The texts of a right-aligned column.
-NUMBERS = re.compile(r"(?:[\d\s.,%+−–×e/\[\]→-]|of|diverges)*")
+NUMBERS = re.compile(r"(?:[\d\s.,%+−–×e/\[\]→-]|of|a seed diverges)*")
 MEANINGLESS = 1e12  # a word perplexity above this is of a text without words
 METRICS = {  # columns of the model table: key in a summary, and where the best value is
     "valid PPL": ("ppl", "idxmin"),
