@@ -1,6 +1,7 @@
 """Figures show what they claim, in colour and without, whatever the labels contain."""
 
 import io
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -148,6 +149,16 @@ def test_names_outside_the_registry_have_styles_of_their_own():
     assert optimized == REGISTRY["optimized"].style
     assert len({style[0] for style in (mine, optimized, yours, second)}) == 4
     assert len({style[2] for style in (mine, optimized, yours, second)}) == 4
+
+
+def test_a_changed_run_has_the_style_of_its_model_unless_that_is_drawn_too():
+    changed, unchanged, other = (
+        [SimpleNamespace(name=name, model_name=model)]
+        for name, model in (("faster", "original"), ("original", "original"), ("mine", None))
+    )
+    style = REGISTRY["original"].style
+    assert plots._styles([changed, other])[0] == style
+    assert plots._styles([changed, unchanged])[0] != style == plots._styles([changed, unchanged])[1]
 
 
 def test_labels_are_plain_text():

@@ -48,8 +48,14 @@ SWEEP_NATS = 2.5  # losses worse than the best by more are drawn at the upper ed
 def _series(runs: Iterable[Run]) -> Iterable[tuple[str, list[Run], tuple[str, str, str]]]:
     """Title, seeds and style of each model among the runs that have ended an epoch."""
     groups = by_title(run for run in runs if run.summary)
-    styles = styles_of([group[0].model_name or group[0].name for group in groups.values()])
-    return zip(groups.keys(), groups.values(), styles, strict=True)
+    return zip(groups.keys(), groups.values(), _styles([*groups.values()]), strict=True)
+
+
+def _styles(groups: Sequence[Sequence[Run]]) -> list[tuple[str, str, str]]:
+    """Styles of models: one with changes has its model's, unless that is among them unchanged."""
+    runs = [group[0] for group in groups]
+    names = {run.name for run in runs}
+    return styles_of([r.name if r.model_name in names else r.model_name or r.name for r in runs])
 
 
 def _look(run: Run, colour: str, line: str, marker: str) -> dict:
@@ -307,8 +313,7 @@ def explored(
     """
     records, column, name, baseline = METRICS[metric]
     figure, axis = new_figure(9, 4.4, grid="both")
-    styles = styles_of([group[0].model_name or group[0].name for group in groups])
-    for place, (group, looks) in enumerate(zip(groups, styles, strict=True)):
+    for place, (group, looks) in enumerate(zip(groups, _styles(groups), strict=True)):
         run, text, colour = group[0], style.literal(group[0].title), looks[0]
         per_epoch = run.history.step[0] / run.history.epoch[0]
         seeds = pd.DataFrame({r.seed: getattr(r, records).set_index("step")[column] for r in group})
