@@ -1,4 +1,6 @@
 import math
+import multiprocessing
+import time
 from dataclasses import replace
 
 import pytest
@@ -83,7 +85,12 @@ def trained(short, tmp_path_factory):
     some = ("original", "original_half", "original_rate_x3", "dense", "dense_rate_x3")
     runs = {name: grid("quick")[0][name] for name in some}
     where = folder / "grid.csv", folder / "runs"
-    return runs, where, run_many(runs, (0, 1), SMALL, short, *where)
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    other.start()
+    rows = run_many(runs, (0, 1), SMALL, short, *where)
+    assert other.is_alive()  # only its own processes are ended
+    other.kill()
+    return runs, where, rows
 
 
 def test_a_grid_trains_every_run_once_and_keeps_a_row_of_each(trained, short, capsys):

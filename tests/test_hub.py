@@ -26,7 +26,7 @@ def test_the_card_states_what_was_measured_and_the_answer_of_the_audit(finished,
         row = f"| {split} | {corpus['tokens'][split]:,} | {ppl:.1f} | {accuracy:.1%} | "
         assert f"\n{row}{round(bits, 3)} |\n" in card
     assert f"sha256 `{weights_sha256(model)}`" in card and "seed 0" in card
-    assert "This model is honest.\n- Does a token move" in card
+    assert "This model is honest.\n- Does a prediction depend" in card
     # A model that is saved and loaded again knows its run; a card is never of other weights.
     again = musota.CausalLM.from_pretrained(tmp_path / "model")
     assert again.measured["weights_sha256"] == summary["weights_sha256"]

@@ -66,7 +66,8 @@ class Corpus:
 
     def limited(self, train_tokens: int | None, valid_tokens: int | None) -> "Corpus":
         """The corpus with its splits cut to so many tokens (test as many as valid; None: all),
-        each at the last line end that fits. Raises MusotaError for other limits."""
+        each at the last line end that fits. Raises MusotaError for a limit that is no whole
+        number."""
         splits, words, sizes = {}, dict(self.words), dict(self.bytes)
         for name, limit in zip(SPLITS, (train_tokens, valid_tokens, valid_tokens), strict=True):
             splits[name] = self.split(name)

@@ -35,7 +35,9 @@ class TextTokenizer:
         steps = [pre_tokenizers.ByteLevel(False), pre_tokenizers.FixedLength(LONGEST_WORD)]
         backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
         backend.decoder = decoders.ByteLevel()
-        most = SMALLEST_VOCABULARY + 4 * len(text)  # a token a byte: memory is reserved for all
+        most = SMALLEST_VOCABULARY + len(
+            text.encode(errors="replace")
+        )  # more would only reserve memory
         trainer = trainers.BpeTrainer(
             vocab_size=min(vocab_size, most),
             special_tokens=[UNKNOWN, LINE_END],

@@ -133,8 +133,9 @@ DECISIONS = {-1: "hardly used", 0: "undecided", 1: "used"}
 
 
 def weak_spots(run: Run, effects: Mapping[str, Interval]) -> list[Verdict]:
-    """Whether the parts of a run's model are used, hardly used (disabling one costs less than the
-    relevant difference) or undecided, given its `ablation_effects`. Blocks get one verdict."""
+    """Whether the parts of a run's model are used (the interval of what disabling one costs lies
+    above RELEVANT), hardly used (below) or undecided, given its `ablation_effects`. Blocks get one
+    verdict."""
     ledger, blocks = run.summary["parameter_ledger"], run.experiment.model.layout.names
     verdicts = []
     for part in (part for part in ADVICE if part in effects):

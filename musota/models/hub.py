@@ -20,38 +20,7 @@ from musota.files import as_path, nan_for_null, write_bytes, write_json, write_w
 if TYPE_CHECKING:
     from musota.models.base import CausalLM
 
-CARD = """---
-{{ card_data }}
----
-# {{ model.measured.title or "A model of the musota package" }}
-
-A small causal language model ({{ "{:,}".format(model.config.n_parameters) }} parameters), trained
-for research: do not rely on the text it generates.
-`model = musota.CausalLM.from_pretrained(folder)` loads it; `model.generate("A text", 50)[0]` gives
-tokens, which `model.tokenizer.decode` turns into text.
-
-## Measured
-{% if run %}
-Text: {{ run.corpus.name }} ({{ run.corpus.source }}), {{ "{:,}".format(run.corpus.tokens.train) }}
-training tokens, fingerprint `{{ run.corpus.fingerprint }}`.
-
-| split | tokens | PPL | accuracy | bits per byte |
-|---|---|---|---|---|
-{% for split, p in [("valid", ""), ("test", "test_")] if p + "ppl" in run -%}
-| {{ split }} | {{ "{:,}".format(run.corpus.tokens[split]) }} | {{ run[p + "ppl"]|round(1) }} | {{
-  "{:.1%}".format(run[p + "accuracy"]) }} | {{ run[p + "bits_per_byte"]|round(3) }} |
-{% endfor %}
-PPL is per token of the model's own tokenizer, in windows of {{ model.config.max_seq_len }} tokens
-without overlap. The weights, sha256 `{{ run.best_weights_sha256 }}`, are those of epoch
-{{ run.best_epoch }} of {{ run.epochs_done }}, the best on valid; seed {{ run.seed }}, on
-{{ run.device }}, {{ run.date }}, {{ run.versions }}. All settings: `measured.json`.
-{% else %}
-Nothing was measured with these weights.
-{% endif %}
-## Audit
-
-{{ audit or "Not audited: give save_pretrained or push_to_hub `audit=musota.audit`." }}
-"""
+CARD = (Path(__file__).parent / "card.md.j2").read_text("utf-8")  # of a shared model
 MEASURED = "measured.json"  # the file that holds `CausalLM.measured`
 
 

@@ -112,24 +112,16 @@ def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> Modul
     vocab_size = check_value("vocab_size", vocab_size, int)
     max_seq_len = check_value("max_seq_len", max_seq_len, int)
     call_once(measured := copy_module(module).eval(), max_seq_len)
-    measured.requires_grad_(False)  # the counter of FLOPs fails on views of parameters that train
     name = type(measured).__name__
     parameters = dict(measured.named_parameters())
     if not parameters:
         raise MusotaError(f"{name} has no parameters, so nothing can be trained.")
     device = next(measured.parameters()).device
     ids = torch.linspace(0, vocab_size - 1, max_seq_len, device=device).long()
-    with (
-        warnings.catch_warnings(action="ignore"),
-        torch.no_grad(),
-        sdpa_kernel(SDPBackend.MATH),  # fused kernels are not counted
-        torch.backends.mkldnn.flags(enabled=False),
-        FlopCounterMode(display=False) as counter,
-        ExitStack() as after,
-    ):
-        after.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
-        mha.set_fastpath_enabled(False)  # nor is this one
-        checked_logits(measured, ids[None], vocab_size)
+    try:
+        flops = _count_flops(measured, ids[None], vocab_size)
+    except MusotaError:  # torch's counter fails on views of parameters that are trained
+        flops = _count_flops(measured.requires_grad_(False), ids[None], vocab_size)
     shapes = sorted((_plain(name), tuple(p.shape)) for name, p in parameters.items())
     n_layer, dropout = _depth_and_dropout(measured)
     path = _defining_file(type(measured))
@@ -143,10 +135,26 @@ def module_config(module: nn.Module, vocab_size: int, max_seq_len: int) -> Modul
         vocab_size=vocab_size,
         max_seq_len=max_seq_len,
         n_parameters=sum(parameter.numel() for parameter in parameters.values()),
-        flops_per_token=3 * counter.get_total_flops() // max_seq_len,
+        flops_per_token=3 * flops // max_seq_len,
         n_layer=n_layer,
         dropout=dropout,
     )
+
+
+def _count_flops(module: nn.Module, ids: Tensor, vocab_size: int) -> int:
+    """The operations of a forward pass. Raises MusotaError as `checked_logits` does."""
+    with (
+        warnings.catch_warnings(action="ignore"),
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),  # fused kernels are not counted
+        torch.backends.mkldnn.flags(enabled=False),
+        FlopCounterMode(display=False) as counter,
+        ExitStack() as after,
+    ):
+        after.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)  # nor is this one
+        checked_logits(module, ids, vocab_size)
+    return counter.get_total_flops()
 
 
 def _code_of(module: nn.Module) -> bytes:

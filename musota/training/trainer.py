@@ -200,7 +200,7 @@ class Trainer:
         if (warmup := self.experiment.training.warmup_steps) > total:
             short = f"The run has {total:,} steps, its warm-up {warmup:,}"
             state.accelerator.print(f"{short}: the learning rate will not reach its setting.")
-        if total == 1:
+        if total == 1 and not warmup:
             state.accelerator.print("The run's only step has learning rate 0: it learns nothing.")
         if state.step:
             done = f"continues after step {state.step} of {total}"

@@ -40,7 +40,7 @@ from musota.workbook.show import show_errors_as_sentences, show_verdicts
 from musota.workbook.style import save_figure
 from musota.workbook.widgets import Explorer
 
-NO_WEIGHTS = "The weights of this recorded run were not kept: set fresh = True to train it again."
+NO_WEIGHTS = "This run's weights are not here, or it is of another text: train it to look inside."
 PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to", "log_with", "changes")
 
 

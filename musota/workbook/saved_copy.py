@@ -36,6 +36,7 @@ class SavedCopy:
     def push(self) -> None:
         """Copy what is new of the runs trained here and of all files next to them, and remove
         summaries and checkpoints at `remote` that are gone here. Raises OSError."""
+        self._check_disk()
         self._remove_gone("*/summary.json")  # first: of an earlier run it does not fit the rest
         files = [path for path in _files(self.local) if self._is_own(path)]
         self._copy_out(path for path in files if not _same(path, self._there(path)))
@@ -45,7 +46,8 @@ class SavedCopy:
         for there in self.remote.glob(pattern):
             here = self.local / there.relative_to(self.remote)
             if self._is_own(here) and not here.exists():
-                os.truncate(there, 0)  # a Drive keeps what is removed in its bin
+                if there.suffix != ".json":
+                    os.truncate(there, 0)  # a Drive keeps what is removed in its bin
                 there.unlink()
 
     def save(self, *files: Path) -> None:
@@ -58,9 +60,12 @@ class SavedCopy:
                 "some space there, or mount it again, and run this once more."
             ) from None
 
-    def _copy_out(self, files: Iterable[Path]) -> None:
+    def _check_disk(self) -> None:
         if not self.remote.is_dir() or self.remote.stat().st_dev != self.disk:
             raise FileNotFoundError(0, "it is no longer there", str(self.remote))
+
+    def _copy_out(self, files: Iterable[Path]) -> None:
+        self._check_disk()
         for path in files:
             _copy(path, self._there(path))
 

@@ -97,7 +97,7 @@ def draw_intervals(
     for row, interval in enumerate(rows.values()):
         colour, marker, fill = styles[row] if styles else (BLUE, "o", "full")
         if interval is None:
-            axis.text(0, row, "diverges ", ha="right", va="center", fontsize=8)
+            axis.text(0, row, "a seed diverges ", ha="right", va="center", fontsize=8)
             continue
         if np.isfinite(interval.high - interval.low):
             axis.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2.5)
