@@ -132,7 +132,10 @@ def test_ablations_are_measured_on_the_text_of_the_run_alone(made, results, tmp_
     (tmp_path / "other.txt").write_text("Another text of a few words. " * 2000)
     other = Workbook("tiny", str(tmp_path / "other.txt"))
     assert other.ablations(run) == {} and not (run.path / "ablations.json").exists()
-    assert made().ablations(run)["gate"].mean and (run.path / "ablations.json").exists()
+    (tmp_path / "drive").mkdir()
+    saved = Workbook("tiny", made().corpus_name, save_to=str(tmp_path / "drive"), changes=FAST)
+    assert saved.ablations(run)["gate"].mean and (run.path / "ablations.json").exists()
+    assert [saved.find_runs(run.name)[0][0].path] == [run.path]  # nor are runs shown of elsewhere
 
 
 @pytest.fixture

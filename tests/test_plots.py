@@ -10,7 +10,6 @@ from conftest import ROOT
 
 import musota
 from musota.lab import plateau_start
-from musota.lab.grid_runs import Row
 from musota.lab.root_causes import Cause
 from musota.lab.stats import Interval
 from musota.lab.verdicts import Verdict
@@ -28,7 +27,6 @@ CAUSES = [
 ]
 SWEEP = {1e-3: [6.5, 6.4], 3e-3: [6.0, 6.1], 1e-2: [5.5, 5.4], 3e-2: [29.0, 30.0]}
 LAYOUT = BlockLayout.standard(8, 16)
-ROW = Row("original", 0, musota.experiments["original"], "text", 9, (6.0,), (), (), 6.0, False)
 ABLATED = {name: Interval(0.1, 0.05, 0.15) for name in ("gate", *LAYOUT.names)}
 VERDICTS = {
     "the first": Verdict("Better?", "tie", 0.012, -0.014, 0.038, "nats/token"),
@@ -50,7 +48,6 @@ def test_figures_are_not_empty_and_say_what_they_are_about(runs):
         "curves": plots.curves(runs, NGRAMS, reported=True),
         "training": plots.training_curve(runs[0], NGRAMS, reported=True),
         "sizes": plots.sizes(runs),
-        "grid": plots.grid({"original": {0: ROW, 1: None}, "dense": {0: None, 1: None}}),
         "ledgers": drawings.ledgers({run.name: run.summary["parameter_ledger"] for run in runs}),
         "layouts": drawings.layouts({"8×8": LAYOUT, "6×6": BlockLayout.standard(6, 8)}),
         "causality": drawings.causality(np.triu(noise.random((8, 8)))),
@@ -149,6 +146,10 @@ def test_names_outside_the_registry_have_styles_of_their_own():
     assert optimized == REGISTRY["optimized"].style
     assert len({style[0] for style in (mine, optimized, yours, second)}) == 4
     assert len({style[2] for style in (mine, optimized, yours, second)}) == 4
+
+
+def test_many_models_have_different_styles():
+    assert len({*styles_of([f"model {n}" for n in range(20)])}) == 20
 
 
 def test_a_changed_run_has_the_style_of_its_model_unless_that_is_drawn_too():

@@ -94,6 +94,9 @@ def test_a_folder_without_models_still_has_a_page(tmp_path):
     shutil.copy(ROOT / "results" / "study" / "grid.csv", tmp_path)  # notebook 06 alone
     page = report.write_report(tmp_path).read_text("utf-8")
     assert "root_causes.png" in page and (tmp_path / "root_causes.png").exists()
+    (tmp_path / "README.md").write_text("my own")
+    with pytest.raises(MusotaError, match="is not a report and is not replaced"):
+        report.write_report(tmp_path)
 
 
 def test_the_front_page_gets_one_table(tmp_path):

@@ -10,7 +10,15 @@ from conftest import EXPERIMENT, ROOT, flip_bit
 import musota
 from musota.errors import MusotaError
 from musota.workbook import report, tables
-from musota.workbook.results import Results, by_title, find_results, find_runs, ngrams_path
+from musota.workbook.results import (
+    Results,
+    by_title,
+    find_results,
+    find_runs,
+    group_runs,
+    ngrams_path,
+    tell_apart,
+)
 
 FROZEN = json.loads((ROOT / "tests" / "data" / "frozen_results.json").read_text("utf-8"))
 TWIN = musota.twin(EXPERIMENT)
@@ -34,7 +42,11 @@ def folder(trained, tmp_path):
 def test_seeds_are_one_model_and_nothing_else_is_pooled(folder):
     results = Results(folder)
     assert sorted(len(group) for group in results.groups.values()) == [1, 1, 2]
-    assert sorted(results.titles.values()) == ["b", "the baseline model", "the optimized model"]
+    assert sorted({run.title for run in results.runs}) == [
+        "b",
+        "the baseline model",
+        "the optimized model",
+    ]
     row = tables.model_table(results).set_index("seeds").loc["2"]
     losses = [run.valid_loss for run in results.group("optimized")]
     assert row["valid PPL"].startswith(f"{math.exp(sum(losses) / 2):,.1f} [")
@@ -43,8 +55,12 @@ def test_seeds_are_one_model_and_nothing_else_is_pooled(folder):
 def test_models_of_equal_titles_and_folders_stay_apart(folder, tmp_path):
     here = musota.Run(folder / "b")
     there = musota.Run(shutil.copytree(here.path, tmp_path / "x" / "b"))
-    there.key = "another model"
-    assert len(by_title([here, there])) == 2
+    far = musota.Run(shutil.copytree(here.path, tmp_path / "y" / "x" / "b"))
+    there.key, far.key = "another model", "a third one"
+    tell_apart(models := [here, there, far])
+    assert len({run.title for run in models}) == len(by_title(models)) == 3
+    twice = group_runs([here, musota.Run(here.path)])  # named twice
+    assert [len(group) for group in twice.values()] == [1]
 
 
 def test_a_model_is_compared_with_its_transformer_at_the_same_rate_first(folder, short):
@@ -115,7 +131,7 @@ def test_results_fall_back_on_another_folder_and_say_so(trained, tmp_path, monke
 
 def test_a_text_without_words_shows_bits_per_byte(folder, monkeypatch):
     """Without spaces "words" are paragraphs, and a perplexity over them has 200 digits."""
-    monkeypatch.setattr(tables, "MEANINGLESS", 100)
+    monkeypatch.setattr(tables, "HUGE", 100)
     for row in tables.model_table(Results(folder)).to_dict("records"):
         assert "test word PPL" not in row and float(row["bits/byte"]) > 0 and row["test PPL"] == "–"
 

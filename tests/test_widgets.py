@@ -5,9 +5,8 @@ from IPython.display import Image
 
 import musota
 from musota.errors import MusotaError
-from musota.lab.grid_runs import Row
 from musota.lab.verdicts import Verdict
-from musota.workbook import panel, show, widgets
+from musota.workbook import panel, show, tables, widgets
 from musota.workbook.notebook import blocks_figure
 
 NGRAMS = {"uniform": 512.0, "unigram": 230.0, "bigram": 150.0}
@@ -86,12 +85,14 @@ def test_the_panel_follows_a_run_and_its_last_picture_stays(short, tmp_path, not
     assert (tmp_path / "training.png").read_bytes() == notebook.pictures()[-1]
 
 
-def test_the_panel_of_a_grid_fills_run_by_run(notebook):
-    shown = panel.GridPanel("about")
-    row = Row("original", 0, EXPERIMENT, "text", 9, (6.0,), (), (), 6.0, False)
-    shown.update(None, {"original": {0: None}, "dense": {0: None}}, 2)
-    shown.update(row, {"original": {0: row}, "dense": {0: None}}, 1)
-    assert "1 of 2 runs" in notebook.text and len({*notebook.pictures()}) == 2
+def test_large_losses_are_written_short():
+    for value, unit, shown in ((3e33, "PPL", "–"), (77.0, "nats/token", "+77.000 nats/token")):
+        verdict = Verdict("Is it better?", "worse", value, unit=unit)
+        assert show.large_number(verdict)[0] == shown and len(str(verdict)) < 60
+
+
+def test_names_with_underscores_stay_as_they_are():
+    assert tables.escaped("__init__ of a_b") == r"\_\_init\_\_ of a_b"
 
 
 def test_a_table_has_numbers_on_the_right_and_the_best_in_bold(monkeypatch):

@@ -12,6 +12,7 @@ from musota.training.evaluate import exp_nats
 from musota.training.run import Run
 
 NATS, PPL, PERCENT = "nats/token", "PPL", "%"  # units of values
+HUGE = 1e12  # a number above it is not written out
 FORMATS = {NATS: "+.3f", PPL: ",.1f", PERCENT: ".1f"}
 
 
@@ -58,7 +59,8 @@ def measured(verdict: Verdict) -> str:
     """The value of a verdict with its unit and interval; empty where it has none."""
     if verdict.value is None:
         return ""
-    style = FORMATS.get(verdict.unit, ".3g" if abs(verdict.value) < 1000 else ",.0f")
+    size = abs(verdict.value)
+    style = FORMATS.get(verdict.unit, ".3g" if size < 1000 else ",.0f") if size < HUGE else ".3g"
     text = f"{verdict.value:{style}} {verdict.unit}".rstrip()
     if verdict.low is None:
         return text
@@ -189,9 +191,10 @@ def _compare(a: list[Run], b: list[Run], question: str, words: tuple[str, str]) 
     if common := {run.seed for run in a} & {run.seed for run in b}:
         a, b = ([run for run in side if run.seed in common] for side in (a, b))
     interval, about_seeds, next_step = _difference(a, b, "valid_loss")
-    ppls = "valid PPL {:,.1f} against {:,.1f}".format(*map(_ppl, (a, b)))
+    of_a, of_b = (format(p, ",.1f" if p < HUGE else ".3g") for p in map(_ppl, (a, b)))
     measured = in_nats(interval) | decided[interval.beyond(0)]
     rates = dict.fromkeys(f"{side[0].experiment.training.learning_rate:g}" for side in (a, b))
+    ppls = f"valid PPL {of_a} against {of_b}"
     reason = f"{ppls}, learning rate{'s' * (len(rates) > 1)} {' and '.join(rates)}; {about_seeds}"
     if all("test_loss" in run.summary for run in (*a, *b)):
         test, _, _ = _difference(a, b, "test_loss")

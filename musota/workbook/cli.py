@@ -179,24 +179,39 @@ def compare(runs, profile, results):
         find_folders(name, results, profile)
     from musota.lab.verdicts import compare as compared
     from musota.workbook import plots, tables
-    from musota.workbook.results import find_runs, footer, group_runs, ngrams_path, read_ngrams
+    from musota.workbook.results import (
+        find_runs,
+        footer,
+        group_runs,
+        ngrams_path,
+        read_ngrams,
+        tell_apart,
+    )
     from musota.workbook.style import save_figure
 
-    chosen = [run for name in runs for run in find_runs(name, results, profile)]
-    first, *others = group_runs(chosen).values()
+    groups = group_runs(run for name in runs for run in find_runs(name, results, profile))
+    (first, *others), chosen = groups.values(), [run for group in groups.values() for run in group]
+    tell_apart(chosen)
     if not others:
         raise MusotaError("compare needs two models or more that differ in more than the seed.")
     click.echo(f"{tables.differences_table(chosen).to_string()}\n")
     click.echo(f"{tables.runs_table(chosen).T.to_string(header=False)}\n")
     corpus, folder = first[0].config["corpus"], first[0].path.parent
     ngrams = read_ngrams(ngrams_path(folder, first[0].fingerprint))
-    about = footer(corpus["name"], corpus["vocabulary_in_use"], first[0].profile)
+    alike = len({run.valid_text for run in chosen}) == 1
+    about = footer(corpus["name"], corpus["vocabulary_in_use"], first[0].profile) if alike else ""
     (results / "compared").mkdir(parents=True, exist_ok=True)
     path = results / "compared" / "curves.png"
     save_figure(plots.curves(chosen, ngrams), path, about)
     click.echo(f"Curves: {path}")
+    failed = False
     for other in others:
-        click.echo(f"- {compared(other, first)}")
+        try:
+            click.echo(f"- {compared(other, first)}")
+        except MusotaError as error:
+            click.echo(f"- {error}", err=True)
+            failed = True
+    sys.exit(failed)
 
 
 @cli.command(epilog="Example: musota score optimized my_text.txt")
@@ -213,7 +228,8 @@ def score(run, file, profile, results):
     from musota.workbook.results import find_runs
     from musota.workbook.tables import number
 
-    found = find_runs(run, results, profile)[0]
+    seeds = find_runs(run, results, profile)
+    found = next((seed for seed in seeds if seed.has_model), seeds[0])
     scored = found.load_model().score_text(read_text(file))
     ppl, per_byte = number(scored.attrs["ppl"]), scored.attrs["bits_per_byte"]
     click.echo(f"{found}\nPPL {ppl}, {per_byte:.3f} bits per byte")
@@ -323,7 +339,8 @@ def report(folders):
     from musota.workbook.report import write_front_page, write_path_figure, write_report
 
     root = results_root()
-    found = {config.parents[1] for config in root.glob("*/*/config.json")}
+    tables = [*root.glob("*/grid.csv"), *root.glob("*/sweep.csv")]
+    found = {path.parents[1] for path in root.glob("*/*/config.json")} | {t.parent for t in tables}
     for folder in folders or sorted(found):
         click.echo(write_report(folder))
     if not folders and (repository := checkout()):

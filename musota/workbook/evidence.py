@@ -29,6 +29,9 @@ def carry_out(parts: Sequence[str], seeds: int, seed: int = 0, **parameters) -> 
                 if "models" in parts:
                     continue  # it was one of them
                 changes, about = {}, {}
+            held = book.results.group(about.get("name", ""))
+            if held and held[0].experiment != book.experiment(model).with_(**changes):
+                about = {}  # of the best rate of an earlier sweep, under that name
             for each in range(seed, seed + seeds):
                 with suppress(Diverged):  # which is recorded
                     Workbook(seed=each, changes=changes, **parameters).train(model, **about)

@@ -20,7 +20,7 @@ from musota.errors import MusotaError, find_named
 from musota.files import SUMMARY, as_path, write_json
 from musota.lab import root_causes
 from musota.lab.ablate import look_inside, measure_ablations, weak_spots
-from musota.lab.grid_runs import GridRun, Row, merge_table, read_table, run_many
+from musota.lab.grid_runs import GridRun, Row, merge_table, print_run, read_table, run_many
 from musota.lab.ngrams import measure_ngrams
 from musota.lab.plan_rules import CORPUS, VOCAB_SIZE, WORDS
 from musota.lab.profiles import check_changes, find_profile
@@ -33,7 +33,7 @@ from musota.training.trackers import check_trackers
 from musota.training.trainer import RunOptions, train
 from musota.workbook import drawings, naming, plots, results
 from musota.workbook.experiments import effective_changes, experiment_at, module_at
-from musota.workbook.panel import GridPanel, RunPanel, in_notebook
+from musota.workbook.panel import RunPanel, in_notebook
 from musota.workbook.results import Results
 from musota.workbook.saved_copy import SavedCopy
 from musota.workbook.show import show_errors_as_sentences, show_verdicts
@@ -89,7 +89,8 @@ class Session:
         limits = self.profile.train_tokens, self.profile.valid_tokens
         self.corpus = self.whole_corpus.limited(*limits)
         known = self.corpus.label == CORPUS
-        self.corpus_name = CORPUS if known and corpus == "auto" else str(corpus)  # for commands
+        found = corpus == "auto" and self.corpus.name in (CORPUS, "python-docs")
+        self.corpus_name = self.corpus.name if found else str(corpus)  # for commands
         name = self.profile.name if known else f"{self.profile.name}-{self.corpus.label}"
         # Where results belong, and where this notebook works: the same, except with save_to.
         self.home = as_path(save_to or naming.results_root()) / name
@@ -115,8 +116,9 @@ class Session:
         return naming.shown(self.home / path.relative_to(self.folder))
 
     def save(self, *files: Path) -> None:
-        """Copy files, or all that is new, to `home`. Raises MusotaError where that fails."""
-        if self.copy:
+        """Copy files of this session's folder, or all that is new there, to `home`. Raises
+        MusotaError where that fails."""
+        if self.copy and all(file.is_relative_to(self.folder) for file in files):
             self.copy.save(*files)
 
 
@@ -153,13 +155,9 @@ class Workbook(Session):
     def find_runs(self, names: str | Sequence[str]) -> list[list[Run]]:
         """The seeds of recorded models by name, title or folder; of a folder here, or else in
         results of the repository."""
-        found = []
-        for name in [names] if isinstance(names, str) else names:
-            try:
-                found.append(results.find_runs(name, self.folder.parent, self.folder.name))
-            except MusotaError:
-                found.append(results.find_runs(name, naming.results_root(), self.folder.name))
-        return found
+        names = [names] if isinstance(names, str) else names
+        roots = self.folder.parent, self.home.parent, naming.results_root()
+        return results.find_models(names, roots, self.folder.name)
 
     def trained(self, *models: str) -> list[Run]:
         """The finished runs of models as changed here, with this seed."""
@@ -262,14 +260,14 @@ class Workbook(Session):
         """Train the missing runs of the grid, with the changes applied, or of the sweep, which is
         widened until each best rate lies between two others. Returns all recorded rows by name and
         seed."""
-        table, panel, trained = self.folder / f"{part}.csv", GridPanel(self.footer), {}
+        table, trained = self.folder / f"{part}.csv", {}
 
         def share() -> None:
             merge_table(table, self.home / table.name)  # other machines add rows, too
             self.save(table)
 
         def each(row: Row | None, *progress) -> None:
-            panel.update(row, *progress)
+            print_run(row, *progress)
             if row:
                 share()
 
@@ -280,7 +278,6 @@ class Workbook(Session):
             while left := {name: runs[name] for name in runs if name not in trained}:
                 where = self.profile, self.corpus, table, self.folder / part
                 trained |= run_many(left, seeds, *where, **how)
-                panel.draw(trained, 0)
                 runs, _ = self.planned(part)
         share()  # also rows whose copy failed
         return root_causes.by_name(read_table(table)) | trained

@@ -1,4 +1,4 @@
-"""Training seen in a notebook: one panel for a run, one for a grid of runs.
+"""Training seen in a notebook.
 
 A panel is a line of progress and a picture, updated in place while somebody watches; the last
 picture stays. Headless, only that one is drawn.
@@ -9,16 +9,13 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 
 import psutil  # comes with accelerate
 from IPython import get_ipython
 from IPython.display import HTML, Image, display
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from musota.files import write_bytes
-from musota.lab.grid_runs import Row, print_run
 from musota.training.run import Run
 from musota.workbook import plots
 from musota.workbook.style import BLUE, figure_png
@@ -59,52 +56,32 @@ class Output:
             self.handle = display(shown, display_id=True)
 
 
-class Panel:
-    """A line of progress above a picture, with `about` under it. Nothing is shown outside of a
-    notebook."""
+class RunPanel:
+    """A line of progress above a picture of one run, with `about` under it; `ngrams` and `reported`
+    as in `plots.training_curve`. Nothing is shown outside of a notebook."""
 
-    def __init__(self, about: str):
-        self.about, self.watched = about, has_front_end()
+    def __init__(self, about: str, ngrams: Mapping[str, float], reported: bool):
+        self.about, self.watched, self.how = about, has_front_end(), (ngrams, reported)
         self.line, self.picture = Output(), Output()
         self.due, self.pause = 0.0, FIRST_PAUSE
 
-    def is_due(self) -> bool:
-        """Whether to draw again: soon at first, then at longer intervals."""
-        now = time.monotonic()
-        if now < self.due:
-            return False
-        self.due, self.pause = now + self.pause, min(1.5 * self.pause, LONGEST_PAUSE)
-        return True
-
-    def show(self, done: float, text: str, figure: Figure, path: Path | None = None) -> None:
-        """Show a bar of which the share `done` is filled, a text, and a figure, saved at `path`."""
-        png = figure_png(figure, self.about)
-        if path:
-            with suppress(OSError):  # a full or read-only disk stops no training
-                write_bytes(path, png)
-        bar = BAR.format(percent=100 * done, colour=BLUE) if done < 1 else ""
-        self.line.show(HTML(f"{bar}<p>{text}</p>"))
-        self.picture.show(Image(data=png))
-
-
-class RunPanel(Panel):
-    """The panel of one run; `ngrams` and `reported` as in `plots.training_curve`."""
-
-    def __init__(self, about: str, ngrams: Mapping[str, float], reported: bool):
-        super().__init__(about)
-        self.how = ngrams, reported
-
     def update(self, run: Run) -> None:
-        """To be called after each record of the run."""
-        if len(run.steps) > 1 and self.is_due():
+        """To be called after each record of the run. Draws soon at first, then less often."""
+        now = time.monotonic()
+        if len(run.steps) > 1 and now >= self.due:
+            self.due, self.pause = now + self.pause, min(1.5 * self.pause, LONGEST_PAUSE)
             self.draw(run, running=True)
 
     def draw(self, run: Run, running: bool = False) -> None:
         """Show the run as it stands, and save the picture in its folder."""
         if in_notebook() and len(run.steps):
             done = 1.0 if run.ended else run.steps.step.iloc[-1] / run.total_steps
-            figure = plots.training_curve(run, *self.how)
-            self.show(done, run_text(run, done, running), figure, run.path / "training.png")
+            png = figure_png(plots.training_curve(run, *self.how), self.about)
+            with suppress(OSError):  # a full or read-only disk stops no training
+                write_bytes(run.path / "training.png", png)
+            bar = BAR.format(percent=100 * done, colour=BLUE) if done < 1 else ""
+            self.line.show(HTML(f"{bar}<p>{run_text(run, done, running)}</p>"))
+            self.picture.show(Image(data=png))
 
 
 def run_text(run: Run, done: float, running: bool) -> str:
@@ -127,21 +104,3 @@ def run_text(run: Run, done: float, running: bool) -> str:
         prompt, text = html.escape(sample.prompt), html.escape(sample.text)
         parts.append(f"it writes: <em>{prompt}</em> {text}")
     return " · ".join(parts)
-
-
-class GridPanel(Panel):
-    """The panel of a grid of runs; its methods take what `grid_runs.print_run` takes."""
-
-    def update(self, row: Row | None, rows: Mapping, left: int) -> None:
-        """To be called after each run."""
-        if self.watched:
-            self.draw(rows, left)
-        else:
-            print_run(row, rows, left)
-
-    def draw(self, rows: Mapping, left: int) -> None:
-        """Draw the grid as it stands."""
-        if in_notebook():
-            total = sum(map(len, rows.values()))
-            text = f"{total - left} of {total} runs are done."
-            self.show(1 - left / total, text, plots.grid(rows))

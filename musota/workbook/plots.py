@@ -11,11 +11,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from musota.lab.curves import PLATEAU_EPOCHS, PLATEAU_GAIN, plateau_start
-from musota.lab.grid_runs import Row
 from musota.lab.plan_rules import REPORTED
 from musota.lab.root_causes import MISSED, Cause
 from musota.lab.stats import RELEVANT, Interval
-from musota.lab.verdicts import Verdict, measured
+from musota.lab.verdicts import Verdict, measured, representative
 from musota.training.run import Run
 from musota.workbook import style
 from musota.workbook.results import by_title, label, mean_loss, progress
@@ -79,8 +78,9 @@ def curves(runs: Sequence[Run], ngrams: Mapping[str, float], reported: bool = Fa
         tables = [run.history.set_index("epoch")[[measured, "accuracy"]] for run in group]
         mean = (sum(tables) / len(tables)).dropna()  # epochs that every seed has reached
         seeds = f"{len(group)} seeds" if len(group) > 1 else f"seed {group[0].seed}"
-        seeds += "" if group[0].finished else f", {progress(group[0])}"
-        seeds += " epochs" * (not group[0].ended)
+        stands_for = representative(group)
+        seeds += "" if stands_for.finished else f", {progress(stands_for)}"
+        seeds += " epochs" * (not stands_for.ended)
         look = _look(group[0], *looks) | {"markersize": size, "linewidth": size / 3.5}
         thin = {"color": look["color"], "linewidth": 0.7, "alpha": 0.5}
         for table in tables if len(group) > 1 else []:
@@ -100,7 +100,7 @@ def curves(runs: Sequence[Run], ngrams: Mapping[str, float], reported: bool = Fa
     style.logarithmic(left, lowest, min(highest, top) if lowest < top else highest)
     if lowest < top < highest:
         left.set_ylim(0.95 * min(lowest, *ngrams.values()), top)
-    left.set(ylabel=f"valid {unit} (log)", title=unit.split(" per ")[0].capitalize())
+    left.set(ylabel=f"valid {unit} (log)", title=unit.removesuffix(" per token").capitalize())
     right.set(ylabel="valid top-1 accuracy (%)", title="Accuracy")
     for axis in (left, right):
         axis.set(xlabel="epoch", xlim=(0.8, last + 0.3))
@@ -161,28 +161,6 @@ def sizes(runs: Iterable[Run]) -> Figure:
         axis.locator_params("x", nbins=5)
     key = axes[0].get_legend_handles_labels()
     figure.legend(*key, fontsize=8, ncols=2, loc="outside upper center")
-    return figure
-
-
-def grid(rows: Mapping[str, Mapping[int, Row | None]]) -> Figure:
-    """Valid PPL of every run of a grid: a row each run, a column each seed; "…" until it ends."""
-    table = pd.DataFrame(rows).T
-    losses = table.map(lambda row: row.best_valid_loss if row else np.nan).astype(float)
-    ppls = np.exp(losses).map("{:,.0f}".format).replace({"inf": "diverged", "nan": "…"})
-    finite, half = losses.replace(np.inf, np.nan), math.ceil(len(losses) / 2)
-    look = {"cmap": "viridis_r", "alpha": 0.45, "aspect": "auto"}
-    look |= {"vmin": finite.min(axis=None), "vmax": finite.max(axis=None)}
-    figure, axes = new_figure(10, 0.9 + 0.24 * half, columns=2)
-    for axis, part in zip(axes, (slice(0, half), slice(half, None)), strict=True):
-        axis.imshow(finite[part], **look)
-        for (row, column), text in np.ndenumerate(ppls[part]):
-            axis.text(column, row, text, ha="center", va="center", fontsize=8)
-        axis.set_xticks(range(table.shape[1]), [f"seed {seed}" for seed in table])
-        names = table.index[part].str.replace("_rate_x", ", rate × ").str.replace("_", " ")
-        axis.set_yticks(range(len(names)), names, fontsize=8)
-        axis.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-        axis.spines[:].set_visible(False)
-    figure.suptitle("Valid perplexity of each run")
     return figure
 
 
@@ -315,7 +293,7 @@ def explored(
     records, column, name, baseline = METRICS[metric]
     figure, axis = new_figure(9, 4.4, grid="both")
     for place, (group, looks) in enumerate(zip(groups, _styles(groups), strict=True)):
-        run, text, colour = group[0], style.literal(group[0].title), looks[0]
+        run, text, colour = group[0], group[0].title, looks[0]
         per_epoch = run.history.step[0] / run.history.epoch[0]
         seeds = pd.DataFrame({r.seed: getattr(r, records).set_index("step")[column] for r in group})
         seeds = seeds.set_axis(seeds.index / per_epoch)
@@ -325,12 +303,13 @@ def explored(
             text += f", {len(group)} seeds"
             ends = seeds.min(axis=1), seeds.max(axis=1)
             axis.fill_between(seeds.index, *ends, color=colour, alpha=0.25, linewidth=0)
-        look = _look(run, *looks) | {"label": text}
+        look = _look(run, *looks) | {"label": wrapped(text, 60)}
         mean = np.exp(np.log(seeds).mean(axis=1)) if column == "ppl" else seeds.mean(axis=1)
         axis.plot(mean, **look | {"marker": ""} if len(seeds) > 60 else look)
         if start := plateau_start(run, *rule):
             band = {"ymin": place / len(groups), "ymax": (place + 1) / len(groups), "alpha": 0.15}
-            band |= {"facecolor": colour, "edgecolor": colour, "label": f"plateau: {text}"}
+            band["label"] = wrapped(f"plateau: {text}", 60)
+            band |= {"facecolor": colour, "edgecolor": colour}
             axis.axvspan(start, len(run.history), hatch=style.HATCHES[1 + place % 7], **band)
         for step, event in run.events:
             axis.axvline(step / per_epoch, color=colour, linewidth=1, linestyle=":")
@@ -346,8 +325,8 @@ def explored(
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.xaxis.set_major_formatter(PLAIN)
     axis.yaxis.set_major_formatter(PLAIN)
-    if "y" in log:
-        style.logarithmic(axis, *axis.dataLim.intervaly)
+    if "y" in log:  # of metrics without a baseline the largest values matter
+        style.logarithmic(axis, *axis.dataLim.intervaly, "top" if baseline else "bottom")
     figure.legend(fontsize=8, ncols=2, loc="outside upper center")
     style.draw_ngrams(axis, {n: baseline(ppl) for n, ppl in ngrams.items()} if baseline else {})
     return figure

@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def group_runs(runs: Iterable[Run]) -> dict[Key, list[Run]]:
     """The seeds of each model in the order given, those last that diverged in their first epoch;
     unfinished seeds of a model that has ended ones are left out."""
     groups: dict[Key, list[Run]] = {}
-    for run in runs:
+    for run in {run.path.resolve(): run for run in runs}.values():  # each once
         groups.setdefault(run.key, []).append(run)
     ended = {key: [run for run in g if run.ended] or g for key, g in groups.items()}
     return {key: sorted(group, key=lambda run: not run.summary) for key, group in ended.items()}
@@ -57,13 +58,20 @@ def by_title(runs: Iterable[Run]) -> dict[str, list[Run]]:
     for group in groups:
         folder, title = group[0].path, group[0].title
         same = f" ({folder.parent.name}/{folder.name})" if counts[title] > 1 else ""
-        found[title + same] = group
+        found[f"{title} ({folder})" if title + same in found else title + same] = group
     return found
 
 
-def label(run: Run, title: str = "") -> str:
-    """The title of a run (or another for its model) with its seed."""
-    return f"{title or run.title}, seed {run.seed}"
+def tell_apart(runs: Iterable[Run]) -> None:
+    """Makes the titles of different models different."""
+    for title, group in by_title(runs).items():
+        for run in group:
+            run.title = title
+
+
+def label(run: Run) -> str:
+    """The title of a run with its seed."""
+    return f"{run.title}, seed {run.seed}"
 
 
 def progress(run: Run) -> str:
@@ -98,7 +106,7 @@ class Results:
         if (others := len(found) - len(self.runs)) and not fingerprint:
             print(f"{self.folder}: {others} runs on other texts are left out.")
         self.groups = group_runs(self.runs)
-        self.titles = {group[0].key: title for title, group in by_title(self.runs).items()}
+        tell_apart(self.runs)
         # Models with a seed that has ended an epoch, and those of them that verdicts are on.
         measured = [g for g in self.groups.values() if any(run.summary for run in g)]
         self.ended = [g for g in measured if all(run.ended for run in g)]
@@ -167,7 +175,7 @@ class Results:
         found = {}
         for group in self.ended:
             if (matched := self.matched_to(group)) in self.ended:
-                found[self.titles[group[0].key]] = compare_with_matched(group, matched)
+                found[group[0].title] = compare_with_matched(group, matched)
         return found
 
     def verdicts(self) -> dict[str, list[Verdict]]:
@@ -225,6 +233,20 @@ def find_runs(name: str, root: str | os.PathLike, profile: str) -> list[Run]:
         places = ", ".join(str(group[0].path) for group in (first, *others))
         raise MusotaError(f"Several models are called {name!r}: give the folder of one ({places}).")
     return first
+
+
+def find_models(names: Iterable[str], roots: Sequence[Path], profile: str) -> list[list[Run]]:
+    """`find_runs` for each name, in the first of `roots` that has it; their titles differ."""
+    found = []
+    for name in names:
+        for root in roots:
+            with suppress(MusotaError):
+                found.append(find_runs(name, root, profile))
+                break
+        else:
+            find_runs(name, roots[0], profile)  # raises the first error again
+    tell_apart(run for group in found for run in group)
+    return found
 
 
 def find_results(

@@ -12,7 +12,7 @@ from musota.errors import MusotaError
 from musota.files import sentence
 from musota.lab.verdicts import NATS, PPL, Verdict, measured
 from musota.workbook.style import BLUE, GREEN, RED
-from musota.workbook.tables import escaped, markdown
+from musota.workbook.tables import escaped, markdown, number
 
 SIGNS = {True: ("✓", GREEN), False: ("✗", RED), None: ("?", BLUE)}  # by Verdict.good
 TIE = ("=", BLUE)
@@ -60,12 +60,12 @@ def large_number(verdict: Verdict) -> tuple[str, str]:
     as one of perplexities, in percent."""
     if verdict.value is None:
         return "", ""
-    if verdict.unit == NATS:
+    if verdict.unit == NATS and verdict.value < 5:  # a larger difference stays in nats
         change = math.expm1(verdict.value)
         style = "+.1%" if abs(change) < 0.01 else "+.0%"
         return format(change, style).replace("-", "−"), "valid perplexity"
     if verdict.unit == PPL:
-        return f"{verdict.value:,.0f}", "valid perplexity"
+        return number(verdict.value, ",.0f"), "valid perplexity"
     return measured(verdict), ""
 
 

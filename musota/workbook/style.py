@@ -40,7 +40,8 @@ def styles_of(names: Sequence[str]) -> list[tuple[str, str, str]]:
     fixed = {name: REGISTRY[name].style for name in names if name in REGISTRY}
     used = {part for look in fixed.values() for part in look}
     colours, markers = ([p for p in of if p not in used] or of for of in (LINES, "X*dph<>P"))
-    free = zip(itertools.cycle(colours), itertools.repeat(":"), itertools.cycle(markers))
+    n, m = len(colours), len(markers)
+    free = ((colours[i % n], ":", markers[(i + i // n) % m]) for i in itertools.count())
     return [fixed.pop(name, None) or next(free) for name in names]
 
 
@@ -52,7 +53,7 @@ def literal(text: str) -> str:
 
 def wrapped(title: str, width: int = 36) -> str:
     """A literal title, wrapped into lines."""
-    lines = textwrap.wrap(title, width, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(title, width, break_on_hyphens=False)
     return literal("\n".join(lines))
 
 
@@ -61,11 +62,12 @@ def note(axis, text: str, at: tuple, offset: tuple = (0, 0), **look) -> None:
     axis.annotate(text, at, offset, textcoords="offset points", **{"fontsize": 8, **look})
 
 
-def logarithmic(axis, lowest: float, highest: float) -> None:
-    """Makes the y axis logarithmic, with round numbers and four decades at most."""
+def logarithmic(axis, lowest: float, highest: float, cut: str = "top") -> None:
+    """Makes the y axis logarithmic, with round numbers and four decades at most; what is beyond
+    them at the top (or bottom) is cut off."""
     axis.set_yscale("log")
     if lowest < highest / 1e4:
-        axis.set_ylim(bottom=highest / 1e4)
+        axis.set_ylim(**{cut: 1e4 * lowest if cut == "top" else highest / 1e4})
     elif highest < 100 * lowest:  # few decades: round numbers, not powers of ten
         few, more = MaxNLocator(8, steps=[1, 2, 5, 10]), LogLocator(subs=(1, 1.5, 2, 3, 5, 7))
         axis.yaxis.set_major_locator(few if highest < 3 * lowest else more)

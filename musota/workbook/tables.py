@@ -15,14 +15,14 @@ from musota.lab.curves import health, plateau
 from musota.lab.plan_rules import REPORTED
 from musota.lab.root_causes import Cause
 from musota.lab.stats import seed_interval
-from musota.lab.verdicts import Verdict, compare, measured, representative
+from musota.lab.verdicts import HUGE, Verdict, compare, measured, representative
 from musota.training.evaluate import exp_nats
 from musota.training.run import Run
 from musota.workbook.results import Results, by_title, mean_loss, progress
 
 # The texts of a right-aligned column.
 NUMBERS = re.compile(r"(?:[\d\s.,%+−–×e/\[\]→-]|of|a seed diverges)*")
-MEANINGLESS = 1e12  # a word perplexity above this is of a text without words
+MARKUP = re.compile(r"[\\|*$`~]|(?<![^\W_])_|_(?![^\W_])|\](?=\()")  # of Markdown
 METRICS = {  # columns of the model table: key in a summary, and where the best value is
     "valid PPL": ("ppl", "idxmin"),
     "accuracy": ("accuracy", "idxmax"),
@@ -43,7 +43,7 @@ COUNTED = {"unigram": "single tokens", "bigram": "pairs of tokens", "trigram": "
 
 def number(value: float | None, style: str = ",.1f") -> str:
     """A number as text; "–" where it is missing, not finite or meaningless."""
-    known = value is not None and abs(value) < MEANINGLESS  # which NaN is not, either
+    known = value is not None and abs(value) < HUGE  # which NaN is not, either
     return format(value, style) if known else "–"
 
 
@@ -68,7 +68,7 @@ def model_table(results: Results, groups: Sequence[Sequence[Run]] | None = None)
     the models (`groups`, by default all), the n-gram baselines and published models."""
     groups = results.measured if groups is None else groups
     rows, values = [], {}  # values: numbers by row and column
-    has_words = any(_mean(group, "word_ppl") < MEANINGLESS for group in groups)
+    has_words = any(_mean(group, "word_ppl") < HUGE for group in groups)
     last, style = ("test word PPL", ",.1f") if has_words else ("bits/byte", ".3f")
     if results.at_plan_size:
         reported = {"valid PPL": number(REPORTED["ppl"]), "epochs": str(REPORTED["epochs"])}
@@ -80,7 +80,7 @@ def model_table(results: Results, groups: Sequence[Sequence[Run]] | None = None)
         size = f"{model.n_parameters / 1e6:.1f} M parameters, {layers}, context "
         values[len(rows)] = mean = {name: _mean(group, key) for name, (key, _) in METRICS.items()}
         row = {
-            "model": results.titles[group[0].key],
+            "model": group[0].title,
             "settings": f"{size}{model.max_seq_len}, learning rate {training.learning_rate:g}",
             "seeds": str(len(group)),
             "epochs": progress(representative(group)),
@@ -225,5 +225,5 @@ def markdown(table: pd.DataFrame) -> str:
 
 def escaped(text: str) -> str:
     """Text on one line that Markdown shows as it is."""
-    text = re.sub(r"[\\|*$`~]|\b_|_\b|\](?=\()", r"\\\g<0>", " ".join(text.split()))
+    text = MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
     return text.replace("&", "&amp;").replace("<", "&lt;")
