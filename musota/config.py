@@ -208,7 +208,7 @@ KINDS = {c.kind: c for c in (MuConfig, DenseConfig, RedesignedConfig, ModuleConf
 
 def describe(model: ModelConfig) -> dict:
     """A model's configuration for JSON. Raises MusotaError for a class that KINDS does not have."""
-    if KINDS.get(model.kind) is not type(model):
+    if KINDS.get(getattr(model, "kind", None)) is not type(model):
         raise MusotaError(f"{type(model).__name__} needs a kind, built_by and a row of KINDS.")
     return {"kind": model.kind, **dataclasses.asdict(model)}
 

@@ -135,7 +135,8 @@ def test_ablations_are_measured_on_the_text_of_the_run_alone(made, results, tmp_
     (tmp_path / "drive").mkdir()
     saved = Workbook("tiny", made().corpus_name, save_to=str(tmp_path / "drive"), changes=FAST)
     assert saved.ablations(run)["gate"].mean and (run.path / "ablations.json").exists()
-    assert [saved.find_runs(run.name)[0][0].path] == [run.path]  # nor are runs shown of elsewhere
+    there = shutil.copytree(run.path, tmp_path / "drive" / "study" / "mine-seed0")
+    assert saved.find_runs("study/mine-seed0")[0][0].path == there
 
 
 @pytest.fixture

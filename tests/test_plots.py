@@ -149,7 +149,9 @@ def test_names_outside_the_registry_have_styles_of_their_own():
 
 
 def test_many_models_have_different_styles():
-    assert len({*styles_of([f"model {n}" for n in range(20)])}) == 20
+    for known, others in (([], 20), (["original"], 20), ([*REGISTRY], 12)):
+        names = [*known, *(f"model {n}" for n in range(others))]
+        assert len({*styles_of(names)}) == len(names)
 
 
 def test_a_changed_run_has_the_style_of_its_model_unless_that_is_drawn_too():

@@ -35,9 +35,8 @@ class TextTokenizer:
         steps = [pre_tokenizers.ByteLevel(False), pre_tokenizers.FixedLength(LONGEST_WORD)]
         backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
         backend.decoder = decoders.ByteLevel()
-        most = SMALLEST_VOCABULARY + len(
-            text.encode(errors="replace")
-        )  # more would only reserve memory
+        # A text has at most as many tokens as bytes; memory would be reserved for more.
+        most = SMALLEST_VOCABULARY + len(text.encode(errors="replace"))
         trainer = trainers.BpeTrainer(
             vocab_size=min(vocab_size, most),
             special_tokens=[UNKNOWN, LINE_END],

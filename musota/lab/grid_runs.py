@@ -23,6 +23,7 @@ from musota.errors import MusotaError
 from musota.files import as_path, jsonable, write_text
 from musota.lab.profiles import Profile, scaled
 from musota.matching import twin
+from musota.training.evaluate import exp_nats
 from musota.training.run import Run
 from musota.training.trainer import Diverged, RunOptions, train
 
@@ -121,7 +122,7 @@ def print_run(row: Row | None, rows: Mapping[str, Mapping[int, Row | None]], lef
     total = sum(map(len, rows.values()))
     text = f"{left} of {total} runs are left to train."
     if row:
-        result = "diverged" if row.diverged else f"valid PPL {math.exp(row.best_valid_loss):,.1f}"
+        result = "diverged" if row.diverged else f"valid PPL {exp_nats(row.best_valid_loss):,.1f}"
         text = f"[{total - left}/{total}] {row.name}, seed {row.seed}: {result}"
     print(text, flush=True)
 

@@ -51,7 +51,8 @@ class Run:
             self.fingerprint = self.config["corpus"]["fingerprint"]
         except (KeyError, TypeError, MusotaError) as error:
             raise MusotaError(f"{self.path / CONFIG} does not describe a run: {error}") from None
-        self.title = self.config.get("title") or self.name
+        self.recorded_title = self.config.get("title") or self.name
+        self.title = self.recorded_title  # as shown; see workbook.results.tell_apart
         self.profile, self.model_name = (self.config.get(of) for of in ("profile", "model"))
         self.key = self.experiment, self.fingerprint  # what seeds of one model share
         # Equal for runs that were validated on the same tokens.
@@ -168,7 +169,10 @@ class Run:
         `load_weights`)."""
         model, known = load_model(self._best(), device), {**self.config, **self.summary}
         model.measured = {key: known[key] for key in MEASURED.split() if key in known}
-        model.measured |= {"title": self.title, "best_weights_sha256": weights_sha256(model)}
+        model.measured |= {
+            "title": self.recorded_title,
+            "best_weights_sha256": weights_sha256(model),
+        }
         return model
 
     def load_weights(self, module: nn.Module) -> None:

@@ -7,6 +7,7 @@ from musota.errors import MusotaError, find_named
 from musota.lab.grid_runs import find_jobs, identity_of, read_table, run_many
 from musota.lab.sweep import TUNED, tuned
 from musota.registry import REGISTRY
+from musota.training.run import Run
 from musota.training.trainer import Diverged
 from musota.workbook.naming import train_command
 from musota.workbook.notebook import Workbook
@@ -29,10 +30,11 @@ def carry_out(parts: Sequence[str], seeds: int, seed: int = 0, **parameters) -> 
                 if "models" in parts:
                     continue  # it was one of them
                 changes, about = {}, {}
-            held = book.results.group(about.get("name", ""))
-            if held and held[0].experiment != book.experiment(model).with_(**changes):
-                about = {}  # of the best rate of an earlier sweep, under that name
+            wanted = book.experiment(model).with_(**changes)
             for each in range(seed, seed + seeds):
+                held = book.folder / f"{about.get('name')}-seed{each}"
+                if (held / "config.json").exists() and Run(held).experiment != wanted:
+                    about = {}  # that name belongs to a run at the best rate of an earlier sweep
                 with suppress(Diverged):  # which is recorded
                     Workbook(seed=each, changes=changes, **parameters).train(model, **about)
     _ = book.ngrams  # measured for the report

@@ -40,7 +40,8 @@ from musota.workbook.show import show_errors_as_sentences, show_verdicts
 from musota.workbook.style import save_figure
 from musota.workbook.widgets import Explorer
 
-NO_WEIGHTS = "This run's weights are not here, or it is of another text: train it to look inside."
+NO_WEIGHTS = """This run's weights are not here, or it is of another text. To look inside, train it
+(with fresh = True where it is recorded)."""
 PARAMETERS = ("profile", "corpus", "seed", "fresh", "save_to", "log_with", "changes")
 
 
@@ -153,8 +154,8 @@ class Workbook(Session):
         return found, groups
 
     def find_runs(self, names: str | Sequence[str]) -> list[list[Run]]:
-        """The seeds of recorded models by name, title or folder; of a folder here, or else in
-        results of the repository."""
+        """The seeds of recorded models by name, title or folder; of a folder here or of
+        `save_to`, or else in results of the repository."""
         names = [names] if isinstance(names, str) else names
         roots = self.folder.parent, self.home.parent, naming.results_root()
         return results.find_models(names, roots, self.folder.name)
@@ -187,7 +188,7 @@ class Workbook(Session):
 
     def ablations(self, run: Run) -> dict[str, Interval]:
         """The loss from disabling each part of a run's model, measured once; empty for a run that
-        is recorded without its checkpoint."""
+        is recorded without its checkpoint, or of another text."""
         here = run.fingerprint == self.corpus.fingerprint
         if here and run.has_model and not results.read_ablations(run):
             about = {"fingerprint": run.fingerprint, "weights": run.summary["weights_sha256"]}
@@ -212,7 +213,11 @@ class Workbook(Session):
         for done in () if (folder / SUMMARY).exists() else self.results.runs:
             if (done.experiment, done.seed) != (experiment, self.seed):
                 continue
-            folder, name, title = done.path, done.name, done.title  # also of an unfinished one
+            folder, name, title = (
+                done.path,
+                done.name,
+                done.recorded_title,
+            )  # also of an unfinished one
             if done.finished and not self.fresh:
                 print(f"{done.path.name}: already finished, loaded.")
                 panel.draw(done)

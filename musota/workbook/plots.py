@@ -283,9 +283,9 @@ def explored(
     rule: tuple[int, float] = (PLATEAU_EPOCHS, PLATEAU_GAIN),
     log: str = "y",
 ) -> Figure:
-    """A key of METRICS by epoch for models, given by their seeds: the mean (of
-    PPL: of the losses), and a band from the
-    lowest to the highest seed; with n-gram baselines, shaded plateaus and marked events.
+    """A key of METRICS by epoch for models, given by their seeds: the mean (of PPL: of the losses),
+    and a band from the lowest to the highest seed; with n-gram baselines, shaded plateaus and
+    marked events.
 
     `smoothing` is the number of points on either side that are averaged; `rule` is the window and
     the least gain of `plateau_start`; `log` names the logarithmic axes: x, y or xy.

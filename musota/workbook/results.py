@@ -191,7 +191,7 @@ class Results:
             found["best"] = [compare(min(redesigned, key=mean_loss), min(mu, key=mean_loss))]
         if self.grid:
             found["causes"] = [advice(self.grid)]
-        usual = {run.title: run.experiment.training.learning_rate for run in self.runs}
+        usual = {run.recorded_title: run.experiment.training.learning_rate for run in self.runs}
         for title, losses in self.sweeps.items():
             found["rate"].append(best_rate(title, losses, usual.get(title)))
         if self.judged:

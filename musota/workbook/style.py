@@ -41,7 +41,7 @@ def styles_of(names: Sequence[str]) -> list[tuple[str, str, str]]:
     used = {part for look in fixed.values() for part in look}
     colours, markers = ([p for p in of if p not in used] or of for of in (LINES, "X*dph<>P"))
     n, m = len(colours), len(markers)
-    free = ((colours[i % n], ":", markers[(i + i // n) % m]) for i in itertools.count())
+    free = ((colours[i % n], ":", markers[(i % n + i // n) % m]) for i in itertools.count())
     return [fixed.pop(name, None) or next(free) for name in names]
 
 
