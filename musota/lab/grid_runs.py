@@ -123,7 +123,8 @@ def print_run(row: Row | None, rows: Mapping[str, Mapping[int, Row | None]], lef
     text = f"{left} of {total} runs are left to train."
     if row:
         result = "diverged" if row.diverged else f"valid PPL {exp_nats(row.best_valid_loss):,.1f}"
-        text = f"[{total - left}/{total}] {row.name}, seed {row.seed}: {result}"
+        name = row.name.replace("_rate_x", ", rate × ").replace("_", " ")
+        text = f"[{total - left}/{total}] {name}, seed {row.seed}: {result}"
     print(text, flush=True)
 
 
