@@ -179,30 +179,22 @@ def compare(runs, profile, results):
         find_folders(name, results, profile)
     from musota.lab.verdicts import compare as compared
     from musota.workbook import plots, tables
-    from musota.workbook.results import (
-        find_runs,
-        footer,
-        group_runs,
-        ngrams_path,
-        read_ngrams,
-        tell_apart,
-    )
+    from musota.workbook import results as recorded
     from musota.workbook.style import save_figure
 
-    groups = group_runs(run for name in runs for run in find_runs(name, results, profile))
-    (first, *others), chosen = groups.values(), [run for group in groups.values() for run in group]
-    tell_apart(chosen)
+    found = (run for name in runs for run in recorded.find_runs(name, results, profile))
+    first, *others = groups = [*recorded.group_runs(found).values()]
+    recorded.tell_apart(chosen := [run for group in groups for run in group])
     if not others:
         raise MusotaError("compare needs two models or more that differ in more than the seed.")
     click.echo(f"{tables.differences_table(chosen).to_string()}\n")
     click.echo(f"{tables.runs_table(chosen).T.to_string(header=False)}\n")
-    corpus, folder = first[0].config["corpus"], first[0].path.parent
-    ngrams = read_ngrams(ngrams_path(folder, first[0].fingerprint))
+    ngrams = recorded.ngrams_path(first[0].path.parent, first[0].fingerprint)
     alike = len({run.valid_text for run in chosen}) == 1
-    about = footer(corpus["name"], corpus["vocabulary_in_use"], first[0].profile) if alike else ""
     (results / "compared").mkdir(parents=True, exist_ok=True)
     path = results / "compared" / "curves.png"
-    save_figure(plots.curves(chosen, ngrams), path, about)
+    about = recorded.footer_of(first[0]) if alike else ""
+    save_figure(plots.curves(chosen, recorded.read_ngrams(ngrams)), path, about)
     click.echo(f"Curves: {path}")
     failed = False
     for other in others:

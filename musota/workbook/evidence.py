@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from musota.errors import MusotaError, find_named
+from musota.files import CONFIG
 from musota.lab.grid_runs import find_jobs, identity_of, read_table, run_many
 from musota.lab.sweep import TUNED, tuned
 from musota.registry import REGISTRY
@@ -32,8 +33,8 @@ def carry_out(parts: Sequence[str], seeds: int, seed: int = 0, **parameters) -> 
                 changes, about = {}, {}
             wanted = book.experiment(model).with_(**changes)
             for each in range(seed, seed + seeds):
-                held = book.folder / f"{about.get('name')}-seed{each}"
-                if (held / "config.json").exists() and Run(held).experiment != wanted:
+                held = book.folder / f"{about['name']}-seed{each}" if about else None
+                if held and (held / CONFIG).exists() and Run(held).experiment != wanted:
                     about = {}  # that name belongs to a run at the best rate of an earlier sweep
                 with suppress(Diverged):  # which is recorded
                     Workbook(seed=each, changes=changes, **parameters).train(model, **about)

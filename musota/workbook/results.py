@@ -89,6 +89,12 @@ def footer(corpus: str, size: int, profile: str | None) -> str:
     return f"measured: {name} · byte-level BPE {size:,}{where} · valid, windows not overlapping"
 
 
+def footer_of(run: Run) -> str:
+    """`footer` of a run."""
+    corpus = run.config["corpus"]
+    return footer(corpus["name"], corpus["vocabulary_in_use"], run.profile)
+
+
 class Results:
     """What is recorded in a results folder on one corpus: by default that of most of its runs.
     Damaged runs are left out and named. Raises MusotaError for other damaged files."""
@@ -119,10 +125,7 @@ class Results:
 
     @property
     def footer(self) -> str:
-        if not self.runs:
-            return ""
-        corpus = self.runs[0].config["corpus"]
-        return footer(corpus["name"], corpus["vocabulary_in_use"], self.runs[0].profile)
+        return footer_of(self.runs[0]) if self.runs else ""
 
     @property
     def at_plan_size(self) -> bool:
