@@ -70,9 +70,7 @@ def _together(*options):
 experiment_options = _together(
     click.option("--profile", default="quick", callback=_profile, help=PROFILE_HELP),
     click.option("--corpus", default="auto", callback=_corpus, help=CORPUS_HELP),
-    click.option(
-        "--seed", default=0, type=click.IntRange(0), help="Of weights, order and dropout."
-    ),
+    click.option("--seed", default=0, type=click.IntRange(0), help="Of all random numbers."),
     click.option("--fresh", is_flag=True, help="Train again what is already trained."),
     click.option(
         "--save-to", default="", show_default=False, help="Also copy the results to this folder."

@@ -51,7 +51,8 @@ def _series(runs: Iterable[Run]) -> Iterable[tuple[str, list[Run], tuple[str, st
 
 
 def _styles(groups: Sequence[Sequence[Run]]) -> list[tuple[str, str, str]]:
-    """Styles of models: one with changes has its model's, unless that is among them unchanged."""
+    """A style for each model, given by its seeds. A run with changes has the style of its model,
+    unless the model without changes is drawn, too."""
     runs = [group[0] for group in groups]
     names = {run.name for run in runs}
     return styles_of([r.name if r.model_name in names else r.model_name or r.name for r in runs])

@@ -35,8 +35,8 @@ def new_figure(width: float, height: float, columns: int = 1, grid: str = ""):
 
 
 def styles_of(names: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Colour, line style and marker of each: the first of a name that is in the registry has the
-    style of its row, others the next ones not in use."""
+    """Colour, line style and marker for each name. A name of the registry has the style of its row,
+    the first time; all others have styles that are not in use."""
     fixed = {name: REGISTRY[name].style for name in names if name in REGISTRY}
     used = {part for look in fixed.values() for part in look}
     colours, markers = ([p for p in of if p not in used] or of for of in (LINES, "X*dph<>P"))
