@@ -116,6 +116,7 @@ def sentence(error: Exception, advice: str = "choose another folder") -> str:
     """The message of an error, with advice where it is one of the operating system."""
     if not (isinstance(error, OSError) and error.filename):
         return str(error)
+    advice = "check the path" if error.errno == errno.ENOENT else advice
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         advice = f"free some space there, or {advice}"
     return f"{error.filename} cannot be used ({error.strerror}): {advice}."

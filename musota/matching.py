@@ -1,12 +1,18 @@
 """Models matched to the parameter count of another: same depth, sequence length and training."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from musota.config import DenseConfig, Experiment, ModelConfig, RedesignedConfig, TrainConfig
 from musota.errors import MusotaError
 
 SHARED = ("vocab_size", "max_seq_len", "n_layer", "dropout")  # fields that matched models share
-OWN_SIZES = {"d_model", "block_size", "d_ff"}  # fields that matching chooses
+
+
+def own_sizes(changes: Mapping) -> dict:
+    """Those of `changes` that matching chooses otherwise; `n_head` is one beside `d_model`."""
+    names = {"d_model", "block_size", "d_ff"} | ({"n_head"} if "d_model" in changes else set())
+    return {name: value for name, value in changes.items() if name in names}
 
 
 def _shared(model: ModelConfig) -> dict:

@@ -124,7 +124,7 @@ def test_weak_spots_name_the_parts_that_are_used_and_those_that_are_not():
     run = SimpleNamespace(summary={"parameter_ledger": ledger}, experiment=experiment)
     found = ablate.weak_spots(run, effects)
     context, block, cross, gate, tables, blocks = found
-    decisions = ["used", "hardly used", "used", "undecided", "hardly used", "most hardly used"]
+    decisions = ["used", "hardly used", "used", "undecided", "hardly used", "few"]
     assert [verdict.decision for verdict in found] == decisions
     assert "75.0% of the parameters" in tables.reason and "25.0%" in context.reason
     assert block.next_step and tables.next_step and not cross.next_step

@@ -255,6 +255,8 @@ def test_a_smoothed_loss_is_no_cross_entropy_and_no_fault():
     model = build_model(DenseConfig(512, 64, 2, 4, 0.0, 64))  # near uniform: all losses are alike
     found = audit(model, 512, 64, smoothed)
     assert found.honest and found.findings[3].decision == "another"
+    negative = audit(model, 512, 64, lambda module, ids: -module(ids[:, :-1], ids[:, 1:])[1])
+    assert negative.findings[3].decision == "another"
 
 
 def test_the_first_distance_is_named_and_drawn():

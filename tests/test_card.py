@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import Recurrent
 from fakecard import CARDS, backward, fake_card
 
 import musota
@@ -13,6 +14,7 @@ from musota.lab.profiles import find_profile
 from musota.models import base
 from musota.models.base import score
 from musota.models.diagnostics import evaluating
+from musota.models.module import WrappedModule, module_config
 from musota.training import device as machine
 from musota.training import trainer
 from musota.training.trainer import RunOptions, choose
@@ -103,3 +105,12 @@ def test_one_graph_serves_all_layers(name, monkeypatch):
         model.train()(ids[:4], ids[:4])
     model.compile_layers()  # the model of the next run starts with a clean count
     model(ids, ids)
+
+
+def test_a_recurrent_module_is_compiled_in_parts(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model = WrappedModule(module := Recurrent().eval(), module_config(module, 512, 8))
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    plain = model(ids)[0]
+    model.compile_layers()
+    assert torch.equal(model(ids)[0], plain)

@@ -11,6 +11,7 @@ from musota import DenseConfig, MuConfig, RedesignedConfig, TrainConfig
 from musota.errors import MusotaError
 from musota.lab.profiles import PLAN_TRAIN_TOKENS, PROFILES, check_changes, scaled
 from musota.registry import REGISTRY, find_experiment
+from musota.workbook.experiments import experiment_at
 
 
 def test_the_experiments_are_the_plans_and_the_redesign():
@@ -63,6 +64,9 @@ def test_profiles_keep_the_plans_proportions(profile):
     changed = optimized.with_(n_layer=1, epochs=2)
     assert (changed.model.n_layer, changed.training.epochs) == (1, 2)
     assert scaled("baseline", profile, n_layer=1, epochs=2) == musota.twin(changed)
+    assert scaled("baseline", profile, d_model=64, n_head=32).model.n_head == 32
+    other_name = experiment_at("redesigned_twin", PROFILES[profile], {})  # of one folder
+    assert other_name == scaled("modern_twin", profile)
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,9 @@ def test_a_best_rate_at_the_edge_widens_the_sweep_of_both_models():
 @pytest.mark.parametrize(
     ("low", "middle", "high", "usual", "decision", "next_step"),  # losses by rate; the usual rate
     [([7.0], [6.0], [5.5], 1e-4, "at the edge", "widen"),
-     ([6.0], [5.98], [6.4], 1e-4, "bracketed", ""),
-     ([7.0], [5.0, 5.2], [math.inf], 1e-4, "bracketed", "raise"),
-     ([6.0], [5.0], [math.inf], 1e-2, "bracketed", "lower")],
+     ([6.0], [5.98], [6.4], 1e-4, "yes", ""),
+     ([7.0], [5.0, 5.2], [math.inf], 1e-4, "yes", "raise"),
+     ([6.0], [5.0], [math.inf], 1e-2, "yes", "lower")],
 )  # fmt: skip
 def test_the_verdict_on_a_sweep(low, middle, high, usual, decision, next_step):
     verdict = sweep.best_rate("MU-SOTA", {1e-4: low, 1e-3: middle, 1e-2: high}, usual)

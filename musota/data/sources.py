@@ -127,7 +127,7 @@ class HubUnreachable(MusotaError):
 
 def _load_dataset(name: str, place: str, config: str | None, revision: str | None = None):
     """Where a dataset was found, and its rows by split: in the folder `place`, on the hub or, where
-    that does not provide it within seconds, in the cache. Raises HubUnreachable."""
+    that does not provide it within seconds, in the cache. Raises MusotaError."""
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -148,7 +148,7 @@ def _load_dataset(name: str, place: str, config: str | None, revision: str | Non
         if refused:
             unknown = isinstance(refused, RepositoryNotFoundError | HFValidationError)
             reason = "there is none, or a private one" if unknown else type(refused).__name__
-        raise HubUnreachable(
+        raise (HubUnreachable if refused else MusotaError)(
             f"{failed} ({reason}): check the name and the network, put train.txt, valid.txt "
             f"and test.txt into $MUSOTA_DATA_DIR/{name}/, or copy a Hugging Face datasets cache "
             "to this machine, or use the corpus python-docs."

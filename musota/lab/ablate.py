@@ -154,6 +154,6 @@ def weak_spots(run: Run, effects: Mapping[str, Interval]) -> list[Verdict]:
     most = max(blocks, key=lambda block: effects[block].mean)
     reason = f"{len(idle)} of {len(blocks)} hardly used; shown: the largest cost, of block {most}"
     step = "use fewer blocks of more channels" if len(idle) > len(blocks) / 2 else ""
-    decision = "most hardly used" if step else DECISIONS[max(0, effects[most].beyond(RELEVANT))]
+    decision = "few" if step else DECISIONS[max(0, effects[most].beyond(RELEVANT))]
     about = {"reason": reason, "next_step": step}
     return [*verdicts, Verdict("Are the blocks used?", decision, **in_nats(effects[most]), **about)]

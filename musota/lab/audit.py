@@ -315,7 +315,7 @@ def _judge_loss(
     spread, varies = (np.ptp(x, axis=1) / np.abs(np.mean(x, axis=1)) for x in (ratios, plain))
     best = int(spread.argmin())
     # Beyond rounding, and far less than the batches differ: else any loss would do.
-    if not spread[best] < min(1e-3, max(2e-6, varies[best] / 50)):
+    if own[0] < 0 or not spread[best] < min(1e-3, max(2e-6, varies[best] / 50)):
         seen = f"{own[0]:.4f} nats where cross-entropy is {plain[1][0]:.4f}"
         return _found(question, "another", f"{seen}: report the PPL without its other terms"), 1.0
     scale = float(ratios[best].mean())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from musota.config import Experiment, RedesignedConfig, check_value
 from musota.errors import MusotaError, find_named
-from musota.matching import OWN_SIZES, match_transformer
+from musota.matching import match_transformer, own_sizes
 from musota.registry import REGISTRY, experiments, find_experiment
 
 # The plan reports 16,733 training sequences of 128 tokens; its share of warm-up follows from that.
@@ -49,7 +49,7 @@ GRID_PROFILES = {profile.name: profile for profile in _GRID_PROFILES}
 
 def find_profile(name: str, grid: bool = False) -> Profile:
     """A profile by name, with `grid` that of the root-cause grid. `auto` is `full` where there is a
-    CUDA device (with `grid`, which would take a day there, `study`), otherwise `quick`."""
+    CUDA device (with `grid`, which may take a day there, `study`), otherwise `quick`."""
     if name == "auto":
         import torch
 
@@ -72,8 +72,8 @@ def scaled(experiment: str | Experiment, profile: str | Profile, **changes) -> E
     """An experiment at the size of a profile, with fields changed afterwards.
 
     A name is a row of the registry: a row that is matched to another is matched to the other as
-    scaled and changed; only a size of its own (`d_model`, `block_size`, `d_ff`) leaves it
-    unmatched. An Experiment is never matched. Raises MusotaError for unknown names and fields.
+    scaled and changed; only a size of its own (see `own_sizes`) leaves it unmatched. An Experiment
+    is never matched. Raises MusotaError for unknown names and fields.
     """
     profile = find_profile(profile) if isinstance(profile, str) else profile
     if isinstance(experiment, Experiment):
@@ -81,13 +81,14 @@ def scaled(experiment: str | Experiment, profile: str | Profile, **changes) -> E
     row = find_named("experiment", experiment, REGISTRY)
     if not row.matched_to:
         return _scale(find_experiment(experiment), profile).with_(**changes)
-    shared = {name: value for name, value in changes.items() if name not in OWN_SIZES}
+    own = own_sizes(changes)
+    shared = {name: value for name, value in changes.items() if name not in own}
     switches = {}
     if row.match is not match_transformer:  # a redesign, whose blocks are its own
         switches = {name: shared.pop(name) for name in REDESIGN_SWITCHES if name in shared}
     other = scaled(row.matched_to, profile, **shared)
     training = _scale(find_experiment(experiment), profile).training
-    own = {name: changes[name] for name in changes if name in OWN_SIZES or name in vars(training)}
+    own |= {name: changes[name] for name in changes if name in vars(training)}
     return Experiment(row.match(other.model, **switches), training).with_(**own)
 
 

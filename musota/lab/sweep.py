@@ -79,7 +79,7 @@ def best_rate(title: str, losses: Losses, usual: float | None = None) -> Verdict
     best, (low, high) = lowest(losses), (min(losses), max(losses))
     means = {rate: float(np.mean(of_rate)) for rate, of_rate in losses.items()}
     reason = f"learning rate {best:g} is the best of {len(losses)} rates from {low:g} to {high:g}"
-    decision, next_step = "bracketed", ""
+    decision, next_step = "yes", ""
     if usual in means and usual != best:
         gain = means[usual] - means[best]
         seen = "which diverges" if math.isinf(means[usual]) else f"{-gain:+.2f} nats/token"
@@ -89,7 +89,7 @@ def best_rate(title: str, losses: Losses, usual: float | None = None) -> Verdict
             next_step = f"{direction} the learning rate to {best:g}"
     if best in (low, high):
         decision, next_step = "at the edge", "widen the sweep on that side"
-    question = f"Is the best learning rate of “{title}” bracketed?"
+    question = f"Does the sweep of “{title}” hold the best learning rate?"
     return Verdict(question, decision, math.exp(means[best]), None, None, PPL, reason, next_step)
 
 

@@ -23,7 +23,7 @@ def measure_step(
     config: ModelConfig, fast: bool, batch: int, device: torch.device, repeats: int
 ) -> tuple[float, int]:
     """Seconds of a training step of the fast or the reference model (the median) and the peak
-    memory in bytes, on a fixed batch, from the same weights. For a process of its own."""
+    memory in bytes, on a fixed batch, from the same weights. The peak is that of the process."""
     prepare_memory(device)
     torch.manual_seed(0)
     model = build_model(config).to(device)

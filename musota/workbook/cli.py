@@ -22,7 +22,6 @@ from musota.workbook.naming import checkout, find_folders, is_module, results_ro
 
 os.environ["MPLBACKEND"] = "Agg"  # one inherited from a notebook would fail in a script
 PARTS = ("models", "sweep", "tuned", "grid")  # of `musota evidence`
-TABLES = ("grid/", "sweep/")  # begin the names of runs that are rows of a table
 TEXTS = ("profile", "corpus", "save_to", "log_with")  # parameters that are always text
 PROFILE_HELP = (
     "Size of a run: full (the plan's), study, quick or tiny; auto is full on a GPU, else quick."
@@ -80,8 +79,9 @@ changes_option = click.option(
     "--set", "changes", multiple=True, callback=_changes, help="FIELD=VALUE; no profile scales it."
 )
 place_options = _together(  # where recorded runs are looked for
-    click.option("--profile", default="quick", help="The profile of the runs."),
+    click.option("--profile", default="quick", help="Their profile, or their folder in results."),
     click.option(
+        "--results",
         "--save-to",
         "results",
         default=results_root,
@@ -138,7 +138,7 @@ def train(experiment, profile, corpus, seed, fresh, save_to, changes, **options)
     FILE.py:NAME_twin are their parameter-matched transformers; grid/NAME and sweep/NAME are runs of
     `musota evidence --list`.
     """
-    if experiment.startswith(TABLES):
+    if experiment.startswith(("grid/", "sweep/")):  # a row of a table
         if changes or save_to or any(value not in (None, ()) for value in options.values()):
             raise MusotaError(f"{experiment} takes --profile, --corpus, --seed and --fresh alone.")
         from musota.workbook.evidence import train_row
@@ -233,7 +233,7 @@ def score(run, file, profile, results):
 @click.option("--vocab-size", default=512, help="Vocabulary size of the audit.")
 @click.option("--max-seq-len", default=64, help="Tokens per sequence.")
 @click.option("--loss", help="Name of a function loss(module, ids) in FILE.py.")
-@click.option("--picture", type=as_path, help="Save a figure of the findings here.")
+@click.option("--picture", type=as_path, help="Save a figure of the findings here, as PNG.")
 @click.option("--json", "record", type=as_path, help="Save the findings here.")
 def audit(model, vocab_size, max_seq_len, loss, picture, record):
     """Check that your own model uses no later tokens. Runs FILE.py, calls NAME to make the model.

@@ -51,7 +51,7 @@ class Interrupted(MusotaError):
 
 @contextmanager
 def stopping(what: str, fresh: bool):
-    """A context in which an interrupt, or a second one, becomes the error Interrupted."""
+    """A context that turns KeyboardInterrupt into Interrupted, which says how to continue."""
     how = ", without --fresh (in a notebook fresh = False)" if fresh else ""
     try:
         yield
@@ -77,7 +77,7 @@ class Session:
     ):
         show_errors_as_sentences()
         refuse_unknown_parameters()
-        self.profile, self.is_grid = find_profile(profile, grid), grid
+        self.profile = find_profile(profile, grid)
         self.seed, self.fresh = check_value("seed", seed, int), check_value("fresh", fresh, bool)
         self.changes = check_changes(changes)
         self.log_with = check_trackers(log_with) if log_with else ()
@@ -213,11 +213,7 @@ class Workbook(Session):
         for done in () if (folder / SUMMARY).exists() else self.results.runs:
             if (done.experiment, done.seed) != (experiment, self.seed):
                 continue
-            folder, name, title = (
-                done.path,
-                done.name,
-                done.recorded_title,
-            )  # also of an unfinished one
+            folder, name, title = done.path, done.name, done.recorded_title
             if done.finished and not self.fresh:
                 print(f"{done.path.name}: already finished, loaded.")
                 panel.draw(done)

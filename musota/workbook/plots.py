@@ -239,13 +239,13 @@ def rate_sweep(sweeps: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
 
 
 def ablations(run: Run, effects: Mapping[str, Interval]) -> Figure:
-    """The growth of a run's perplexity when a mechanism, or a block's channels, are disabled."""
+    """The growth of a run's perplexity when a part, or a block's channels, are disabled."""
     ppl, layout = run.summary["ppl"], run.experiment.model.layout
     blocks = {block.name: f"{block.name} {block.title}" for block in layout.blocks}
-    mechanisms = {name: name for name in effects if name not in blocks}
+    parts = {name: name for name in effects if name not in blocks}
     figure, axes = new_figure(10, 1.6 + 0.3 * len(blocks), columns=2, grid="x")
-    titles = "A mechanism disabled", "The channels of one block set to 0"
-    for axis, titled, title in zip(axes, (mechanisms, blocks), titles, strict=True):
+    titles = "One part disabled", "The channels of one block set to 0"
+    for axis, titled, title in zip(axes, (parts, blocks), titles, strict=True):
         grown = {}
         for name, shown in titled.items():
             nats = effects[name].mean, effects[name].low, effects[name].high
@@ -317,10 +317,12 @@ def explored(
             above = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "right"}
             place_of_text = step / per_epoch, 0.98
             note(axis, style.literal(event), place_of_text, (-2, 0), rotation=90, **above)
+    name += " (log)" * ("y" in log)
     if len({group[0].valid_text for group in groups}) > 1:
         name += "\n(different texts: not comparable)"
-    axis.set(xlabel="epoch", ylabel=name, xscale="log" if "x" in log else "linear")
+    axis.set(xlabel="epoch" + " (log)" * ("x" in log), ylabel=name)
     if "x" in log:
+        axis.set_xscale("log")
         axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), minor_locator=NullLocator())
     else:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

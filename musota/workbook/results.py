@@ -37,8 +37,8 @@ QUESTIONS = {
 
 
 def group_runs(runs: Iterable[Run]) -> dict[Key, list[Run]]:
-    """The seeds of each model in the order given, those last that diverged in their first epoch;
-    unfinished seeds of a model that has ended ones are left out."""
+    """Runs grouped by model. Seeds that diverged in their first epoch come last; unfinished seeds
+    are left out where others have ended."""
     groups: dict[Key, list[Run]] = {}
     for run in {run.path.resolve(): run for run in runs}.values():  # each once
         groups.setdefault(run.key, []).append(run)

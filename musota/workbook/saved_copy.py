@@ -8,6 +8,8 @@ from pathlib import Path
 from musota.errors import MusotaError
 from musota.files import cache_folder, sha256, write_whole
 
+DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
+
 
 class SavedCopy:
     """A folder `local` in the cache, to work in, and its copy at `remote`. `own`: the folders of
@@ -16,6 +18,8 @@ class SavedCopy:
     def __init__(self, remote: Path):
         """Copies from `remote` what is missing here, and runs that another machine has continued.
         Raises OSError for an unusable folder."""
+        if remote.is_relative_to(DRIVE) and not DRIVE.is_mount():
+            raise MusotaError(f"{DRIVE} is not mounted: click the folder icon, then “Mount Drive”.")
         place = sha256(str(remote.parent.absolute()).encode())[:12]
         self.local, self.remote = cache_folder() / "work" / place / remote.name, remote
         self.own: set[Path] = set()

@@ -72,8 +72,11 @@ def large_number(verdict: Verdict) -> tuple[str, str]:
 def show_errors_as_sentences() -> None:
     """In a notebook, show a MusotaError, or an error of the system, without a traceback."""
 
-    def show(shell, kind, error, _, tb_offset=None):
-        shell._showtraceback(kind, error, [f"{kind.__name__}: {sentence(error)}"])
+    def show(shell, kind, error, traceback, tb_offset=None):
+        if isinstance(error, OSError) and not error.filename:  # of the user's own code
+            shell.showtraceback((kind, error, traceback), tb_offset=tb_offset)
+        else:
+            shell._showtraceback(kind, error, [f"{kind.__name__}: {sentence(error)}"])
 
     if shell := get_ipython():
         shell.set_custom_exc((MusotaError, OSError), show)
