@@ -2,7 +2,7 @@
 is checked for device, dtype and shape; nothing is computed."""
 
 import ctypes
-from collections import Counter, defaultdict
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,33 +57,20 @@ def _zeros(shape):
 
 
 def backward(loss):
-    """loss.backward(), node by node: autograd's own engine asks a driver for streams."""
-    waiting, seen, stack = Counter(), set(), [loss.grad_fn]
-    while stack:
-        if (node := stack.pop()) not in seen:
-            seen.add(node)
-            following = [other for other, _ in node.next_functions if other is not None]
-            waiting.update(following)
-            stack += following
+    """loss.backward(), node by node, the last made first: autograd's own engine asks a driver for
+    streams."""
     held = defaultdict(dict, {loss.grad_fn: {0: torch.ones_like(loss)}})
-    ready = [loss.grad_fn]
-    while ready:
-        node = ready.pop()
-        given = held.pop(node, {})
-        if hasattr(node, "variable"):
-            node.variable.grad = given.get(0)
-            continue
+    while nodes := [node for node in held if not hasattr(node, "variable")]:
+        node = max(nodes, key=lambda node: node._sequence_nr())
+        given = held.pop(node)
         call = node if callable(node) else node.apply
         grads = call(*(given.get(place) for place in range(len(node._input_metadata))))
         grads = grads if isinstance(grads, tuple) else (grads,)
         for grad, (other, place) in zip(grads, node.next_functions, strict=False):
-            if other is None:
-                continue
-            if grad is not None:
+            if other is not None and grad is not None:
                 meant = other._input_metadata[place]
                 assert grad.device == meant.device, (node, grad.device)
                 grad = grad.sum_to_size(*meant.shape).to(meant.dtype)  # as the engine does
                 held[other][place] = held[other].get(place, 0) + grad
-            waiting[other] -= 1
-            if not waiting[other]:
-                ready.append(other)
+    for leaf, given in held.items():
+        leaf.variable.grad = given[0]

@@ -23,6 +23,7 @@ from musota.models.module import module_config
 from musota.workbook.cli import cli
 
 V, T, D = 40, 24, 32
+FEW = torch.arange(V) < V // 4  # of the vocabulary
 
 
 class Attention(nn.Module):
@@ -46,15 +47,15 @@ class Attention(nn.Module):
         return self.output(self.layer(x, mask))
 
 
-class Around(Attention):
-    """With functions of the ids before it and of the logits after it."""
+class Around(nn.Module):
+    """A module with functions of the ids before it and of the logits after it."""
 
-    def __init__(self, before=lambda ids: ids, after=lambda logits: logits):
+    def __init__(self, before=lambda ids: ids, after=lambda logits: logits, module=None):
         super().__init__()
-        self.before, self.after = before, after
+        self.module, self.before, self.after = module or Attention(), before, after
 
     def forward(self, ids):
-        return self.after(super().forward(self.before(ids)))
+        return self.after(self.module(self.before(ids)))
 
 
 class Threshold(Attention):
@@ -138,18 +139,9 @@ def padded(module, ids):
     return shifted(1, module, ids) * (1 - 1 / ids.shape[1])
 
 
-class Masked(Attention):
-    """The logits of most tokens are masked."""
-
-    def forward(self, ids):
-        return super().forward(ids).masked_fill(torch.arange(V) >= V // 4, -1e9)
-
-
-class Padded(Convolution):
-    """The logits of most tokens are always 0."""
-
-    def forward(self, ids):
-        return super().forward(ids) * (torch.arange(V) < V // 4)
+def masked():
+    """Reads ahead; the logits of most tokens are masked."""
+    return Around(after=lambda x: x.masked_fill(~FEW, -1e9), module=Attention(None))
 
 
 class Experts(nn.Module):
@@ -157,11 +149,8 @@ class Experts(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embedding, self.router, self.output = (
-            nn.Embedding(V, D),
-            nn.Linear(D, 4),
-            nn.Linear(D, V),
-        )
+        self.embedding, self.router = nn.Embedding(V, D), nn.Linear(D, 4)
+        self.output = nn.Linear(D, V)
         experts = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.Dropout(0.1)) for _ in range(4))
         self.layers = nn.ModuleList(nn.ModuleDict({"experts": experts}) for _ in range(2))
 
@@ -169,9 +158,8 @@ class Experts(nn.Module):
         x = self.embedding(ids)
         chosen, y = self.router(x).argmax(-1), torch.zeros_like(x)
         for place, expert in enumerate(self.layers[0]["experts"]):
-            y[chosen == place] = F.dropout(
-                input=expert(x[chosen == place]), p=0.1, training=self.training
-            )
+            given = {"input": expert(x[chosen == place]), "p": 0.1}
+            y[chosen == place] = F.dropout(training=self.training, **given)
         return self.output(x + y)
 
 
@@ -185,7 +173,7 @@ FAULTS = {  # model, loss, and the decision that names it
     "writes": (lambda: Around(lambda ids: ids.clamp_(max=V)), None, "writes into its input"),
     "that in half precision": (lambda: Attention().half(), with_hint, "undecided"),
     "a loss without chance level": (Attention, focal, "undecided"),
-    "behind masked tokens": (lambda: Masked(None), None, "looks ahead"),
+    "behind masked tokens": (masked, None, "looks ahead"),
     "a leak of one bit": (lambda: Threshold(), None, "looks ahead"),
     "a small leak": (lambda: Around(after=lambda x: x + 1e-3 * x.roll(-1, 1)), None, "looks ahead"),
 }
@@ -193,7 +181,7 @@ HONEST = {
     "LSTM": (lambda: Recurrent(V, D), None),
     "convolutions": (Convolution, None),
     "mean over all positions": (Attention, padded),
-    "a padded vocabulary": (Padded, None),
+    "a padded vocabulary": (lambda: Around(after=lambda x: x * FEW, module=Convolution()), None),
     "experts": (Experts, None),
     "scaled loss": (Attention, lambda module, ids: shifted(1, module, ids) / 4),
     "MU-SOTA": (lambda: build_model(MuConfig(V, T, 2, 4, 0.1, 4, 4)), None),
@@ -305,15 +293,17 @@ FILE = """
 import sys
 from torch import nn, roll
 
-def honest(vocab_size):
-    return nn.Embedding(vocab_size, vocab_size)
+class Honest(nn.Embedding):
+    def __init__(self, vocab_size):
+        super().__init__(vocab_size, vocab_size)
 
-class Ahead(nn.Embedding):
+class Ahead(Honest):
     def forward(self, ids):
         return super().forward(ids.roll(-1, 1))
 
-def ahead(vocab_size):
-    return Ahead(vocab_size, vocab_size)
+class EndsWhenCalled(Honest):
+    def forward(self, ids):
+        sys.exit(0)
 
 def wrong_size():
     return nn.Embedding(9, 9)
@@ -321,22 +311,15 @@ def wrong_size():
 def ending():
     sys.exit(0)
 
-class EndsWhenCalled(nn.Embedding):
-    def forward(self, ids):
-        sys.exit(0)
-
-def ends_when_called(vocab_size):
-    return EndsWhenCalled(vocab_size, vocab_size)
-
 def stopped():
     raise KeyboardInterrupt
 """
 STATUS = {
-    "honest": (0, True, "This model is honest."),
-    "ahead": (1, False, "This model is NOT honest."),
+    "Honest": (0, True, "This model is honest."),
+    "Ahead": (1, False, "This model is NOT honest."),
     "wrong_size": (2, None, "raised IndexError"),
     "ending": (2, None, "model.py:ending ended with SystemExit(0)."),
-    "ends_when_called": (2, None, "ended with SystemExit(0)."),
+    "EndsWhenCalled": (2, None, "ended with SystemExit(0)."),
     "stopped": (2, None, "ended with KeyboardInterrupt()."),
     "nothing": (2, None, "defines no 'nothing'."),
 }
@@ -357,7 +340,7 @@ def test_the_exit_status_says_honest_or_not_or_not_audited(name, tmp_path):
     assert found["honest"] is honest and len(found["findings"]) == (0 if honest is None else 6)
     for one in found["findings"]:
         assert [*one] == ["question", "decision", "value", "unit", "reason", "next_step"]
-    if name == "ahead":
+    if name == "Ahead":
         assert found["findings"][0]["decision"] == "looks ahead"
 
 
@@ -370,6 +353,6 @@ WRONG += [(FILE, "--json no/such/folder/out.json"), (FILE, "--picture no/such/fo
 def test_whatever_prevents_an_audit_is_status_2(text, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.py").write_text(text)
-    answer = CliRunner().invoke(cli, ["audit", "model.py:honest", *options.split()])
+    answer = CliRunner().invoke(cli, ["audit", "model.py:Honest", *options.split()])
     assert answer.exit_code == 2 and "Traceback" not in answer.output, answer.output
     assert answer.output.strip().splitlines()[-1].startswith("Error: ")

@@ -17,9 +17,8 @@ EXPERTS = {"num_local_experts": 4}
 WINDOW = {"sliding_window": 6, "head_dim": 8}
 GRIFFIN = {"num_hidden_layers": 3, "lru_width": D, "attention_window_size": 8, "head_dim": 8}
 REFORMER = {"vocab_size": V, "hidden_size": D, "is_decoder": True, "num_attention_heads": 2}
-REFORMER |= {"attn_layers": ["local", "local"], "local_attn_chunk_length": 4}
-REFORMER |= {"max_position_embeddings": T, "axial_pos_shape": (4, 6)}
-REFORMER |= {"axial_pos_embds_dim": (8, 24)}
+REFORMER |= {"attn_layers": ["local"] * 2, "local_attn_chunk_length": 4, "axial_pos_shape": (4, 6)}
+REFORMER |= {"max_position_embeddings": T, "axial_pos_embds_dim": (8, 24)}
 UNDROPPED = {"hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.0}
 CAUSAL = {
     "GPT2LMHeadModel": {"vocab_size": V, "n_embd": D, "n_layer": 2, "n_head": 4, "n_positions": T},
@@ -92,27 +91,14 @@ def attends(model, ahead: int, only_in_training: bool = False) -> None:
     model.transformer.h[-1].attn.register_forward_pre_hook(widen, with_kwargs=True)
 
 
-def unmasked(model) -> None:
-    model.transformer.h[-1].attn.is_causal = False
+def adds(model, what) -> None:
+    """Adds a thousandth of `what(block, x)` to the output x of the first layer."""
+    model.transformer.h[0].register_forward_hook(lambda block, _, x: x + 1e-3 * what(block, x))
 
 
-def adds_mean(model) -> None:
-    """Adds a thousandth of the mean of the later tokens to a layer's output."""
-
-    def add(block, arguments, x):
-        later = torch.ones(x.shape[1], x.shape[1]).triu(1)
-        return x + 1e-3 * later / later.sum(1, keepdim=True).clamp(min=1) @ x
-
-    model.transformer.h[0].register_forward_hook(add)
-
-
-def adds_whole_mean(model) -> None:
-    """Adds a thousandth of the mean of all tokens to a layer's output, in training only."""
-
-    def add(block, arguments, x):
-        return x + 1e-3 * x.mean(1, keepdim=True) if block.training else x
-
-    model.transformer.h[0].register_forward_hook(add)
+def later_mean(block, x):
+    later = torch.ones(x.shape[1], x.shape[1]).triu(1)
+    return later / later.sum(1, keepdim=True).clamp(min=1) @ x
 
 
 def shifted_twice(model, ids):
@@ -120,11 +106,11 @@ def shifted_twice(model, ids):
 
 
 PLANTED = {  # the change, the loss, and the decision that names it
-    "mask off in one layer": (unmasked, None, "looks ahead"),
+    "mask off in one layer": (lambda model: attends(model, T), None, "looks ahead"),
     "mask one too wide": (lambda model: attends(model, 1), None, "looks ahead"),
     "leak in training only": (lambda model: attends(model, T, True), None, "looks ahead"),
     "labels shifted twice": (lambda model: None, shifted_twice, "shifted twice"),
-    "future mean at a thousandth": (adds_mean, None, "looks ahead"),
+    "future mean at a thousandth": (lambda model: adds(model, later_mean), None, "looks ahead"),
 }
 
 
@@ -144,7 +130,7 @@ def test_a_leak_of_many_tokens_together_is_found(transformers):
     sizes = CAUSAL["GPT2LMHeadModel"] | {"n_positions": 256}
     for seed in range(3):
         model = built(transformers, "GPT2LMHeadModel", sizes, seed)
-        adds_whole_mean(model)
+        adds(model, lambda block, x: block.training * x.mean(1, keepdim=True))
         found = audit(model, V, 256)
         assert found.findings[0].decision == "looks ahead"
         assert "all the tokens after it are" in found.findings[0].reason

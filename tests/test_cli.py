@@ -60,14 +60,11 @@ def test_a_run_is_named_titled_and_repeated_by_its_changes(results, text_folder)
 
 
 def test_a_run_that_is_recorded_under_another_name_is_loaded(made):
-    made().train("modern_twin", stop_at=0.1)
+    part = made().train("modern_twin", stop_at=0.1)
     done = made(blocks=False, gate=False).train("redesigned")
-    assert made().train("modern_twin").path == done.path
-    for path in (
-        done.path,
-        done.path.with_name(NAME.replace("optimized", "modern_twin") + "-seed0"),
-    ):
-        shutil.rmtree(path)
+    assert made().train("modern_twin").path == done.path != part.path
+    shutil.rmtree(done.path)
+    shutil.rmtree(part.path)
 
 
 def test_only_changes_that_make_a_difference_are_in_the_name(made):
@@ -90,11 +87,8 @@ def test_a_finished_run_counts_whatever_its_folder_is_called(made, results, caps
 
 def test_a_module_is_trained_and_its_matched_transformer(made, tmp_path):
     file = tmp_path / "net.py"
-    file.write_text(
-        "from torch import nn\n"
-        "def build(vocab_size):\n"
-        "    return nn.Sequential(nn.Embedding(vocab_size, 8), nn.Linear(8, vocab_size))\n"
-    )
+    layers = "nn.Sequential(nn.Embedding(vocab_size, 8), nn.Linear(8, vocab_size))"
+    file.write_text(f"from torch import nn\ndef build(vocab_size):\n    return {layers}\n")
     book = made()
     with pytest.raises(MusotaError, match="has its own sizes: leave n_layer out of changes"):
         book.train(f"{file}:build")
@@ -192,9 +186,7 @@ def test_machines_that_share_a_drive_keep_each_others_rows(machine, monkeypatch)
     assert [len(read_table(path)) for path in (drive, book.folder / "grid.csv")] == [8, 8]
 
 
-def test_a_run_is_taken_over_where_it_was_continued_not_where_it_was_started_over(
-    tmp_path, monkeypatch
-):
+def test_a_run_that_was_continued_is_taken_over_one_started_over_is_not(tmp_path, monkeypatch):
     def write(folder, start, step):
         (folder / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / "run" / "checkpoints" / f"step-{step:09d}-hash").touch()
@@ -219,6 +211,10 @@ def test_a_run_is_taken_over_where_it_was_continued_not_where_it_was_started_ove
     (there := tmp_path / "drive" / "run" / "summary.json").touch()  # of the run before
     copy.push()
     assert not there.exists() and not here()[0].startswith("a")
+    monkeypatch.setattr("musota.workbook.saved_copy.DRIVE", unmounted := tmp_path / "content")
+    with pytest.raises(MusotaError, match="content is not mounted"):
+        SavedCopy(unmounted / "MyDrive")
+    assert not unmounted.exists()
 
 
 def test_the_plans_numbers_are_of_its_whole_text(made, monkeypatch):
@@ -276,8 +272,7 @@ def test_a_fresh_run_at_the_usual_rate_is_trained_once(made, text_folder, monkey
     both = [("optimized", {"learning_rate": rate}, {}) for rate in (usual, 2 * usual)]
     monkeypatch.setattr(evidence, "_models", lambda part, _: both if part == "tuned" else [])
     trained = []
-    noted = lambda book, _: trained.append(book.changes)  # noqa: E731
-    monkeypatch.setattr(Workbook, "train", noted)
+    monkeypatch.setattr(Workbook, "train", lambda book, _: trained.append(book.changes))
     for parts in (["models", "tuned"], ["tuned"]):
         evidence.carry_out(parts, 1, profile="tiny", corpus=str(text_folder), fresh=True)
     faster = both[1][1]

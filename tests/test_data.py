@@ -207,24 +207,21 @@ for split in ("train", "validation", "test"):
     files[split] = str(source / f"{split}.parquet")
     pandas.DataFrame({"text": ["", f" = {split} = \\n"] * 50}).to_parquet(files[split])
 datasets.load_dataset("parquet", data_files=files)
-kept = next(source.rglob("dataset_info.json")).parent
-place = source / "datasets" / "Salesforce___wikitext" / "wikitext-2-v1" / "0.0.0"
-place.mkdir(parents=True)
-place = kept.rename(place / sources.HUB_REVISION)
-info = json.loads((place / "dataset_info.json").read_text())
-info.update(dataset_name="wikitext", config_name="wikitext-2-v1")
-(place / "dataset_info.json").write_text(json.dumps(info))
-for path in place.glob("parquet-*.arrow"):
-    path.rename(place / path.name.replace("parquet-", "wikitext-"))
+made = next(source.rglob("dataset_info.json")).parent
+for owner, name, config, revision in (
+    ("Salesforce", "wikitext", "wikitext-2-v1", sources.HUB_REVISION),
+    ("me", "set", "default", "0" * 40),
+):
+    place = source / "datasets" / f"{owner}___{name}" / config / "0.0.0" / revision
+    shutil.copytree(made, place)
+    info = json.loads((made / "dataset_info.json").read_text())
+    info.update(dataset_name=name, config_name=config)
+    (place / "dataset_info.json").write_text(json.dumps(info))
+    for path in place.glob("parquet-*.arrow"):
+        path.rename(place / path.name.replace("parquet-", f"{name}-"))
 corpus = musota.load_corpus("auto", 300)
 assert corpus.name == "wikitext-2 (another text)" and corpus.source == "the Hugging Face cache"
 assert corpus.tokenizer.decode(corpus.valid) == "\\n = validation =\\n" * 50
-other = source / "datasets" / "me___set" / "default" / "0.0.0" / ("0" * 40)
-shutil.copytree(place, other)
-info.update(dataset_name="set", config_name="default")
-(other / "dataset_info.json").write_text(json.dumps(info))
-for path in other.glob("wikitext-*.arrow"):
-    path.rename(other / path.name.replace("wikitext-", "set-"))
 copied = musota.load_corpus("hf:me/set", 300)
 assert copied.fingerprint == corpus.fingerprint and copied.source == "the Hugging Face cache"
 try:

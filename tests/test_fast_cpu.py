@@ -32,18 +32,13 @@ def test_a_step_equals_that_of_the_package(name, dtype, monkeypatch):
         monkeypatch.setattr(module, part, None)  # until the next line; restored after the test
     fast_cpu.use_kernels()
     monkeypatch.setattr(fast_cpu, "package_attention", None)  # it is not called
+    if name == "baseline":  # whose heads have a kernel at this size; its scores are scaled
+        monkeypatch.setattr(fast_cpu, "package_library_attention", None)
     if dtype == torch.bfloat16 or fast_cpu.KERNELS.has_products():
         monkeypatch.setattr(fast_cpu, "package_cross_entropy", None)
     error = 0.1 if dtype == torch.bfloat16 else 1e-4
     for part, value in step().items():
         assert (value - wanted[part]).norm() < error * wanted[part].norm() + 1e-6, part
-
-
-def test_scaled_attention_equals_that_of_the_package(monkeypatch):
-    q, k, v = (torch.randn(2, 3, 37, 16) for _ in range(3))
-    wanted = fast_cpu.package_library_attention(q, k, v, 0.5)
-    monkeypatch.setattr(fast_cpu, "package_library_attention", None)  # it is not called
-    torch.testing.assert_close(fast_cpu.library_attention(q, k, v, 0.5), wanted)
 
 
 @pytest.mark.parametrize("bf16", [True, False])

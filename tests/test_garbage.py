@@ -107,39 +107,28 @@ def test_evaluating(model, tokens, stride):
     assert found is None or found["ppl"] >= 1
 
 
-TRAINING = {
-    "experiment": ["optimized", torch.nn.Linear],
-    "corpus": [None],
-    "seed": ["a", None, 1.5, -1, 2**63],
-    "options": [{"micro_batch": value} for value in (0, "4")]
-    + [{"stop_at": value} for value in (math.nan, 0, None)],
-}
-PARAMETERS = {
-    "profile": [[], "quik"],
-    "corpus": [3, None],
-    "save_to": [3, "\0"],
-    "seed": [10**30, True],
-    "fresh": ["no", None],
-}
+TRAINING = [("experiment", "optimized"), ("experiment", torch.nn.Linear), ("corpus", None)]
+TRAINING += [("seed", value) for value in ("a", None, 1.5, -1, 2**63)]
+TRAINING += [("micro_batch", 0), ("micro_batch", "4")]
+TRAINING += [("stop_at", value) for value in (math.nan, 0, None)]
+PARAMETERS = [("profile", []), ("profile", "quik"), ("corpus", 3), ("corpus", None)]
+PARAMETERS += [("save_to", 3), ("save_to", "\0"), ("seed", 10**30), ("seed", True)]
+PARAMETERS += [("fresh", "no"), ("fresh", None)]
 
 
-def _each(table):
-    return pytest.mark.parametrize(("name", "value"), [(n, v) for n in table for v in table[n]])
-
-
-@_each(TRAINING)
+@pytest.mark.parametrize(("name", "value"), TRAINING)
 def test_training(name, value, corpus, short, tmp_path):
     given = {"experiment": EXPERIMENT, "corpus": corpus, name: value}
     with pytest.raises(MusotaError, match="train needs|must"):
-        if name == "options":
-            given["options"] = musota.RunOptions(**value)
+        if name in ("micro_batch", "stop_at"):
+            musota.RunOptions(**{name: value})
         musota.train(run_dir=tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
     with pytest.raises(MusotaError, match="too long"):
         musota.train(EXPERIMENT, short, 300 * "x")
 
 
-@_each(PARAMETERS)
+@pytest.mark.parametrize(("name", "value"), PARAMETERS)
 def test_notebook_parameters(name, value, text_folder):
     given = {"profile": "tiny", "corpus": str(text_folder), name: value}
     assert _answer(Workbook, **given) is None

@@ -85,9 +85,8 @@ def trained(short, tmp_path_factory):
     some = ("original", "original_half", "original_rate_x3", "dense", "dense_rate_x3")
     runs = {name: grid("quick")[0][name] for name in some}
     where = folder / "grid.csv", folder / "runs"
-    other = multiprocessing.get_context("spawn").Process(
-        target=time.sleep, args=(600,), daemon=True
-    )
+    spawn = multiprocessing.get_context("spawn")
+    other = spawn.Process(target=time.sleep, args=(600,), daemon=True)
     other.start()
     rows = run_many(runs, (0, 1), SMALL, short, *where)
     assert other.is_alive()  # only its own processes are ended

@@ -83,6 +83,24 @@ def test_parameters_are_known_however_they_are_assigned(monkeypatch):
             refuse_unknown_parameters()
 
 
+def test_errors_of_a_notebook_are_sentences_but_not_those_of_the_users_own_code(tmp_path):
+    source = f"""
+from musota.workbook.show import show_errors_as_sentences
+show_errors_as_sentences()
+_ = get_ipython().run_cell("open({str(tmp_path / "no")!r})")
+_ = get_ipython().run_cell("def mine(): raise ConnectionError(7)\\nmine()")
+"""
+    shell = [sys.executable, "-m", "IPython", "--colors=NoColor", "-c", source]
+    sentence, mine = subprocess.run(shell, capture_output=True, text=True).stdout.split("\n", 1)
+    assert sentence.endswith("no cannot be used (No such file or directory): check the path.")
+    assert "def mine()" in mine and mine.strip().endswith("ConnectionError: 7")
+
+
+def test_the_progress_of_notebooks_is_relayed(capsys):
+    run_notebooks._Relay().write("tables\n10 tokens/s\n[3/44] original, seed 0: valid PPL 5\n")
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_the_kernel_is_this_python_and_its_death_is_a_sentence(tmp_path, monkeypatch):
     spec = tmp_path / "jupyter" / "kernels" / "python3"
     spec.mkdir(parents=True)

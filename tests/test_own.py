@@ -11,7 +11,6 @@ from torch import nn
 import musota
 from musota.errors import MusotaError
 from musota.models.base import score
-from musota.models.hub import weights_sha256
 from musota.models.module import WrappedModule, copy_module, logits_of, module_config
 from musota.own import load_module, load_objects
 
@@ -206,15 +205,10 @@ def test_a_module_that_writes_into_its_input_is_scored_on_the_true_targets():
     torch.testing.assert_close(nats[:8], wanted.detach())
 
 
-def test_state_has_the_modules_own_names_and_no_shared_memory(source):
+def test_state_has_the_modules_own_names_and_only_its_matrices_decay(source):
     module = load_module(f"{source}:Recurrent", 30, 8)
-    model, other = wrapped(module), wrapped(load_module(f"{source}:Recurrent", 30, 8))
-    state = model.state_dict()
-    assert state.keys() == module.state_dict().keys()
-    assert state["output.weight"].data_ptr() != state["embedding.weight"].data_ptr()
-    assert weights_sha256(other) != weights_sha256(model)
-    other.load_state_dict(state)
-    assert weights_sha256(other) == weights_sha256(model)
+    model = wrapped(module)
+    assert model.state_dict().keys() == module.state_dict().keys()
     decayed, plain = model.optimizer_groups(0.1)
     assert {p.dim() for p in decayed["params"]} == {2} and len(plain["params"]) == 6
 

@@ -45,22 +45,17 @@ def _texts(figure):
 def test_figures_are_not_empty_and_say_what_they_are_about(runs):
     noise = np.random.default_rng(0)
     drawn = {
-        "curves": plots.curves(runs, NGRAMS, reported=True),
         "training": plots.training_curve(runs[0], NGRAMS, reported=True),
         "sizes": plots.sizes(runs),
         "ledgers": drawings.ledgers({run.name: run.summary["parameter_ledger"] for run in runs}),
         "layouts": drawings.layouts({"8×8": LAYOUT, "6×6": BlockLayout.standard(6, 8)}),
         "causality": drawings.causality(np.triu(noise.random((8, 8)))),
         "n-grams": drawings.ngrams(NGRAMS, at_plan_size=False),
-        "difference": plots.difference(VERDICTS, "Against the first"),
         "no difference": plots.difference({"a": Verdict("Better?", "unfinished")}, "None yet"),
-        "root causes": plots.root_causes(CAUSES),
-        "sweep": plots.rate_sweep({"MU-SOTA": SWEEP, "transformer": {1e-3: [6.1], 1e-2: [5.8]}}),
         "ablations": plots.ablations(runs[0], ABLATED),
         "blocks": drawings.block_view(
             noise.normal(size=(7, 3, 64)), noise.random((6, 3, 16)), ["$$", "_a", "was"], LAYOUT, 5
         ),
-        "explored": plots.explored([runs[:2], runs[2:]], NGRAMS),
         "path": plots.path(pd.read_csv(ROOT / "results" / "redesign" / "path.csv")),
     }
     for name, figure in drawn.items():
@@ -136,29 +131,24 @@ def test_decisions_on_root_causes_differ_without_colour():
 
 
 def test_losses_of_a_sweep_that_are_off_the_scale_are_marked():
-    figure = plots.rate_sweep({"MU-SOTA": SWEEP})
+    figure = plots.rate_sweep({"MU-SOTA": SWEEP, "transformer": {1e-3: [6.1], 1e-2: [5.8]}})
     assert max(line.get_ydata().max() for line in figure.axes[0].lines) < 8.5
     assert "off the scale" in _texts(figure) and "best PPL 233 at 0.01" in _texts(figure)
 
 
-def test_names_outside_the_registry_have_styles_of_their_own():
-    mine, optimized, yours, second = styles_of(["mine", "optimized", "yours", "optimized"])
-    assert optimized == REGISTRY["optimized"].style
-    assert len({style[0] for style in (mine, optimized, yours, second)}) == 4
-    assert len({style[2] for style in (mine, optimized, yours, second)}) == 4
-
-
-def test_many_models_have_different_styles():
+def test_every_model_has_a_style_of_its_own():
+    styles = styles_of(["mine", "optimized", "yours", "optimized"])
+    assert styles[1] == REGISTRY["optimized"].style
+    assert len({style[0] for style in styles}) == len({style[2] for style in styles}) == 4
     for known, others in (([], 20), (["original"], 20), ([*REGISTRY], 12)):
         names = [*known, *(f"model {n}" for n in range(others))]
         assert len({*styles_of(names)}) == len(names)
 
 
 def test_a_changed_run_has_the_style_of_its_model_unless_that_is_drawn_too():
-    changed, unchanged, other = (
-        [SimpleNamespace(name=name, model_name=model)]
-        for name, model in (("faster", "original"), ("original", "original"), ("mine", None))
-    )
+    named = (("faster", "original"), ("original", "original"), ("mine", None))
+    groups = ([SimpleNamespace(name=name, model_name=model)] for name, model in named)
+    changed, unchanged, other = groups
     style = REGISTRY["original"].style
     assert plots._styles([changed, other])[0] == style
     assert plots._styles([changed, unchanged])[0] != style == plots._styles([changed, unchanged])[1]

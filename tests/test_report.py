@@ -20,7 +20,7 @@ COMMAND = "musota train optimized --profile tiny"
 def tiny(short, tmp_path_factory):
     """A results folder with a model, its parameter-matched transformer and n-gram baselines."""
     folder = tmp_path_factory.mktemp("results") / "tiny"
-    about = musota.RunOptions(about={"title": "Mine | <b> $x$", "command": COMMAND})
+    about = musota.RunOptions(about={"title": "Mine | <b> $x$ __a__ b_c", "command": COMMAND})
     musota.train(MODEL, short, folder / "mine-seed0", name="mine", options=about)
     musota.train(musota.twin(MODEL), short, folder / "its-seed0", name="its")
     ngrams = {"ppl": {"bigram": 150.25, "trigram": 120.5}}
@@ -53,9 +53,9 @@ def test_a_page_shows_the_recorded_numbers(tiny, tmp_path):
     assert COMMAND in page and page.count("<details>") == page.count("</details>") >= 5
     for picture in re.findall(r"\]\(([^)]+\.png)\)", page):
         assert (tiny / picture).exists()
-    assert r"Mine \| &lt;b> \$x\$" in page  # text of a page is text
+    assert r"Mine \| &lt;b> \$x\$ \_\_a\_\_ b_c" in page  # text of a page is text
     page = (tiny / "report.html").read_text("utf-8")
-    assert "Mine | &lt;b&gt; $x$" in page and "<b>" not in page
+    assert "Mine | &lt;b&gt; $x$ __a__ b_c" in page and "<b>" not in page
 
 
 def test_the_html_page_needs_no_other_file(committed):

@@ -91,9 +91,7 @@ def test_where_no_checkpoint_can_be_read_nothing_is_deleted(half_way, short):
     assert kept.value and musota.train(EXPERIMENT, short, folder, resume=False).finished
 
 
-def test_a_run_recorded_without_weights_is_trained_from_the_start(
-    half_way, finished, short, capsys
-):
+def test_a_run_recorded_without_weights_is_trained_from_the_start(half_way, short, capsys):
     folder, *checkpoints = half_way
     for path in checkpoints:
         path.unlink()

@@ -111,9 +111,7 @@ def test_the_command_line_takes_trackers(text_folder, tmp_path, monkeypatch):
     wrong = CliRunner().invoke(cli.cli, ["train", "optimized", "--log-with", "tensorbord"])
     assert "did you mean 'tensorboard'?" in str(wrong.exception) and not [*tmp_path.iterdir()]
     seen = []
-    monkeypatch.setattr(
-        Workbook, "train", lambda self, model, **options: seen.append(self.log_with)
-    )
+    monkeypatch.setattr(Workbook, "train", lambda book, *_, **__: seen.append(book.log_with))
     where = ["--profile", "tiny", "--corpus", str(text_folder)]
     options = ["--log-with", "wandb", "--log-with", "trackio"]
     CliRunner().invoke(cli.cli, ["train", "optimized", *where, *options])

@@ -6,7 +6,7 @@ from IPython.display import Image
 import musota
 from musota.errors import MusotaError
 from musota.lab.verdicts import Verdict
-from musota.workbook import panel, show, tables, widgets
+from musota.workbook import panel, show, widgets
 from musota.workbook.notebook import blocks_figure
 
 NGRAMS = {"uniform": 512.0, "unigram": 230.0, "bigram": 150.0}
@@ -40,10 +40,9 @@ class Notebook:
 @pytest.fixture
 def notebook(monkeypatch):
     seen = Notebook()
-    monkeypatch.setattr(widgets, "display", seen.display)
-    monkeypatch.setattr(panel, "display", seen.display)
     monkeypatch.setattr(panel, "in_notebook", lambda: True)
     for module in (panel, widgets):
+        monkeypatch.setattr(module, "display", seen.display)
         monkeypatch.setattr(module, "has_front_end", lambda: True)
     return seen
 
@@ -85,16 +84,6 @@ def test_the_panel_follows_a_run_and_its_last_picture_stays(short, tmp_path, not
     assert (tmp_path / "training.png").read_bytes() == notebook.pictures()[-1]
 
 
-def test_large_losses_are_written_short():
-    for value, unit, shown in ((3e33, "PPL", "–"), (77.0, "nats/token", "+77.000 nats/token")):
-        verdict = Verdict("Is it better?", "worse", value, unit=unit)
-        assert show.large_number(verdict)[0] == shown and len(str(verdict)) < 60
-
-
-def test_names_with_underscores_stay_as_they_are():
-    assert tables.escaped("__init__ of a_b") == r"\_\_init\_\_ of a_b"
-
-
 def test_a_table_has_numbers_on_the_right_and_the_best_in_bold(monkeypatch):
     shown = []
     monkeypatch.setattr(show, "display", shown.append)
@@ -115,6 +104,9 @@ def test_a_card_is_one_number_one_sentence_and_what_was_measured(monkeypatch):
     assert card["text/plain"] == "✗ +65% valid perplexity: Help or <hurt>? Hurts"
     assert "Help or &lt;hurt&gt;? Hurts</strong>" in card["text/html"]
     assert "<li>Rank: Ok (12).</li>" in card["text/html"] and "Next: x." in card["text/html"]
+    for value, unit, shown in ((3e33, "PPL", "–"), (77.0, "nats/token", "+77.000 nats/token")):
+        verdict = Verdict("Is it better?", "worse", value, unit=unit)
+        assert show.large_number(verdict)[0] == shown and len(str(verdict)) < 60
 
 
 def test_the_blocks_of_a_text_are_drawn(corpus, runs):

@@ -36,7 +36,7 @@ def run_notebooks(notebooks: Sequence[Path], values: dict, runs: Sequence[str]) 
     from musota.workbook.tables import runs_table
 
     book, started = Workbook(**values), time.time()
-    executed = book.folder / "executed"
+    executed = book.home / "executed"
     executed.mkdir(exist_ok=True)
     for place, notebook in enumerate(notebooks, start=1):
         given = {**values}
@@ -45,7 +45,6 @@ def run_notebooks(notebooks: Sequence[Path], values: dict, runs: Sequence[str]) 
         if notebook.stem == OWN_MODULE:  # which has sizes of its own
             given["changes"] = {f: v for f, v in book.changes.items() if f in MODULE_FIELDS}
         execute(notebook, executed / notebook.name, given, f"[{place}/{len(notebooks)}]")
-        book.save(executed / notebook.name)
     write_report(book.folder)
     book.save()
     click.echo()
