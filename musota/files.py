@@ -112,11 +112,12 @@ def as_path(place: str | os.PathLike) -> Path:
         raise MusotaError(f"{place!r} cannot be used as a path here: {error}") from None
 
 
-def sentence(error: Exception, advice: str = "choose another folder") -> str:
+def sentence(error: Exception, advice: str = "") -> str:
     """The message of an error, with advice where it is one of the operating system."""
     if not (isinstance(error, OSError) and error.filename):
         return str(error)
-    advice = "check the path" if error.errno == errno.ENOENT else advice
+    usual = {errno.ENOENT: "check the path"}.get(error.errno, "choose another folder")
+    advice = advice or usual
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         advice = f"free some space there, or {advice}"
     return f"{error.filename} cannot be used ({error.strerror}): {advice}."

@@ -165,6 +165,10 @@ def test_auto_falls_back_on_python_docs_and_reports_it(monkeypatch, text_folder)
     corpus = load_corpus("auto", 300)
     assert corpus.name == "python-docs"
     assert corpus.source.startswith("docstrings; wikitext-2 is not on this machine and the Hugging")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: 1 / 0)
+    with pytest.raises(MusotaError, match="wikitext-2 cannot be loaded .ZeroDivisionError"):
+        load_corpus("auto", 300)  # the hub answered
 
 
 def test_a_folder_of_that_name_does_not_rename_wikitext(monkeypatch, tmp_path):

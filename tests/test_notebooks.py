@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -12,6 +13,7 @@ from conftest import ROOT
 
 import musota
 from musota.errors import MusotaError
+from musota.lab.grid_runs import print_run
 from musota.workbook import run_notebooks
 from musota.workbook.notebook import PARAMETERS, refuse_unknown_parameters
 from musota.workbook.results import Results
@@ -91,13 +93,17 @@ _ = get_ipython().run_cell("open({str(tmp_path / "no")!r})")
 _ = get_ipython().run_cell("def mine(): raise ConnectionError(7)\\nmine()")
 """
     shell = [sys.executable, "-m", "IPython", "--colors=NoColor", "-c", source]
-    sentence, mine = subprocess.run(shell, capture_output=True, text=True).stdout.split("\n", 1)
+    here = {**os.environ, "PYTHONPATH": str(ROOT)}
+    shown = subprocess.run(shell, capture_output=True, text=True, env=here).stdout
+    sentence, mine = shown.split("\n", 1)
     assert sentence.endswith("no cannot be used (No such file or directory): check the path.")
     assert "def mine()" in mine and mine.strip().endswith("ConnectionError: 7")
 
 
 def test_the_progress_of_notebooks_is_relayed(capsys):
-    run_notebooks._Relay().write("tables\n10 tokens/s\n[3/44] original, seed 0: valid PPL 5\n")
+    row = SimpleNamespace(name="original", seed=0, diverged=False, best_valid_loss=5.0)
+    print_run(row, {"original": {0: row}}, 0)
+    run_notebooks._Relay().write(f"tables\n10 tokens/s\n{capsys.readouterr().out}")
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 

@@ -317,7 +317,7 @@ def _judge_loss(
     # Beyond rounding, and far less than the batches differ: else any loss would do.
     if own[0] < 0 or not spread[best] < min(1e-3, max(2e-6, varies[best] / 50)):
         seen = f"{own[0]:.4f} nats where cross-entropy is {plain[1][0]:.4f}"
-        return _found(question, "another", f"{seen}: report the PPL without its other terms"), 1.0
+        return _found(question, "another", f"{seen}: report the PPL of cross-entropy alone"), 1.0
     scale = float(ratios[best].mean())
     learned = ("to repeat each token", "the next token", "the token after the next")[best]
     return _found(question, SHIFTS[best], f"it learns {learned}, times {scale:.3g}"), scale

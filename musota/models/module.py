@@ -148,12 +148,13 @@ def _count_flops(module: nn.Module, ids: Tensor, vocab_size: int) -> int:
         torch.no_grad(),
         sdpa_kernel(SDPBackend.MATH),  # fused kernels are not counted
         torch.backends.mkldnn.flags(enabled=False),
-        torch.backends.cudnn.flags(enabled=False),
         FlopCounterMode(display=False) as counter,
         ExitStack() as after,
     ):
         after.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
         mha.set_fastpath_enabled(False)  # nor is this one
+        after.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
+        torch.backends.cudnn.enabled = False
         checked_logits(module, ids, vocab_size)
     return counter.get_total_flops()
 

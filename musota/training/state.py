@@ -193,7 +193,7 @@ def halve_micro_batch(state: TrainState) -> str:
     before, scaler = state.micro_batch, state.accelerator.scaler
     state.optimizer.zero_grad()
     if state.accelerator.num_processes > 1:
-        raise MusotaError("Out of memory: use more processes, or RunOptions(micro_batch=…).")
+        raise MusotaError("Out of memory: start more processes or lower RunOptions.micro_batch.")
     if before == 1:
         length = state.model.config.max_seq_len
         shorter = "train a shorter one (the plan's remedy is max_seq_len=160)"

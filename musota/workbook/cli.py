@@ -18,7 +18,7 @@ from musota.files import as_path, sentence
 from musota.lab.profiles import check_changes, find_profile
 from musota.own import find_source
 from musota.registry import REGISTRY
-from musota.workbook.naming import checkout, find_folders, is_module, results_root
+from musota.workbook.naming import checkout, find_folders, folder_of, is_module, results_root
 
 os.environ["MPLBACKEND"] = "Agg"  # one inherited from a notebook would fail in a script
 PARTS = ("models", "sweep", "tuned", "grid")  # of `musota evidence`
@@ -79,7 +79,7 @@ changes_option = click.option(
     "--set", "changes", multiple=True, callback=_changes, help="FIELD=VALUE; no profile scales it."
 )
 place_options = _together(  # where recorded runs are looked for
-    click.option("--profile", default="quick", help="Their profile, or their folder in results."),
+    click.option("--profile", default="quick", help="Profile of the runs, or folder in results."),
     click.option(
         "--results",
         "--save-to",
@@ -173,6 +173,7 @@ def compare(runs, profile, results):
     A RUN is a folder, or the name or title of recorded runs: optimized (all seeds), optimized-seed0
     (one seed), optimized,epochs=50 (changed), study/optimized (another profile).
     """
+    profile = folder_of(results, profile)
     for name in runs:  # a wrong one is reported before torch is imported
         find_folders(name, results, profile)
     from musota.lab.verdicts import compare as compared
@@ -213,6 +214,7 @@ def score(run, file, profile, results):
 
     Prints perplexity, bits per byte and the least likely tokens, and writes a table of all tokens
     to the run's folder. The first token is scored too, as if it followed a line end."""
+    profile = folder_of(results, profile)
     find_folders(run, results, profile)
     from musota.data.sources import read_text
     from musota.workbook.results import find_runs

@@ -37,16 +37,13 @@ def find_folders(name: str, root: str | os.PathLike, profile: str) -> list[Path]
     """The folders of the runs that `name` means, found without importing torch.
 
     `name` is a run's folder, or the name, title or folder name of runs in `root/profile` (or in
-    another folder of root: `study/optimized`; or in `root/profile-TEXT`, if only that has runs).
-    Raises MusotaError, with the nearest name, where there is none.
+    another folder of root: `study/optimized`). Raises MusotaError, with the nearest name, where
+    there is none.
     """
-    path = as_path(name)
+    path = as_path(ROWS.get(name, name))
     if (path / "config.json").exists():
         return [path]
     folder, known = as_path(root) / (path.parent if path.parent.name else profile), {}
-    others = [of for of in folder.parent.glob(f"{folder.name}-*") if any(of.glob("*/config.json"))]
-    if len(others) == 1 and not any(folder.glob("*/config.json")):
-        folder = others[0]  # of another text than WikiText-2
     for config in sorted(folder.glob("*/config.json")):
         with suppress(MusotaError):  # damaged
             recorded = read_sealed(config)
@@ -55,6 +52,13 @@ def find_folders(name: str, root: str | os.PathLike, profile: str) -> list[Path]
     if not known:
         raise MusotaError(f"There is no run {name!r}: {folder} holds none.")
     return find_named("run", path.name, dict(sorted(known.items())))
+
+
+def folder_of(root: Path, profile: str) -> str:
+    """The folder of a profile in `root`; `profile-TEXT` if that is the only one with runs."""
+    found = {config.parents[1].name for config in root.glob("*/*/config.json")}
+    others = [name for name in found if name.startswith(f"{profile}-")]
+    return others[0] if profile not in found and len(others) == 1 else profile
 
 
 def safe_name(text: str) -> str:

@@ -17,8 +17,8 @@ class SavedCopy:
 
     def __init__(self, remote: Path):
         """Copies from `remote` what is missing here, and runs that another machine has continued.
-        Raises OSError for an unusable folder."""
-        if remote.is_relative_to(DRIVE) and not DRIVE.is_mount():
+        Raises OSError for an unusable folder, MusotaError for a Drive that is not mounted."""
+        if remote.absolute().is_relative_to(DRIVE) and not DRIVE.is_mount():
             raise MusotaError(f"{DRIVE} is not mounted: click the folder icon, then “Mount Drive”.")
         place = sha256(str(remote.parent.absolute()).encode())[:12]
         self.local, self.remote = cache_folder() / "work" / place / remote.name, remote
