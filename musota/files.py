@@ -116,8 +116,8 @@ def sentence(error: Exception, advice: str = "") -> str:
     """The message of an error, with advice where it is one of the operating system."""
     if not (isinstance(error, OSError) and error.filename):
         return str(error)
-    usual = {errno.ENOENT: "check the path"}.get(error.errno, "choose another folder")
-    advice = advice or usual
+    if not advice:
+        advice = "check the path" if error.errno == errno.ENOENT else "choose another folder"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         advice = f"free some space there, or {advice}"
     return f"{error.filename} cannot be used ({error.strerror}): {advice}."

@@ -9,10 +9,11 @@ from musota.errors import MusotaError
 SHARED = ("vocab_size", "max_seq_len", "n_layer", "dropout")  # fields that matched models share
 
 
-def own_sizes(changes: Mapping) -> dict:
-    """Those of `changes` that matching chooses otherwise; `n_head` is one beside `d_model`."""
+def split_sizes(changes: Mapping) -> tuple[dict, dict]:
+    """Changes of sizes that matching would choose (`n_head` only beside `d_model`), and others."""
     names = {"d_model", "block_size", "d_ff"} | ({"n_head"} if "d_model" in changes else set())
-    return {name: value for name, value in changes.items() if name in names}
+    own = {name: changes[name] for name in changes if name in names}
+    return own, {name: changes[name] for name in changes if name not in names}
 
 
 def _shared(model: ModelConfig) -> dict:

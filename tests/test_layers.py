@@ -59,7 +59,7 @@ def test_exports_exist_and_no_module_is_named_like_one(package):
 def test_files_classes_functions_and_the_whole_stay_small():
     lines = {path: path.read_text("utf-8").count("\n") for path in TREES}
     tests = sum(path.read_text("utf-8").count("\n") for path in (ROOT / "tests").glob("*.py"))
-    assert max(lines.values()) <= 380 and sum(lines.values()) <= 9125 and tests <= 5700
+    assert max(lines.values()) <= 380 and sum(lines.values()) <= 9121 and tests <= 5700
     for node in (node for tree in TREES.values() for node in ast.walk(tree)):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = min([node.lineno, *(one.lineno for one in node.decorator_list)])

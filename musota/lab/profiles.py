@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from musota.config import Experiment, RedesignedConfig, check_value
 from musota.errors import MusotaError, find_named
-from musota.matching import match_transformer, own_sizes
+from musota.matching import match_transformer, split_sizes
 from musota.registry import REGISTRY, experiments, find_experiment
 
 # The plan reports 16,733 training sequences of 128 tokens; its share of warm-up follows from that.
@@ -72,8 +72,8 @@ def scaled(experiment: str | Experiment, profile: str | Profile, **changes) -> E
     """An experiment at the size of a profile, with fields changed afterwards.
 
     A name is a row of the registry: a row that is matched to another is matched to the other as
-    scaled and changed; only a size of its own (see `own_sizes`) leaves it unmatched. An Experiment
-    is never matched. Raises MusotaError for unknown names and fields.
+    scaled and changed; only a size of its own (`split_sizes`) leaves it unmatched. An Experiment is
+    never matched. Raises MusotaError for unknown names and fields.
     """
     profile = find_profile(profile) if isinstance(profile, str) else profile
     if isinstance(experiment, Experiment):
@@ -81,8 +81,7 @@ def scaled(experiment: str | Experiment, profile: str | Profile, **changes) -> E
     row = find_named("experiment", experiment, REGISTRY)
     if not row.matched_to:
         return _scale(find_experiment(experiment), profile).with_(**changes)
-    own = own_sizes(changes)
-    shared = {name: value for name, value in changes.items() if name not in own}
+    own, shared = split_sizes(changes)
     switches = {}
     if row.match is not match_transformer:  # a redesign, whose blocks are its own
         switches = {name: shared.pop(name) for name in REDESIGN_SWITCHES if name in shared}

@@ -230,7 +230,7 @@ class WrappedModule(CausalLM):
 
     def compile_layers(self) -> None:
         torch.compiler.reset()
-        self.call = torch.compile(logits_of, dynamic=False)  # in parts, where it must
+        self.call = torch.compile(logits_of, dynamic=False)  # not fullgraph, which refuses RNNs
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         return hidden

@@ -280,7 +280,7 @@ def audit(model, vocab_size, max_seq_len, loss, picture, record):
 
 @cli.command(epilog="Example: musota evidence --profile study --corpus wikitext-2 --list")
 @experiment_options
-@click.option("--seeds", default=3, type=click.IntRange(1, 100), help="Number of seeds.")
+@click.option("--seeds", default=3, type=click.IntRange(1, 100), help="Seeds of models and tuned.")
 @click.option("--only", default=",".join(PARTS), help="Parts to run.")
 @click.option("--list", "listed", is_flag=True, help="Print the commands of the runs instead.")
 def evidence(seeds, only, listed, **parameters):

@@ -10,7 +10,7 @@ from torch import nn
 from musota.config import Experiment, TrainConfig
 from musota.errors import MusotaError
 from musota.lab.profiles import Profile, scaled
-from musota.matching import own_sizes, twin
+from musota.matching import split_sizes, twin
 from musota.models.module import module_config
 from musota.own import load_module
 from musota.registry import REGISTRY
@@ -23,8 +23,7 @@ def experiment_at(name: str, profile: Profile, changes: Mapping) -> Experiment:
     """An experiment at the size of a profile, with fields changed afterwards. `name` is a row of
     the registry or a module FILE.py:NAME; `<either>_twin` is its parameter-matched transformer."""
     if (name := ROWS.get(name, name)).endswith("_twin") and name not in REGISTRY:
-        sizes = own_sizes(changes)
-        others = {f: value for f, value in changes.items() if f not in sizes}
+        sizes, others = split_sizes(changes)
         return twin(experiment_at(name.removesuffix("_twin"), profile, others)).with_(**sizes)
     if not is_module(name):
         return scaled(name, profile, **changes)

@@ -70,7 +70,7 @@ def large_number(verdict: Verdict) -> tuple[str, str]:
 
 
 def show_errors_as_sentences() -> None:
-    """In a notebook, show a MusotaError, or an error of the system, without a traceback."""
+    """In a notebook, show a MusotaError, or an error about a file, without a traceback."""
 
     def show(shell, kind, error, traceback, tb_offset=None):
         if isinstance(error, OSError) and not error.filename:  # of the user's own code
